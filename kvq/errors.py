@@ -1,0 +1,51 @@
+"""The exceptions a user of kvq may catch.
+
+    KvqError
+    ├── RecipeError            a recipe, codec or layer pattern that cannot work
+    ├── UnsupportedModelError  a model whose cache kvq cannot quantize, with the reason
+    ├── ModelNotFoundError     a model or data set that is not on disk and cannot be fetched
+    ├── CheckpointError        an export, statistics or weight file that is missing, altered or not this model's
+    ├── DataError              text or activations that cannot be used (too short, not finite)
+    └── CacheError             a cache operation that the packed state does not allow
+
+Every message is one sentence or two that name the value, the rule and the way out. The command line prints the
+message and exits with code 2.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class KvqError(Exception):
+    """Base of everything kvq raises on purpose."""
+
+
+class RecipeError(KvqError, ValueError):
+    """A recipe, codec setting or layer pattern that cannot work."""
+
+
+class UnsupportedModelError(KvqError, ValueError):
+    """A model whose KV cache kvq cannot quantize."""
+
+
+class ModelNotFoundError(KvqError, OSError):
+    """A model or data set that is neither on disk nor reachable."""
+
+
+class CheckpointError(KvqError, ValueError):
+    """A file that is missing, truncated, altered, or belongs to another model."""
+
+
+class DataError(KvqError, ValueError):
+    """Text or activations that cannot be used."""
+
+
+class CacheError(KvqError, RuntimeError):
+    """A cache operation that the packed state does not allow."""
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """Return ' Did you mean X?' for the nearest known name, or the list of known names."""
+    known = sorted(known)
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f" Did you mean {near[0]!r}?" if near else f" Known: {', '.join(known)}."
