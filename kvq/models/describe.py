@@ -11,6 +11,10 @@ from dataclasses import dataclass
 import torch
 from transformers import DynamicCache, PretrainedConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
 
 from kvq.errors import UnsupportedModelError
 
@@ -23,7 +27,7 @@ class LayerSpec:
     """One decoder layer's cache.
 
     kind      ``full``: keys and values of every token (quantizable); ``sliding``: a bounded window, left exact;
-              ``shared``: reads another layer's cache; ``state``: linear attention, convolution or no attention.
+              ``state``: no cache of its own (linear attention, convolution, or keys and values read from another layer).
     kv_heads, head_dim   shape of one token's keys (and values), 0 where there is none.
     window    tokens kept by a sliding layer, else None.
     """
@@ -99,13 +103,12 @@ def describe(config: PretrainedConfig) -> ModelSpec:
 
 
 def _refuse_no_decoder(config: PretrainedConfig, name: str) -> None:
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
     text_type = text_config(config).model_type
     architectures = getattr(config, "architectures", None) or []
     generative = any(a.endswith(("ForCausalLM", "ForConditionalGeneration", "LMHeadModel")) for a in architectures)
     known = name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or text_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    if not generative and (architectures or not known):
+    encoder = name in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
+    if encoder or (not generative and (architectures or not known)):
         raise UnsupportedModelError(
             f"{name!r} ({', '.join(architectures) or 'no architecture named'}) is not a causal language model, so it "
             "keeps no KV cache: kvq works on decoder-only models such as Llama, Qwen or Gemma."
@@ -121,18 +124,17 @@ def _cache_layers(text: PretrainedConfig) -> list:
 
 
 def _layer(text: PretrainedConfig, index: int, layer: object, heads: int) -> LayerSpec:
-    own = (getattr(text, "per_layer_config", None) or {}).get(index, text)
+    own = text.per_layer_config[index] if hasattr(text, "per_layer_config") else text
     kv_heads = getattr(own, "num_key_value_heads", None) or getattr(own, "num_attention_heads", heads)
     head_dim = getattr(own, "head_dim", None) or text.hidden_size // heads
     if isinstance(layer, DynamicSlidingWindowLayer):
-        return LayerSpec(
-            index=index, kind="sliding", kv_heads=kv_heads, head_dim=head_dim, window=layer.sliding_window
-        )
-    if type(layer) is DynamicLayer:
-        shared = index >= text.num_hidden_layers - (getattr(text, "num_kv_shared_layers", 0) or 0)
-        kind = "shared" if shared else "full"
-        return LayerSpec(index=index, kind=kind, kv_heads=kv_heads, head_dim=head_dim)
-    return LayerSpec(index=index, kind="state", kv_heads=0, head_dim=0)
+        return LayerSpec(index=index, kind="sliding", kv_heads=kv_heads, head_dim=head_dim, window=layer.sliding_window)
+    if type(layer) is not DynamicLayer:
+        return LayerSpec(index=index, kind="state", kv_heads=0, head_dim=0)
+    # Gemma 4 gives its full-attention layers another shape than its sliding ones.
+    kv_heads = getattr(own, "num_global_key_value_heads", None) or kv_heads
+    head_dim = getattr(own, "global_head_dim", None) or head_dim
+    return LayerSpec(index=index, kind="full", kv_heads=kv_heads, head_dim=head_dim)
 
 
 def _refuse_unquantizable(spec: ModelSpec) -> None:
