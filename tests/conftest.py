@@ -1,0 +1,123 @@
+"""Shared fixtures: tiny random models built from configs, a tiny tokenizer, and the embedded real model.
+
+Everything here is offline. The factories are fixtures that return functions, so a test asks for what it needs:
+
+    def test_something(tiny_model, tiny_checkpoint): model = tiny_model(layers=3, dtype=torch.float64)
+"""
+
+import os
+
+# Set before transformers is imported: no test may reach the network by accident.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import string
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
+
+VOCAB = 128
+SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<unk>")
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def make_tiny_config(
+    *, layers: int = 2, heads: int = 4, kv_heads: int = 2, head_dim: int = 16, max_length: int = 4096, **settings
+) -> LlamaConfig:
+    """A Llama config with grouped heads. ``settings`` overrides any field of LlamaConfig."""
+    fields = {
+        "vocab_size": VOCAB,
+        "hidden_size": heads * head_dim,
+        "intermediate_size": 2 * heads * head_dim,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head_dim,
+        "max_position_embeddings": max_length,
+        # The default 0.02 leaves attention nearly uniform, so a wrong cache would hardly show in the logits.
+        "initializer_range": 0.15,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 2,
+        "tie_word_embeddings": False,
+    }
+    return LlamaConfig(**(fields | settings))
+
+
+def make_tiny_model(config=None, *, seed: int = 0, dtype: torch.dtype = torch.float32, **settings):
+    """A random causal model in eval mode: from ``config`` (any family), or from ``make_tiny_config(**settings)``."""
+    config = config if config is not None else make_tiny_config(**settings)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        # Drawn in float32 and then cast, so that every dtype has the same weights.
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=2)
+    return model.to(dtype).eval()
+
+
+def make_tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per printable ASCII character, ChatML template, no BOS; 101 of the 128 ids are used."""
+    characters = [*string.ascii_letters, *string.digits, *string.punctuation, " ", "\n", "\t"]
+    vocab = {token: i for i, token in enumerate([*SPECIALS, *characters])}
+    backend = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
+    backend.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        pad_token="<|im_end|>",
+        unk_token="<unk>",
+        chat_template=CHATML,
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_config():
+    """Factory ``tiny_config(layers=2, heads=4, kv_heads=2, head_dim=16, ...) -> LlamaConfig``."""
+    return make_tiny_config
+
+
+@pytest.fixture(scope="session")
+def tiny_model():
+    """Factory ``tiny_model(config=None, *, seed=0, dtype=float32, layers=2, heads=4, ...) -> model``."""
+    return make_tiny_model
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """The character tokenizer that goes with the tiny models."""
+    return make_tiny_tokenizer()
+
+
+@pytest.fixture
+def tiny_checkpoint(tmp_path):
+    """Factory ``tiny_checkpoint(model=None, name="tiny", **settings) -> Path``: a saved model with its tokenizer."""
+
+    def save(model=None, name: str = "tiny", **settings) -> Path:
+        model = model if model is not None else make_tiny_model(**settings)
+        folder = tmp_path / name
+        model.save_pretrained(folder)
+        make_tiny_tokenizer().save_pretrained(folder)
+        return folder
+
+    return save
+
+
+@pytest.fixture(scope="session")
+def builtin_dir() -> Path:
+    """The embedded real model as a checkpoint folder (converted on first use)."""
+    from kvq.errors import ModelNotFoundError
+    from kvq.models.builtin import builtin_model_dir
+
+    try:
+        return builtin_model_dir()
+    except ModelNotFoundError as error:
+        pytest.skip(str(error))
