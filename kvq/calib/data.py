@@ -1,0 +1,244 @@
+"""Calibration text and the token windows cut from it.
+
+Text comes from the Python installation itself (``builtin``), a file, or a data set of the hub. Windows are packed: the
+texts are joined, tokenised once without special tokens, and cut end to end, so that no position is padding.
+"""
+
+import functools
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from kvq.errors import DataError, ModelNotFoundError
+from kvq.models.resolve import looks_like_path
+
+BUILTIN_TEXT = "builtin"
+SEPARATOR = "\n\n"
+# Characters read from a hub data set, in its own order: about five million tokens, far more than calibration uses.
+HUB_CHARACTERS = 20_000_000
+_READERS = (".txt", ".jsonl", ".parquet")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataIdentity:
+    """What the tokens were: equal identities are equal tokens.
+
+    source            ``builtin``, a file's name without its folder, or a hub id.
+    text_sha256       of the joined text (UTF-8).
+    tokenizer_sha256  of the tokenizer's vocabulary and rules.
+    samples, seq_len  windows, and tokens per window.
+    seed              of the choice of windows.
+    tokens            tokens in the whole text, of which ``samples * seq_len`` were taken.
+    """
+
+    source: str
+    text_sha256: str
+    tokenizer_sha256: str
+    samples: int
+    seq_len: int
+    seed: int
+    tokens: int
+
+    def to_dict(self) -> dict[str, str | int]:
+        return asdict(self)
+
+
+def builtin_text(part: str) -> str:
+    """Return the ``calibration`` or the ``evaluation`` part of the reference that every Python carries.
+
+    The text is ``pydoc_data.topics``, the language reference as pydoc shows it (about 0.2 million characters a part).
+    Rule: a topic belongs to calibration if the first byte of SHA-256 of its name is even, so a topic stays in its part
+    in every release of Python. Topics quote each other, so a paragraph that occurs in calibration is left out of
+    evaluation. The wording differs between Python releases: compare results by the text's hash.
+    """
+    if part not in ("calibration", "evaluation"):
+        raise DataError(f"the builtin text has no part {part!r}: use 'calibration' or 'evaluation'.")
+    return _builtin_parts()[part == "evaluation"]
+
+
+@functools.cache
+def _builtin_parts() -> tuple[str, str]:
+    from pydoc_data.topics import topics
+
+    parts: tuple[dict[str, None], dict[str, None]] = ({}, {})
+    for name in sorted(topics):
+        odd = hashlib.sha256(name.encode()).digest()[0] % 2
+        parts[odd].update(dict.fromkeys(re.split(r"\n\s*\n", topics[name].strip())))
+    calibration, evaluation = parts
+    return SEPARATOR.join(calibration), SEPARATOR.join(p for p in evaluation if p not in calibration)
+
+
+def load_texts(
+    source: str | Path, *, part: str = "calibration", field: str = "text", split: str = "train"
+) -> list[str]:
+    """Read the texts of a source, in its own order.
+
+    source   ``builtin``; a file: .txt (one text), .jsonl or .parquet (one text a row); or a hub id, ``owner/name`` or
+             ``owner/name:config``, of which the first 20 million characters are read.
+    part     of the builtin text only.
+    field    the column that holds the text (.jsonl, .parquet and hub).
+    split    of a hub data set only.
+
+    Raises ModelNotFoundError if there is no such source or it cannot be fetched, DataError if it holds no usable text.
+    """
+    if source == BUILTIN_TEXT:
+        return [builtin_text(part)]
+    path = Path(source).expanduser()
+    if path.is_dir():
+        raise DataError(f"data {str(source)!r} is a folder: give one of its files ({', '.join(_READERS)}).")
+    if path.exists():
+        texts = _read_file(path, field)
+    elif isinstance(source, Path) or looks_like_path(source) or path.suffix in _READERS:
+        raise ModelNotFoundError(
+            f"data file {str(source)!r} does not exist: check the path, or use {BUILTIN_TEXT!r} or a hub id."
+        )
+    else:
+        texts = _read_hub(source, field, split)
+    if not any(text.strip() for text in texts):
+        raise DataError(f"data {str(source)!r} holds no text: give a file or a field with text in it.")
+    return texts
+
+
+def source_name(source: str | Path) -> str:
+    """The name that provenance records: never a folder of this machine."""
+    return Path(source).name if Path(source).expanduser().exists() else str(source)
+
+
+def _read_file(path: Path, field: str) -> list[str]:
+    if path.suffix not in _READERS:
+        raise DataError(f"data file {path.name!r} is of no known kind: use one of {', '.join(_READERS)}.")
+    try:
+        if path.suffix == ".parquet":
+            return _parquet_rows(path, field)
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise DataError(f"data file {path.name!r} is not UTF-8 text: save it as UTF-8.") from None
+    except OSError as error:
+        raise DataError(f"data file {path.name!r} cannot be read ({error.strerror or error}): check it.") from None
+    return [text] if path.suffix == ".txt" else _json_rows(path.name, text, field)
+
+
+def _json_rows(name: str, text: str, field: str) -> list[str]:
+    rows = []
+    # Not splitlines(): JSON strings may hold U+2028 and the like unescaped.
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except ValueError:
+                raise DataError(f"line {number} of {name!r} is not JSON: write one object a line.") from None
+            rows.append(_field(row, field, f"line {number} of {name!r}"))
+    return rows
+
+
+def _field(row: object, field: str, where: str) -> str:
+    if not isinstance(row, dict):
+        raise DataError(f"{where} is not a JSON object: write one object a line, with a field {field!r}.")
+    if field not in row:
+        raise DataError(f"{where} has no field {field!r} (it has {', '.join(map(str, row)) or 'none'}): name another.")
+    if not isinstance(row[field], str):
+        raise DataError(f"{where}: field {field!r} is {type(row[field]).__name__}, not text: name another field.")
+    return row[field]
+
+
+def _parquet_rows(path: Path, field: str) -> list[str]:
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError:
+        raise _no_extra(f"parquet file {path.name!r}") from None
+    try:
+        file = parquet.ParquetFile(path)
+        columns = file.schema_arrow.names
+        rows = file.read(columns=[field]).column(0).to_pylist() if field in columns else None
+    except ArrowException as error:
+        raise DataError(f"data file {path.name!r} is not readable parquet ({str(error)[:100]}): mend it.") from None
+    if rows is None:
+        raise DataError(f"data file {path.name!r} has no field {field!r} (it has {', '.join(columns)}): name another.")
+    return [_field({field: row}, field, f"row {i} of {path.name!r}") for i, row in enumerate(rows)]
+
+
+def _read_hub(name: str, field: str, split: str) -> list[str]:
+    try:
+        import datasets
+    except ImportError:
+        raise _no_extra(f"hub data set {name!r}") from None
+    repository, _, config = name.partition(":")
+    texts, characters = [], 0
+    try:
+        for row in datasets.load_dataset(repository, config or None, split=split, streaming=True):
+            texts.append(_field(row, field, f"data set {name!r}"))
+            characters += len(texts[-1])
+            if characters > HUB_CHARACTERS:
+                break
+    except DataError:
+        raise
+    # datasets passes on the errors of its many file systems and of data-set scripts.
+    except Exception as error:
+        why = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".: ")[:200]
+        raise ModelNotFoundError(
+            f"data set {name!r} is neither a file nor to be had from the hub ({why}): give a .txt, .jsonl or .parquet "
+            f"file, or {BUILTIN_TEXT!r}."
+        ) from None
+    return texts
+
+
+def _no_extra(what: str) -> DataError:
+    return DataError(f"{what} cannot be read without the package 'datasets': run 'pip install 'kvq-toolkit[data]''.")
+
+
+def token_windows(
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    *,
+    samples: int,
+    seq_len: int,
+    seed: int = 0,
+    source: str | Path = "text",
+) -> tuple[torch.Tensor, DataIdentity]:
+    """Cut ``samples`` windows of ``seq_len`` tokens out of the texts: int64 [samples, seq_len], and what they are.
+
+    The texts are joined with a blank line, tokenised once without special tokens, and cut into windows end to end; a
+    seeded choice of them is returned in order of position, without repetition.
+
+    Raises DataError if the text is too short.
+    """
+    if samples < 1 or seq_len < 2:
+        raise DataError(f"samples={samples}, seq_len={seq_len} give no tokens: use at least 1 sample of 2 tokens.")
+    text = SEPARATOR.join(texts)
+    # verbose=False: a text longer than the model's context is the rule here, not a mistake.
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    windows = len(ids) // seq_len
+    if windows < samples:
+        way = f"use at most {windows} samples, or more text" if windows else "use shorter windows, or more text"
+        raise DataError(
+            f"samples={samples} of seq_len={seq_len} need {samples * seq_len:,} tokens and the text has {len(ids):,}: "
+            f"{way}."
+        )
+    order = torch.randperm(windows, generator=torch.Generator().manual_seed(seed))
+    chosen = order[:samples].sort().values
+    tokens = torch.tensor(ids[: windows * seq_len], dtype=torch.int64).view(windows, seq_len)[chosen]
+    identity = DataIdentity(
+        source=source_name(source),
+        text_sha256=hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest(),
+        tokenizer_sha256=tokenizer_hash(tokenizer),
+        samples=samples,
+        seq_len=seq_len,
+        seed=seed,
+        tokens=len(ids),
+    )
+    return tokens, identity
+
+
+def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 of what decides a tokenizer's ids: the rules of a fast tokenizer, the vocabulary of a slow one."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules = json.loads(backend.to_str()) if backend is not None else {"vocab": tokenizer.get_vocab()}
+    # State of the last call, not of the tokenizer.
+    rules = {name: rule for name, rule in rules.items() if name not in ("padding", "truncation")}
+    return hashlib.sha256(json.dumps(rules, sort_keys=True).encode()).hexdigest()
