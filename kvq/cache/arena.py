@@ -1,19 +1,23 @@
-"""Paged storage: slabs of page records that grow without copying what is there, and the tables that map to them."""
+"""Paged storage: slabs of page records that grow without copying what is there, read through page tables."""
+
+from bisect import bisect_right
+from functools import lru_cache
 
 import torch
 
 from kvq.kernels import bits as bits_ops
 from kvq.kernels.spec import PageLayout, SideLayout
 from kvq.quantizers import Codec, PackedKV
-from kvq.quantizers.packed import pack_pages
 
-FIRST_SLAB_PAGES = 16
+# Unused pages are at most the larger of these: two pages, or one 64th of the arena.
+MIN_SLAB_PAGES = 2
+SLAB_SHARE = 64
 
 
 class Arena:
-    """Page records of one layer (or head group): ``[pages, kv_heads, record_bytes]`` uint8, in slabs.
+    """Page records of one head group: ``[pages, kv_heads, record_bytes]`` uint8, in slabs.
 
-    A page id is global over the slabs. Fresh pages are zero, so that metadata of tokens not yet written stays finite.
+    A page id counts over all slabs. Pages are zero when taken, so metadata of tokens not yet written stays finite.
     """
 
     def __init__(self, layout: PageLayout, kv_heads: int, device: torch.device):
@@ -21,74 +25,54 @@ class Arena:
         self.kv_heads = kv_heads
         self.device = device
         self.slabs: list[torch.Tensor] = []
-        self.free: list[int] = []
+        self.starts: list[int] = []
         self.pages = 0
+        self.free: list[int] = []
 
     def allocate(self, count: int) -> list[int]:
-        """Take ``count`` zeroed pages; consecutive ids whenever a new slab can serve them all."""
-        if len(self.free) >= count:
-            taken, self.free = self.free[:count], self.free[count:]
-            return taken
-        # The slab doubles the arena, so n pages cost O(log n) allocations and no copy.
-        size = max(FIRST_SLAB_PAGES, self.pages, count)
-        slab = torch.zeros(size, self.kv_heads, self.layout.record_bytes, dtype=torch.uint8, device=self.device)
-        ids = list(range(self.pages, self.pages + size))
-        self.slabs.append(slab)
-        self.pages += size
-        self.free += ids[count:]
-        return ids[:count]
+        """Take ``count`` zeroed pages, neighbours wherever possible."""
+        if len(self.free) < count:
+            size = max(MIN_SLAB_PAGES, self.pages // SLAB_SHARE, count - len(self.free))
+            shape = (size, self.kv_heads, self.layout.record_bytes)
+            self.slabs.append(torch.zeros(shape, dtype=torch.uint8, device=self.device))
+            self.starts.append(self.pages)
+            self.free += range(self.pages, self.pages + size)
+            self.pages += size
+        taken, self.free = self.free[:count], self.free[count:]
+        return taken
 
     def release(self, ids: set[int]) -> None:
-        """Give pages back; they are zeroed when given back, not when taken."""
+        """Give pages back, zeroed."""
         for page in ids:
-            slab, index = self._locate(page)
-            slab[index].zero_()
+            self._view([page]).zero_()
         self.free = sorted([*self.free, *ids])
 
-    def _locate(self, page: int) -> tuple[torch.Tensor, int]:
-        for slab in self.slabs:
-            if page < len(slab):
-                return slab, page
-            page -= len(slab)
-        raise AssertionError(f"page {page} beyond the arena")
+    def _view(self, ids: list[int]) -> torch.Tensor | None:
+        """The records as a view, if the pages are neighbours in one slab."""
+        index = bisect_right(self.starts, ids[0]) - 1
+        first = ids[0] - self.starts[index]
+        if ids[-1] - ids[0] != len(ids) - 1 or first + len(ids) > len(self.slabs[index]):
+            return None
+        if ids != list(range(ids[0], ids[0] + len(ids))):
+            return None
+        return self.slabs[index][first : first + len(ids)]
+
+    def _spans(self, ids: list[int]):
+        """Split ids into runs that are views: yields (position of the run, view)."""
+        start = 0
+        while start < len(ids):
+            index = bisect_right(self.starts, ids[start]) - 1
+            limit = self.starts[index] + len(self.slabs[index])
+            stop = start + 1
+            while stop < len(ids) and ids[stop] == ids[stop - 1] + 1 and ids[stop] < limit:
+                stop += 1
+            yield slice(start, stop), self._view(ids[start:stop])
+            start = stop
 
     def records(self, ids: list[int]) -> torch.Tensor:
-        """Records of the pages, [len(ids), kv_heads, record_bytes]; a view if they are neighbours in one slab."""
-        slab, index = self._locate(ids[0])
-        if index + len(ids) <= len(slab) and ids == list(range(ids[0], ids[0] + len(ids))):
-            return slab[index : index + len(ids)]
-        parts, start = [], 0
-        for slab in self.slabs:
-            here = [(i, page - start) for i, page in enumerate(ids) if start <= page < start + len(slab)]
-            if here:
-                order, local = zip(*here)
-                parts.append((order, slab[torch.tensor(local, device=self.device)]))
-            start += len(slab)
-        out = torch.empty(len(ids), *parts[0][1].shape[1:], dtype=torch.uint8, device=self.device)
-        for order, data in parts:
-            out[torch.tensor(order, device=self.device)] = data
-        return out
-
-    def store(self, ids: list[int], side: str, words: torch.Tensor, meta: torch.Tensor) -> None:
-        """Write one side of whole pages. words [len(ids), kv_heads, ...], meta [len(ids), kv_heads, ...]."""
-        start = 0
-        for slab in self.slabs:
-            here = [(i, page - start) for i, page in enumerate(ids) if start <= page < start + len(slab)]
-            start += len(slab)
-            if not here:
-                continue
-            order, local = zip(*here)
-            if local == tuple(range(local[0], local[0] + len(local))) and order == tuple(
-                range(order[0], order[0] + len(order))
-            ):
-                target, source = slab[local[0] : local[0] + len(local)], slice(order[0], order[0] + len(order))
-                self.words(target, side).copy_(words[source])
-                self.meta(target, side).copy_(meta[source])
-            else:
-                target, source = slab[torch.tensor(local, device=self.device)], list(order)
-                self.words(target, side).copy_(words[source])
-                self.meta(target, side).copy_(meta[source])
-                slab[torch.tensor(local, device=self.device)] = target
+        """Records of the pages, [len(ids), kv_heads, record_bytes]; a copy if they are not neighbours."""
+        view = self._view(ids)
+        return view if view is not None else torch.cat([view for _, view in self._spans(ids)])
 
     def words(self, records: torch.Tensor, side: str) -> torch.Tensor:
         """The words section of records, shaped as the side's layout says (int16, or uint8 for e4m3)."""
@@ -109,73 +93,67 @@ class Arena:
 
         ``tables`` holds one list of page ids per row, all of one length.
         """
-        rows, pages = len(tables), len(tables[0])
         # Rows that grow together own interleaved pages, so page-major order is often one view.
-        ids = [table[p] for p in range(pages) for table in tables]
-        records = self.records(ids).unflatten(0, (pages, rows))
-        words, meta = self.words(records, side), self.meta(records, side)
-        order = (1, 2, 0)
-        words = words.permute(*order, *range(3, words.ndim))
-        meta = meta.permute(*order, *range(3, meta.ndim))
-        return PackedKV(words=words, meta=meta, codec=codec, layout=self.layout.side(side))
+        ids = [page for pages in zip(*tables) for page in pages]
+        records = self.records(ids).unflatten(0, (-1, len(tables))).permute(1, 2, 0, 3)
+        return PackedKV(
+            words=self.words(records, side), meta=self.meta(records, side), codec=codec, layout=self.layout.side(side)
+        )
+
+    def write_pages(self, ids: list[int], side: str, words: torch.Tensor, meta: torch.Tensor) -> None:
+        """Write one side of whole pages: words and meta [len(ids), kv_heads, ...]."""
+        for where, view in self._spans(ids):
+            self.words(view, side).copy_(words[where])
+            self.meta(view, side).copy_(meta[where])
+
+    def write_tokens(self, page: int, side: str, start: int, codes: torch.Tensor, meta: torch.Tensor) -> None:
+        """Write tokens [start, start + t) of one page, keeping the tokens before ``start``.
+
+        codes [kv_heads, t, head_dim] uint8, meta as the codec's encode gives it. Tokens are written in order, so
+        what the page holds after them is not kept.
+        """
+        layout, view, count = self.layout.side(side), self._view([page])[0], codes.shape[-2]
+        if layout.format == "e4m3":
+            self.words(view, side)[:, start : start + count] = codes
+            return
+        _merge_words(self.words(view, side), layout, start, codes)
+        per = 1 if layout.axis == "token" else layout.group
+        self.meta(view, side)[:, start // per : (start + count) // per] = meta
 
     @property
     def nbytes(self) -> int:
         """Allocated bytes, free pages included."""
         return sum(slab.nbytes for slab in self.slabs)
 
-
-def write_tokens(
-    arena: Arena, ids: list[int], side: str, start: int, codes: torch.Tensor, meta: torch.Tensor
-) -> None:
-    """Write tokens [start, start + t) of one page per row, keeping the tokens before ``start``.
-
-    codes [rows, kv_heads, t, head_dim], meta as the codec's encode gives it. Later tokens of the page are undefined
-    afterwards: tokens are written in order.
-    """
-    layout = arena.layout.side(side)
-    count = codes.shape[-2]
-    records = arena.records(ids)
-    shared = records.data_ptr() != arena.records(ids).data_ptr()
-    if layout.format == "e4m3":
-        arena.words(records, side)[:, :, start : start + count] = codes
-    else:
-        _merge_words(arena.words(records, side), layout, start, codes)
-        per = 1 if layout.axis == "token" else layout.group
-        arena.meta(records, side)[:, :, start // per : (start + count) // per] = meta
-    if shared:
-        arena.store(ids, side, arena.words(records, side), arena.meta(records, side))
+    def to(self, device: torch.device) -> None:
+        """Move the slabs (offloading)."""
+        self.device = device
+        self.slabs = [slab.to(device) for slab in self.slabs]
 
 
 def _merge_words(words: torch.Tensor, layout: SideLayout, start: int, codes: torch.Tensor) -> None:
-    """Merge codes of tokens [start, start + t) into words [rows, kv_heads, page rows, container words, width]."""
-    lead, count = codes.shape[:2], codes.shape[2]
+    """Merge codes [kv_heads, t, head_dim] of tokens from ``start`` into words [kv_heads, rows, container words, width]."""
+    heads, count = codes.shape[:2]
     if count == 1:
         # One token touches one row of containers.
         part, row = divmod(start, layout.rows)
-        frame = codes.new_zeros(*lead, layout.parts, 1, layout.head_dim)
-        frame[:, :, part, 0] = codes[:, :, 0]
-        target = words[:, :, row : row + 1]
-        keep = _keep_mask(layout, part, 1, words.device) if part else None
+        frame = codes.new_zeros(heads, layout.parts, 1, layout.head_dim)
+        frame[:, part, 0] = codes[:, 0]
+        target, keep = words[:, row : row + 1], _keep_mask(layout, part, 1, words.device)
     else:
-        frame = codes.new_zeros(*lead, layout.page_tokens, layout.head_dim)
-        frame[:, :, start : start + count] = codes
-        frame = frame.view(*lead, layout.parts, layout.rows, layout.head_dim)
-        target = words
-        keep = _keep_mask(layout, start, layout.rows, words.device) if start else None
+        frame = codes.new_zeros(heads, layout.page_tokens, layout.head_dim)
+        frame[:, start : start + count] = codes
+        frame = frame.view(heads, layout.parts, layout.rows, layout.head_dim)
+        target, keep = words, _keep_mask(layout, start, layout.rows, words.device)
     packed = bits_ops.pack_rows(frame, layout)
-    target.copy_(packed if keep is None else target & keep | packed)
+    target.copy_(packed if keep is None else (target & keep) | packed)
 
 
-def _keep_mask(layout: SideLayout, before: int, rows: int, device: torch.device) -> torch.Tensor:
-    """Word mask of the tokens (or, for one row, the parts) before ``before``."""
-    ones = torch.zeros(layout.parts, rows, layout.head_dim, dtype=torch.uint8, device=device)
-    full = (1 << layout.bits) - 1
-    if rows == 1:
-        ones[:before] = full
-    else:
-        ones.view(-1, layout.head_dim)[:before] = full
-    return bits_ops.pack_rows(ones, layout)
-
-
-__all__ = ["Arena", "pack_pages", "write_tokens"]
+@lru_cache(maxsize=1024)
+def _keep_mask(layout: SideLayout, before: int, rows: int, device: torch.device) -> torch.Tensor | None:
+    """Word mask of the first ``before`` tokens (of the first ``before`` parts for a single row); None if there are none."""
+    if before == 0:
+        return None
+    frame = torch.zeros(layout.parts * rows, layout.head_dim, dtype=torch.uint8, device=device)
+    frame[:before] = (1 << layout.bits) - 1
+    return bits_ops.pack_rows(frame.view(layout.parts, rows, layout.head_dim), layout)

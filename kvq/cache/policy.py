@@ -36,3 +36,8 @@ class FlushRule:
     def seen(self, position: int) -> int:
         """Packed tokens that the query at ``position`` (0-based) reads when tokens arrive one by one."""
         return self.packed(position)
+
+    @property
+    def longest_tail(self) -> int:
+        """Most exact tokens (sinks excluded) that a step of one token can hold."""
+        return self.unit if self.unit > 1 else self.window + 1

@@ -1,0 +1,169 @@
+"""Attention over one head group's segments: sinks | packed pages | exact window, merged by log-sum-exp."""
+
+from dataclasses import dataclass
+
+import torch
+
+from kvq.cache.plan import SIDES
+from kvq.cache.store import HeadStore, Snapshot, View, group_rows
+from kvq.kernels.decode import Partial, merge_partials, partial_attention
+
+# Numbers unpacked at once, and scores held at once: a tile fits a core's cache, never the whole past.
+TILE_NUMBERS = 1 << 20
+TILE_SCORES = 1 << 22
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What a model adds to plain attention: logit softcap, and learned sinks (one extra logit a query head)."""
+
+    scaling: float
+    softcap: float | None = None
+    sinks: torch.Tensor | None = None
+
+
+def attend(
+    store: HeadStore, snapshot: Snapshot, q: torch.Tensor, mask: torch.Tensor | None, valid: torch.Tensor | None, options
+) -> torch.Tensor:
+    """Attention of the update's queries q [B, kv_heads, group, L, head_dim], same shape out.
+
+    mask   [B, 1, L, stored columns] (bool, True = attend, or additive) with one list of columns per row, or None; the
+           caller has reduced its columns to real tokens: ``mask[b]`` is [L, tokens of row b].
+    valid  [B, L] real query tokens, or None for all. Rows of pads come out as zeros.
+    """
+    out = torch.zeros_like(q)
+    keys = list(zip(snapshot.before, snapshot.added))
+    if valid is not None and not bool(valid.all()):
+        for b, (before, added) in enumerate(keys):
+            real = valid[b].nonzero().squeeze(1).to(q.device)
+            rows_mask = None if mask is None else mask[b][real].unsqueeze(0)
+            if added:
+                part = _attend_rows(store, snapshot, [b], before, added, q[b : b + 1, :, :, real], rows_mask, options)
+                out[b : b + 1, :, :, real] = part
+        return out
+    for rows in group_rows(keys):
+        before, added = keys[rows[0]]
+        everyone = len(rows) == len(keys)
+        rows_mask = None if mask is None else torch.stack([mask[b] for b in rows])
+        part = _attend_rows(store, snapshot, rows, before, added, q if everyone else q[rows], rows_mask, options)
+        if everyone:
+            return part
+        out[rows] = part
+    return out
+
+
+def _attend_rows(store, snapshot, rows, before, added, q, mask, options: Options) -> torch.Tensor:
+    """Rows of equal length. q [b, K, G, L, D], mask [b, L, tokens] or None."""
+    outputs = []
+    for view in store.views(before, added):
+        end = before + view.stop
+        queries = q[:, :, :, view.start : view.stop]
+        bias = _bias(mask, view, before, queries, end)
+        partials = _Segments(store, snapshot, rows, before + added, options, queries, bias).partials(view, end)
+        merged = merge_partials(partials)
+        outputs.append(merged.view(*queries.shape))
+    return torch.cat(outputs, dim=3).to(q.dtype) if len(outputs) > 1 else outputs[0].to(q.dtype)
+
+
+def _bias(mask, view: View, before: int, q: torch.Tensor, end: int) -> torch.Tensor | None:
+    """Additive mask [b, 1, 1, l, end] of the view's queries, causality included; None if everything is visible."""
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    length = view.stop - view.start
+    bias = None
+    if length > 1:
+        position = torch.arange(before + view.start, before + view.stop, device=q.device)
+        future = torch.arange(end, device=q.device) > position.unsqueeze(1)
+        bias = torch.zeros(1, length, end, dtype=dtype, device=q.device).masked_fill_(future, -torch.inf)
+    if mask is not None:
+        own = mask[:, view.start : view.stop, :end]
+        own = torch.zeros_like(own, dtype=dtype).masked_fill_(~own, -torch.inf) if own.dtype == torch.bool else own.to(dtype)
+        bias = own if bias is None else bias + own
+    return None if bias is None else bias[:, None, None]
+
+
+class _Segments:
+    """The partial results of one row group's segments for one view."""
+
+    def __init__(self, store: HeadStore, snapshot: Snapshot, rows, total: int, options: Options, q, bias):
+        self.store, self.snapshot, self.rows, self.options, self.bias = store, snapshot, rows, options, bias
+        self.sinks = min(store.group.sinks, total)
+        self.body = max(0, total - store.group.sinks)
+        dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+        b, K, G, L, D = q.shape
+        self.shape = (b, K, G, L)
+        self.q = (q.to(dtype) * options.scaling).reshape(b, K, G * L, D)
+
+    def partials(self, view: View, end: int) -> list[Partial]:
+        """Segments over tokens [0, end): sinks, packed, packed on one side only, exact."""
+        found = []
+        visible = max(0, end - self.store.group.sinks)
+        packed = {side: min(view.packed[side], visible) for side in SIDES}
+        low, high = min(packed.values()), max(packed.values())
+        if self.sinks:
+            found.append(self._exact_sinks(min(self.sinks, end)))
+        for start, stop in self._tiles(low):
+            found.append(self._segment(start, stop, {"key", "value"}))
+        if high > low:
+            found.append(self._segment(low, high, {side for side in SIDES if packed[side] > low}))
+        if visible > high:
+            found.append(self._segment(high, visible, set()))
+        if self.options.sinks is not None:
+            found.append(self._learned_sinks())
+        return found
+
+    def _tiles(self, stop: int):
+        """Whole-page spans of the packed tokens, sized to the unpacking budget."""
+        b, K, G, L = self.shape
+        size = self.store.group.layout.page_tokens
+        tokens = min(TILE_NUMBERS // (b * K * self.q.shape[-1]), TILE_SCORES // (b * K * G * L))
+        step = max(1, tokens // size) * size
+        return [(start, min(start + step, stop)) for start in range(0, stop, step)]
+
+    def _segment(self, start: int, stop: int, packed: set[str]) -> Partial:
+        """Body tokens [start, stop); ``packed`` names the sides that are read from pages."""
+        offset = self.store.group.sinks
+        if "key" in packed:
+            pages, first, _ = self._pages("key", start, stop)
+            scores = pages.scores(self.q)[..., start - first : stop - first]
+        else:
+            scores = self.q @ self._exact("key", start, stop).transpose(-1, -2)
+        scores = self._finish(scores, offset + start, offset + stop)
+        if "value" not in packed:
+            return partial_attention(scores, lambda weights: weights @ self._exact("value", start, stop))
+        pages, first, last = self._pages("value", start, stop)
+        pad = (start - first, last - stop)
+        return partial_attention(
+            scores, lambda weights: pages.weighted_sum(torch.nn.functional.pad(weights, pad) if any(pad) else weights)
+        )
+
+    def _exact_sinks(self, count: int) -> Partial:
+        keys, values = (self.store.sinks[side][self.rows][:, :, :count].to(self.q.dtype) for side in SIDES)
+        scores = self._finish(self.q @ keys.transpose(-1, -2), 0, count)
+        return partial_attention(scores, lambda weights: weights @ values)
+
+    def _learned_sinks(self) -> Partial:
+        b, K, G, L = self.shape
+        logit = self.options.sinks.to(self.q.dtype).view(1, K, G, 1).expand(b, K, G, L).reshape(b, K, G * L)
+        return torch.zeros_like(self.q), logit
+
+    def _finish(self, scores: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+        """Softcap and mask for tokens [start, stop)."""
+        if self.options.softcap is not None:
+            scores = self.options.softcap * torch.tanh(scores / self.options.softcap)
+        if self.bias is None:
+            return scores
+        b, K, G, L = self.shape
+        return (scores.view(b, K, G, L, -1) + self.bias[..., start:stop]).view_as(scores)
+
+    def _pages(self, side: str, start: int, stop: int):
+        size = self.store.group.layout.page_tokens
+        first, last = start // size, -(-stop // size)
+        tables = [self.store.tables[row][first:last] for row in self.rows]
+        return self.store.arena.packed(tables, side, self.store.group.codecs[side]), first * size, last * size
+
+    def _exact(self, side: str, start: int, stop: int) -> torch.Tensor:
+        exact = self.snapshot.exact[side]
+        end = exact.shape[2]
+        tokens = exact[:, :, end - (self.body - start) : end - (self.body - stop)]
+        tokens = tokens if len(self.rows) == exact.shape[0] else tokens[self.rows]
+        return tokens.to(self.q.dtype)

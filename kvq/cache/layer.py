@@ -1,0 +1,285 @@
+"""A decoder layer's packed cache, behind the transformers cache-layer interface."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer
+
+from kvq.cache.attend import Options, attend
+from kvq.cache.plan import SIDES, CachePlan, HeadGroup
+from kvq.cache.store import HeadStore, Snapshot, group_rows
+from kvq.errors import CacheError
+
+# The attribute by which the tensors that `update` returns carry the packed storage to the attention function.
+HANDLE = "kvq_handle"
+
+
+class Padding:
+    """Which columns of the running forward are real tokens, shared by a cache's layers. ``mask`` [B, T] or None."""
+
+    def __init__(self):
+        self.mask: torch.Tensor | None = None
+
+    def columns(self, start: int, length: int) -> torch.Tensor | None:
+        """Mask of columns [start, start + length), or None if all are real."""
+        if self.mask is None or self.mask.shape[1] < start + length:
+            return None
+        part = self.mask[:, start : start + length]
+        return None if bool(part.all()) else part
+
+
+@dataclass(frozen=True, kw_only=True)
+class Handle:
+    """One update of a packed layer, as the attention function needs it."""
+
+    layer: "PackedLayer"
+    snapshots: list[Snapshot]
+    columns: torch.Tensor | None
+    start: int
+
+    @property
+    def is_prompt(self) -> bool:
+        """True if nothing was stored before: the returned tensors are the exact keys and values."""
+        return self.start == 0
+
+    def attend(self, query: torch.Tensor, mask: torch.Tensor | None, options: Options) -> torch.Tensor:
+        """Attention of query [B, H, L, D] over the packed segments; mask [B, 1, L, columns] or None. Same shape out."""
+        B, H, L, D = query.shape
+        heads = sum(len(store.group.heads) for store in self.layer.stores)
+        grouped = query.view(B, heads, H // heads, L, D)
+        row_masks = None if mask is None else self._row_masks(mask, B)
+        if len(self.layer.stores) == 1:
+            return attend(self.layer.stores[0], self.snapshots[0], grouped, row_masks, self.columns, options).view(
+                B, H, L, D
+            )
+        out = torch.empty_like(grouped)
+        for store, snapshot in zip(self.layer.stores, self.snapshots):
+            own = list(store.group.heads)
+            sinks = None if options.sinks is None else options.sinks.view(heads, -1)[own].flatten()
+            part = Options(scaling=options.scaling, softcap=options.softcap, sinks=sinks)
+            out[:, own] = attend(store, snapshot, grouped[:, own], row_masks, self.columns, part)
+        return out.view(B, H, L, D)
+
+    def _row_masks(self, mask: torch.Tensor, rows: int) -> list[torch.Tensor]:
+        """Drop the columns of pads: one [L, tokens] mask per row."""
+        mask = mask.expand(rows, *mask.shape[1:])[:, 0]
+        real = self.layer.real
+        total = self.start + self.snapshot_length
+        return [mask[b, :, :total] if real is None else mask[b, :, :total][:, real[b]] for b in range(rows)]
+
+    @property
+    def snapshot_length(self) -> int:
+        return self.layer.length - self.start
+
+
+class PackedLayer(CacheLayerMixin):
+    """Keys and values of one decoder layer: exact sinks, packed pages, exact window.
+
+    The first update returns the exact tensors, so prompt attention is exact. Later updates return dequantized tensors,
+    or, once the kvq attention function has shown that it reads the handle, NaN placeholders: a handle that gets lost
+    then shows at once instead of changing the result.
+    """
+
+    is_sliding = False
+    is_croppable = True
+    is_compileable = False
+
+    def __init__(self, groups: tuple[HeadGroup, ...], padding: Padding):
+        super().__init__()
+        self.groups = groups
+        self.padding = padding
+        self.stores: list[HeadStore] = []
+        self.length = 0
+        self.real: torch.Tensor | None = None
+        self.reads_handle = False
+        self.recording = False
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        heads = sum(len(group.heads) for group in self.groups)
+        expected = (heads, self.groups[0].head_dim)
+        for states in (key_states, value_states):
+            if (states.shape[1], states.shape[3]) != expected:
+                raise CacheError(
+                    f"a layer planned for (heads, head_dim) = {expected} was given {(states.shape[1], states.shape[3])}: "
+                    "the recipe was resolved for another model; resolve it again with kvq.make_plan."
+                )
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.stores = [HeadStore(group, key_states.shape[0], self.device) for group in self.groups]
+        for store in self.stores:
+            store.recording = self.recording
+        self.is_initialized = True
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        """Store new tokens [B, kv_heads, L, head_dim]; returns what attention must use, with the handle attached."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        start, new = self.length, key_states.shape[2]
+        if new == 0:
+            return key_states, value_states
+        columns = self.padding.columns(start, new)
+        self._note_columns(columns, key_states.shape[0], new)
+        self.length += new
+        snapshots = []
+        for store in self.stores:
+            own = slice(None) if len(self.stores) == 1 else list(store.group.heads)
+            states = {"key": key_states[:, own].detach(), "value": value_states[:, own].detach()}
+            snapshots.append(store.append(states, columns))
+        handle = Handle(layer=self, snapshots=snapshots, columns=columns, start=start)
+        if handle.is_prompt:
+            keys, values = key_states.view_as(key_states), value_states.view_as(value_states)
+        elif self.reads_handle:
+            shape = (*key_states.shape[:2], self.length, key_states.shape[3])
+            keys = values = key_states.new_full((1,), math.nan).expand(shape)
+        else:
+            keys, values = (self._dense(side, snapshots) for side in SIDES)
+        setattr(keys, HANDLE, handle)
+        return keys, values
+
+    def _note_columns(self, columns: torch.Tensor | None, rows: int, new: int) -> None:
+        """Remember which columns are real; ``real`` stays None while there are no pads at all."""
+        if columns is None and self.real is None:
+            return
+        if self.real is None:
+            self.real = torch.ones(rows, self.length, dtype=torch.bool, device=self.device)
+        fresh = torch.ones(rows, new, dtype=torch.bool, device=self.device) if columns is None else columns
+        self.real = torch.cat([self.real, fresh.to(self.device)], dim=1)
+
+    def _dense(self, side: str, snapshots: list[Snapshot] | None) -> torch.Tensor:
+        """Dequantized tensor [B, kv_heads, columns, head_dim]; pads are zero.
+
+        With snapshots, as the update's queries must see it; without, as it is stored now.
+        """
+        B = len(self.stores[0].counts)
+        heads = sum(len(group.heads) for group in self.groups)
+        out = torch.zeros(B, heads, self.length, self.groups[0].head_dim, dtype=self.dtype, device=self.device)
+        for i, store in enumerate(self.stores):
+            own = list(store.group.heads)
+            snapshot = snapshots[i] if snapshots else None
+            keys = list(zip(snapshot.before, snapshot.added)) if snapshot else [(n, 0) for n in store.counts]
+            for rows in group_rows(keys):
+                dense = store.dequantized(side, rows, snapshot)
+                for j, b in enumerate(rows):
+                    target = dense[j] if self.real is None else _scatter(dense[j], self.real[b])
+                    out[b, own] = target
+        return out
+
+    @property
+    def keys(self) -> torch.Tensor | None:
+        """Dequantized keys of the stored state, computed on demand."""
+        return self._dense("key", None) if self.is_initialized and self.length else None
+
+    @keys.setter
+    def keys(self, value) -> None:
+        assert value is None, "a packed layer's keys are read-only"
+
+    @property
+    def values(self) -> torch.Tensor | None:
+        """Dequantized values of the stored state, computed on demand."""
+        return self._dense("value", None) if self.is_initialized and self.length else None
+
+    @values.setter
+    def values(self, value) -> None:
+        assert value is None, "a packed layer's values are read-only"
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.length + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def get_max_cache_shape(self) -> int:
+        """The name of ``get_max_length`` up to transformers 5.17."""
+        return -1
+
+    def reset(self) -> None:
+        """Forget every token; storage is released."""
+        self.stores, self.length, self.real, self.is_initialized = [], 0, None, False
+
+    def activate_past_recording(self) -> None:
+        """Keep recent tokens exact beyond the policy, so that a rejected draft can be cropped away."""
+        self.recording = True
+        for store in self.stores:
+            store.recording = True
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the newest tokens; the argument is zero or negative. Raises CacheError beyond what is still exact."""
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop({tokens_to_remove}): pass a negative number, the tokens to remove from the end.")
+        count = -tokens_to_remove
+        if count == 0 or not self.is_initialized:
+            return
+        if self.real is not None and not bool(self.real[:, self.length - count :].all()):
+            raise CacheError(f"cannot remove {count} columns: some of them are pads in some rows.")
+        for store in self.stores:
+            store.crop(count)
+        self.length -= count
+        self.real = None if self.real is None else self.real[:, : self.length]
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Take rows by index; full pages are shared between copies of a row, never duplicated."""
+        if not self.is_initialized:
+            return
+        if indices.dtype == torch.bool:
+            indices = indices.nonzero().squeeze(1)
+        for store in self.stores:
+            store.select(indices)
+        self.real = None if self.real is None else self.real[indices.to(self.real.device)]
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.is_initialized:
+            rows = torch.arange(len(self.stores[0].counts), device=self.device)
+            self.batch_select_indices(rows.repeat_interleave(repeats))
+
+    def offload(self) -> None:
+        for store in self.stores:
+            store.to(torch.device("cpu"))
+
+    def prefetch(self) -> None:
+        for store in self.stores:
+            store.to(self.device)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held: pages, exact windows and sinks, allocated room included."""
+        return sum(store.nbytes for store in self.stores)
+
+
+def _scatter(tokens: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+    """Put tokens [kv_heads, n, head_dim] at the real columns of [kv_heads, columns, head_dim]."""
+    out = tokens.new_zeros(tokens.shape[0], len(real), tokens.shape[2])
+    out[:, real] = tokens
+    return out
+
+
+def pack_cache(cache, plan: CachePlan) -> None:
+    """Replace, in place, the plain full-attention layers of a fresh DynamicCache by packed ones."""
+    padding = Padding()
+    if cache.layer_class_to_replicate is DynamicLayer:
+        cache.layers += [DynamicLayer() for _ in range(len(cache.layers), len(plan.model.layers))]
+    for index, groups in plan.layers.items():
+        layer = cache.layers[index]
+        if type(layer) is DynamicLayer and not layer.is_initialized:
+            cache.layers[index] = PackedLayer(groups, padding)
+
+
+def packed_layers(cache) -> list[PackedLayer]:
+    """The packed layers of a cache; empty for any other object."""
+    return [layer for layer in getattr(cache, "layers", ()) if isinstance(layer, PackedLayer)]
+
+
+def cache_nbytes(cache) -> int:
+    """Measured bytes of any transformers cache: packed storage and plain tensors."""
+    total = 0
+    for layer in cache.layers:
+        if isinstance(layer, PackedLayer):
+            total += layer.nbytes
+        else:
+            total += sum(t.nbytes for t in (layer.keys, layer.values) if t is not None)
+    return total

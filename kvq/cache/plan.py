@@ -1,0 +1,134 @@
+"""From recipe and model to what each layer stores: codecs, flush rules and page layouts, and the bytes they will take."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from kvq.cache.policy import FlushRule
+from kvq.cache.tail import HEADROOM
+from kvq.errors import RecipeError
+from kvq.kernels.spec import PageLayout
+from kvq.models.describe import ModelSpec
+from kvq.quantizers import Codec, build_codec
+from kvq.recipe import HeadSpec, Recipe
+
+SIDES = ("key", "value")
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadGroup:
+    """KV heads of one layer that are stored alike: their indices, codecs, rules and page layout."""
+
+    heads: tuple[int, ...]
+    head_dim: int
+    sinks: int
+    codecs: Mapping[str, Codec]
+    rules: Mapping[str, FlushRule]
+    layout: PageLayout
+
+    def predicted_bytes(self, tokens: int, itemsize: int) -> int:
+        """Bytes of one sequence of ``tokens`` tokens: whole pages, exact tokens and their headroom.
+
+        ``itemsize``: bytes per number of the model's dtype.
+        """
+        numbers = len(self.heads) * self.head_dim
+        pages = -(-max(rule.packed(tokens) for rule in self.rules.values()) // self.layout.page_tokens)
+        total = pages * self.layout.record_bytes * len(self.heads)
+        for rule in self.rules.values():
+            exact = max(0, tokens - self.sinks) - rule.packed(tokens)
+            exact = min(exact + HEADROOM, rule.longest_tail + HEADROOM) if exact or pages else 0
+            total += (exact + self.sinks) * numbers * itemsize
+        return total
+
+    @property
+    def bits_per_element(self) -> float:
+        """Asymptotic bits per stored number: codes and metadata, keys and values averaged."""
+        return (self.layout.key.bits_per_element + self.layout.value.bits_per_element) / 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class CachePlan:
+    """What a recipe does to a model: head groups by layer index; a layer that is absent keeps its plain cache."""
+
+    recipe: Recipe
+    model: ModelSpec
+    layers: Mapping[int, tuple[HeadGroup, ...]]
+
+    def predicted_bytes(self, tokens: int, itemsize: int | None = None) -> int:
+        """Cache bytes of one sequence of ``tokens`` tokens over all layers, plain and sliding ones included."""
+        itemsize = itemsize or self.model.dtype.itemsize
+        total = 0
+        for layer in self.model.layers:
+            if layer.index in self.layers:
+                total += sum(group.predicted_bytes(tokens, itemsize) for group in self.layers[layer.index])
+            else:
+                kept = tokens if layer.window is None else min(tokens, layer.window - 1)
+                total += 2 * kept * layer.kv_heads * layer.head_dim * itemsize
+        return total
+
+    def elements(self, tokens: int) -> int:
+        """Numbers that an exact cache of the full-attention layers would hold."""
+        return sum(2 * tokens * layer.kv_heads * layer.head_dim for layer in self.model.full_layers)
+
+    @property
+    def bits_per_element(self) -> float:
+        """Asymptotic bits per number over the full-attention layers; exact layers count at the model's dtype."""
+        total, numbers = 0.0, 0
+        for layer in self.model.full_layers:
+            size = layer.kv_heads * layer.head_dim
+            groups = self.layers.get(layer.index, ())
+            stored = sum(len(g.heads) * layer.head_dim * g.bits_per_element for g in groups)
+            total += stored if groups else size * 8 * self.model.dtype.itemsize
+            numbers += size
+        return total / numbers
+
+
+def make_plan(recipe: Recipe, model: ModelSpec, scales: Mapping[str, float] | None = None) -> CachePlan:
+    """Resolve a recipe against a model.
+
+    scales   static scales by name ``layers.{i}.key.scale`` / ``layers.{i}.value.scale``, needed by calibrated float8
+             (see ``kvq.calib.scales``).
+    Raises RecipeError for a pattern that matches nothing, a group that does not divide, or missing scales.
+    """
+    count = len(model.layers)
+    recipe.check_patterns(count, {layer.index: layer.kv_heads for layer in model.full_layers})
+    layers = {}
+    for layer in model.full_layers:
+        specs: dict[HeadSpec, list[int]] = {}
+        for head in range(layer.kv_heads):
+            specs.setdefault(recipe.for_head(layer.index, head, count), []).append(head)
+        if any(spec.is_exact for spec in specs) and len(specs) > 1:
+            raise RecipeError(
+                f"layer {layer.index} mixes exact and quantized heads: keep the whole layer exact, or give its heads "
+                "8 bits."
+            )
+        if not next(iter(specs)).is_exact:
+            layers[layer.index] = tuple(
+                _head_group(spec, tuple(heads), layer.index, layer.head_dim, scales or {}) for spec, heads in specs.items()
+            )
+    return CachePlan(recipe=recipe, model=model, layers=layers)
+
+
+def _head_group(spec: HeadSpec, heads, layer: int, head_dim: int, scales: Mapping[str, float]) -> HeadGroup:
+    codecs = {}
+    for side in SIDES:
+        codec_spec = getattr(spec, side)
+        scale = 1.0
+        if codec_spec.scale == "calibrated":
+            name = f"layers.{layer}.{side}.scale"
+            if name not in scales:
+                raise RecipeError(
+                    f"{side}.scale=calibrated needs statistics of this model, and layer {layer} has none: run "
+                    "'kvq calibrate MODEL -o STATS' and pass --stats STATS, or set key.scale=unit value.scale=unit."
+                )
+            scale = float(scales[name])
+        codecs[side] = build_codec(codec_spec, head_dim, scale)
+    page_tokens = max(codec.page_tokens for codec in codecs.values())
+    return HeadGroup(
+        heads=heads,
+        head_dim=head_dim,
+        sinks=spec.tokens.sinks,
+        codecs=codecs,
+        rules={side: FlushRule.of(getattr(spec, side), spec.tokens) for side in SIDES},
+        layout=PageLayout(key=codecs["key"].layout(page_tokens), value=codecs["value"].layout(page_tokens)),
+    )
+

@@ -1,0 +1,252 @@
+"""One head group's cache: sinks | packed pages | exact window, for a batch of rows.
+
+The packed state is a function of each row's real tokens alone: pads are dropped on arrival, a token is quantized once,
+when its flush rule says so, and from the exact numbers.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from kvq.cache.arena import Arena
+from kvq.cache.plan import SIDES, HeadGroup
+from kvq.cache.tail import Tail
+from kvq.errors import CacheError
+from kvq.quantizers.packed import pack_pages
+
+# Exact tokens kept beyond the policy while past recording is on, so that `crop` can take back a rejected draft.
+RECORDED_TOKENS = 128
+
+
+@dataclass(frozen=True, kw_only=True)
+class View:
+    """What queries [start, stop) of one update read: counts per side of packed body tokens."""
+
+    start: int
+    stop: int
+    packed: dict[str, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Snapshot:
+    """One update: tokens per row before and added, and the exact tokens at hand, [B, kv_heads, any, head_dim].
+
+    ``exact`` is right-aligned: its last token is the newest of every row. Valid until the next update.
+    """
+
+    before: list[int]
+    added: list[int]
+    exact: dict[str, torch.Tensor]
+
+
+class HeadStore:
+    """Keys and values of the KV heads of ``group``, for ``rows`` sequences."""
+
+    def __init__(self, group: HeadGroup, rows: int, device: torch.device):
+        self.group = group
+        self.arena = Arena(group.layout, len(group.heads), device)
+        self.tables: list[list[int]] = [[] for _ in range(rows)]
+        self.counts = [0] * rows
+        self.packed = {side: [0] * rows for side in SIDES}
+        self.sinks: dict[str, torch.Tensor] = {}
+        self.tails = {side: Tail(rows) for side in SIDES}
+        self.recording = False
+
+    def append(self, new: dict[str, torch.Tensor], valid: torch.Tensor | None) -> "Snapshot":
+        """Store new tokens, {side: [B, kv_heads, L, head_dim]}, and pack what the rules say. ``valid`` [B, L] or None.
+
+        Returns the exact tokens as they were before packing: KIVI packs after the step's attention.
+        """
+        before = list(self.counts)
+        length = new["key"].shape[2]
+        added = [length] * len(before) if valid is None else valid.sum(1).tolist()
+        self.counts = [n + a for n, a in zip(before, added)]
+        exact = {}
+        for side in SIDES:
+            exact[side] = self.tails[side].extend(new[side], valid)
+            self._fill_sinks(side, exact[side], before)
+            self._flush(side, exact[side])
+        return Snapshot(before=before, added=added, exact=exact)
+
+    def _fill_sinks(self, side: str, exact: torch.Tensor, before: list[int]) -> None:
+        sinks = self.group.sinks
+        if not sinks or min(before) >= sinks:
+            return
+        if side not in self.sinks:
+            B, K, _, D = exact.shape
+            self.sinks[side] = exact.new_zeros(B, K, sinks, D)
+        for b, held in enumerate(before):
+            fresh = min(sinks, self.counts[b]) - held
+            if fresh > 0:
+                start = exact.shape[2] - (self.counts[b] - held)
+                self.sinks[side][b, :, held : held + fresh] = exact[b, :, start : start + fresh]
+        # Sinks never reach the tail's body: their share of the tail is skipped by the lengths set below.
+        self.tails[side].lengths = [
+            min(length, max(0, self.counts[b] - sinks)) for b, length in enumerate(self.tails[side].lengths)
+        ]
+
+    def _flush(self, side: str, exact: torch.Tensor) -> None:
+        """Pack every body token that the rule releases, then shorten the exact window."""
+        rule, done = self.group.rules[side], self.packed[side]
+        targets = [rule.packed(count) for count in self.counts]
+        for rows in group_rows(list(zip(done, targets, self.counts))):
+            start, stop, count = done[rows[0]], targets[rows[0]], self.counts[rows[0]]
+            if stop > start:
+                body = count - self.group.sinks
+                first = exact.shape[2] - (body - start)
+                tokens = exact[:, :, first : first + stop - start]
+                self._pack(side, rows, start, tokens if len(rows) == exact.shape[0] else tokens[rows])
+        self.packed[side] = [max(target, old) for target, old in zip(targets, done)]
+        keep = [
+            min(length, max(self._body(b) - self.packed[side][b], RECORDED_TOKENS if self.recording else 0))
+            for b, length in enumerate(self.tails[side].lengths)
+        ]
+        room = rule.longest_tail + (RECORDED_TOKENS if self.recording else 0)
+        self.tails[side].keep(keep, room)
+
+    def _body(self, row: int) -> int:
+        return max(0, self.counts[row] - self.group.sinks)
+
+    def _pack(self, side: str, rows: list[int], start: int, tokens: torch.Tensor) -> None:
+        """Encode tokens [len(rows), kv_heads, t, head_dim] of the body from ``start`` and write them to pages."""
+        codec, size = self.group.codecs[side], self.group.layout.page_tokens
+        layout = self.group.layout.side(side)
+        codes, meta = codec.encode(tokens)
+        stop = start + tokens.shape[2]
+        self._ensure_pages(rows, -(-stop // size))
+        per = codec.block_tokens
+        position = start
+        while position < stop:
+            page, offset = divmod(position, size)
+            whole = (stop - position) // size if offset == 0 else 0
+            taken = whole * size or min(size - offset, stop - position)
+            a, b = position - start, position - start + taken
+            part, part_meta = codes[:, :, a:b], meta[:, :, a // per : b // per]
+            if whole:
+                words = pack_pages(part, layout).transpose(1, 2).flatten(0, 1)
+                metas = part_meta.unflatten(2, (whole, -1)).transpose(1, 2).flatten(0, 1)
+                ids = [p for row in rows for p in self.tables[row][page : page + whole]]
+                self.arena.write_pages(ids, side, words, metas.reshape(-1, metas.shape[1], *layout.meta_shape))
+            else:
+                for i, row in enumerate(rows):
+                    self.arena.write_tokens(self.tables[row][page], side, offset, part[i], part_meta[i])
+            position += taken
+
+    def _ensure_pages(self, rows: list[int], pages: int) -> None:
+        missing = [row for row in rows if len(self.tables[row]) < pages]
+        if not missing:
+            return
+        have = len(self.tables[missing[0]])
+        if all(len(self.tables[row]) == have for row in missing):
+            ids = self.arena.allocate((pages - have) * len(missing))
+            # Page-major, so that a batch that grows together reads its pages as one view.
+            for i, row in enumerate(missing):
+                self.tables[row] += ids[i :: len(missing)]
+            return
+        for row in missing:
+            self.tables[row] += self.arena.allocate(pages - len(self.tables[row]))
+
+    def views(self, before: int, added: int) -> list[View]:
+        """What the ``added`` queries after ``before`` tokens read.
+
+        One view for all of them (a prompt chunk sees its own tokens exactly and the stored state of the chunks before
+        it). While past recording is on, a draft is verified as if its tokens came one by one: one view a query.
+        """
+        rules = self.group.rules
+        if not self.recording or before == 0:
+            return [View(start=0, stop=added, packed={side: rules[side].seen(before) for side in SIDES})]
+        return [
+            View(start=i, stop=i + 1, packed={side: rules[side].seen(before + i) for side in SIDES}) for i in range(added)
+        ]
+
+    def crop(self, count: int) -> None:
+        """Forget the newest ``count`` tokens of every row. Raises CacheError if they are no longer exact."""
+        for side in SIDES:
+            rule = self.group.rules[side]
+            for b, held in enumerate(self.tails[side].lengths):
+                body = max(0, self.counts[b] - count - self.group.sinks)
+                if body and held - count < body - rule.packed(self.counts[b] - count):
+                    raise CacheError(
+                        f"cannot remove {count} tokens: only {held} recent tokens are still exact, the others are "
+                        "quantized for good; call activate_past_recording() on the cache before generating a draft, or "
+                        f"remove at most {RECORDED_TOKENS} tokens at a time."
+                    )
+        self.counts = [n - count for n in self.counts]
+        for side in SIDES:
+            rule = self.group.rules[side]
+            self.tails[side].drop(count)
+            self.packed[side] = [min(p, rule.packed(n)) for p, n in zip(self.packed[side], self.counts)]
+
+    def select(self, index: torch.Tensor) -> None:
+        """Take rows by index (beams, batch changes). Pages that are still being filled are copied, full ones shared."""
+        order = index.tolist()
+        # With past recording on, a crop may reach back into the newest pages, so they are not shared.
+        margin = RECORDED_TOKENS if self.recording else 0
+        closed_tokens = [max(0, min(self.packed[side][b] for side in SIDES) - margin) for b in order]
+        full = [tokens // self.group.layout.page_tokens for tokens in closed_tokens]
+        owned: set[int] = set()
+        tables = []
+        for b, closed in zip(order, full):
+            table = list(self.tables[b])
+            for p in range(closed, len(table)):
+                if table[p] in owned:
+                    fresh = self.arena.allocate(1)
+                    self.arena.records(fresh).copy_(self.arena.records([table[p]]))
+                    table[p] = fresh[0]
+                owned.add(table[p])
+            tables.append(table)
+        unused = {p for table in self.tables for p in table} - {p for table in tables for p in table}
+        self.arena.release(unused)
+        self.tables = tables
+        self.counts = [self.counts[b] for b in order]
+        self.packed = {side: [self.packed[side][b] for b in order] for side in SIDES}
+        for side in SIDES:
+            self.tails[side].select(index)
+            if side in self.sinks:
+                self.sinks[side] = self.sinks[side].index_select(0, index.to(self.sinks[side].device))
+
+    def dequantized(self, side: str, rows: list[int], snapshot: Snapshot | None = None) -> torch.Tensor:
+        """All tokens of rows of equal length, [len(rows), kv_heads, tokens, head_dim], packed ones decoded.
+
+        With a snapshot, as its queries see them; without, as they are stored.
+        """
+        row = rows[0]
+        count, done = self.counts[row], self.packed[side][row]
+        if snapshot is not None:
+            count, done = snapshot.before[row] + snapshot.added[row], self.group.rules[side].seen(snapshot.before[row])
+        exact = max(0, count - self.group.sinks) - done
+        if snapshot is None:
+            tail = self.tails[side].last(rows, exact)
+        else:
+            tail = snapshot.exact[side]
+            tail = tail[rows][:, :, tail.shape[2] - exact :]
+        parts = [self.sinks[side][rows][:, :, : min(count, self.group.sinks)]] if side in self.sinks else []
+        if done:
+            pages = -(-done // self.group.layout.page_tokens)
+            packed = self.arena.packed([self.tables[b][:pages] for b in rows], side, self.group.codecs[side])
+            parts.append(packed.dequantize(_compute_dtype(tail.dtype))[:, :, :done].to(tail.dtype))
+        return torch.cat([*parts, tail], dim=2)
+
+    @property
+    def nbytes(self) -> int:
+        """Every byte held: pages (free ones included), sinks and exact windows."""
+        exact = sum(tail.nbytes for tail in self.tails.values()) + sum(s.nbytes for s in self.sinks.values())
+        return self.arena.nbytes + exact
+
+    def to(self, device: torch.device) -> None:
+        self.arena.to(device)
+        for tail in self.tails.values():
+            tail.to(device)
+        self.sinks = {side: s.to(device) for side, s in self.sinks.items()}
+
+
+def group_rows(keys: list) -> list[list[int]]:
+    """Rows with equal keys, in order of first appearance."""
+    groups: dict = {}
+    for row, key in enumerate(keys):
+        groups.setdefault(key, []).append(row)
+    return list(groups.values())
+
+
+def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    return dtype if dtype == torch.float64 else torch.float32

@@ -1,0 +1,105 @@
+"""The exact recent window of one side, right-aligned so that rows of different length share one buffer."""
+
+import torch
+
+# Free room at the end of the buffer, in tokens: the window moves to the front once every HEADROOM steps.
+HEADROOM = 16
+
+
+class Tail:
+    """The last tokens of every row, ``[B, kv_heads, capacity, head_dim]``.
+
+    Row b owns the ``lengths[b]`` tokens that end at the buffer's fill mark; rows fill at the same pace.
+    """
+
+    def __init__(self, rows: int):
+        self.buffer: torch.Tensor | None = None
+        self.end = 0
+        self.lengths = [0] * rows
+
+    @property
+    def longest(self) -> int:
+        return max(self.lengths, default=0)
+
+    def extend(self, x: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
+        """Append x [B, kv_heads, L, head_dim]; ``valid`` [B, L] marks tokens that exist (None: all).
+
+        Returns tail and new tokens, right-aligned, [B, kv_heads, longest, head_dim]; it stays valid until the next call.
+        """
+        new = x.shape[-2]
+        counts = [new] * len(self.lengths) if valid is None else valid.sum(1).tolist()
+        old = self.longest
+        if valid is None and self.buffer is not None and old:
+            joined = self._append(x, old)
+        else:
+            joined = x if not old else torch.cat([self._last(old), x], dim=2)
+            if valid is not None:
+                joined = _right_align(joined, self.lengths, old, valid)
+            self.buffer, self.end = joined, joined.shape[2]
+        self.lengths = [length + count for length, count in zip(self.lengths, counts)]
+        return self.buffer[:, :, self.end - self.longest : self.end]
+
+    def _append(self, x: torch.Tensor, old: int) -> torch.Tensor:
+        new = x.shape[2]
+        if self.end + new > self.buffer.shape[2]:
+            keep = self._last(old)
+            if old + new + HEADROOM > self.buffer.shape[2]:
+                shape = (*x.shape[:2], old + new + HEADROOM, x.shape[3])
+                self.buffer = x.new_empty(shape)
+            else:
+                keep = keep.clone()
+            self.buffer[:, :, :old] = keep
+            self.end = old
+        self.buffer[:, :, self.end : self.end + new] = x
+        self.end += new
+        return self.buffer
+
+    def _last(self, count: int) -> torch.Tensor:
+        return self.buffer[:, :, self.end - count : self.end]
+
+    def keep(self, lengths: list[int], room: int) -> None:
+        """Shorten every row to its last ``lengths[b]`` tokens; the buffer shrinks to about ``room`` tokens."""
+        self.lengths = lengths
+        if self.buffer is not None and self.buffer.shape[2] > room + HEADROOM:
+            kept = self._last(self.longest)
+            shape = (*kept.shape[:2], max(room, self.longest) + HEADROOM, kept.shape[3])
+            self.buffer = kept.new_empty(shape)
+            self.buffer[:, :, : self.longest] = kept
+            self.end = self.longest
+
+    def drop(self, count: int) -> None:
+        """Forget the newest ``count`` tokens of every row."""
+        self.end = max(0, self.end - count)
+        self.lengths = [max(0, length - count) for length in self.lengths]
+
+    def last(self, rows: list[int], count: int) -> torch.Tensor:
+        """The last ``count`` tokens of some rows, [len(rows), kv_heads, count, head_dim]."""
+        tail = self._last(count)
+        return tail if len(rows) == tail.shape[0] else tail[rows]
+
+    def select(self, index: torch.Tensor) -> None:
+        """Take rows by index, for beams and batch changes."""
+        order = index.tolist()
+        self.lengths = [self.lengths[i] for i in order]
+        if self.buffer is not None:
+            self.buffer = self.buffer.index_select(0, index.to(self.buffer.device))
+
+    @property
+    def nbytes(self) -> int:
+        return 0 if self.buffer is None else self.buffer.nbytes
+
+    def to(self, device: torch.device) -> None:
+        if self.buffer is not None:
+            self.buffer = self.buffer.to(device)
+
+
+def _right_align(joined: torch.Tensor, lengths: list[int], old: int, valid: torch.Tensor) -> torch.Tensor:
+    """Move every row's real tokens to the right end; what precedes them is undefined."""
+    held = torch.arange(old) >= old - torch.tensor(lengths).unsqueeze(1)
+    real = torch.cat([held, valid.cpu()], dim=1)
+    # A stable sort puts the unreal tokens first and keeps the order of the others.
+    order = torch.argsort(real.to(torch.int8), dim=1, stable=True)
+    if torch.equal(order, torch.arange(order.shape[1]).expand_as(order)):
+        return joined
+    order = order.to(joined.device)[:, None, :, None].expand_as(joined)
+    return joined.gather(2, order)

@@ -1,0 +1,86 @@
+"""The ``kvq`` attention function: packed segments where a layer is packed, the model's own attention elsewhere."""
+
+import torch
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from kvq.cache import HANDLE
+from kvq.cache.attend import Options
+from kvq.errors import UnsupportedModelError
+
+NAME = "kvq"
+
+
+def register() -> None:
+    """Register the attention function and its mask under the name ``kvq``; safe to repeat."""
+    AttentionInterface.register(NAME, kvq_attention)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+def kvq_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """Attention of query [B, H, L, D]; returns [B, L, H, D] and no weights.
+
+    ``key`` carries the handle of a packed layer; without one (sliding layers, no cache) this is ordinary attention.
+    """
+    options = options_of(module, query, scaling, kwargs)
+    handle = getattr(key, HANDLE, None)
+    if handle is not None:
+        handle.layer.reads_handle = True
+        if not handle.is_prompt:
+            return handle.attend(query, attention_mask, options).transpose(1, 2).contiguous(), None
+    if options.softcap is None and options.sinks is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    return plain_attention(module, query, key, value, attention_mask, options).transpose(1, 2).contiguous(), None
+
+
+def options_of(module: torch.nn.Module, query: torch.Tensor, scaling: float | None, kwargs: dict) -> Options:
+    """Read what the model adds to attention. Raises UnsupportedModelError for what the packed path cannot do."""
+    for name in ("position_bias", "indices"):
+        if kwargs.get(name) is not None:
+            raise UnsupportedModelError(
+                f"{type(module).__name__} passes {name!r} to attention, which the packed cache does not support: load the "
+                "model with attn_implementation='eager' to attend to dequantized tensors instead."
+            )
+    if kwargs.get("output_attentions"):
+        raise UnsupportedModelError(
+            "output_attentions is not available with packed attention: load the model with attn_implementation='eager'."
+        )
+    return Options(
+        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        softcap=kwargs.get("softcap"),
+        sinks=kwargs.get("s_aux"),
+    )
+
+
+def plain_attention(module, query, key, value, attention_mask, options: Options) -> torch.Tensor:
+    """Exact attention with softcap and learned sinks, [B, H, L, D]; the scores are materialised."""
+    groups = query.shape[1] // key.shape[1]
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    key, value = (x.to(dtype).repeat_interleave(groups, dim=1) for x in (key, value))
+    scores = query.to(dtype) @ key.transpose(-1, -2) * options.scaling
+    if options.softcap is not None:
+        scores = options.softcap * torch.tanh(scores / options.softcap)
+    if attention_mask is None and query.shape[2] > 1 and getattr(module, "is_causal", True):
+        attention_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
+        scores = scores.masked_fill(~attention_mask, torch.finfo(dtype).min)
+    elif attention_mask is not None:
+        scores = scores + attention_mask
+    if options.sinks is not None:
+        sink = options.sinks.to(dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        weights = torch.cat([scores, sink], dim=-1).softmax(-1)[..., :-1]
+    else:
+        weights = scores.softmax(-1)
+    return (weights @ value).to(query.dtype)

@@ -1,0 +1,126 @@
+"""Put a packed cache into a model, and take it out again."""
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from transformers import DynamicCache, PreTrainedModel
+from transformers.utils import logging
+
+from kvq.cache import CachePlan, make_plan, pack_cache, packed_layers
+from kvq.errors import CacheError
+from kvq.integrations import attention
+from kvq.models.describe import describe, text_config
+from kvq.recipe import Recipe, load_recipe
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass
+class Runtime:
+    """What kvq installed on a model, as ``model.kvq``."""
+
+    plan: CachePlan
+    attention: str
+    previous_attention: str
+    hook: torch.utils.hooks.RemovableHandle
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.plan.recipe
+
+
+def install(model: PreTrainedModel, plan: CachePlan) -> Runtime:
+    """Make ``generate`` and plain calls of ``model`` use a packed cache.
+
+    A cache that the caller passes, or asks for with ``cache_implementation``, is left alone. An attention
+    implementation other than the default stays, and then reads dequantized tensors.
+    """
+    if getattr(model, "kvq", None) is not None:
+        raise CacheError(
+            f"this model already runs recipe {model.kvq.recipe.name!r}: leave that quantized_cache block first, or load "
+            "the base model."
+        )
+    previous = model.config._attn_implementation
+    if previous == "sdpa":
+        model.set_attn_implementation(attention.NAME)
+    else:
+        logger.warning_once(
+            f"kvq: attention {previous!r} does not read packed pages; every step dequantizes the cache for it."
+        )
+    hook = decoder_of(model).register_forward_pre_hook(functools.partial(_before_forward, plan), with_kwargs=True)
+    model._prepare_cache_for_generation = functools.partial(_prepare_cache, model)
+    model.kvq = Runtime(
+        plan=plan, attention=model.config._attn_implementation, previous_attention=previous, hook=hook
+    )
+    return model.kvq
+
+
+def uninstall(model: PreTrainedModel) -> None:
+    """Undo ``install``: the model is as it was."""
+    runtime = model.kvq
+    runtime.hook.remove()
+    del model._prepare_cache_for_generation
+    del model.kvq
+    model.set_attn_implementation(runtime.previous_attention)
+
+
+@contextmanager
+def quantized_cache(model: PreTrainedModel, recipe: "Recipe | str", scales=None) -> Iterator[PreTrainedModel]:
+    """Run a model with a recipe's packed cache inside a ``with`` block, without an export.
+
+        with kvq.quantized_cache(model, "kivi2"):
+            model.generate(...)
+
+    scales: static scales for recipes that need statistics (``kvq.calib.scales.static_scales``).
+    """
+    install(model, make_plan(load_recipe(recipe), describe(model.config), scales))
+    try:
+        yield model
+    finally:
+        uninstall(model)
+
+
+def new_cache(model: PreTrainedModel) -> DynamicCache:
+    """A fresh packed cache for a model that kvq is installed on."""
+    cache = DynamicCache(config=text_config(model.config))
+    pack_cache(cache, model.kvq.plan)
+    return cache
+
+
+def decoder_of(model: PreTrainedModel) -> torch.nn.Module:
+    """The module that owns the decoder layers and builds a cache if it is given none."""
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    return decoder if decoder is not None and decoder is not model else model.base_model
+
+
+def _prepare_cache(model, generation_config, model_kwargs, *args, **kwargs):
+    """Let transformers build its cache, then pack the plain layers of it."""
+    ours = model_kwargs.get("past_key_values") is None and generation_config.cache_implementation in (None, "dynamic")
+    result = type(model)._prepare_cache_for_generation(model, generation_config, model_kwargs, *args, **kwargs)
+    cache = model_kwargs.get("past_key_values")
+    if ours and cache is not None:
+        pack_cache(cache, model.kvq.plan)
+        # transformers asked for this before the layers were replaced.
+        if generation_config.is_assistant:
+            cache.activate_past_recording()
+    return result
+
+
+def _before_forward(plan: CachePlan, module, args, kwargs):
+    """Give a forward without a cache a packed one, and tell packed layers which columns are pads."""
+    cache = kwargs.get("past_key_values")
+    use_cache = kwargs.get("use_cache")
+    use_cache = module.config.use_cache if use_cache is None else use_cache
+    if cache is None and use_cache and not (module.training and torch.is_grad_enabled()):
+        cache = DynamicCache(config=text_config(module.config))
+        pack_cache(cache, plan)
+        kwargs["past_key_values"] = cache
+    layers = packed_layers(cache)
+    if layers:
+        mask = kwargs.get("attention_mask")
+        two_dimensional = isinstance(mask, torch.Tensor) and mask.ndim == 2
+        layers[0].padding.mask = mask.bool() if two_dimensional else None
+    return args, kwargs
