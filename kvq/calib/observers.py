@@ -6,9 +6,13 @@ statistic is one frozen class with these two operations, so batches, resumed run
 Shape letters: B batch, K key/value heads, T tokens, D head dim.
 """
 
+import contextlib
 from dataclasses import dataclass, fields
 
 import torch
+
+# Tensors up to this many numbers are measured on one thread (about 10 ms at the limit).
+SERIAL_NUMBERS = 2**22
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,16 +77,32 @@ def observe(x: torch.Tensor, valid: torch.Tensor | None = None) -> ChannelStats:
     if not batch * tokens:
         return _nothing_seen(heads, channels, x.device)
     partial = torch.float64 if x.dtype == torch.float64 else torch.float32
-    # Four vectorised passes: on the CPU, aminmax and vector_norm along this axis are not vectorised and take six times
-    # as long. The squares need one float copy of x, which is freed at once.
-    squares = x.to(partial, copy=True).square_()
-    return ChannelStats(
-        min=x.amin(2).amin(0).float(),
-        max=x.amax(2).amax(0).float(),
-        sum=x.sum(2, dtype=partial).double().sum(0),
-        sum_squares=squares.sum(2).double().sum(0),
-        count=batch * tokens,
-    )
+    with _few_threads(x):
+        # Vectorised passes: on the CPU, aminmax and vector_norm along this axis are not, and take six times as long.
+        # The squares need one float copy of x, which is freed at once.
+        squares = x.to(partial, copy=True).square_()
+        return ChannelStats(
+            min=x.amin(2).amin(0).float(),
+            max=x.amax(2).amax(0).float(),
+            sum=x.sum(2, dtype=partial).double().sum(0),
+            sum_squares=squares.sum(2).double().sum(0),
+            count=batch * tokens,
+        )
+
+
+@contextlib.contextmanager
+def _few_threads(x: torch.Tensor):
+    # Each of these passes takes a tenth of a millisecond on one thread. Starting all threads for it gains nothing, and
+    # on a busy machine every start waits for the scheduler, which made calibration a fifth slower than plain forwards.
+    threads = torch.get_num_threads()
+    if x.device.type != "cpu" or x.numel() > SERIAL_NUMBERS or threads == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _nothing_seen(heads: int, channels: int, device: torch.device) -> ChannelStats:
