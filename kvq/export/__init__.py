@@ -1,0 +1,1 @@
+"""Exports: the on-disk contract, the exporter, and the memory plan."""

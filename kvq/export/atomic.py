@@ -1,0 +1,100 @@
+"""A folder that appears whole or not at all.
+
+The contents are written into a temporary sibling ``.NAME.kvq-tmp-PID``, flushed to disk, and renamed once. A folder
+that is replaced is moved to ``.NAME.kvq-old-PID`` first and removed afterwards. What killed processes leave behind is
+cleared, or put back, by the next call for the same folder.
+"""
+
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+
+@contextmanager
+def whole_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
+    """Yield a temporary folder that becomes ``target`` when the block ends, and vanishes if it fails.
+
+    ``target`` must not exist unless ``replace`` is set. Raises OSError as the file system does.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    work = _sibling(target, "tmp")
+    work.mkdir()
+    try:
+        yield work
+        flush(work)
+        if replace and target.exists():
+            _swap(work, target)
+        else:
+            os.rename(work, target)
+        _flush_folder(target.parent)
+    finally:
+        # After the rename there is nothing left under this name.
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def recover(target: Path) -> None:
+    """Clear what dead processes left beside ``target``; a folder they had moved aside is put back."""
+    pattern = re.compile(rf"\.{re.escape(target.name)}\.kvq-(tmp|old)-([0-9]+)")
+    if not target.parent.is_dir():
+        return
+    for path in sorted(target.parent.iterdir()):
+        match = pattern.fullmatch(path.name)
+        if not match or _alive(int(match[2])):
+            continue
+        if match[1] == "old" and not target.exists():
+            os.rename(path, target)
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def flush(folder: Path) -> None:
+    """Force a folder's files and names to disk, so that a rename cannot survive without what it names."""
+    for path, _, files in os.walk(folder):
+        for name in files:
+            _fsync(os.path.join(path, name))
+        _flush_folder(Path(path))
+
+
+def _swap(work: Path, target: Path) -> None:
+    aside = _sibling(target, "old")
+    os.rename(target, aside)
+    try:
+        os.rename(work, target)
+    except OSError:
+        os.rename(aside, target)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _sibling(target: Path, kind: str) -> Path:
+    return target.with_name(f".{target.name}.kvq-{kind}-{os.getpid()}")
+
+
+def _alive(pid: int) -> bool:
+    """True if another process of this number runs; our own number on an old file means that it was given out again."""
+    if pid == os.getpid():
+        return False
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _flush_folder(folder: Path) -> None:
+    # Some file systems cannot flush a folder; the rename is atomic there all the same.
+    with suppress(OSError):
+        _fsync(str(folder))
+
+
+def _fsync(path: str) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

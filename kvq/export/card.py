@@ -1,0 +1,134 @@
+"""The model card of an export: README.md with front matter."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from kvq.cache import CachePlan
+from kvq.export.memory import MemoryPlan
+
+_LICENCE_KEYS = ("license", "license_name", "license_link")
+_HEAD_BYTES = 64 * 1024
+
+_BODY = """
+# {base} with a {recipe} KV cache
+
+> **Without `import kvq` this model loads with an UNQUANTIZED cache.** transformers then only warns about an unknown
+> quantization type: the answers are those of the base model, and no memory is saved.
+
+```python
+import kvq  # pip install kvq-toolkit
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = "..."  # this folder, or its id on the hub
+model = AutoModelForCausalLM.from_pretrained(folder)
+tokenizer = AutoTokenizer.from_pretrained(folder)
+inputs = tokenizer("The KV cache", return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0]))
+```
+
+The weights are those of `{base}`, unchanged. What is quantized is the cache of keys and values, with the recipe
+`{recipe}`{summary}.
+
+## Recipe
+
+{recipe_table}
+
+## Cache memory of one sequence
+
+{memory_table}
+
+Predicted bytes, exact tokens at 2 bytes a number, metadata included; {bits:.2f} bits per element in the long run.
+
+## Provenance
+
+{provenance_table}
+
+`kvq/provenance.json` has the rest. The side files are checked against the SHA-256 in `config.json` when the model is
+loaded.
+"""
+
+
+def model_card(plan: CachePlan, memory: MemoryPlan, provenance: dict[str, Any], licence: dict[str, str]) -> str:
+    """Write the card. ``licence``: front matter from ``licence_of``."""
+    base = provenance["base_model"]
+    front = {
+        "base_model": base,
+        "base_model_relation": "quantized",
+        "library_name": "transformers",
+        **licence,
+        "pipeline_tag": "text-generation",
+        "tags": ["kvq", "kv-cache", "quantized", plan.recipe.name],
+    }
+    body = _BODY.format(
+        base=base,
+        recipe=plan.recipe.name,
+        summary=f" ({plan.recipe.summary})" if plan.recipe.summary else "",
+        recipe_table=_recipe_table(plan),
+        memory_table=_memory_table(memory),
+        bits=memory.bits_per_element,
+        provenance_table=_provenance_table(provenance),
+    )
+    return f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---\n{body}"
+
+
+def licence_of(folder: Path) -> dict[str, str]:
+    """The licence fields of a source folder's README front matter; empty if it states none."""
+    try:
+        with open(folder / "README.md", encoding="utf-8") as file:
+            text = file.read(_HEAD_BYTES)
+        front = yaml.safe_load(text.split("---")[1]) if text.startswith("---") else {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, IndexError):
+        return {}
+    if not isinstance(front, dict):
+        return {}
+    return {key: front[key] for key in _LICENCE_KEYS if isinstance(front.get(key), str)}
+
+
+def _table(head: tuple[str, ...], rows: list[tuple]) -> str:
+    lines = [head, ("---",) * len(head), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+def _recipe_table(plan: CachePlan) -> str:
+    recipe = plan.recipe
+    rows = [(side, _settings(getattr(recipe, side).to_dict())) for side in ("key", "value")]
+    rows.append(("exact tokens", f"first {recipe.tokens.sinks}, last {recipe.tokens.window}"))
+    rows += [(f"layers {pattern}", _override(override)) for pattern, override in recipe.layers.items()]
+    if recipe.paper:
+        rows.append(("paper", recipe.paper))
+    return _table(("part", "setting"), rows)
+
+
+def _override(override) -> str:
+    return "; ".join(f"{part}: {_settings(settings)}" for part, settings in override.items())
+
+
+def _settings(settings) -> str:
+    return ", ".join(f"{key} {value}" for key, value in settings.items())
+
+
+def _memory_table(memory: MemoryPlan) -> str:
+    rows = [
+        (
+            f"{row.tokens:,}",
+            f"{row.plain_bytes / 2**20:,.1f} MiB",
+            f"{row.recipe_bytes / 2**20:,.1f} MiB",
+            f"{row.ratio:.2f}x",
+        )
+        for row in memory.lengths
+    ]
+    return _table(("tokens", "16-bit cache", memory.recipe, "smaller by"), rows)
+
+
+def _provenance_table(provenance: dict[str, Any]) -> str:
+    stats = provenance["statistics"]
+    rows = [
+        ("base model", provenance["base_model"]),
+        ("weights fingerprint", f"`{provenance['weights_fingerprint'][:16]}`"),
+        ("recipe hash", f"`{provenance['recipe_hash'][:16]}`"),
+        ("kvq", provenance["kvq_version"]),
+        ("statistics", f"`{stats['sha256'][:16]}`" if stats else "none needed"),
+    ]
+    return _table(("what", "value"), rows)
