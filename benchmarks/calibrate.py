@@ -1,0 +1,118 @@
+"""Time of calibration against plain forwards of the same model over the same tokens (bar: 1.15).
+
+    python benchmarks/calibrate.py
+    python benchmarks/calibrate.py --model FOLDER --samples 32 --seq-len 1024 --json -
+
+Both sides run the decoder without its head, in float32 on the CPU, taking turns batch by batch in one process. The
+plain side keeps its ordinary cache; calibration adds the measuring and nothing else.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from kvq.calib.collect import collect
+from kvq.calib.data import load_texts, token_windows
+from kvq.models.resolve import load_model, load_tokenizer, resolve_model
+
+BAR = 1.15
+RESULTS = Path(__file__).parent / "results" / "calibrate.json"
+
+
+def plain_forward(model, batch: torch.Tensor) -> None:
+    with torch.inference_mode():
+        model.get_decoder()(input_ids=batch.to(model.device), use_cache=True)
+
+
+def calibrate(model, batch: torch.Tensor) -> None:
+    collect(model, batch, batch_size=len(batch))
+
+
+def one_turn(model, batches: list[torch.Tensor]) -> dict[str, float]:
+    """Seconds of each side over all batches, taken in turns batch by batch."""
+    spent = dict.fromkeys(SIDES, 0.0)
+    for number, batch in enumerate(batches):
+        # Each side goes first every other time: other load on the machine then falls on both.
+        for name in sorted(SIDES, reverse=bool(number % 2)):
+            start = time.perf_counter()
+            SIDES[name](model, batch)
+            spent[name] += time.perf_counter() - start
+    return spent
+
+
+SIDES = {"plain": plain_forward, "calibrate": calibrate}
+
+
+def measure(arguments: argparse.Namespace) -> dict:
+    folder = resolve_model(arguments.model)
+    model = load_model(folder, dtype=torch.float32, device="cpu")
+    windows, data = token_windows(
+        load_tokenizer(folder),
+        load_texts(arguments.data),
+        samples=arguments.samples,
+        seq_len=arguments.seq_len,
+        source=arguments.data,
+    )
+    batches = list(windows.split(arguments.batch_size))
+    one_turn(model, batches[:1])
+    times: dict[str, list[float]] = {name: [] for name in SIDES}
+    for turn in range(arguments.repeats):
+        for name, value in one_turn(model, batches).items():
+            times[name].append(value)
+            print(f"turn {turn + 1}  {name:9}  {value:7.2f} s", file=sys.stderr)
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    tokens = arguments.samples * arguments.seq_len
+    return {
+        "benchmark": "calibrate",
+        "ratio": round(medians["calibrate"] / medians["plain"], 4),
+        "bar": BAR,
+        "median_seconds": {name: round(value, 3) for name, value in medians.items()},
+        "seconds": {name: [round(value, 3) for value in values] for name, values in times.items()},
+        "tokens_per_second": {name: round(tokens / value, 1) for name, value in medians.items()},
+        "model": arguments.model if arguments.model == "builtin" else Path(arguments.model).name,
+        "dtype": "float32",
+        "data": data.to_dict(),
+        "batch_size": arguments.batch_size,
+        "machine": {
+            "cpus": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "architecture": platform.machine(),
+            "python": platform.python_version(),
+            "torch": version("torch"),
+            "transformers": version("transformers"),
+            "kvq": version("kvq-toolkit"),
+        },
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="builtin", help="builtin, a folder, or a hub id")
+    parser.add_argument("--data", default="builtin", help="builtin, a file, or a hub id")
+    parser.add_argument("--samples", type=int, default=16, help="windows")
+    parser.add_argument("--seq-len", type=int, default=512, help="tokens a window")
+    parser.add_argument("--batch-size", type=int, default=4, help="windows a forward")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--json", default=str(RESULTS), help="file to write, or - for standard output")
+    arguments = parser.parse_args()
+    result = measure(arguments)
+    text = json.dumps(result, indent=2)
+    if arguments.json == "-":
+        print(text)
+    else:
+        Path(arguments.json).write_text(text + "\n")
+        for name, value in result["median_seconds"].items():
+            print(f"{name:9}  {value:7.2f} s  {result['tokens_per_second'][name]:8.1f} tokens/s")
+        print(f"ratio      {result['ratio']:.3f}   (bar {BAR})")
+
+
+if __name__ == "__main__":
+    main()

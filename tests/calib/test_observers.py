@@ -1,0 +1,133 @@
+"""Statistics equal their definitions, join like the union of their tokens, and never see padding."""
+
+import pytest
+import torch
+
+from kvq.calib.observers import observe
+
+FIELDS = ("min", "max", "sum", "sum_squares", "absmax", "mean", "rms")
+
+
+def draw(*shape: int, dtype=torch.float32, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    # A channel-dependent offset and scale, so that a swapped axis cannot pass.
+    scale = torch.arange(1, shape[-1] + 1, dtype=torch.float32)
+    return (torch.randn(*shape, generator=generator) * scale + scale.flip(0) / 2).to(dtype)
+
+
+def reference(tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+    """From the definitions, in float64. tokens [K, N, D]."""
+    x = tokens.double()
+    return {
+        "min": x.min(1).values,
+        "max": x.max(1).values,
+        "absmax": x.abs().max(1).values,
+        "sum": x.sum(1),
+        "sum_squares": (x**2).sum(1),
+        "mean": x.mean(1),
+        "rms": (x**2).mean(1).sqrt(),
+    }
+
+
+def assert_is(stats, tokens: torch.Tensor, tolerance: float = 1e-5):
+    assert stats.count == tokens.shape[1]
+    for name, expected in reference(tokens).items():
+        got = getattr(stats, name).double()
+        if name in ("min", "max", "absmax"):
+            assert torch.equal(got, expected), name
+        else:
+            # Sums are judged against the sum of magnitudes, which cancellation does not shrink.
+            weight = tokens.double().abs().sum(1) if name in ("sum", "mean") else expected
+            weight = weight / (tokens.shape[1] if name == "mean" else 1)
+            assert ((got - expected).abs() <= tolerance * weight).all(), name
+
+
+def flat(x: torch.Tensor) -> torch.Tensor:
+    """[B, K, T, D] -> [K, B*T, D]."""
+    return x.transpose(0, 1).flatten(1, 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 1, 1, 16), (3, 2, 63, 16), (2, 3, 257, 32)])
+def test_statistics_are_their_definitions(shape, dtype):
+    x = draw(*shape, dtype=dtype)
+    # min and max are kept in float32, so float64 data is compared at numbers that float32 holds.
+    assert_is(observe(x), flat(x))
+
+
+def test_layout_in_memory_does_not_matter():
+    x = draw(2, 33, 3, 16).transpose(1, 2)
+    assert not x.is_contiguous()
+    assert_is(observe(x), flat(x))
+
+
+def test_large_tensors_are_measured_alike(monkeypatch):
+    x = draw(2, 3, 65, 16)
+    small = observe(x)
+    monkeypatch.setattr("kvq.calib.observers.SERIAL_NUMBERS", 0)
+    large = observe(x)
+    for name in FIELDS:
+        torch.testing.assert_close(getattr(small, name), getattr(large, name), rtol=1e-6, atol=0)
+
+
+def test_the_number_of_threads_is_given_back():
+    before = torch.get_num_threads()
+    observe(draw(1, 1, 5, 16))
+    assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize("cut", [1, 40, 99])
+def test_merging_equals_seeing_all_tokens(cut):
+    x = draw(1, 2, 100, 16)
+    merged = observe(x[:, :, :cut]).merge(observe(x[:, :, cut:]))
+    assert_is(merged, flat(x))
+    swapped = observe(x[:, :, cut:]).merge(observe(x[:, :, :cut]))
+    assert all(torch.equal(getattr(merged, name), getattr(swapped, name)) for name in FIELDS)
+
+
+def test_nothing_seen_is_neutral():
+    x = draw(1, 2, 9, 16)
+    nothing = observe(x[:, :, :0])
+    assert nothing.count == 0
+    assert nothing.is_finite
+    assert (nothing.absmax == 0).all()
+    assert nothing.rms.isnan().all()
+    for merged in (nothing.merge(observe(x)), observe(x).merge(nothing)):
+        assert_is(merged, flat(x))
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), 1e30])
+def test_padding_is_never_seen(poison):
+    x, valid = draw(3, 2, 11, 16), torch.ones(3, 11, dtype=torch.bool)
+    valid[0, :4] = False
+    valid[1, 7:] = False
+    valid[2] = False
+    expected = torch.cat([x[0, :, 4:], x[1, :, :7]], dim=1)
+    poisoned = x.transpose(1, 2).clone()
+    poisoned[~valid] = poison
+    poisoned = poisoned.transpose(1, 2)
+    assert_is(observe(poisoned, valid), expected)
+    # Control: without the mask the poison is seen.
+    assert not torch.equal(observe(poisoned).max, observe(x, valid).max)
+
+
+def test_all_padding_is_nothing_seen():
+    assert observe(draw(2, 2, 5, 16), torch.zeros(2, 5, dtype=torch.bool)).count == 0
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_one_bad_number_is_noticed_and_survives_merging(bad):
+    x = draw(2, 2, 7, 16)
+    assert observe(x).is_finite
+    x[1, 1, 3, 5] = bad
+    assert not observe(x).is_finite
+    assert not observe(draw(2, 2, 7, 16)).merge(observe(x)).is_finite
+
+
+def test_one_large_offset_does_not_lose_the_small_numbers():
+    """Sums of many batches are kept in float64: 2**24 + 1 is not 2**24."""
+    big, small = torch.full((1, 1, 1, 16), 2.0**24), torch.ones(1, 1, 1, 16)
+    stats = observe(big)
+    for _ in range(3):
+        stats = stats.merge(observe(small))
+    assert (stats.sum == 2.0**24 + 3).all()
