@@ -93,7 +93,7 @@ def test_a_folder_is_refused(tmp_path):
 
 def test_no_network_for_a_hub_data_set_is_one_sentence():
     pytest.importorskip("datasets", reason="hub data sets need the extra 'data'")
-    with pytest.raises(ModelNotFoundError, match="nobody/nothing.*hub") as error:
+    with pytest.raises(ModelNotFoundError, match=r"nobody/nothing.*hub") as error:
         load_texts("nobody/nothing")
     assert "\n" not in str(error.value)
 

@@ -106,7 +106,7 @@ def test_a_failed_conversion_leaves_nothing(fake_conversion, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(builtin, "_convert", full_disk)
-    with pytest.raises(CheckpointError, match="No space left on device.*KVQ_CACHE"):
+    with pytest.raises(CheckpointError, match=r"No space left on device.*KVQ_CACHE"):
         builtin.builtin_model_dir(cache)
     assert list(cache.iterdir()) == []
 
