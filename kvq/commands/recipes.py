@@ -1,0 +1,81 @@
+"""``kvq recipes list | show | check``: the shipped recipes, and yours."""
+
+import click
+
+from kvq.commands.common import Output, chosen_recipe, json_option, settings_option
+
+
+@click.group("recipes")
+def command() -> None:
+    """List, show and check recipes.
+
+    \b
+    Examples:
+      kvq recipes list
+      kvq recipes show kivi2 > mine.yaml
+      kvq recipes check mine.yaml --model builtin
+    """
+
+
+@command.command("list")
+@json_option
+def list_command(output: Output) -> None:
+    """List the shipped recipes."""
+    from kvq.recipe import list_recipes, load_recipe
+    from kvq.report.tables import recipes_table
+
+    recipes = [load_recipe(name) for name in list_recipes()]
+    rows = [{"name": r.name, "summary": r.summary, "paper": r.paper, "hash": r.hash} for r in recipes]
+    output.show(recipes_table(rows))
+    output.write({"recipes": rows})
+
+
+@command.command("show")
+@click.argument("recipe", metavar="NAME|FILE")
+@settings_option
+@json_option
+def show(recipe: str, settings: dict, output: Output) -> None:
+    """Print a recipe as YAML, ready to be copied and changed.
+
+    \b
+    Examples:
+      kvq recipes show kivi2
+      kvq recipes show kivi2 --set key.bits=4 > mine.yaml
+    """
+    loaded = chosen_recipe(recipe, settings)
+    # Not through rich, which would wrap long lines.
+    click.echo(loaded.to_yaml(), nl=False)
+    output.write({"recipe": loaded.to_dict(), "hash": loaded.hash})
+
+
+@command.command("check")
+@click.argument("recipe", metavar="NAME|FILE")
+@click.option("--model", metavar="MODEL", help="Also check that the recipe fits this model.")
+@settings_option
+@json_option
+def check(recipe: str, model: str | None, settings: dict, output: Output) -> None:
+    """Check a recipe: its settings, its layer patterns and, with --model, its fit.
+
+    \b
+    Examples:
+      kvq recipes check mine.yaml
+      kvq recipes check mine.yaml --model builtin
+    """
+    loaded = chosen_recipe(recipe, settings)
+    result = {"name": loaded.name, "valid": True, "hash": loaded.hash}
+    said = f"Recipe {loaded.name!r} is valid"
+    if model is not None:
+        plan = _memory(loaded, model)
+        layers = sum(row["layers"] for row in plan["layer_kinds"] if row["kind"] == "packed")
+        result["model"] = {"name": model, "quantized_layers": layers, "memory": plan}
+        said += f" and fits {model}: {layers} layers quantized, {plan['bits_per_element']:.2f} bits per element"
+    click.echo(f"{said}. Hash {loaded.hash[:12]}.")
+    output.write(result)
+
+
+def _memory(recipe, model: str) -> dict:
+    from kvq.export.memory import memory_plan
+    from kvq.models.describe import describe
+    from kvq.models.resolve import load_config, resolve_model
+
+    return memory_plan(describe(load_config(resolve_model(model))), recipe).to_dict()
