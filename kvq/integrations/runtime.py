@@ -45,6 +45,7 @@ def install(model: PreTrainedModel, plan: CachePlan) -> Runtime:
         )
     previous = model.config._attn_implementation
     if previous == "sdpa":
+        attention.register()
         model.set_attn_implementation(attention.NAME)
     else:
         logger.warning_once(
