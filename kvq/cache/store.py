@@ -14,7 +14,7 @@ from kvq.cache.tail import Tail
 from kvq.errors import CacheError
 from kvq.quantizers.packed import pack_pages
 
-# Exact tokens kept beyond the policy while past recording is on, so that `crop` can take back a rejected draft.
+# Tokens that `crop` can take back while past recording is on; drafts are shorter than this.
 RECORDED_TOKENS = 128
 
 
@@ -97,12 +97,12 @@ class HeadStore:
                 tokens = exact[:, :, first : first + stop - start]
                 self._pack(side, rows, start, tokens if len(rows) == exact.shape[0] else tokens[rows])
         self.packed[side] = [max(target, old) for target, old in zip(targets, done)]
+        recorded = rule.longest_tail + RECORDED_TOKENS if self.recording else 0
         keep = [
-            min(length, max(self._body(b) - self.packed[side][b], RECORDED_TOKENS if self.recording else 0))
+            min(length, max(self._body(b) - self.packed[side][b], recorded))
             for b, length in enumerate(self.tails[side].lengths)
         ]
-        room = rule.longest_tail + (RECORDED_TOKENS if self.recording else 0)
-        self.tails[side].keep(keep, room)
+        self.tails[side].keep(keep, max(rule.longest_tail, recorded))
 
     def _body(self, row: int) -> int:
         return max(0, self.counts[row] - self.group.sinks)
@@ -126,7 +126,7 @@ class HeadStore:
                 words = pack_pages(part, layout).transpose(1, 2).flatten(0, 1)
                 metas = part_meta.unflatten(2, (whole, -1)).transpose(1, 2).flatten(0, 1)
                 ids = [p for row in rows for p in self.tables[row][page : page + whole]]
-                self.arena.write_pages(ids, side, words, metas.reshape(-1, metas.shape[1], *layout.meta_shape))
+                self.arena.write_pages(ids, side, words, metas.reshape(len(ids), metas.shape[1], *layout.meta_shape))
             else:
                 for i, row in enumerate(rows):
                     self.arena.write_tokens(self.tables[row][page], side, offset, part[i], part_meta[i])
@@ -167,9 +167,9 @@ class HeadStore:
                 body = max(0, self.counts[b] - count - self.group.sinks)
                 if body and held - count < body - rule.packed(self.counts[b] - count):
                     raise CacheError(
-                        f"cannot remove {count} tokens: only {held} recent tokens are still exact, the others are "
-                        "quantized for good; call activate_past_recording() on the cache before generating a draft, or "
-                        f"remove at most {RECORDED_TOKENS} tokens at a time."
+                        f"cannot remove {count} tokens: some tokens before them are quantized for good and cannot become "
+                        "exact again; call activate_past_recording() on the cache before the tokens arrive, and remove "
+                        f"at most {RECORDED_TOKENS} at a time."
                     )
         self.counts = [n - count for n in self.counts]
         for side in SIDES:

@@ -1,7 +1,6 @@
 """Codes to 16-bit words and back, in torch. The layout is ``SideLayout`` of spec.py; tests hold it to a slow oracle.
 
-``pack_rows`` and ``unpack_rows`` work on whole rows of a page; ``float_planes`` is the fast form for attention, which
-leaves every field where its mask finds it and reports the power of two by which it is too large.
+``pack_rows`` and ``unpack_rows`` work on whole rows of a page; ``float_tile`` is the fast form for attention.
 """
 
 import torch
@@ -56,32 +55,45 @@ def _unpack_field(words: torch.Tensor, f: int, bits: int) -> torch.Tensor:
     return word >> bits * f & (1 << bits) - 1
 
 
-def float_planes(words: torch.Tensor, layout: SideLayout, dtype: torch.dtype) -> tuple[torch.Tensor, list[float]]:
-    """Unpack for attention: (planes, factors).
+def float_tile(
+    words: torch.Tensor, layout: SideLayout, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Unpack pages for attention, tokens innermost: (tile, factors).
 
-    words   [..., rows, container words, width] int16 for affine, [..., tokens, head_dim] uint8 for e4m3.
-    planes  [fields, ..., rows, width] in ``dtype``; plane f holds ``factors[f] * code``.
+    words    [B, K, P, rows, container words, width] int16 for affine, [B, K, P, tokens, head_dim] uint8 for e4m3.
+    tile     [parts, B, K, head_dim, P * rows] in ``dtype``: code times ``factors``. Token (part, page, row) is token
+             ``part * rows + row`` of its page.
+    factors  [parts, head_dim] powers of two: every field is left where its mask finds it, which saves the shifts.
     """
     if layout.format == "e4m3":
-        return words.view(torch.float8_e4m3fn).to(dtype).unsqueeze(0), [1.0]
-    lead, rows = words.shape[:-3], words.shape[-3]
-    planes = torch.empty(FIELDS[layout.bits], *lead, rows, layout.width, dtype=torch.int16, device=words.device)
-    factors = [_mask_field(words, f, layout.bits, planes[f]) for f in range(FIELDS[layout.bits])]
-    return planes.to(dtype), factors
+        tile = words.permute(0, 1, 4, 2, 3).contiguous().view(torch.float8_e4m3fn).to(dtype)
+        return tile.flatten(-2).unsqueeze(0), torch.ones(1, layout.head_dim, dtype=dtype, device=words.device)
+    # The words are transposed, not the codes: there are FIELDS times fewer of them.
+    words = words.permute(0, 1, 4, 5, 2, 3).contiguous().flatten(-2)
+    B, K, _, width, tokens = words.shape
+    shape = (layout.parts, B, K, layout.chunks, width, tokens)
+    fields = torch.empty(shape, dtype=torch.int16, device=words.device)
+    factors = [
+        _mask_field(words, f, layout.bits, fields[f // layout.chunks, :, :, f % layout.chunks])
+        for f in range(FIELDS[layout.bits])
+    ]
+    factors = torch.tensor(factors, dtype=dtype, device=words.device).view(layout.parts, layout.chunks)
+    return fields.to(dtype).flatten(3, 4), factors.repeat_interleave(width, dim=1)
 
 
 def _mask_field(words: torch.Tensor, f: int, bits: int, out: torch.Tensor) -> float:
-    """Write field f times a power of two into ``out`` (int16) and return the power.
+    """Write field f of words [B, K, container words, ...] times a power of two into ``out``; returns the power.
 
     One AND is enough while the field stays below the sign bit; only the topmost field must be shifted down.
     """
     if bits == 3:
         if f < 15:
-            torch.bitwise_and(words[..., f // 5, :], 7 << 3 * (f % 5), out=out)
+            torch.bitwise_and(words[:, :, f // 5], 7 << 3 * (f % 5), out=out)
             return float(1 << 3 * (f % 5))
-        out.copy_((words[..., 0, :] >> 15 & 1) | (words[..., 1, :] >> 14 & 2) | (words[..., 2, :] >> 13 & 4))
+        low, middle, high = words.unbind(2)
+        out.copy_((low >> 15 & 1) | (middle >> 14 & 2) | (high >> 13 & 4))
         return 1.0
-    word = words[..., 0, :]
+    word = words[:, :, 0]
     if bits == 4:
         if f < 3:
             torch.bitwise_and(word, 0xF << 4 * f + 2, out=out)

@@ -13,7 +13,7 @@ import math
 
 import torch
 
-from kvq.kernels.bits import float_planes
+from kvq.kernels.bits import float_tile
 from kvq.kernels.spec import SideLayout
 
 Partial = tuple[torch.Tensor, torch.Tensor]
@@ -26,60 +26,44 @@ def page_scores(
 
     words [B, K, P, *layout.words_shape], meta [B, K, P, *layout.meta_shape] (fp16), scale: static scale (e4m3).
     """
-    B, K, M, _ = q_BKMD.shape
-    planes, inverse = _planes(words, layout, q_BKMD.dtype, scale)
-    parts, chunks, pages = layout.parts, layout.chunks, words.shape[2]
-    if layout.format == "affine" and layout.axis == "channel":
-        planes = _scale_channels(planes, meta, inverse, layout)
-        inverse = torch.ones_like(inverse)
-    unit = _unit(layout)
-    subs = layout.width // unit
-    query = q_BKMD.view(B, K, M, chunks, subs, unit).permute(3, 4, 0, 1, 2, 5) * inverse.view(parts, chunks, *[1] * 5)
-    tiles = planes.view(parts, chunks, B, K, -1, subs, unit).permute(0, 1, 5, 2, 3, 6, 4)
-    raw = query @ tiles  # [parts, chunks, subs, B, K, M, P * rows]
-    groups = layout.head_dim // layout.group if _folds(layout) else 1
-    raw = raw.view(parts, groups, -1, B, K, M, pages, layout.rows).sum(2)
-    raw = raw.permute(2, 3, 4, 1, 5, 0, 6).reshape(B, K, M, groups, -1)
-    if _folds(layout):
-        step, minimum = _token_meta(meta, q_BKMD.dtype)
-        total = q_BKMD.view(B, K, M, groups, -1).sum(-1)
-        return (raw * step.unsqueeze(2) + total.unsqueeze(-1) * minimum.unsqueeze(2)).sum(3)
-    scores = raw.squeeze(3)
-    if layout.format == "affine":
-        minimum = meta[..., 1].to(q_BKMD.dtype).reshape(B, K, -1, layout.head_dim)
-        scores.view(B, K, M, -1, layout.group).add_((q_BKMD @ minimum.transpose(-1, -2)).unsqueeze(-1))
-    return scores
+    tile, factors = float_tile(words, layout, q_BKMD.dtype)
+    weight = (scale / factors).view(-1, 1, 1, 1, layout.head_dim)
+    if _by_channel(layout):
+        _scale_channels(tile, meta, factors, layout)
+        scores = _token_order(q_BKMD @ tile, layout)
+        minimum = meta[..., 1].to(q_BKMD.dtype).flatten(2, 3)
+        scores.unflatten(-1, (-1, layout.group)).add_((q_BKMD @ minimum.transpose(-1, -2)).unsqueeze(-1))
+        return scores
+    if layout.format == "e4m3":
+        return _token_order((q_BKMD * weight) @ tile, layout)
+    groups = (layout.head_dim // layout.group, layout.group)
+    query = (q_BKMD * weight).unflatten(-1, groups).transpose(-3, -2)
+    raw = _token_order(query @ tile.unflatten(-2, groups), layout)  # [B, K, groups, M, T]
+    step, minimum = _token_meta(meta, q_BKMD.dtype)
+    total = q_BKMD.unflatten(-1, groups).sum(-1)
+    return (raw * step.unsqueeze(3)).sum(2) + total @ minimum
 
 
 def page_weighted_sum(
     p_BKMT: torch.Tensor, words: torch.Tensor, meta: torch.Tensor, layout: SideLayout, scale: float = 1.0
 ) -> torch.Tensor:
     """Return sum_t p_t v_t, [B, K, M, D], in the dtype of p. Arguments as for ``page_scores``."""
-    B, K, M, _ = p_BKMT.shape
-    planes, inverse = _planes(words, layout, p_BKMT.dtype, scale)
-    parts, chunks, pages = layout.parts, layout.chunks, words.shape[2]
-    weights, extra = p_BKMT.unsqueeze(2), 0.0
-    if _folds(layout):
-        step, minimum = _token_meta(meta, p_BKMT.dtype)
-        groups = step.shape[2]
-        weights = weights * step.unsqueeze(3)
-        extra = (p_BKMT @ minimum.transpose(-1, -2)).unsqueeze(-1)
-        extra = extra.expand(B, K, M, groups, layout.group).reshape(B, K, M, -1)
-    elif layout.format == "affine":
-        planes = _scale_channels(planes, meta, inverse, layout)
-        inverse = torch.ones_like(inverse)
-        minimum = meta[..., 1].to(p_BKMT.dtype).reshape(B, K, -1, layout.head_dim)
-        extra = p_BKMT.view(B, K, M, -1, layout.group).sum(-1) @ minimum
-    unit = _unit(layout)
-    subs = layout.width // unit
-    groups = weights.shape[2]
-    repeat = chunks * subs // groups
-    weights = weights.view(B, K, groups, M, pages, parts, layout.rows).permute(5, 2, 0, 1, 3, 4, 6)
-    weights = weights.reshape(parts, groups, B, K, M, -1).repeat_interleave(repeat, dim=1)
-    tiles = planes.view(parts, chunks, B, K, -1, subs, unit).movedim(5, 2)
-    out = weights.view(parts, chunks, subs, B, K, M, -1) @ tiles  # [parts, chunks, subs, B, K, M, unit]
-    out = (out * inverse.view(parts, chunks, *[1] * 5)).sum(0)
-    return out.permute(2, 3, 4, 0, 1, 5).reshape(B, K, M, -1) + extra
+    tile, factors = float_tile(words, layout, p_BKMT.dtype)
+    weight = (scale / factors).view(-1, 1, 1, 1, layout.head_dim)
+    if _by_channel(layout):
+        _scale_channels(tile, meta, factors, layout)
+        out = (_part_order(p_BKMT, layout) @ tile.transpose(-1, -2)).sum(0)
+        minimum = meta[..., 1].to(p_BKMT.dtype).flatten(2, 3)
+        return out + p_BKMT.unflatten(-1, (-1, layout.group)).sum(-1) @ minimum
+    if layout.format == "e4m3":
+        return ((_part_order(p_BKMT, layout) @ tile.transpose(-1, -2)) * weight).sum(0)
+    step, minimum = _token_meta(meta, p_BKMT.dtype)
+    groups = (layout.head_dim // layout.group, layout.group)
+    weights = _part_order(p_BKMT.unsqueeze(2) * step.unsqueeze(3), layout)  # [parts, B, K, groups, M, P * rows]
+    out = weights @ tile.unflatten(-2, groups).transpose(-1, -2)
+    out = (out.transpose(-3, -2).flatten(-2) * weight).sum(0)
+    offset = (p_BKMT @ minimum.transpose(-1, -2)).unsqueeze(-1)
+    return (out.unflatten(-1, groups) + offset).flatten(-2)
 
 
 def partial_attention(scores: torch.Tensor, weighted_sum) -> Partial:
@@ -101,33 +85,34 @@ def merge_partials(partials: list[Partial]) -> torch.Tensor:
     return sum(o * w.unsqueeze(-1) for o, w in zip(outputs, share))
 
 
-def _folds(layout: SideLayout) -> bool:
-    return layout.format == "affine" and layout.axis == "token"
+def _by_channel(layout: SideLayout) -> bool:
+    return layout.format == "affine" and layout.axis == "channel"
 
 
-def _unit(layout: SideLayout) -> int:
-    """Channels of a plane that share a scale."""
-    return math.gcd(layout.width, layout.group) if _folds(layout) else layout.width
+def _token_order(scores: torch.Tensor, layout: SideLayout) -> torch.Tensor:
+    """[parts, ..., P * rows] to [..., P * page_tokens]."""
+    if layout.parts == 1:
+        return scores[0]
+    return scores.unflatten(-1, (-1, layout.rows)).movedim(0, -2).flatten(-3)
 
 
-def _planes(words, layout, dtype, scale):
-    planes, factors = float_planes(words, layout, dtype)
-    return planes, scale / torch.tensor(factors, dtype=dtype, device=words.device)
+def _part_order(weights: torch.Tensor, layout: SideLayout) -> torch.Tensor:
+    """[..., P * page_tokens] to [parts, ..., P * rows]."""
+    if layout.parts == 1:
+        return weights.unsqueeze(0)
+    return weights.unflatten(-1, (-1, layout.parts, layout.rows)).movedim(-2, 0).flatten(-2)
 
 
 def _token_meta(meta: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """Scale and minimum by group and token, each [B, K, groups, T]."""
-    B, K, P, tokens, groups, _ = meta.shape
-    pairs = meta.to(dtype).permute(5, 0, 1, 4, 2, 3).reshape(2, B, K, groups, P * tokens)
+    pairs = meta.permute(5, 0, 1, 4, 2, 3).to(dtype).flatten(-2)
     return pairs[0], pairs[1]
 
 
-def _scale_channels(planes, meta, inverse, layout):
-    """Multiply every code by its channel's scale (and divide by the plane's factor), in place."""
-    parts, chunks, width = layout.parts, layout.chunks, layout.width
-    B, K, P = meta.shape[:3]
+def _scale_channels(tile: torch.Tensor, meta: torch.Tensor, factors: torch.Tensor, layout: SideLayout) -> None:
+    """Multiply every code by its channel's scale, and take out the field's factor, in place."""
     unit = math.gcd(layout.rows, layout.group)
-    step = meta[..., 0].to(planes.dtype).repeat_interleave(layout.group // unit, dim=3)
-    step = step.view(B, K, P, parts, layout.rows // unit, 1, chunks, width).permute(3, 6, 0, 1, 2, 4, 5, 7)
-    planes.view(parts, chunks, B, K, P, -1, unit, width).mul_(step * inverse.view(parts, chunks, *[1] * 6))
-    return planes
+    step = meta[..., 0].to(tile.dtype).repeat_interleave(layout.group // unit, dim=3)
+    step = step.unflatten(3, (layout.parts, -1)).permute(3, 0, 1, 5, 2, 4)  # [parts, B, K, D, P, units]
+    step = (step / factors.view(layout.parts, 1, 1, -1, 1, 1)).flatten(-2).unsqueeze(-1)
+    tile.unflatten(-1, (-1, unit)).mul_(step)

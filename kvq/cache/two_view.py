@@ -1,0 +1,209 @@
+"""Two-view attention: one forward in which every query reads what decoding would have read.
+
+For query position p (p tokens before it) the first ``b(p)`` body tokens are read as the packed cache gives them back,
+later ones exactly, with one softmax over both. The body starts after the sinks, and keys and values have their own b:
+
+    stream     b(p) = seen(p)                                  every token is decoded one by one
+    prefill    b(p) = 0 if p < context else seen(p)            the context is one exact prompt, the rest is decoded
+    chunked    b(p) = seen(chunk * floor(p / chunk))           the text arrives in chunks of ``chunk`` tokens
+    simulate   every number is quantized, the query's own token included; no sinks, no window (papers' tables)
+
+This equals decoding because a stored token depends on its own block alone, and every layer's row p is computed from
+what row p may see. Shapes: B rows, K KV heads, G query heads per KV head, T tokens, D head_dim.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from kvq.cache.attend import Options
+from kvq.cache.plan import SIDES, HeadGroup
+from kvq.cache.policy import FlushRule
+from kvq.errors import DataError, suggest
+from kvq.quantizers import Codec
+
+MODES = ("stream", "prefill", "chunked", "simulate")
+# Scores held at once, and the query tile that whole flush units divide.
+TILE_SCORES = 1 << 22
+TILE_UNIT = 128
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """How the tokens are taken to have arrived. ``contexts`` [B] int64: tokens of each row's prompt (prefill only)."""
+
+    mode: str = "stream"
+    chunk: int = 512
+    contexts: torch.Tensor | None = None
+
+    def __post_init__(self):
+        if self.mode not in MODES:
+            raise DataError(f"unknown mode {self.mode!r}.{suggest(str(self.mode), MODES)}")
+        if isinstance(self.chunk, bool) or not isinstance(self.chunk, int) or self.chunk < 1:
+            raise DataError(f"chunk={self.chunk!r} is not a number of tokens: use 1 or more.")
+        if self.mode == "prefill" and self.contexts is None:
+            raise DataError("mode 'prefill' needs the context length of every row: pass contexts=.")
+        if self.mode != "prefill" and self.contexts is not None:
+            raise DataError(f"contexts belong to mode 'prefill', not {self.mode!r}: leave them out.")
+
+    def packed(self, rule: FlushRule, tokens: int) -> torch.Tensor:
+        """b(p) of every query position, int64 [B or 1, tokens] on the CPU."""
+        if self.mode == "simulate":
+            return torch.full((1, tokens), tokens)
+        position = torch.arange(tokens)
+        if self.mode == "chunked":
+            position = position // self.chunk * self.chunk
+        found = _seen(rule, tokens)[position].unsqueeze(0)
+        if self.mode == "prefill":
+            found = torch.where(position < self.contexts.unsqueeze(1), 0, found)
+        return found
+
+    def sinks(self, group: HeadGroup) -> int:
+        return 0 if self.mode == "simulate" else group.sinks
+
+
+@lru_cache(maxsize=64)
+def _seen(rule: FlushRule, tokens: int) -> torch.Tensor:
+    return torch.tensor([rule.seen(position) for position in range(tokens)])
+
+
+def two_view_attend(
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    group: HeadGroup,
+    schedule: Schedule,
+    options: Options,
+    mask: torch.Tensor | None = None,
+    lengths: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Causal attention of q [B, K, G, T, D] over exact keys and values [B, K, T, D] and their stored form; like q.
+
+    mask      [B or 1, 1, T, T], bool (True = attend) or additive: hides further keys; causality is always applied.
+    lengths   [B] real tokens a row, the rest of the row being pads on the right; None: all. Pads touch no scale.
+
+    Scores are held for a tile of queries at a time. As in the packed cache, numbers are unpacked in float32, or in
+    float64 for float64 models.
+    """
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    B, K, G, T = q.shape[:4]
+    sinks = schedule.sinks(group)
+    views = {}
+    for side, exact in zip(SIDES, (keys, values)):
+        bounds = (schedule.packed(group.rules[side], T) + sinks).clamp(max=T)
+        stored = _stored(exact, group.codecs[side], sinks, bounds, schedule, lengths, dtype)
+        views[side] = _Views(exact=exact.to(dtype), stored=stored, bounds=bounds)
+    learned = None if options.sinks is None else options.sinks.to(dtype).view(1, K, G, 1, 1)
+    out = torch.empty_like(q)
+    step = _tile(B * K * G, T)
+    for start in range(0, T, step):
+        stop = min(start + step, T)
+        queries = q[:, :, :, start:stop].to(dtype) * options.scaling
+        scores = views["key"].scores(queries, start)
+        if options.softcap is not None:
+            scores = options.softcap * torch.tanh(scores / options.softcap)
+        _hide(scores, mask, start)
+        if learned is not None:
+            scores = torch.cat([scores, learned.expand(B, K, G, stop - start, 1)], dim=-1)
+        weights = torch.softmax(scores, dim=-1)[..., :stop]
+        out[:, :, :, start:stop] = views["value"].weighted_sum(weights, start).to(q.dtype)
+    return out
+
+
+def _tile(rows: int, tokens: int) -> int:
+    """Queries a tile: within the score budget, aligned with the flush units so that most tiles have a narrow strip."""
+    step = max(16, TILE_SCORES // (rows * tokens))
+    return step // TILE_UNIT * TILE_UNIT if step >= TILE_UNIT else 1 << step.bit_length() - 1
+
+
+def _hide(scores: torch.Tensor, mask: torch.Tensor | None, start: int) -> None:
+    """Hide the future, and what ``mask`` hides, from queries at ``start``; scores [B, K, G, L, end], in place."""
+    # A finite number, so that a row that sees nothing (a pad) stays finite.
+    lowest = torch.finfo(scores.dtype).min
+    length, end = scores.shape[-2:]
+    future = torch.ones(length, length, dtype=torch.bool, device=scores.device).triu(1)
+    if mask is not None:
+        own = mask[:, :, start:end, :end].unsqueeze(1)
+        if own.dtype == torch.bool:
+            scores.masked_fill_(~own, lowest)
+        else:
+            scores.add_(own.to(scores.dtype)).clamp_(min=lowest)
+    scores[..., start:].masked_fill_(future, lowest)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Views:
+    """One side: exact and stored numbers [B, K, T, D]; query p reads column j as stored if j < bounds[b, p]."""
+
+    exact: torch.Tensor
+    stored: torch.Tensor
+    bounds: torch.Tensor
+
+    def _strip(self, start: int, stop: int) -> tuple[int, int, torch.Tensor]:
+        """Columns [low, high) that only some queries of [start, stop) read as stored, and which ones do."""
+        bounds = self.bounds[:, start:stop].clamp(max=stop)
+        low, high = int(bounds.min()), int(bounds.max())
+        reads = torch.arange(low, high) < bounds.unsqueeze(-1)
+        return low, high, reads[:, None, None].to(self.exact.device)
+
+    def scores(self, q: torch.Tensor, start: int) -> torch.Tensor:
+        """q [B, K, G, L, D] at ``start`` times every key up to the last query: [B, K, G, L, start + L]."""
+        stop = start + q.shape[3]
+        low, high, reads = self._strip(start, stop)
+        parts = []
+        if high:
+            parts.append(_times(q, self.stored[:, :, :high].transpose(-1, -2)))
+        if stop > low:
+            parts.append(_times(q, self.exact[:, :, low:stop].transpose(-1, -2)))
+        if len(parts) == 1:
+            return parts[0]
+        if high > low:
+            stored, exact = parts
+            exact[..., : high - low] = torch.where(reads, stored[..., low:], exact[..., : high - low])
+            parts[0] = stored[..., :low]
+        return torch.cat(parts, dim=-1)
+
+    def weighted_sum(self, weights: torch.Tensor, start: int) -> torch.Tensor:
+        """Sum of the values with weights [B, K, G, L, start + L]: [B, K, G, L, D]."""
+        stop = weights.shape[-1]
+        low, high, reads = self._strip(start, stop)
+        out = _times(weights[..., low:], self.exact[:, :, low:stop]) if high == low and stop > low else 0
+        if high > low:
+            own = weights[..., low:high]
+            later = torch.cat([own.masked_fill(reads, 0), weights[..., high:]], dim=-1)
+            earlier = torch.cat([weights[..., :low], own.masked_fill(~reads, 0)], dim=-1)
+            return _times(later, self.exact[:, :, low:stop]) + _times(earlier, self.stored[:, :, :high])
+        return out + _times(weights[..., :low], self.stored[:, :, :low]) if low else out
+
+
+def _times(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a [B, K, G, L, n] @ b [B, K, n, m]: the query heads of a KV head share one product."""
+    return (a.flatten(2, 3) @ b).unflatten(2, a.shape[2:4])
+
+
+def _stored(
+    x: torch.Tensor, codec: Codec, sinks: int, bounds: torch.Tensor, schedule: Schedule, lengths, dtype: torch.dtype
+) -> torch.Tensor:
+    """x [B, K, T, D] with the body tokens that some query reads as stored put through the codec.
+
+    Encoding happens in the dtype of x and decoding in ``dtype``, as in the packed cache.
+    """
+    out = x.to(dtype, copy=True)
+    if schedule.mode == "simulate":
+        out.copy_(_round_trip_ragged(x, codec, lengths, dtype))
+        return out
+    stop = int(bounds.max())
+    if stop > sinks:
+        out[:, :, sinks:stop] = codec.decode(*codec.encode(x[:, :, sinks:stop]), dtype)
+    return out
+
+
+def _round_trip_ragged(x: torch.Tensor, codec: Codec, lengths: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    """Round trip of every token. A partial last block has its own scale: the last real token fills what is missing."""
+    T = x.shape[2]
+    last = (torch.full((x.shape[0],), T) if lengths is None else lengths).clamp(min=1) - 1
+    whole = -(-T // codec.block_tokens) * codec.block_tokens
+    index = torch.minimum(torch.arange(whole), last.unsqueeze(1)).to(x.device)
+    filled = x.gather(2, index[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
+    return codec.decode(*codec.encode(filled), dtype)[:, :, :T]
