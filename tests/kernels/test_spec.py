@@ -1,0 +1,39 @@
+"""The page record: sections are aligned, disjoint, and as large as the tables of the specification say."""
+
+import pytest
+
+from kvq.kernels.spec import PageLayout, SideLayout
+
+
+def side(bits, head_dim=128, axis="token", group=128, page_tokens=64, form="affine"):
+    return SideLayout(format=form, bits=bits, head_dim=head_dim, page_tokens=page_tokens, axis=axis, group=group)
+
+
+@pytest.mark.parametrize(("bits", "record"), [(8, 16896), (4, 8704), (3, 6656), (2, 4608)])
+def test_record_sizes_of_the_reference_table(bits, record):
+    """head_dim 128, 64 tokens, one (scale, minimum) pair of fp16 numbers per token and side."""
+    assert PageLayout(key=side(bits), value=side(bits)).record_bytes == record
+
+
+@pytest.mark.parametrize("head_dim", [16, 48, 80, 128])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_sections_are_aligned_and_disjoint(bits, head_dim):
+    key = side(bits, head_dim, axis="channel", group=32)
+    value = side(2, head_dim, group=16)
+    layout = PageLayout(key=key, value=value)
+    spans = [
+        (layout.offsets["key_words"], key.words_bytes),
+        (layout.offsets["value_words"], value.words_bytes),
+        (layout.offsets["key_meta"], key.meta_bytes),
+        (layout.offsets["value_meta"], value.meta_bytes),
+    ]
+    for (start, size), following in zip(spans, [s for s, _ in spans[1:]] + [layout.record_bytes]):
+        assert start % 128 == 0
+        assert start + size <= following
+
+
+def test_bits_per_element_count_codes_and_metadata():
+    assert side(2, 64, group=32).bits_per_element == 3.0
+    assert side(2, 64, axis="channel", group=32).bits_per_element == 3.0
+    assert side(4, 64, group=64).bits_per_element == 4.5
+    assert side(8, 64, form="e4m3").bits_per_element == 8.0

@@ -1,0 +1,110 @@
+"""The affine codec against loops over the published formula, and its laws."""
+
+import pytest
+import torch
+
+from kvq.errors import DataError
+from kvq.quantizers import AffineCodec
+
+
+def codec(bits=2, axis="token", group=32, head_dim=64):
+    return AffineCodec(bits=bits, axis=axis, group=group, head_dim=head_dim)
+
+
+def normal(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def reference_group(numbers: list[float], bits: int) -> list[float]:
+    """One group by the paper's definition: fp16 scale and minimum, then round((x - min) / scale), half to even."""
+    low, high = min(numbers), max(numbers)
+    scale = torch.tensor((high - low) / (2**bits - 1)).half().double().item()
+    minimum = torch.tensor(low).half().double().item()
+    if scale == 0:
+        return [minimum] * len(numbers)
+    codes = [min(max(round((x - minimum) / scale), 0), 2**bits - 1) for x in numbers]
+    return [c * scale + minimum for c in codes]
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("axis", ["token", "channel"])
+def test_decode_of_encode_equals_loops_over_the_definition(bits, axis):
+    c = codec(bits, axis, group=16, head_dim=48)
+    x = normal(48, 48) * 3 + 0.7
+    decoded = c.decode(*c.encode(x), torch.float64)
+    expected = torch.empty_like(x)
+    for i in range(0, 48, 16):
+        for j in range(48):
+            where = (j, slice(i, i + 16)) if axis == "token" else (slice(i, i + 16), j)
+            expected[where] = torch.tensor(reference_group(x[where].tolist(), bits), dtype=torch.float64)
+    assert torch.equal(decoded, expected)
+
+
+@pytest.mark.parametrize(("group", "mse"), [(32, 0.1545), (128, 0.2504)])
+def test_two_bit_error_on_gaussian_numbers_is_the_known_one(group, mse):
+    """Mean squared error of asymmetric min-max rounding on N(0, 1), from 400,000 groups of the plain formula."""
+    c = codec(2, "token", group, head_dim=128)
+    x = normal(4096, 128)
+    error = (c.decode(*c.encode(x), torch.float64) - x).square().mean().item()
+    assert error == pytest.approx(mse, rel=0.01)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_error_is_at_most_half_a_step_where_nothing_is_clipped(bits):
+    c = codec(bits, group=64)
+    x = normal(257, 64)
+    codes, meta = c.encode(x)
+    scale, minimum = meta.double().unbind(-1)
+    # fp16 rounding of scale and minimum moves the ends of the grid; only numbers inside it are covered by the law.
+    inside = (x >= minimum) & (x <= minimum + scale * (2**bits - 1))
+    error = (c.decode(codes, meta, torch.float64) - x).abs()
+    assert (error <= scale / 2 + 1e-12)[inside].all()
+    assert inside.double().mean() > 0.9
+
+
+@pytest.mark.parametrize("axis", ["token", "channel"])
+@pytest.mark.parametrize("constant", [0.0, 1.5, -3.25])
+def test_a_constant_block_decodes_to_its_constant(axis, constant):
+    c = codec(2, axis)
+    x = torch.full((64, 64), constant, dtype=torch.float64)
+    codes, meta = c.encode(x)
+    assert torch.equal(c.decode(codes, meta, torch.float64), x)
+    assert not codes.any()
+
+
+def test_one_outlier_keeps_its_value_and_no_code_leaves_the_range():
+    c = codec(2, group=32)
+    x = torch.zeros(1, 64)
+    x[0, 5] = 900.0
+    codes, meta = c.encode(x)
+    assert codes.max() == 3
+    assert c.decode(codes, meta, torch.float32)[0, 5] == 900.0
+
+
+@pytest.mark.parametrize("axis", ["token", "channel"])
+def test_rows_and_heads_quantized_alone_give_the_same_codes_as_together(axis):
+    c = codec(3, axis)
+    x = normal(2, 3, 96, 64)
+    codes, meta = c.encode(x)
+    for b in range(2):
+        for h in range(3):
+            alone_codes, alone_meta = c.encode(x[b, h])
+            assert torch.equal(alone_codes, codes[b, h])
+            assert torch.equal(alone_meta, meta[b, h])
+
+
+def test_quantizing_decoded_numbers_again_changes_nothing_but_quantizing_others_does():
+    c = codec(4, group=64)
+    x = normal(33, 64).float()
+    once = c.decode(*c.encode(x), torch.float32)
+    codes, _ = c.encode(once)
+    assert torch.equal(codes, c.encode(x)[0])
+    assert not torch.equal(codes, c.encode(x + 0.3 * normal(33, 64, seed=1).float())[0])
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e6])
+def test_numbers_that_cannot_be_stored_are_refused(bad):
+    x = normal(1, 64)
+    x[0, 3] = bad
+    with pytest.raises(DataError, match="cannot be quantized"):
+        codec().encode(x)
