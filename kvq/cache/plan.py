@@ -35,8 +35,7 @@ class HeadGroup:
         total = pages * self.layout.record_bytes * len(self.heads)
         for rule in self.rules.values():
             exact = max(0, tokens - self.sinks) - rule.packed(tokens)
-            exact = min(exact + HEADROOM, rule.longest_tail + HEADROOM) if exact or pages else 0
-            total += (exact + self.sinks) * numbers * itemsize
+            total += (exact + HEADROOM + self.sinks) * numbers * itemsize
         return total
 
     @property

@@ -102,7 +102,7 @@ class HeadStore:
             min(length, max(self._body(b) - self.packed[side][b], recorded))
             for b, length in enumerate(self.tails[side].lengths)
         ]
-        self.tails[side].keep(keep, max(rule.longest_tail, recorded))
+        self.tails[side].keep(keep)
 
     def _body(self, row: int) -> int:
         return max(0, self.counts[row] - self.group.sinks)
@@ -184,6 +184,8 @@ class HeadStore:
         margin = RECORDED_TOKENS if self.recording else 0
         closed_tokens = [max(0, min(self.packed[side][b] for side in SIDES) - margin) for b in order]
         full = [tokens // self.group.layout.page_tokens for tokens in closed_tokens]
+        # Pages that no chosen row reads go first, so that the copies can take their place.
+        self.arena.release({p for table in self.tables for p in table} - {p for b in order for p in self.tables[b]})
         owned: set[int] = set()
         tables = []
         for b, closed in zip(order, full):
@@ -195,8 +197,6 @@ class HeadStore:
                     table[p] = fresh[0]
                 owned.add(table[p])
             tables.append(table)
-        unused = {p for table in self.tables for p in table} - {p for table in tables for p in table}
-        self.arena.release(unused)
         self.tables = tables
         self.counts = [self.counts[b] for b in order]
         self.packed = {side: [self.packed[side][b] for b in order] for side in SIDES}

@@ -2,7 +2,7 @@
 
 import torch
 
-# Free room at the end of the buffer, in tokens: the window moves to the front once every HEADROOM steps.
+# Free room at the end of a fresh buffer, in tokens: the window is moved or regrown once every HEADROOM steps.
 HEADROOM = 16
 
 
@@ -57,13 +57,12 @@ class Tail:
     def _last(self, count: int) -> torch.Tensor:
         return self.buffer[:, :, self.end - count : self.end]
 
-    def keep(self, lengths: list[int], room: int) -> None:
-        """Shorten every row to its last ``lengths[b]`` tokens; the buffer shrinks to about ``room`` tokens."""
+    def keep(self, lengths: list[int]) -> None:
+        """Shorten every row to its last ``lengths[b]`` tokens; the buffer follows, within two HEADROOMs."""
         self.lengths = lengths
-        if self.buffer is not None and self.buffer.shape[2] > room + HEADROOM:
+        if self.buffer is not None and self.buffer.shape[2] > self.longest + 2 * HEADROOM:
             kept = self._last(self.longest)
-            shape = (*kept.shape[:2], max(room, self.longest) + HEADROOM, kept.shape[3])
-            self.buffer = kept.new_empty(shape)
+            self.buffer = kept.new_empty(*kept.shape[:2], self.longest + HEADROOM, kept.shape[3])
             self.buffer[:, :, : self.longest] = kept
             self.end = self.longest
 

@@ -68,13 +68,13 @@ class AffineCodec:
         scale = scale.to(x.dtype)
         # Division by a zero scale is avoided: such a group is constant and all its codes are 0.
         codes = (grouped - minimum.to(x.dtype)) / scale.masked_fill(scale == 0, torch.inf)
-        return codes.round_().clamp_(0, steps).to(torch.uint8).view(x.shape), meta
+        return codes.round_().clamp_(0, steps).to(torch.uint8).reshape(x.shape), meta
 
     def decode(self, codes: torch.Tensor, meta: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Return the numbers that codes and meta stand for, [..., T, head_dim]."""
         grouped, dim = self._grouped(codes)
         scale, minimum = meta.to(dtype).unsqueeze(dim - 1).unbind(-1)
-        return torch.addcmul(minimum, grouped.to(dtype), scale).view(codes.shape)
+        return torch.addcmul(minimum, grouped.to(dtype), scale).reshape(codes.shape)
 
     def _grouped(self, x: torch.Tensor) -> tuple[torch.Tensor, int]:
         """View x so that dimension ``dim`` runs over the numbers that share a scale."""

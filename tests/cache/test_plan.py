@@ -1,0 +1,86 @@
+"""Byte law: what a plan predicts is what a filled cache holds; and recipes resolve by layer and head."""
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from kvq.cache import cache_nbytes, make_plan, pack_cache
+from kvq.errors import RecipeError
+from kvq.models.describe import describe
+from kvq.recipe import load_recipe
+
+
+def filled(config, plan, tokens, dtype=torch.bfloat16):
+    cache = DynamicCache(config=config)
+    pack_cache(cache, plan)
+    for i in range(config.num_hidden_layers):
+        x = torch.randn(1, config.num_key_value_heads, tokens, config.head_dim, dtype=dtype)
+        cache.update(x, x, i)
+    return cache
+
+
+@pytest.mark.parametrize("recipe", ["fp16", "int8", "int4", "kivi4", "kivi2"])
+@pytest.mark.parametrize("tokens", [512, 2001, 8192])
+def test_predicted_bytes_are_measured_bytes(tiny_config, recipe, tokens):
+    config = tiny_config(head_dim=64, layers=3)
+    plan = make_plan(load_recipe(recipe), describe(config))
+    measured = cache_nbytes(filled(config, plan, tokens))
+    assert measured == pytest.approx(plan.predicted_bytes(tokens, 2), rel=0.03)
+
+
+def test_measured_bits_approach_the_asymptotic_bits(tiny_config):
+    config = tiny_config(head_dim=64)
+    plan = make_plan(load_recipe("kivi2"), describe(config))
+    assert plan.bits_per_element == 3.0
+    bits = 8 * cache_nbytes(filled(config, plan, 32768)) / plan.elements(32768)
+    assert 3.0 < bits < 3.1
+
+
+def test_bytes_stay_true_while_decoding(tiny_config):
+    config = tiny_config(head_dim=64)
+    plan = make_plan(load_recipe("kivi2"), describe(config))
+    cache = filled(config, plan, 3000)
+    for _ in range(200):
+        for i in range(config.num_hidden_layers):
+            x = torch.randn(1, 2, 1, 64, dtype=torch.bfloat16)
+            cache.update(x, x, i)
+        assert cache_nbytes(cache) == pytest.approx(plan.predicted_bytes(cache.get_seq_length(), 2), rel=0.03)
+
+
+def test_overrides_by_layer_and_head_make_groups(tiny_config):
+    recipe = load_recipe("kivi2").override({"layers.0.key.bits": 4, "layers.-1/1.value.bits": 8})
+    plan = make_plan(recipe, describe(tiny_config(layers=3, head_dim=32)))
+    assert [len(plan.layers[i]) for i in range(3)] == [1, 1, 2]
+    assert plan.layers[0][0].codecs["key"].bits == 4
+    assert plan.layers[1][0].codecs["key"].bits == 2
+    by_heads = {group.heads: group.codecs["value"].bits for group in plan.layers[2]}
+    assert by_heads == {(0,): 2, (1,): 8}
+
+
+def test_exact_layers_keep_the_plain_cache(tiny_config):
+    recipe = load_recipe("kivi2").override(
+        {"layers.1.key.codec": "exact", "layers.1.value.codec": "exact"}
+    )
+    plan = make_plan(recipe, describe(tiny_config(layers=3, head_dim=32)))
+    assert sorted(plan.layers) == [0, 2]
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"value.group": 24}, "group=24 does not divide head_dim=32"),
+        ({"layers.9.key.bits": 4}, "matches nothing"),
+        ({"layers.0/7.key.bits": 4}, "matches nothing"),
+    ],
+)
+def test_impossible_plans_name_value_and_rule(tiny_config, settings, words):
+    with pytest.raises(RecipeError, match=words):
+        make_plan(load_recipe("kivi2").override(settings), describe(tiny_config(head_dim=32)))
+
+
+def test_calibrated_scales_are_required_and_used(tiny_config):
+    spec = describe(tiny_config(head_dim=32))
+    with pytest.raises(RecipeError, match="kvq calibrate"):
+        make_plan(load_recipe("fp8"), spec)
+    scales = {f"layers.{i}.{side}.scale": 0.25 for i in range(2) for side in ("key", "value")}
+    assert make_plan(load_recipe("fp8"), spec, scales).layers[1][0].codecs["key"].scale == 0.25

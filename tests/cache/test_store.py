@@ -1,0 +1,177 @@
+"""The packed state is a function of each row's real tokens alone (chunking, batch and padding laws, bit for bit)."""
+
+import pytest
+import torch
+
+from kvq.cache.plan import make_plan
+from kvq.cache.store import HeadStore
+from kvq.errors import CacheError
+from kvq.models.describe import describe
+from kvq.recipe import load_recipe
+
+RECIPES = {
+    "kivi2": {},
+    "kivi2-window-32": {"tokens.window": 32},
+    "kivi4-no-window": {"tokens.window": 0, "key.bits": 4},
+    "int4": {},
+    "int4-sinks": {"tokens.sinks": 5, "tokens.window": 9},
+    "kivi2-sinks": {"tokens.sinks": 3, "tokens.window": 64, "key.bits": 3},
+    "int8": {},
+    "fp8": {"key.scale": "unit", "value.scale": "unit"},
+    "kivi2-channel-values": {"value.axis": "channel", "value.group": 64, "tokens.window": 64, "key.group": 16},
+    "kivi2-group-128": {"key.group": 128},
+}
+
+
+@pytest.fixture(params=sorted(RECIPES))
+def group(request, tiny_config):
+    recipe = load_recipe(request.param.split("-")[0]).override(RECIPES[request.param])
+    return make_plan(recipe, describe(tiny_config(head_dim=32))).layers[0][0]
+
+
+def tokens(rows, count, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    shape = (rows, 2, count, 32)
+    return {side: torch.randn(shape, generator=generator) * 2 + 0.5 for side in ("key", "value")}
+
+
+def build(group, x, cuts, valid=None):
+    store = HeadStore(group, x["key"].shape[0], torch.device("cpu"))
+    for a, b in zip(cuts, cuts[1:]):
+        part = {side: t[:, :, a:b] for side, t in x.items()}
+        store.append(part, None if valid is None else valid[:, a:b])
+    return store
+
+
+def state(store, row):
+    """Everything that counts of one row: packed codes and metadata of written tokens, sinks, exact tail."""
+    found = {}
+    body = max(0, store.counts[row] - store.group.sinks)
+    for side in ("key", "value"):
+        done = store.packed[side][row]
+        pages = -(-done // store.group.layout.page_tokens)
+        if done:
+            packed = store.arena.packed([store.tables[row][:pages]], side, store.group.codecs[side])
+            found[side, "codes"] = packed.codes()[0, :, :done]
+            found[side, "numbers"] = packed.dequantize()[0, :, :done]
+        found[side, "tail"] = store.tails[side].last([row], body - done)[0] if body > done else torch.empty(0)
+        if side in store.sinks:
+            found[side, "sinks"] = store.sinks[side][row, :, : min(store.counts[row], store.group.sinks)]
+    return found
+
+
+def assert_same(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+def cuts_of(total, *sizes):
+    cuts, i = [0], 0
+    while cuts[-1] < total:
+        cuts.append(min(total, cuts[-1] + sizes[i % len(sizes)]))
+        i += 1
+    return cuts
+
+
+@pytest.mark.parametrize("sizes", [(1,), (37,), (64,), (1, 130, 5), (300, 1)])
+def test_chunking_law(group, sizes):
+    x = tokens(1, 331)
+    assert_same(state(build(group, x, cuts_of(331, *sizes)), 0), state(build(group, x, [0, 331]), 0))
+
+
+def test_batch_law(group):
+    x = tokens(3, 203)
+    together = build(group, x, cuts_of(203, 50, 1))
+    for row in range(3):
+        alone = {side: t[row : row + 1] for side, t in x.items()}
+        assert_same(state(together, row), state(build(group, alone, [0, 203]), 0))
+
+
+@pytest.mark.parametrize("where", ["left", "right", "scattered"])
+def test_padding_law(group, where):
+    """Pads, however placed and however large, leave a row's packed bytes as if it were alone."""
+    x, total = tokens(3, 230), 230
+    valid = torch.ones(3, total, dtype=torch.bool)
+    if where == "left":
+        valid[0, :71] = False
+        valid[2, :3] = False
+    elif where == "right":
+        valid[1, 150:200] = False
+    else:
+        valid[0, ::7] = False
+        valid[1, 40:90] = False
+    x = {side: torch.where(valid[:, None, :, None], t, torch.tensor(1e4)) for side, t in x.items()}
+    padded = build(group, x, [0, 200, *range(201, 231)], valid)
+    for row in range(3):
+        alone = {side: t[row : row + 1, :, valid[row]] for side, t in x.items()}
+        count = int(valid[row].sum())
+        assert padded.counts[row] == count
+        assert_same(state(padded, row), state(build(group, alone, [0, count]), 0))
+
+
+def test_pads_would_change_the_state_if_they_were_not_dropped(group):
+    """Negative control of the padding law."""
+    x = tokens(1, 230)
+    valid = torch.ones(1, 230, dtype=torch.bool)
+    valid[0, :71] = False
+    dropped = state(build(group, x, [0, 230], valid), 0)
+    kept = state(build(group, x, [0, 230]), 0)
+    assert any(dropped[name].shape != kept[name].shape or not torch.equal(dropped[name], kept[name]) for name in kept)
+
+
+def test_what_is_packed_never_changes_again(group):
+    x = tokens(1, 400)
+    store = build(group, x, [0, 300])
+    before = state(store, 0)
+    for t in range(300, 400):
+        store.append({side: v[:, :, t : t + 1] for side, v in x.items()}, None)
+    after = state(store, 0)
+    for side in ("key", "value"):
+        if (side, "codes") in before:
+            kept = before[side, "codes"].shape[1]
+            assert torch.equal(after[side, "codes"][:, :kept], before[side, "codes"])
+            assert torch.equal(after[side, "numbers"][:, :kept], before[side, "numbers"])
+
+
+def test_selecting_rows_and_going_on_equals_rows_that_were_there_from_the_start(group):
+    """Beams: rows that share pages must not write into each other's."""
+    x, more = tokens(3, 150), tokens(4, 90, seed=1)
+    order = torch.tensor([2, 0, 2, 2])
+    store = build(group, x, [0, 150])
+    store.select(order)
+    for t in range(90):
+        store.append({side: v[:, :, t : t + 1] for side, v in more.items()}, None)
+    for row, source in enumerate(order.tolist()):
+        joined = {side: torch.cat([x[side][source : source + 1], more[side][row : row + 1]], dim=2) for side in x}
+        assert_same(state(store, row), state(build(group, joined, [0, 240]), 0))
+
+
+def test_released_pages_are_used_again(group):
+    x = tokens(4, 300)
+    store = build(group, x, [0, 300])
+    pages = store.arena.pages
+    store.select(torch.tensor([1, 1, 1, 1]))
+    store.append({side: v[:, :, :128] for side, v in x.items()}, None)
+    assert store.arena.pages <= pages + 2
+
+
+@pytest.mark.parametrize("draft", [1, 5, 40])
+def test_crop_law(group, draft):
+    """With past recording, tokens that are cropped away leave no trace, across every flush boundary."""
+    x, wrong = tokens(1, 300), tokens(1, 300, seed=9)
+    store = HeadStore(group, 1, torch.device("cpu"))
+    store.recording = True
+    store.append({side: v[:, :, :100] for side, v in x.items()}, None)
+    for t in range(100, 300):
+        store.append({side: v[:, :, :draft] for side, v in wrong.items()}, None)
+        store.crop(draft)
+        store.append({side: v[:, :, t : t + 1] for side, v in x.items()}, None)
+    assert_same(state(store, 0), state(build(group, x, [0, 300]), 0))
+
+
+def test_crop_of_quantized_tokens_is_refused(group):
+    store = build(group, tokens(1, 300), [0, 300])
+    with pytest.raises(CacheError, match="activate_past_recording"):
+        store.crop(200)
+    assert store.counts == [300]
