@@ -4,7 +4,8 @@
     python benchmarks/calibrate.py --model FOLDER --samples 32 --seq-len 1024 --json -
 
 Both sides run the decoder without its head, in float32 on the CPU, taking turns batch by batch in one process. The
-plain side keeps its ordinary cache; calibration adds the measuring and nothing else.
+plain side keeps its ordinary cache; calibration adds the measuring and nothing else. The ratio is the median over the
+batches of calibrate / plain, so that load that comes and goes on the machine falls on both sides of each pair.
 """
 
 import argparse
@@ -36,15 +37,13 @@ def calibrate(model, batch: torch.Tensor) -> None:
     collect(model, batch, batch_size=len(batch))
 
 
-def one_turn(model, batches: list[torch.Tensor]) -> dict[str, float]:
-    """Seconds of each side over all batches, taken in turns batch by batch."""
-    spent = dict.fromkeys(SIDES, 0.0)
-    for number, batch in enumerate(batches):
-        # Each side goes first every other time: other load on the machine then falls on both.
-        for name in sorted(SIDES, reverse=bool(number % 2)):
-            start = time.perf_counter()
-            SIDES[name](model, batch)
-            spent[name] += time.perf_counter() - start
+def seconds(model, batch: torch.Tensor, order: list[str]) -> dict[str, float]:
+    """Seconds of both sides on one batch, in this order."""
+    spent = {}
+    for name in order:
+        start = time.perf_counter()
+        SIDES[name](model, batch)
+        spent[name] = round(time.perf_counter() - start, 3)
     return spent
 
 
@@ -61,22 +60,23 @@ def measure(arguments: argparse.Namespace) -> dict:
         seq_len=arguments.seq_len,
         source=arguments.data,
     )
-    batches = list(windows.split(arguments.batch_size))
-    one_turn(model, batches[:1])
-    times: dict[str, list[float]] = {name: [] for name in SIDES}
-    for turn in range(arguments.repeats):
-        for name, value in one_turn(model, batches).items():
-            times[name].append(value)
-            print(f"turn {turn + 1}  {name:9}  {value:7.2f} s", file=sys.stderr)
-    medians = {name: statistics.median(values) for name, values in times.items()}
-    tokens = arguments.samples * arguments.seq_len
+    batches = list(windows.split(arguments.batch_size)) * arguments.repeats
+    seconds(model, batches[0], list(SIDES))
+    pairs = []
+    for number, batch in enumerate(batches):
+        # Each side goes first every other time.
+        pairs.append(seconds(model, batch, sorted(SIDES, reverse=bool(number % 2))))
+        print(f"batch {number + 1:3} of {len(batches)}  {pairs[-1]}", file=sys.stderr)
+    medians = {name: statistics.median(pair[name] for pair in pairs) for name in SIDES}
     return {
         "benchmark": "calibrate",
-        "ratio": round(medians["calibrate"] / medians["plain"], 4),
+        "ratio": round(statistics.median(pair["calibrate"] / pair["plain"] for pair in pairs), 4),
         "bar": BAR,
-        "median_seconds": {name: round(value, 3) for name, value in medians.items()},
-        "seconds": {name: [round(value, 3) for value in values] for name, values in times.items()},
-        "tokens_per_second": {name: round(tokens / value, 1) for name, value in medians.items()},
+        "median_seconds_per_batch": medians,
+        "seconds_per_batch": {name: [pair[name] for pair in pairs] for name in SIDES},
+        "tokens_per_second": {
+            name: round(arguments.batch_size * arguments.seq_len / value, 1) for name, value in medians.items()
+        },
         "model": arguments.model if arguments.model == "builtin" else Path(arguments.model).name,
         "dtype": "float32",
         "data": data.to_dict(),
@@ -108,9 +108,10 @@ def main() -> None:
     if arguments.json == "-":
         print(text)
     else:
+        Path(arguments.json).parent.mkdir(parents=True, exist_ok=True)
         Path(arguments.json).write_text(text + "\n")
-        for name, value in result["median_seconds"].items():
-            print(f"{name:9}  {value:7.2f} s  {result['tokens_per_second'][name]:8.1f} tokens/s")
+        for name, value in result["median_seconds_per_batch"].items():
+            print(f"{name:9}  {value:7.2f} s a batch  {result['tokens_per_second'][name]:8.1f} tokens/s")
         print(f"ratio      {result['ratio']:.3f}   (bar {BAR})")
 
 
