@@ -14,6 +14,8 @@ class Tail:
 
     def __init__(self, rows: int):
         self.buffer: torch.Tensor | None = None
+        # A first prompt is borrowed from the caller until `keep` copies what stays; it is never written to.
+        self.borrowed = False
         self.end = 0
         self.lengths = [0] * rows
 
@@ -32,7 +34,8 @@ class Tail:
         if valid is None and self.buffer is not None and old:
             joined = self._append(x, old)
         else:
-            joined = x if not old else torch.cat([self._last(old), x], dim=2)
+            self.borrowed = not old
+            joined = x if self.borrowed else torch.cat([self._last(old), x], dim=2)
             if valid is not None:
                 joined = _right_align(joined, self.lengths, old, valid)
             self.buffer, self.end = joined, joined.shape[2]
@@ -60,7 +63,10 @@ class Tail:
     def keep(self, lengths: list[int]) -> None:
         """Shorten every row to its last ``lengths[b]`` tokens; the buffer follows, within two HEADROOMs."""
         self.lengths = lengths
-        if self.buffer is not None and self.buffer.shape[2] > self.longest + 2 * HEADROOM:
+        if self.buffer is None:
+            return
+        if self.borrowed or self.buffer.shape[2] > self.longest + 2 * HEADROOM:
+            self.borrowed = False
             kept = self._last(self.longest)
             self.buffer = kept.new_empty(*kept.shape[:2], self.longest + HEADROOM, kept.shape[3])
             self.buffer[:, :, : self.longest] = kept

@@ -24,8 +24,9 @@ from kvq.errors import DataError, suggest
 from kvq.quantizers import Codec
 
 MODES = ("stream", "prefill", "chunked", "simulate")
-# Scores held at once, and the query tile that whole flush units divide.
-TILE_SCORES = 1 << 22
+# Scores held at once: on a CPU they fit its cache, a GPU wants large products.
+TILE_SCORES = {"cpu": 1 << 20, "gpu": 1 << 25}
+# Query tiles of whole flush units leave no strip of keys that must be read both ways.
 TILE_UNIT = 128
 
 
@@ -96,7 +97,7 @@ def two_view_attend(
         views[side] = _Views(exact=exact.to(dtype), stored=stored, bounds=bounds)
     learned = None if options.sinks is None else options.sinks.to(dtype).view(1, K, G, 1, 1)
     out = torch.empty_like(q)
-    step = _tile(B * K * G, T)
+    step = _tile(B * K * G, T, TILE_SCORES["cpu" if q.device.type == "cpu" else "gpu"])
     for start in range(0, T, step):
         stop = min(start + step, T)
         queries = q[:, :, :, start:stop].to(dtype) * options.scaling
@@ -111,9 +112,9 @@ def two_view_attend(
     return out
 
 
-def _tile(rows: int, tokens: int) -> int:
-    """Queries a tile: within the score budget, aligned with the flush units so that most tiles have a narrow strip."""
-    step = max(16, TILE_SCORES // (rows * tokens))
+def _tile(rows: int, tokens: int, budget: int) -> int:
+    """Queries a tile: within the score budget, and a divisor or a multiple of the usual flush unit."""
+    step = max(16, budget // (rows * tokens))
     return step // TILE_UNIT * TILE_UNIT if step >= TILE_UNIT else 1 << step.bit_length() - 1
 
 
