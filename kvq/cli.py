@@ -88,7 +88,7 @@ def _os_error(error: OSError) -> int:
     return _fail(f"{error.strerror or error}{where}: check the path and try again.")
 
 
-@click.group(cls=KvqGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group("kvq", cls=KvqGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(package_name="kvq-toolkit", prog_name="kvq", message="%(prog)s %(version)s")
 def main() -> None:
     """Quantize the KV cache of a language model: calibrate, export, evaluate, generate.

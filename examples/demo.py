@@ -1,0 +1,115 @@
+"""The whole way through kvq by its own commands, and one table at the end: fp16 beside kivi2. ``make demo`` runs it.
+
+python examples/demo.py --model builtin --out demo-output
+"""
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from kvq.calib.data import builtin_text
+from kvq.models.resolve import load_tokenizer, resolve_model
+
+RECIPE = "kivi2"
+QUESTION = "Explain in two sentences why the memory of a language model grows with the length of a conversation."
+EVAL_WINDOWS, EVAL_TOKENS = 4, 1024
+SPEED_CONTEXT, SPEED_TOKENS = 2048, 32
+console = Console(highlight=False)
+
+
+def kvq(title: str, *args: str, stdin: str | None = None, quiet: bool = False) -> None:
+    """Run one command of kvq as a user would, and stop the demo if it fails."""
+    console.print(f"\n[bold]{title}[/bold]")
+    print(f"$ kvq {shlex.join(args)}", flush=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "kvq.cli", *args],
+        input=stdin,
+        text=True,
+        stdout=subprocess.DEVNULL if quiet else None,
+        check=False,
+    )
+    if done.returncode:
+        sys.exit(done.returncode)
+
+
+def long_prompt(model: str) -> str:
+    """About SPEED_CONTEXT tokens of text that was not calibrated on."""
+    tokenizer = load_tokenizer(resolve_model(model))
+    ids = tokenizer(builtin_text("evaluation")[: 8 * SPEED_CONTEXT], add_special_tokens=False, verbose=False)
+    return tokenizer.decode(ids["input_ids"][:SPEED_CONTEXT])
+
+
+def run(model: str, out: Path) -> dict[str, dict]:
+    """Run every step and return what the commands reported."""
+    out.mkdir(parents=True, exist_ok=True)
+    stats, export = str(out / "stats.safetensors"), str(out / RECIPE)
+    reports = {name: str(out / f"{name}.json") for name in ("eval", "fp16", RECIPE)}
+    kvq("1. Calibrate: measure keys and values", "calibrate", model, "-o", stats, "--samples", "16", quiet=True)
+    kvq("2. Export", "export", model, "--recipe", RECIPE, "--stats", stats, "-o", export, "--force")
+    sizes = ("--seq-len", str(EVAL_TOKENS), "--limit", str(EVAL_WINDOWS))
+    kvq("3. Evaluate: read the quantized cache", "eval", export, "--baseline", model, *sizes, "--json", reports["eval"])
+    kvq("4. Generate", "generate", export, "--prompt", QUESTION, "--max-new-tokens", "64")
+    prompt = long_prompt(model)
+    speed = ("--raw", "--ignore-eos", "--max-new-tokens", str(SPEED_TOKENS))
+    title = f"5. Speed at {SPEED_CONTEXT:,} tokens of context"
+    for name, source in (("fp16", model), (RECIPE, export)):
+        kvq(f"{title}, {name}", "generate", source, *speed, "--json", reports[name], stdin=prompt, quiet=True)
+    return {name: json.loads(Path(path).read_text()) for name, path in reports.items()}
+
+
+def summary(reports: dict[str, dict], model: str) -> tuple[Table, str]:
+    """The table of the run, and what it means in one sentence."""
+    results, bits = reports["eval"]["results"], reports["eval"]["bits_per_element"]
+    plain, packed = reports["fp16"], reports[RECIPE]
+    tokens = packed["cache"]["tokens"]
+    mib = [packed["cache"][name] / 2**20 for name in ("fp16_bytes", "bytes_in_16_bit")]
+    perplexity = [results["perplexity"][name] for name in ("baseline", "value")]
+    table = Table(
+        title=f"{model}: fp16 cache beside {RECIPE}", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False
+    )
+    for name, justify in (("", "left"), ("fp16", "right"), (RECIPE, "right"), ("better is", "left")):
+        table.add_column(name, justify=justify)
+    table.add_row("perplexity", *(f"{value:.3f}" for value in perplexity), "lower")
+    table.add_row("KL from fp16, nats per token", "0", f"{results['divergence']['kl']:.4f}", "lower")
+    table.add_row(f"cache of {tokens:,} tokens, MiB", *(f"{value:.1f}" for value in mib), "lower")
+    table.add_row(f"bits per element at {EVAL_TOKENS:,} tokens", "16", f"{bits:.2f}", "lower")
+    table.add_row(
+        f"tokens/s at {tokens:,} tokens", *(f"{run['tokens_per_second']:.1f}" for run in (plain, packed)), "higher"
+    )
+    sentence = (
+        f"With {RECIPE}, a text of {tokens:,} tokens needs {mib[1]:.1f} MiB of cache instead of {mib[0]:.1f} "
+        f"({mib[0] / mib[1]:.1f}x less), and perplexity goes from {perplexity[0]:.2f} to {perplexity[1]:.2f}."
+    )
+    return table, sentence
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="builtin", help="builtin, a checkpoint folder or a hub id")
+    parser.add_argument("--out", type=Path, default=Path("demo-output"))
+    args = parser.parse_args()
+    start = time.monotonic()
+    reports = run(args.model, args.out)
+    table, sentence = summary(reports, args.model)
+    console.print()
+    console.print(table)
+    console.print(sentence, soft_wrap=True)
+    console.print(
+        f"[dim]Perplexity and KL: {EVAL_WINDOWS} windows of {EVAL_TOKENS:,} tokens. Memory: exact numbers at 16 bits. "
+        f"Speed: batch 1, {SPEED_TOKENS} tokens, {reports['fp16']['cache']['exact_dtype']}, torch reference, "
+        f"{os.cpu_count()} cores. The whole run took {(time.monotonic() - start) / 60:.1f} minutes.[/dim]",
+        soft_wrap=True,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""``kvq recipes``."""
+
+import json
+
+import pytest
+import yaml
+
+from kvq.recipe import list_recipes, load_recipe
+
+
+@pytest.mark.parametrize("name", list_recipes())
+def test_show_prints_a_file_that_check_accepts(run, tmp_path, name):
+    file = tmp_path / "mine.yaml"
+    file.write_text(run("recipes", "show", name).stdout)
+    assert load_recipe(file) == load_recipe(name)
+    assert "is valid" in run("recipes", "check", file).stdout
+
+
+def test_set_takes_typed_values(run):
+    shown = yaml.safe_load(
+        run("recipes", "show", "kivi2", "--set", "key.bits=4", "--set", "layers.0-1.key.bits=8").stdout
+    )
+    assert shown["key"]["bits"] == 4
+    assert shown["layers"] == {"0-1": {"key": {"bits": 8}}}
+
+
+def test_check_against_a_model(run, tiny_checkpoint):
+    result = run("recipes", "check", "kivi4", "--model", tiny_checkpoint(layers=3, head_dim=32), "--json", "-")
+    checked = json.loads(result.stdout)
+    assert checked["valid"]
+    assert checked["model"]["quantized_layers"] == 3
+
+
+def test_unknown_recipes_suggest_the_nearest(refuse):
+    refuse("recipes", "show", "kivi22", says=("'kivi22'", "Did you mean 'kivi2'?"))
+    refuse("recipes", "show", "zzz", says=("Known: fp16",))
+
+
+def test_bad_recipe_files_are_refused(refuse, tmp_path):
+    file = tmp_path / "mine.yaml"
+    refuse("recipes", "check", file, says=("does not exist",))
+    file.write_text("name: [mine\nkey: {")
+    refuse("recipes", "check", file, says=("not readable YAML",))
+    file.write_text("- 1\n- 2\n")
+    refuse("recipes", "check", file, says=("not a mapping",))
+    file.write_bytes(b"\xff\xfe\x00")
+    refuse("recipes", "check", file, says=("mine.yaml",))
+
+
+@pytest.mark.parametrize(
+    ("setting", "says"),
+    [
+        ("key.bits", "KEY=VALUE"),
+        ("=4", "KEY=VALUE"),
+        ("key.bits=[", "not readable YAML"),
+        ("key.bitz=4", "'bitz'"),
+        ("key.bits=5", "bits=5"),
+        ("nothing=1", "nothing"),
+        ("tokens.window=100", "no multiple"),
+    ],
+)
+def test_bad_settings_are_refused(refuse, setting, says):
+    refuse("recipes", "show", "kivi2", "--set", setting, says=(says,))
+
+
+def test_a_group_that_does_not_divide_the_head_is_refused_against_the_model(refuse, tiny_checkpoint):
+    model = tiny_checkpoint(head_dim=16)
+    refuse("recipes", "check", "int4", "--set", "key.group=12", "--model", model, says=("group=12", "head_dim=16"))
+
+
+def test_a_layer_pattern_that_matches_nothing_is_refused(refuse, tiny_checkpoint):
+    setting = "layers.7.key.bits=4"
+    refuse(
+        "recipes",
+        "check",
+        "kivi2",
+        "--set",
+        setting,
+        "--model",
+        tiny_checkpoint(head_dim=32),
+        says=("'7'", "layers 0 to 1"),
+    )
