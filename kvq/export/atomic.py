@@ -12,6 +12,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+# Larger files, in bytes, are copies of weights. Flushing them doubles the time of an export; should the power fail, the
+# checks at load (size, header, fingerprint) tell that they are not whole, and the source still has them.
+FLUSH_LIMIT = 16 * 2**20
+
 
 @contextmanager
 def whole_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
@@ -50,11 +54,13 @@ def recover(target: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def flush(folder: Path) -> None:
-    """Force a folder's files and names to disk, so that a rename cannot survive without what it names."""
+def flush(folder: Path, limit: float = FLUSH_LIMIT) -> None:
+    """Force names and files of up to ``limit`` bytes to disk, so that a rename cannot survive without what it names."""
     for path, _, files in os.walk(folder):
         for name in files:
-            _fsync(os.path.join(path, name))
+            file = os.path.join(path, name)
+            if os.path.getsize(file) <= limit:
+                _fsync(file)
         _flush_folder(Path(path))
 
 
