@@ -31,11 +31,12 @@ class Output:
 
         self.target = target
         self.stdout = sys.stdout
-        self.console = Console(stderr=target == "-", highlight=False)
+        self.console = Console(stderr=target == "-", highlight=False, markup=False, emoji=False)
 
     def show(self, *renderables: Any) -> None:
         for renderable in renderables:
-            self.console.print(renderable)
+            # Sentences are left to the terminal to wrap, so that what reads them sees one line.
+            self.console.print(renderable, soft_wrap=isinstance(renderable, str))
 
     def write(self, data: dict[str, Any]) -> None:
         """Write the command's one JSON object, if it was asked for."""
