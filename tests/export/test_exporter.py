@@ -246,7 +246,7 @@ def test_an_interrupted_export_leaves_nothing(source, tmp_path, monkeypatch):
 
 
 KILLER = """
-import os, shutil, signal, sys
+import os, shutil, signal, sys, threading
 from pathlib import Path
 source, root = Path(sys.argv[1]), Path(sys.argv[2])
 from kvq.export.exporter import export
@@ -257,11 +257,12 @@ def tree(folder):
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 def child(moment, out, force):
-    seen = [0]
+    seen, lock = [0], threading.Lock()
     def watched(call):
         def run(*args, **kwargs):
-            seen[0] += 1
-            if seen[0] == moment: os.kill(os.getpid(), signal.SIGKILL)
+            with lock:
+                seen[0] += 1
+                if seen[0] == moment: os.kill(os.getpid(), signal.SIGKILL)
             return call(*args, **kwargs)
         return run
     for owner, name in ((os, "link"), (os, "rename"), (os, "fsync"), (os, "mkdir"), (shutil, "rmtree"),
