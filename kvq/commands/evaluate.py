@@ -98,3 +98,5 @@ def command(
         ).to_dict()
     output.show(eval_table(result))
     output.write(result)
+    if result["partial"]:
+        raise KeyboardInterrupt

@@ -135,14 +135,53 @@ def memory_table(plan: Mapping[str, Any]) -> Group:
 
 
 def eval_table(result: Mapping[str, Any]) -> Group:
-    """An EvalResult: one row a number, beside the baseline where there is one."""
-    table = _table("", "measure", "baseline", "quantized")
-    for task, values in result["results"].items():
-        if task == "perplexity":
-            table.add_row("perplexity", number(values.get("baseline"), 3), number(values["value"], 3))
-            continue
-        for name, value in values.items():
-            if isinstance(value, int | float) and not isinstance(value, bool):
-                table.add_row(f"{task} {name}", "", number(value, 5))
-    bits = result.get("bits_per_element")
-    return Group(table, f"Mode {result['mode']}; {number(bits, 2)} bits per element, measured.")
+    """An EvalResult: every measure beside the baseline's, with standard errors, and what was measured how."""
+    recipe = result["recipe"]["name"]
+    table = _table(f"{result['model']}, mode {result['mode']}", "measure", result["baseline"], recipe, "+-")
+    for task, found in result["results"].items():
+        for row in _EVAL_ROWS.get(task, _task_rows)(task, found):
+            table.add_row(*row)
+    table.add_row(f"bits per element at {result['bits_tokens']:,} tokens", "16", number(result["bits_per_element"], 2))
+    windows = f"{result['windows']} windows of {result['seq_len']:,} tokens" if result["windows"] else ""
+    notes = [note for note in (windows, result["implementation"], f"computed in {result['dtype']}") if note]
+    return Group(table, "; ".join(notes) + ".", *_eval_warnings(result))
+
+
+def _perplexity_rows(task: str, found: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    return [
+        ("perplexity", number(found["baseline"], 3), number(found["value"], 3)),
+        ("loss, nats per token", "", f"{found['delta_nll']:+.4f}", number(found["delta_nll_stderr"])),
+    ]
+
+
+def _divergence_rows(task: str, found: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    return [
+        ("KL from baseline, nats per token", "0", number(found["kl"]), number(found["kl_stderr"])),
+        ("KL, worst 1% begins at", "0", number(found["kl_p99"])),
+        ("same most likely token", "100%", f"{found['top1']:.2%}", number(found["top1_stderr"])),
+    ]
+
+
+def _task_rows(task: str, found: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    return [
+        (f"{task} {name}", number(metric["baseline"]), number(metric["value"]), number(metric["stderr"]))
+        for name, metric in found.items()
+        if isinstance(metric, Mapping)
+    ]
+
+
+_EVAL_ROWS = {"perplexity": _perplexity_rows, "divergence": _divergence_rows}
+
+
+def _eval_warnings(result: Mapping[str, Any]) -> list[str]:
+    """What a reader must know before believing the numbers."""
+    shares = {"the text": result["packed_share"]}
+    shares |= {task: found.get("packed_share") for task, found in result["results"].items()}
+    said = [
+        f"No scored token of {name} read a quantized token, since all lie in the exact window: score longer texts."
+        for name, share in shares.items()
+        if share == 0 and result["asymptotic_bits"] < 16
+    ]
+    return said + (
+        ["The run was interrupted: the results cover the windows scored so far."] if result["partial"] else []
+    )

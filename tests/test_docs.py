@@ -1,0 +1,88 @@
+"""What the documents say is true: commands parse, recipes are listed, and the README's Python runs."""
+
+import re
+import runpy
+import shlex
+from pathlib import Path
+
+import click
+import pytest
+import yaml
+
+from kvq.cli import main
+from kvq.export.exporter import export
+from kvq.recipe import list_recipes, parse_recipe
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/architecture.md")]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+
+
+def command_lines() -> list[str]:
+    """Every ``kvq ...`` line of the documents' shell blocks, and every `kvq ...` in backticks that has an argument."""
+    found = []
+    for text in (document.read_text() for document in DOCUMENTS):
+        shell = [line for block in blocks(text, "bash") for line in block.splitlines()]
+        inline = re.findall(r"`(kvq [^`]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
+        found += [line for line in shell if line.startswith("kvq ")] + [" ".join(line.split()) for line in inline]
+    return sorted(set(found))
+
+
+def _help_lines() -> list[str]:
+    commands = [main, *main_commands(main)]
+    return sorted({line.strip() for c in commands for line in (c.help or "").splitlines() if line.startswith("  kvq ")})
+
+
+def main_commands(group: click.Group) -> list[click.Command]:
+    context = click.Context(group)
+    found = []
+    for name in group.list_commands(context):
+        command = group.get_command(context, name)
+        found += [command, *(main_commands(command) if isinstance(command, click.Group) else [])]
+    return found
+
+
+@pytest.mark.parametrize("line", command_lines() + _help_lines())
+def test_every_quoted_command_parses(line):
+    args = shlex.split(line.split(" > ")[0].split(" < ")[0])[1:]
+    command, context = main, click.Context(main)
+    while isinstance(command, click.Group) and args:
+        name, *args = args
+        command = command.get_command(context, name)
+        assert command is not None, line
+    command.make_parser(context).parse_args(args)
+
+
+def test_every_recipe_has_its_row_in_the_readme():
+    table = README.split("<!-- recipes: begin -->")[1].split("<!-- recipes: end -->")[0]
+    rows = re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)
+    assert sorted(rows) == list_recipes()
+
+
+def test_links_lead_somewhere():
+    for document in DOCUMENTS:
+        for target in re.findall(r"\]\(([^)#]+)\)", document.read_text()):
+            assert (document.parent / target).exists(), (document.name, target)
+
+
+def test_the_recipe_of_the_walk_through_is_valid():
+    block = blocks((ROOT / "CONTRIBUTING.md").read_text(), "yaml")[0]
+    assert parse_recipe(yaml.safe_load(block), source="CONTRIBUTING.md").key.bits == 3
+
+
+def test_the_python_of_the_readme_runs(tiny_checkpoint, tmp_path, monkeypatch, capsys):
+    export(tiny_checkpoint(head_dim=32), "kivi2", tmp_path / "smollm2-kivi2")
+    monkeypatch.chdir(tmp_path)
+    (block,) = blocks(README, "python")
+    exec(compile(block, "README.md", "exec"), {})
+    assert "bytes of cache for" in capsys.readouterr().out
+
+
+@pytest.mark.model
+def test_the_example_generates_with_the_embedded_model(builtin_dir, capsys):
+    runpy.run_path(str(ROOT / "examples/generate.py"))["main"](str(builtin_dir))
+    assert "bytes of cache for" in capsys.readouterr().out
