@@ -18,7 +18,7 @@ from functools import lru_cache
 import torch
 
 from kvq.cache.attend import Options
-from kvq.cache.plan import SIDES, HeadGroup
+from kvq.cache.plan import SIDES, CachePlan, HeadGroup
 from kvq.cache.policy import FlushRule
 from kvq.errors import DataError, suggest
 from kvq.quantizers import Codec
@@ -67,6 +67,19 @@ class Schedule:
 @lru_cache(maxsize=64)
 def _seen(rule: FlushRule, tokens: int) -> torch.Tensor:
     return torch.tensor([rule.seen(position) for position in range(tokens)])
+
+
+def reads_packed(
+    plan: CachePlan, mode: str, length: int, *, chunk: int = 512, context: int | None = None
+) -> torch.Tensor:
+    """bool [length]: the query at this position reads at least one quantized token in some layer."""
+    contexts = torch.tensor([context]) if mode == "prefill" else None
+    schedule = Schedule(mode=mode, chunk=chunk, contexts=contexts)
+    rules = {rule for groups in plan.layers.values() for group in groups for rule in group.rules.values()}
+    reads = torch.zeros(length, dtype=torch.bool)
+    for rule in rules:
+        reads |= schedule.packed(rule, length)[0] > 0
+    return reads
 
 
 def two_view_attend(

@@ -5,6 +5,7 @@ import torch
 from transformers import Gemma2Config, GptOssConfig
 
 from kvq.cache import make_plan
+from kvq.cache.two_view import TILE_SCORES
 from kvq.errors import CacheError, DataError
 from kvq.integrations import attention, runtime
 from kvq.integrations.two_view import NAME, two_view
@@ -228,7 +229,7 @@ def test_short_texts(model, length):
 def test_narrow_tiles_change_nothing(model, monkeypatch):
     plan, tokens = plan_of(model, "by head"), tokens_of(seed=6)
     whole = one_forward(model, plan, tokens, "stream")
-    monkeypatch.setattr("kvq.cache.two_view.TILE_SCORES", 1)
+    monkeypatch.setitem(TILE_SCORES, "cpu", 1)
     assert gap(one_forward(model, plan, tokens, "stream"), whole) < TOLERANCE
 
 

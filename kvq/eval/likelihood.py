@@ -1,0 +1,121 @@
+"""Per-token losses of token windows, and the divergence from a baseline, for any number of plans at once.
+
+The baseline is computed once per window and kept as hidden states (small), so every plan is paired with it on the same
+tokens; logits exist for a block of tokens at a time.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+from kvq.cache import CachePlan
+from kvq.errors import DataError
+from kvq.integrations.head import Hidden, blocks, hidden_states, logits_of
+from kvq.integrations.two_view import two_view
+
+
+@dataclass(frozen=True, kw_only=True)
+class WindowScore:
+    """One window under one plan; every tensor has one number per scored token, in order, on the CPU.
+
+    losses, baseline_losses   negative log-likelihood, nats.
+    kl                        KL(baseline || plan), nats.
+    agrees                    bool: both name the same most likely token.
+    """
+
+    losses: torch.Tensor
+    baseline_losses: torch.Tensor
+    kl: torch.Tensor
+    agrees: torch.Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Windows:
+    """tokens int64 [N, T]; ``first[n]`` is the first scored token of window n, at least 1; ``context``: tokens of the
+    exact prompt in mode prefill, else None."""
+
+    tokens: torch.Tensor
+    first: Sequence[int]
+    context: int | None = None
+
+    @property
+    def scored(self) -> int:
+        return sum(self.tokens.shape[1] - first for first in self.first)
+
+
+def score_windows(
+    model: PreTrainedModel,
+    plans: Mapping[str, CachePlan | None],
+    windows: Windows,
+    mode: str = "stream",
+    *,
+    chunk: int = 512,
+    batch_size: int = 1,
+    baseline: PreTrainedModel | None = None,
+) -> Iterator[dict[str, WindowScore]]:
+    """Yield, window by window, the score under every plan (None, or a plan that quantizes nothing: the plain model).
+
+    baseline   another model of the same vocabulary; None takes this model without quantization.
+    batch_size windows a forward. Each window is given whole; its last token is only read (by papers' convention).
+
+    Raises DataError if a forward gives logits that are NaN or infinite.
+    """
+    settings = {"chunk": chunk, "contexts": windows.context if mode == "prefill" else None}
+    for start in range(0, len(windows.tokens), batch_size):
+        batch = windows.tokens[start : start + batch_size]
+        plain = hidden_states(baseline or model, batch)
+        found = {}
+        for name, plan in plans.items():
+            if baseline is None and not (plan and plan.layers):
+                found[name] = plain
+                continue
+            with two_view(model, plan, mode, **settings) if plan else nullcontext():
+                found[name] = hidden_states(model, batch)
+        for row in range(len(batch)):
+            first = windows.first[start + row]
+            yield _score_row(baseline or model, model, plain, found, batch[row], row, first, start + row)
+
+
+def _score_row(
+    baseline: PreTrainedModel,
+    model: PreTrainedModel,
+    plain: Hidden,
+    found: Mapping[str, Hidden],
+    tokens,
+    row,
+    first,
+    number,
+) -> dict[str, WindowScore]:
+    """Scores of one window's tokens [first, T), read from hidden states of row ``row``."""
+    parts: dict[str, list[tuple[torch.Tensor, ...]]] = {name: [] for name in found}
+    # Token i is predicted by position i - 1.
+    for start, stop in blocks(first - 1, len(tokens) - 1, model.config.get_text_config().vocab_size):
+        targets = tokens[start + 1 : stop + 1].to(model.device).unsqueeze(1)
+        base = _log_softmax(baseline, plain, row, start, stop, "the baseline", number)
+        base_loss = -base.gather(1, targets).squeeze(1)
+        for name, hidden in found.items():
+            own = base
+            if hidden is not plain:
+                own = _log_softmax(model, hidden, row, start, stop, f"recipe {name!r}", number)
+            loss = -own.gather(1, targets).squeeze(1)
+            kl = (base.exp() * (base - own)).sum(-1).clamp_(min=0)
+            parts[name].append((loss, base_loss, kl, own.argmax(-1) == base.argmax(-1)))
+    fields = ("losses", "baseline_losses", "kl", "agrees")
+    return {
+        name: WindowScore(**{field: torch.cat(column).cpu() for field, column in zip(fields, zip(*rows))})
+        for name, rows in parts.items()
+    }
+
+
+def _log_softmax(model, hidden: Hidden, row: int, start: int, stop: int, what: str, number: int) -> torch.Tensor:
+    logits = logits_of(model, hidden, row, start, stop)
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    if not bool(logits.isfinite().all()):
+        raise DataError(
+            f"{what} gives logits that are NaN or infinite in window {number}, tokens {start} to {stop - 1}: run the "
+            "model in float32 or bfloat16, or check its weights."
+        )
+    return torch.log_softmax(logits, dim=-1)

@@ -1,0 +1,66 @@
+"""What an evaluation works on: a loaded model, its tokenizer, and the plan of its cache."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from kvq.cache import CachePlan, make_plan
+from kvq.calib.scales import static_scales
+from kvq.calib.stats import Stats
+from kvq.errors import RecipeError
+from kvq.export.exporter import is_export
+from kvq.models.describe import describe
+from kvq.models.resolve import load_config, load_model, load_tokenizer, resolve_model, weights_fingerprint
+from kvq.recipe import Recipe, load_recipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """name: for people, never a folder of this machine. cache_dtype: of the checkpoint, which exact tokens take."""
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    plan: CachePlan
+    cache_dtype: torch.dtype
+
+
+def load_subject(
+    model: str | Path,
+    recipe: Recipe | str | Path | None = None,
+    *,
+    stats: Stats | str | Path | None = None,
+    dtype: torch.dtype | str | None = None,
+) -> Subject:
+    """Load an export with its own recipe, or any model with ``recipe`` (None: fp16, nothing quantized).
+
+    stats   statistics of this model, or their file, for a recipe with static scales.
+    dtype   as ``kvq.models.resolve.load_model`` takes it.
+
+    Raises RecipeError for a second recipe on an export and for missing scales, ModelNotFoundError, CheckpointError or
+    UnsupportedModelError as the model demands.
+    """
+    folder = resolve_model(model)
+    spec = describe(load_config(folder))
+    name = model if isinstance(model, str) and not Path(model).exists() else folder.resolve().name
+    if is_export(folder):
+        if recipe is not None:
+            raise RecipeError(
+                f"{name!r} is an export and brings its own recipe: leave the recipe out, or name its base model."
+            )
+        loaded = load_model(folder, dtype=dtype)
+        plan = loaded.kvq.plan
+    else:
+        plan = make_plan(load_recipe(recipe or "fp16"), spec, _scales(stats, spec, folder))
+        loaded = load_model(folder, dtype=dtype)
+    return Subject(name=name, model=loaded, tokenizer=load_tokenizer(folder), plan=plan, cache_dtype=spec.dtype)
+
+
+def _scales(stats: Stats | str | Path | None, spec, folder: Path) -> dict[str, float] | None:
+    if stats is None:
+        return None
+    stats = stats if isinstance(stats, Stats) else Stats.load(stats)
+    stats.check_model(spec, weights_fingerprint(folder))
+    return static_scales(stats)
