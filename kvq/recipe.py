@@ -160,6 +160,11 @@ class Recipe:
                     f"layer pattern {pattern!r} is not understood: write layers as '0-1', '3,5' or '-1', "
                     "and heads after a slash, as in '2/0-1'."
                 )
+            layers, _, heads = pattern.partition("/")
+            # The number of layers is not known yet; any large one shows whether the pattern can be read at all.
+            _indices(layers, 1 << 20, pattern)
+            if heads:
+                _indices(heads, None, pattern)
             self._overridden(self._base(), pattern, override)
 
     def _base(self) -> HeadSpec:
@@ -173,6 +178,8 @@ class Recipe:
         _refuse_unknown(override, ("key", "value", "tokens"), where)
         parts = {"tokens": spec.tokens}
         if "tokens" in override:
+            if not isinstance(override["tokens"], Mapping):
+                raise RecipeError(f"{where}.tokens is {override['tokens']!r}, not a mapping: write it as '{{window: 64}}'.")
             parts["tokens"] = _build(TokenPolicy, spec.tokens.to_dict() | dict(override["tokens"]), f"{where}.tokens")
         for side in ("key", "value"):
             parts[side] = getattr(spec, side)

@@ -212,7 +212,6 @@ def test_a_malformed_pattern_is_refused_for_every_model(pattern):
     )
 
 
-@pytest.mark.xfail(raises=TypeError, strict=True, reason="kvq.recipe does not check that a layer's tokens is a mapping")
 def test_tokens_of_a_layer_must_be_a_mapping():
     assert "not a mapping" in refusal(lambda: recipe(layers={"0": {"tokens": 4}}))
 

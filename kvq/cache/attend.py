@@ -55,7 +55,7 @@ def attend(
 def _attend_rows(store, snapshot, rows, before, added, q, mask, options: Options) -> torch.Tensor:
     """Rows of equal length. q [b, K, G, L, D], mask [b, L, tokens] or None."""
     outputs = []
-    for view in store.views(before, added):
+    for view in store.views(before, added, snapshot.prompt):
         end = before + view.stop
         queries = q[:, :, :, view.start : view.stop]
         bias = _bias(mask, view, before, queries, end)

@@ -16,10 +16,15 @@ HANDLE = "kvq_handle"
 
 
 class Padding:
-    """Which columns of the running forward are real tokens, shared by a cache's layers. ``mask`` [B, T] or None."""
+    """What only the model's caller knows of the columns, shared by a cache's layers.
+
+    mask     [B, T], which columns are real tokens; None if all are.
+    prompt   columns of the prompt, if ``generate`` told; a first update may bring a draft behind it.
+    """
 
     def __init__(self):
         self.mask: torch.Tensor | None = None
+        self.prompt: int | None = None
 
     def columns(self, start: int, length: int) -> torch.Tensor | None:
         """Mask of columns [start, start + length), or None if all are real."""
@@ -41,7 +46,7 @@ class Handle:
     @property
     def is_prompt(self) -> bool:
         """True if nothing was stored before: the returned tensors are the exact keys and values."""
-        return self.start == 0
+        return self.start == 0 and self.snapshots[0].prompt is None
 
     def attend(self, query: torch.Tensor, mask: torch.Tensor | None, options: Options) -> torch.Tensor:
         """Attention of query [B, H, L, D] over the packed segments; mask [B, 1, L, columns] or None. Same shape out."""
@@ -120,13 +125,15 @@ class PackedLayer(CacheLayerMixin):
         columns = self.padding.columns(start, new)
         self._note_columns(columns, key_states.shape[0], new)
         self.length += new
+        draft_follows = start == 0 and self.recording and self.padding.prompt is not None and new > self.padding.prompt
+        prompt = self.padding.prompt if draft_follows else None
         snapshots = []
         for store in self.stores:
             own = slice(None) if len(self.stores) == 1 else list(store.group.heads)
             states = {"key": key_states[:, own].detach(), "value": value_states[:, own].detach()}
-            snapshots.append(store.append(states, columns))
+            snapshots.append(store.append(states, columns, prompt))
         handle = Handle(layer=self, snapshots=snapshots, columns=columns, start=start)
-        if handle.is_prompt:
+        if start == 0:
             keys, values = key_states.view_as(key_states), value_states.view_as(value_states)
         elif self.reads_handle:
             shape = (*key_states.shape[:2], self.length, key_states.shape[3])

@@ -31,12 +31,14 @@ class View:
 class Snapshot:
     """One update: tokens per row before and added, and the exact tokens at hand, [B, kv_heads, any, head_dim].
 
-    ``exact`` is right-aligned: its last token is the newest of every row. Valid until the next update.
+    ``exact`` is right-aligned: its last token is the newest of every row. Valid until the next update. ``prompt``: how
+    many of the first update's tokens are prompt; the others are a draft that came with it.
     """
 
     before: list[int]
     added: list[int]
     exact: dict[str, torch.Tensor]
+    prompt: int | None = None
 
 
 class HeadStore:
@@ -52,7 +54,9 @@ class HeadStore:
         self.tails = {side: Tail(rows) for side in SIDES}
         self.recording = False
 
-    def append(self, new: dict[str, torch.Tensor], valid: torch.Tensor | None) -> "Snapshot":
+    def append(
+        self, new: dict[str, torch.Tensor], valid: torch.Tensor | None, prompt: int | None = None
+    ) -> Snapshot:
         """Store new tokens, {side: [B, kv_heads, L, head_dim]}, and pack what the rules say. ``valid`` [B, L] or None.
 
         Returns the exact tokens as they were before packing: KIVI packs after the step's attention.
@@ -66,7 +70,7 @@ class HeadStore:
             exact[side] = self.tails[side].extend(new[side], valid)
             self._fill_sinks(side, exact[side], before)
             self._flush(side, exact[side])
-        return Snapshot(before=before, added=added, exact=exact)
+        return Snapshot(before=before, added=added, exact=exact, prompt=prompt)
 
     def _fill_sinks(self, side: str, exact: torch.Tensor, before: list[int]) -> None:
         sinks = self.group.sinks
@@ -146,17 +150,21 @@ class HeadStore:
         for row in missing:
             self.tables[row] += self.arena.allocate(pages - len(self.tables[row]))
 
-    def views(self, before: int, added: int) -> list[View]:
+    def views(self, before: int, added: int, prompt: int | None = None) -> list[View]:
         """What the ``added`` queries after ``before`` tokens read.
 
         One view for all of them (a prompt chunk sees its own tokens exactly and the stored state of the chunks before
-        it). While past recording is on, a draft is verified as if its tokens came one by one: one view a query.
+        it). While past recording is on, a draft is verified as if its tokens came one by one: one view a query, after
+        the ``prompt`` tokens that may precede it in the first update.
         """
         rules = self.group.rules
-        if not self.recording or before == 0:
-            return [View(start=0, stop=added, packed={side: rules[side].seen(before) for side in SIDES})]
-        return [
-            View(start=i, stop=i + 1, packed={side: rules[side].seen(before + i) for side in SIDES}) for i in range(added)
+        chunk = added
+        if self.recording:
+            chunk = 0 if before else min(added, prompt or added)
+        views = [View(start=0, stop=chunk, packed={side: rules[side].seen(before) for side in SIDES})] if chunk else []
+        return views + [
+            View(start=i, stop=i + 1, packed={side: rules[side].seen(before + i) for side in SIDES})
+            for i in range(chunk, added)
         ]
 
     def crop(self, count: int) -> None:

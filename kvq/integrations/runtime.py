@@ -104,6 +104,9 @@ def _prepare_cache(model, generation_config, model_kwargs, *args, **kwargs):
     cache = model_kwargs.get("past_key_values")
     if ours and cache is not None:
         pack_cache(cache, model.kvq.plan)
+        mask = model_kwargs.get("attention_mask")
+        for layer in packed_layers(cache)[:1]:
+            layer.padding.prompt = mask.shape[1] if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
         # transformers asked for this before the layers were replaced.
         if generation_config.is_assistant:
             cache.activate_past_recording()

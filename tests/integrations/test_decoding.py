@@ -1,0 +1,199 @@
+"""Decoding law: every way of generating reads the same packed state, and gives what plain greedy decoding gives."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from kvq.cache import PackedLayer, cache_nbytes, packed_layers
+from kvq.errors import CacheError
+from kvq.integrations.runtime import new_cache, quantized_cache
+
+RECIPES = ["kivi2", "kivi4", "int4"]
+GREEDY = {"max_new_tokens": 150, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+
+
+@pytest.fixture(scope="module", params=RECIPES)
+def recipe(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model):
+    return tiny_model(layers=2, head_dim=32, dtype=torch.float64, seed=3)
+
+
+def prompt(count, seed=0):
+    return torch.randint(3, 128, (1, count), generator=torch.Generator().manual_seed(seed))
+
+
+def step_by_step(model, ids, steps):
+    """Greedy decoding with an explicit cache: the reference for every mode of ``generate``."""
+    cache, out = new_cache(model), [ids]
+    with torch.no_grad():
+        logits = model(ids, past_key_values=cache).logits
+        for _ in range(steps):
+            out.append(logits[:, -1:].argmax(-1))
+            logits = model(out[-1], past_key_values=cache).logits
+    return torch.cat(out, dim=1)
+
+
+def test_greedy_equals_stepping_through_the_cache_and_differs_from_the_exact_cache(model, recipe):
+    ids = prompt(150)
+    exact = model.generate(ids, **GREEDY)
+    with quantized_cache(model, recipe):
+        found = model.generate(ids, **GREEDY, return_dict_in_generate=True)
+        assert torch.equal(found.sequences, step_by_step(model, ids, 150))
+    assert not torch.equal(found.sequences, exact)
+    layers = packed_layers(found.past_key_values)
+    assert len(layers) == 2
+    assert all(layer.reads_handle for layer in layers)
+    plain = DynamicCache(config=model.config)
+    model(found.sequences[:, :-1], past_key_values=plain)
+    assert cache_nbytes(found.past_key_values) < cache_nbytes(plain)
+
+
+@pytest.mark.parametrize("mode", ["prompt_lookup", "assisted"])
+def test_speculative_decoding_equals_greedy(model, recipe, mode, tiny_model):
+    """A draft is verified as if its tokens had come one by one, across flush boundaries."""
+    ids = prompt(40).repeat(1, 4)
+    extra = {"prompt_lookup_num_tokens": 6} if mode == "prompt_lookup" else {"assistant_model": copy.deepcopy(model)}
+    with quantized_cache(model, recipe):
+        assert torch.equal(model.generate(ids, **GREEDY, **extra), model.generate(ids, **GREEDY))
+
+
+def test_beams_equal_beams_over_the_dequantized_cache(model, recipe):
+    """Shared pages against full tensors that are copied at each reordering."""
+    ids = prompt(130)
+    settings = GREEDY | {"num_beams": 3, "max_new_tokens": 40}
+    with quantized_cache(model, recipe):
+        packed = model.generate(ids, **settings)
+        model.set_attn_implementation("eager")
+        dense = model.generate(ids, **settings)
+        model.set_attn_implementation("kvq")
+    assert torch.equal(packed, dense)
+
+
+def test_sampling_is_reproducible_and_returns_several_sequences(model, recipe):
+    settings = GREEDY | {"do_sample": True, "num_return_sequences": 3, "max_new_tokens": 20}
+    with quantized_cache(model, recipe):
+        torch.manual_seed(5)
+        first = model.generate(prompt(140), **settings)
+        torch.manual_seed(5)
+        assert torch.equal(model.generate(prompt(140), **settings), first)
+    assert first.shape == (3, 160)
+
+
+def test_chunked_prefill_stores_the_same_tokens(model, recipe):
+    ids = prompt(300)
+    with quantized_cache(model, recipe):
+        out = model.generate(ids, **GREEDY, prefill_chunk_size=64, return_dict_in_generate=True)
+        assert out.past_key_values.get_seq_length() == 300 + 149
+        cache, parts = new_cache(model), ids.split(64, dim=1)
+        with torch.no_grad():
+            for part in parts:
+                logits = model(part, past_key_values=cache).logits
+        assert out.sequences[0, 300] == logits[0, -1].argmax()
+
+
+def test_a_left_padded_batch_generates_what_each_row_generates_alone(model, recipe):
+    long, short = prompt(150), prompt(83, seed=1)
+    ids = torch.cat([long, torch.cat([torch.zeros(1, 67, dtype=torch.long), short], 1)])
+    mask = torch.ones_like(ids)
+    mask[1, :67] = 0
+    with quantized_cache(model, recipe):
+        batch = model.generate(ids, attention_mask=mask, **GREEDY)
+        assert torch.equal(batch[0], model.generate(long, **GREEDY)[0])
+        assert torch.equal(batch[1, 67:], model.generate(short, **GREEDY)[0])
+
+
+def test_reset_and_reuse_gives_a_fresh_cache(model, recipe):
+    ids = prompt(200)
+    with quantized_cache(model, recipe):
+        first = model.generate(ids, **GREEDY, return_dict_in_generate=True)
+        cache = first.past_key_values
+        cache.reset()
+        assert cache.get_seq_length() == 0
+        assert torch.equal(model.generate(ids, past_key_values=cache, **GREEDY), first.sequences)
+
+
+def test_a_conversation_goes_on_with_the_returned_cache(model, recipe):
+    with quantized_cache(model, recipe):
+        first = model.generate(prompt(140), **GREEDY, return_dict_in_generate=True)
+        longer = torch.cat([first.sequences, prompt(30, seed=4)], dim=1)
+        again = model.generate(longer, past_key_values=first.past_key_values, **GREEDY)
+    assert again.shape[1] == longer.shape[1] + 150
+
+
+def test_copies_of_cache_and_model_are_independent(model, recipe):
+    ids = prompt(180)
+    with quantized_cache(model, recipe), torch.no_grad():
+        cache = new_cache(model)
+        model(ids, past_key_values=cache)
+        twin = copy.deepcopy(cache)
+        model(prompt(60, seed=8), past_key_values=twin)
+        assert cache.get_seq_length() == 180
+        logits = model(ids[:, :1], past_key_values=cache).logits
+        again = new_cache(model)
+        model(ids, past_key_values=again)
+        assert torch.equal(logits, model(ids[:, :1], past_key_values=again).logits)
+        other = copy.deepcopy(model)
+        assert other._prepare_cache_for_generation.args[0] is other
+        assert torch.equal(other.generate(ids, **GREEDY), model.generate(ids, **GREEDY))
+
+
+def test_plain_calls_use_a_packed_cache_and_leave_an_explicit_one_alone(model, recipe):
+    with quantized_cache(model, recipe), torch.no_grad():
+        assert isinstance(model(prompt(9)).past_key_values.layers[0], PackedLayer)
+        assert model(prompt(9), use_cache=False).past_key_values is None
+        own = DynamicCache(config=model.config)
+        assert not packed_layers(model(prompt(9), past_key_values=own).past_key_values)
+
+
+def test_the_model_comes_back_as_it_was_even_after_an_error(model, recipe):
+    before = model.config._attn_implementation
+    with pytest.raises(ZeroDivisionError), quantized_cache(model, recipe):
+        raise ZeroDivisionError
+    assert model.config._attn_implementation == before
+    assert getattr(model, "kvq", None) is None
+    assert "_prepare_cache_for_generation" not in vars(model)
+    assert not model.base_model._forward_pre_hooks
+    assert not packed_layers(model(prompt(5)).past_key_values)
+
+
+def test_a_second_recipe_on_top_is_refused(model, recipe):
+    with quantized_cache(model, recipe), pytest.raises(CacheError, match="already runs"), quantized_cache(model, "int8"):
+        pass
+
+
+def test_a_lost_handle_shows_at_once(model, recipe):
+    """A tensor that lost its packed storage on the way is all NaN, never a silently wrong number."""
+    with quantized_cache(model, recipe), torch.no_grad():
+        cache = new_cache(model)
+        model(prompt(140), past_key_values=cache)
+        keys, _ = cache.update(torch.zeros(1, 2, 1, 32).double(), torch.zeros(1, 2, 1, 32).double(), 0)
+    assert keys.shape == (1, 2, 141, 32)
+    assert keys.isnan().all()
+
+
+def test_crop_after_the_fact_is_refused_with_the_way_out(model, recipe):
+    with quantized_cache(model, recipe), torch.no_grad():
+        cache = new_cache(model)
+        model(prompt(400), past_key_values=cache)
+        with pytest.raises(CacheError, match="activate_past_recording"):
+            cache.crop(-300)
+        with pytest.raises(ValueError, match="negative"):
+            cache.layers[0].crop(3)
+
+
+def test_a_cache_survives_pickling(model, recipe):
+    with quantized_cache(model, recipe), torch.no_grad():
+        cache = new_cache(model)
+        model(prompt(200), past_key_values=cache)
+        again = pickle.loads(pickle.dumps(cache))
+        token = prompt(1, seed=2)
+        assert torch.equal(
+            model(token, past_key_values=cache).logits, model(token, past_key_values=again).logits
+        )
