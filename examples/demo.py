@@ -56,7 +56,7 @@ def run(model: str, out: Path) -> dict[str, dict]:
     kvq("1. Calibrate: measure keys and values", "calibrate", model, "-o", stats, "--samples", "16", quiet=True)
     kvq("2. Export", "export", model, "--recipe", RECIPE, "--stats", stats, "-o", export, "--force")
     sizes = ("--seq-len", str(EVAL_TOKENS), "--limit", str(EVAL_WINDOWS))
-    kvq("3. Evaluate: read the quantized cache", "eval", export, "--baseline", model, *sizes, "--json", reports["eval"])
+    kvq("3. Evaluate: read the quantized cache", "eval", export, *sizes, "--json", reports["eval"])
     kvq("4. Generate", "generate", export, "--prompt", QUESTION, "--max-new-tokens", "64")
     prompt = long_prompt(model)
     speed = ("--raw", "--ignore-eos", "--max-new-tokens", str(SPEED_TOKENS))

@@ -32,11 +32,12 @@ MODES = ("stream", "prefill", "chunked", "simulate")
 @click.option(
     "--mode", type=click.Choice(MODES), default="stream", show_default=True, help="What the scored tokens attend to."
 )
-@click.option("--baseline", metavar="MODEL", help="Model to compare with; an export's own base model otherwise.")
+@click.option("--chunk", default=512, show_default=True, type=click.IntRange(1), help="Tokens per chunk, mode chunked.")
+@click.option("--baseline", metavar="MODEL", help="Model to compare with, instead of the same weights unquantized.")
 @click.option("--stats", metavar="STATS", help="Statistics of 'kvq calibrate', for --recipe with static scales.")
 @click.option("--task-dir", metavar="DIR", help="Folder with lm-eval task files of your own.")
 @click.option("--batch-size", default=1, show_default=True, type=click.IntRange(1), help="Windows per forward.")
-@click.option("--seed", default=0, show_default=True, help="Seed of the choice of windows.")
+@click.option("--seed", default=0, show_default=True, help="Seed of lm-eval tasks that sample.")
 @json_option
 def command(
     model: str,
@@ -48,6 +49,7 @@ def command(
     stride: int | None,
     limit: int | None,
     mode: str,
+    chunk: int,
     baseline: str | None,
     stats: str | None,
     task_dir: str | None,
@@ -76,10 +78,10 @@ def command(
     chosen = chosen_recipe(recipe, settings)
     quiet_transformers()
     from kvq.calib.stats import Stats
-    from kvq.eval.evaluate import evaluate
+    from kvq.eval.evaluate import DEFAULT_SEQ_LEN, evaluate
     from kvq.report.tables import eval_table
 
-    with progress_bar("Evaluating", tokens_per_step=seq_len) as step:
+    with progress_bar("Evaluating", tokens_per_step=seq_len or DEFAULT_SEQ_LEN) as step:
         result = evaluate(
             model,
             chosen,
@@ -89,6 +91,7 @@ def command(
             stride=stride,
             limit=limit,
             mode=mode,
+            chunk=chunk,
             baseline=baseline,
             stats=Stats.load(stats) if stats else None,
             task_dir=task_dir,

@@ -27,7 +27,7 @@ def size(count: float) -> str:
 
 def number(value: Any, digits: int = 4) -> str:
     if isinstance(value, float):
-        return f"{value:.{digits}g}" if value and abs(value) < 1e-3 else f"{value:,.{digits}f}"
+        return f"{value:,.{digits}f}"
     return "-" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
 
 
@@ -137,14 +137,14 @@ def memory_table(plan: Mapping[str, Any]) -> Group:
 def eval_table(result: Mapping[str, Any]) -> Group:
     """An EvalResult: every measure beside the baseline's, with standard errors, and what was measured how."""
     recipe = result["recipe"]["name"]
-    table = _table(f"{result['model']}, mode {result['mode']}", "measure", result["baseline"], recipe, "+-")
+    table = _table(f"{result['model']}, mode {result['mode']}", "measure", "baseline", recipe, "+-")
     for task, found in result["results"].items():
         for row in _EVAL_ROWS.get(task, _task_rows)(task, found):
             table.add_row(*row)
     table.add_row(f"bits per element at {result['bits_tokens']:,} tokens", "16", number(result["bits_per_element"], 2))
     windows = f"{result['windows']} windows of {result['seq_len']:,} tokens" if result["windows"] else ""
-    notes = [note for note in (windows, result["implementation"], f"computed in {result['dtype']}") if note]
-    return Group(table, "; ".join(notes) + ".", *_eval_warnings(result))
+    how = (windows, f"baseline: {result['baseline']}", result["implementation"], f"computed in {result['dtype']}")
+    return Group(table, "; ".join(note for note in how if note) + ".", *_eval_warnings(result))
 
 
 def _perplexity_rows(task: str, found: Mapping[str, Any]) -> list[tuple[str, ...]]:
