@@ -100,7 +100,7 @@ def row(plan, scores, spec) -> dict:
 
 
 def table(result: dict) -> str:
-    """The results as a Markdown table, fewest bits last."""
+    """The results as a Markdown table, most bits first."""
     data, length = result["data"], result["seq_len"]
     lines = [
         f"SmolLM2-135M-Instruct, float32, mode `{result['mode']}`, {result['windows']} windows of {length} tokens of "
@@ -115,7 +115,8 @@ def table(result: dict) -> str:
         delta = f"{found['delta_nll']:.4f}" + ("" if error is None else f" ± {error:.4f}")
         bits = f"{found['bits_per_element']:.2f} | {found['asymptotic_bits']:.2f}"
         lines.append(
-            f"| {name} | {bits} | {found['perplexity']:.3f} | {delta} | {found['kl']:.5f} | {found['kl_p99']:.4f} | {found['top1']:.4f} |"
+            f"| {name} | {bits} | {found['perplexity']:.3f} | {delta} | {found['kl']:.5f} | {found['kl_p99']:.4f} | "
+            f"{found['top1']:.4f} |"
         )
     return "\n".join(lines) + "\n"
 
