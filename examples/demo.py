@@ -20,7 +20,19 @@ from kvq.calib.data import builtin_text
 from kvq.models.resolve import load_tokenizer, resolve_model
 
 RECIPE = "kivi2"
-QUESTION = "Explain in two sentences why the memory of a language model grows with the length of a conversation."
+# Longer than the 128 tokens that the recipe keeps exact, so that the answer is read out of packed pages.
+QUESTION = """\
+A language model writes one token at a time. To choose the next token, its attention layers look back at every token so
+far: they compare a query, made from the newest token, with a key of each earlier token, and take a weighted mean of the
+values that belong to those keys. Keys and values of a token never change once they are computed, so they are kept in
+memory instead of being computed again at each step. This memory is called the KV cache. It makes each step much
+cheaper, but it grows with every token of the conversation, in every layer of the model. For long conversations, or for
+many users at once, the cache becomes larger than the weights of the model, and reading it at every step takes longer
+than everything else. A quantized cache stores the same keys and values in fewer bits. The newest tokens are often kept
+exact, because they matter most for what comes next, and older tokens are packed into pages of small integer codes, with
+a scale and a minimum for each group of codes. The model then reads the packed pages while it writes.
+
+In one short paragraph, explain why the KV cache grows and how quantization helps."""
 EVAL_WINDOWS, EVAL_TOKENS = 4, 1024
 SPEED_CONTEXT, SPEED_TOKENS = 2048, 32
 console = Console(highlight=False)
@@ -57,7 +69,14 @@ def run(model: str, out: Path) -> dict[str, dict]:
     kvq("2. Export", "export", model, "--recipe", RECIPE, "--stats", stats, "-o", export, "--force")
     sizes = ("--seq-len", str(EVAL_TOKENS), "--limit", str(EVAL_WINDOWS))
     kvq("3. Evaluate: read the quantized cache", "eval", export, *sizes, "--json", reports["eval"])
-    kvq("4. Generate", "generate", export, "--prompt", QUESTION, "--max-new-tokens", "64")
+    kvq(
+        "4. Generate: answer a question about a text on stdin",
+        "generate",
+        export,
+        "--max-new-tokens",
+        "96",
+        stdin=QUESTION,
+    )
     prompt = long_prompt(model)
     speed = ("--raw", "--ignore-eos", "--max-new-tokens", str(SPEED_TOKENS))
     title = f"5. Speed at {SPEED_CONTEXT:,} tokens of context"

@@ -97,14 +97,14 @@ def stats_table(rows: Iterable[Mapping[str, Any]]) -> Table:
 def generation_table(result: Mapping[str, Any]) -> Table:
     cache = result["cache"]
     speed = f"{result['tokens_per_second']:.1f} tokens/s" if result["tokens_per_second"] else "not measured"
-    small = f"{size(cache['bytes_in_16_bit'])} with exact tokens in 16 bits, fp16 cache {size(cache['fp16_bytes'])}"
+    small = f"{size(cache['bytes_in_16_bit'])}, and an fp16 cache {size(cache['fp16_bytes'])}"
     return facts_table(
         "",
         {
             "tokens": f"{result['prompt_tokens']:,} in the prompt, {result['new_tokens']:,} generated",
             "decoding": f"{speed}, first token after {result['first_token_seconds']:.2f} s",
             "cache": f"{cache['tokens']:,} tokens in {size(cache['bytes'])} (exact tokens in {cache['exact_dtype']})",
-            "": small,
+            "at 16 bits": small,
             "recipe": cache["recipe"],
             "implementation": cache["implementation"],
         },
