@@ -44,7 +44,9 @@ def install(model: PreTrainedModel, plan: CachePlan) -> Runtime:
             "the base model."
         )
     previous = model.config._attn_implementation
-    if previous == "sdpa":
+    # Models that SDPA cannot serve (softcap, learned sinks) default to eager; elsewhere eager was somebody's choice.
+    default_eager = previous == "eager" and not model._supports_sdpa and model._supports_attention_backend
+    if previous == "sdpa" or default_eager:
         attention.register()
         model.set_attn_implementation(attention.NAME)
     else:
@@ -104,13 +106,20 @@ def _prepare_cache(model, generation_config, model_kwargs, *args, **kwargs):
     cache = model_kwargs.get("past_key_values")
     if ours and cache is not None:
         pack_cache(cache, model.kvq.plan)
-        mask = model_kwargs.get("attention_mask")
-        for layer in packed_layers(cache)[:1]:
-            layer.padding.prompt = mask.shape[1] if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
         # transformers asked for this before the layers were replaced.
         if generation_config.is_assistant:
             cache.activate_past_recording()
+    for layer in packed_layers(cache)[:1]:
+        layer.padding.prompt = _prompt_columns(generation_config, model_kwargs)
     return result
+
+
+def _prompt_columns(generation_config, model_kwargs) -> int | None:
+    """Columns of the prompt, as ``generate`` has them at hand; newer releases drop a mask that is all ones."""
+    mask = model_kwargs.get("attention_mask")
+    if isinstance(mask, torch.Tensor) and mask.ndim == 2:
+        return mask.shape[1]
+    return getattr(generation_config, "_mask_length", None)
 
 
 def _before_forward(plan: CachePlan, module, args, kwargs):
