@@ -93,12 +93,17 @@ class Arena:
 
         ``tables`` holds one list of page ids per row, all of one length.
         """
-        # Rows that grow together own interleaved pages, so page-major order is often one view.
+        # Rows that grow together own interleaved pages, so page-major order is often one view. Where it is not, only
+        # this side's sections are gathered.
         ids = [page for pages in zip(*tables) for page in pages]
-        records = self.records(ids).unflatten(0, (-1, len(tables))).permute(1, 2, 0, 3)
-        return PackedKV(
-            words=self.words(records, side), meta=self.meta(records, side), codec=codec, layout=self.layout.side(side)
-        )
+        views = [view for _, view in self._spans(ids)]
+        sections = []
+        for section in (self.words, self.meta):
+            parts = [section(view, side) for view in views]
+            whole = parts[0] if len(parts) == 1 else torch.cat(parts)
+            whole = whole.unflatten(0, (-1, len(tables)))
+            sections.append(whole.permute(1, 2, 0, *range(3, whole.ndim)))
+        return PackedKV(words=sections[0], meta=sections[1], codec=codec, layout=self.layout.side(side))
 
     def write_pages(self, ids: list[int], side: str, words: torch.Tensor, meta: torch.Tensor) -> None:
         """Write one side of whole pages: words and meta [len(ids), kv_heads, ...]."""

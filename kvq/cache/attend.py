@@ -9,7 +9,7 @@ from kvq.cache.store import HeadStore, Snapshot, View, group_rows
 from kvq.kernels.decode import Partial, merge_partials, partial_attention
 
 # Numbers unpacked at once, and scores held at once: a tile fits a core's cache, never the whole past.
-TILE_NUMBERS = 1 << 20
+TILE_NUMBERS = 1 << 21
 TILE_SCORES = 1 << 22
 
 

@@ -3,6 +3,8 @@
 ``pack_rows`` and ``unpack_rows`` work on whole rows of a page; ``float_tile`` is the fast form for attention.
 """
 
+from functools import lru_cache
+
 import torch
 
 from kvq.kernels.spec import CONTAINER_WORDS, FIELDS, SideLayout
@@ -55,9 +57,7 @@ def _unpack_field(words: torch.Tensor, f: int, bits: int) -> torch.Tensor:
     return word >> bits * f & (1 << bits) - 1
 
 
-def float_tile(
-    words: torch.Tensor, layout: SideLayout, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
+def float_tile(words: torch.Tensor, layout: SideLayout, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """Unpack pages for attention, tokens innermost: (tile, factors).
 
     words    [B, K, P, rows, container words, width] int16 for affine, [B, K, P, tokens, head_dim] uint8 for e4m3.
@@ -67,41 +67,52 @@ def float_tile(
     """
     if layout.format == "e4m3":
         tile = words.permute(0, 1, 4, 2, 3).contiguous().view(torch.float8_e4m3fn).to(dtype)
-        return tile.flatten(-2).unsqueeze(0), torch.ones(1, layout.head_dim, dtype=dtype, device=words.device)
+        return tile.flatten(-2).unsqueeze(0), _factors(layout, dtype, words.device)
     # The words are transposed, not the codes: there are FIELDS times fewer of them.
     words = words.permute(0, 1, 4, 5, 2, 3).contiguous().flatten(-2)
     B, K, _, width, tokens = words.shape
     shape = (layout.parts, B, K, layout.chunks, width, tokens)
     fields = torch.empty(shape, dtype=torch.int16, device=words.device)
-    factors = [
+    for f in range(FIELDS[layout.bits]):
         _mask_field(words, f, layout.bits, fields[f // layout.chunks, :, :, f % layout.chunks])
-        for f in range(FIELDS[layout.bits])
+    return fields.to(dtype).flatten(3, 4), _factors(layout, dtype, words.device)
+
+
+@lru_cache(maxsize=256)
+def _factors(layout: SideLayout, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """The powers of two that ``_mask_field`` leaves in, [parts, head_dim]."""
+    if layout.format == "e4m3":
+        return torch.ones(1, layout.head_dim, dtype=dtype, device=device)
+    powers = [
+        1.0 if _shifted_down(f, layout.bits) else 2.0 ** _lowest_bit(f, layout.bits) for f in range(FIELDS[layout.bits])
     ]
-    factors = torch.tensor(factors, dtype=dtype, device=words.device).view(layout.parts, layout.chunks)
-    return fields.to(dtype).flatten(3, 4), factors.repeat_interleave(width, dim=1)
+    return (
+        torch.tensor(powers, dtype=dtype, device=device).view(layout.parts, -1).repeat_interleave(layout.width, dim=1)
+    )
 
 
-def _mask_field(words: torch.Tensor, f: int, bits: int, out: torch.Tensor) -> float:
-    """Write field f of words [B, K, container words, ...] times a power of two into ``out``; returns the power.
+def _lowest_bit(f: int, bits: int) -> int:
+    """Position of field f in its word."""
+    return {2: 2 * f, 3: 3 * (f % 5), 4: 4 * f + 2, 8: 8 * f}[bits]
+
+
+def _shifted_down(f: int, bits: int) -> bool:
+    """True for the topmost field, which reaches the sign bit of an int16 word or is spread over words."""
+    return f == FIELDS[bits] - 1
+
+
+def _mask_field(words: torch.Tensor, f: int, bits: int, out: torch.Tensor) -> None:
+    """Write field f of words [B, K, container words, ...] into ``out``, times two to the power of its position.
 
     One AND is enough while the field stays below the sign bit; only the topmost field must be shifted down.
     """
-    if bits == 3:
-        if f < 15:
-            torch.bitwise_and(words[:, :, f // 5], 7 << 3 * (f % 5), out=out)
-            return float(1 << 3 * (f % 5))
+    word = words[:, :, f // 5 if bits == 3 and f < 15 else 0]
+    if not _shifted_down(f, bits):
+        torch.bitwise_and(word, ((1 << bits) - 1) << _lowest_bit(f, bits), out=out)
+    elif bits == 3:
         low, middle, high = words.unbind(2)
         out.copy_((low >> 15 & 1) | (middle >> 14 & 2) | (high >> 13 & 4))
-        return 1.0
-    word = words[:, :, 0]
-    if bits == 4:
-        if f < 3:
-            torch.bitwise_and(word, 0xF << 4 * f + 2, out=out)
-            return float(1 << 4 * f + 2)
+    elif bits == 4:
         torch.bitwise_or(word >> 14 & 3, (word & 3) << 2, out=out)
-        return 1.0
-    if bits * (f + 1) < 16:
-        torch.bitwise_and(word, ((1 << bits) - 1) << bits * f, out=out)
-        return float(1 << bits * f)
-    torch.bitwise_and(word >> bits * f, (1 << bits) - 1, out=out)
-    return 1.0
+    else:
+        torch.bitwise_and(word >> bits * f, (1 << bits) - 1, out=out)

@@ -71,9 +71,14 @@ def partial_attention(scores: torch.Tensor, weighted_sum) -> Partial:
 
     ``scores`` may hold -inf; a query that sees nothing here gets output 0 and log-sum-exp -inf.
     """
-    lse = torch.logsumexp(scores, dim=-1)
-    weights = torch.exp(scores - lse.masked_fill(lse == -torch.inf, 0.0).unsqueeze(-1))
-    return weighted_sum(weights), lse
+    if not scores.shape[-1]:
+        return weighted_sum(scores), scores.new_full(scores.shape[:-1], -torch.inf)
+    top = scores.amax(dim=-1, keepdim=True)
+    top = top.masked_fill_(top == -torch.inf, 0.0)
+    weights = torch.exp(scores - top)
+    total = weights.sum(dim=-1, keepdim=True)
+    output = weighted_sum(weights) / total.clamp_min(torch.finfo(total.dtype).tiny)
+    return output, (top + total.log()).squeeze(-1)
 
 
 def merge_partials(partials: list[Partial]) -> torch.Tensor:
@@ -105,7 +110,8 @@ def _part_order(weights: torch.Tensor, layout: SideLayout) -> torch.Tensor:
 
 def _token_meta(meta: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """Scale and minimum by group and token, each [B, K, groups, T]."""
-    pairs = meta.permute(5, 0, 1, 4, 2, 3).to(dtype).flatten(-2)
+    # Contiguous before the cast: everything that follows reads it once per query.
+    pairs = meta.permute(5, 0, 1, 4, 2, 3).contiguous().to(dtype).flatten(-2)
     return pairs[0], pairs[1]
 
 
