@@ -56,7 +56,7 @@ def measure(arguments: argparse.Namespace) -> dict:
     windows = cut_windows(ids[FIRST_TOKEN:], SEQ_LEN, limit=arguments.windows, mode=arguments.mode)
     scores = {name: [] for name in plans}
     start = time.perf_counter()
-    found = score_windows(model, plans, windows, arguments.mode)
+    found = score_windows(model, plans, windows, arguments.mode, chunk=arguments.chunk)
     for window in track(found, total=arguments.windows, console=Console(stderr=True)):
         for name, score in window.items():
             scores[name].append(score)
@@ -64,6 +64,7 @@ def measure(arguments: argparse.Namespace) -> dict:
         "schema_version": 1,
         "model": arguments.model,
         "mode": arguments.mode,
+        "chunk": arguments.chunk if arguments.mode == "chunked" else None,
         "data": {
             "file": Path(arguments.data).name,
             "sha256": hashlib.sha256(Path(arguments.data).read_bytes()).hexdigest(),
@@ -128,6 +129,7 @@ def main() -> None:
     parser.add_argument("--recipes", type=lambda text: text.split(","), default=list_recipes(), metavar="NAME,...")
     parser.add_argument("--windows", type=int, default=6)
     parser.add_argument("--mode", choices=MODES, default="stream")
+    parser.add_argument("--chunk", type=int, default=512, help="tokens a chunk, mode chunked")
     parser.add_argument("--stats", metavar="FILE", help="statistics to use instead of calibrating here")
     parser.add_argument("--json", metavar="FILE|-", help="default: results/quality.json, beside its table quality.md")
     arguments = parser.parse_args()
