@@ -125,8 +125,8 @@ def main() -> None:
     caches = [reports[name]["cache"] for name in ("fp16", RECIPE)]
     held = " and ".join(f"{cache['bytes'] / 2**20:.1f}" for cache in caches)
     console.print(
-        f"[dim]Perplexity and KL: {EVAL_WINDOWS} windows of {EVAL_TOKENS:,} tokens. Memory: with exact numbers in 16 bits, "
-        f"as on a GPU; this run, in {caches[0]['exact_dtype']}, held {held} MiB. "
+        f"[dim]Perplexity and KL: {EVAL_WINDOWS} windows of {EVAL_TOKENS:,} tokens. Memory: with exact numbers in 16 "
+        f"bits, as on a GPU; this run, in {caches[0]['exact_dtype']}, held {held} MiB. "
         f"Speed: batch 1, {SPEED_TOKENS} tokens, torch reference, "
         f"{os.cpu_count()} cores. The whole run took {(time.monotonic() - start) / 60:.1f} minutes.[/dim]",
         soft_wrap=True,
