@@ -1,5 +1,6 @@
 """What the documents say is true: commands parse, recipes are listed, and the README's Python runs."""
 
+import json
 import re
 import runpy
 import shlex
@@ -57,10 +58,11 @@ def test_every_quoted_command_parses(line):
     command.make_parser(context).parse_args(args)
 
 
-def test_every_recipe_has_its_row_in_the_readme():
-    table = README.split("<!-- recipes: begin -->")[1].split("<!-- recipes: end -->")[0]
-    rows = re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)
-    assert sorted(rows) == list_recipes()
+def test_the_readme_lists_every_recipe_with_the_measured_results():
+    script = runpy.run_path(str(ROOT / "benchmarks/readme_table.py"))
+    quality = json.loads((ROOT / "benchmarks/results/quality.json").read_text())
+    assert script["with_table"](README, quality) == README, "run python benchmarks/readme_table.py"
+    assert all(f"| `{name}` |" in README for name in list_recipes())
 
 
 def test_links_lead_somewhere():
