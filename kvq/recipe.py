@@ -74,9 +74,9 @@ class CodecSpec:
                 f"group={self.group!r} does not divide a page of tokens: axis 'channel' takes "
                 f"{', '.join(map(str, CHANNEL_GROUPS))}."
             )
-        if self.axis == "token" and self.group != "head":
-            if not isinstance(self.group, int) or isinstance(self.group, bool) or self.group < 1:
-                raise RecipeError(f"group={self.group!r} is not a group size: use a positive number or 'head'.")
+        whole = isinstance(self.group, int) and not isinstance(self.group, bool) and self.group >= 1
+        if self.axis == "token" and self.group != "head" and not whole:
+            raise RecipeError(f"group={self.group!r} is not a group size: use a positive number or 'head'.")
 
     def group_size(self, head_dim: int) -> int:
         """Numbers per scale for this head dimension; refuses a group that does not divide it (axis token)."""
@@ -179,7 +179,9 @@ class Recipe:
         parts = {"tokens": spec.tokens}
         if "tokens" in override:
             if not isinstance(override["tokens"], Mapping):
-                raise RecipeError(f"{where}.tokens is {override['tokens']!r}, not a mapping: write it as '{{window: 64}}'.")
+                raise RecipeError(
+                    f"{where}.tokens is {override['tokens']!r}, not a mapping: write it as '{{window: 64}}'."
+                )
             parts["tokens"] = _build(TokenPolicy, spec.tokens.to_dict() | dict(override["tokens"]), f"{where}.tokens")
         for side in ("key", "value"):
             parts[side] = getattr(spec, side)
@@ -192,9 +194,9 @@ class Recipe:
         spec = self._base()
         for pattern, override in self.layers.items():
             layers, _, heads = pattern.partition("/")
-            if layer in _indices(layers, num_layers, pattern):
-                if not heads or head in _indices(heads, None, pattern):
-                    spec = self._overridden(spec, pattern, override)
+            named = layer in _indices(layers, num_layers, pattern)
+            if named and (not heads or head in _indices(heads, None, pattern)):
+                spec = self._overridden(spec, pattern, override)
         return spec
 
     def check_patterns(self, num_layers: int, heads_of: Mapping[int, int]) -> None:
@@ -250,9 +252,11 @@ class Recipe:
                 layer.setdefault(parts[2], {})[parts[3]] = value
             elif parts[0] in ("key", "value") and len(parts) == 2:
                 target = {parts[1]: value}
-                data[parts[0]] = _merge_codec(getattr(self, parts[0]), target, dotted).to_dict() if parts[
-                    1
-                ] == "codec" else {**data[parts[0]], **target}
+                data[parts[0]] = (
+                    _merge_codec(getattr(self, parts[0]), target, dotted).to_dict()
+                    if parts[1] == "codec"
+                    else {**data[parts[0]], **target}
+                )
             elif parts[0] == "tokens" and len(parts) == 2:
                 data["tokens"][parts[1]] = value
             else:
@@ -321,7 +325,9 @@ def parse_recipe(data: Any, source: str) -> Recipe:
             raise RecipeError(f"recipe {source!r}: {name} is {data[name]!r}, not text: put it in quotes.")
     layers = data.get("layers") or {}
     if not isinstance(layers, Mapping):
-        raise RecipeError(f"recipe {source!r}: layers is {layers!r}, not a mapping of patterns: write '\"0-1\": {{...}}'.")
+        raise RecipeError(
+            f"recipe {source!r}: layers is {layers!r}, not a mapping of patterns: write '\"0-1\": {{...}}'."
+        )
     return Recipe(
         name=data["name"],
         summary=data.get("summary", ""),
@@ -360,5 +366,7 @@ def load_recipe(name_or_path: "str | Path | Recipe") -> Recipe:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" at line {mark.line + 1}" if mark else ""
-        raise RecipeError(f"recipe file {text!r} is not readable YAML{line}: mend it, or start from 'kvq recipes show kivi2'.") from None
+        raise RecipeError(
+            f"recipe file {text!r} is not readable YAML{line}: mend it, or start from 'kvq recipes show kivi2'."
+        ) from None
     return parse_recipe(data, source=text)

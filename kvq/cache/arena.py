@@ -137,7 +137,7 @@ class Arena:
 
 
 def _merge_words(words: torch.Tensor, layout: SideLayout, start: int, codes: torch.Tensor) -> None:
-    """Merge codes [kv_heads, t, head_dim] of tokens from ``start`` into words [kv_heads, rows, container words, width]."""
+    """Merge codes [kv_heads, t, head_dim] of tokens from ``start`` into words [kv_heads, rows, words, width]."""
     heads, count = codes.shape[:2]
     if count == 1:
         # One token touches one row of containers.
@@ -156,7 +156,7 @@ def _merge_words(words: torch.Tensor, layout: SideLayout, start: int, codes: tor
 
 @lru_cache(maxsize=1024)
 def _keep_mask(layout: SideLayout, before: int, rows: int, device: torch.device) -> torch.Tensor | None:
-    """Word mask of the first ``before`` tokens (of the first ``before`` parts for a single row); None if there are none."""
+    """Word mask of the first ``before`` tokens (of the first ``before`` parts for a single row); None for none."""
     if before == 0:
         return None
     frame = torch.zeros(layout.parts * rows, layout.head_dim, dtype=torch.uint8, device=device)

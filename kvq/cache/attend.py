@@ -23,7 +23,12 @@ class Options:
 
 
 def attend(
-    store: HeadStore, snapshot: Snapshot, q: torch.Tensor, mask: torch.Tensor | None, valid: torch.Tensor | None, options
+    store: HeadStore,
+    snapshot: Snapshot,
+    q: torch.Tensor,
+    mask: torch.Tensor | None,
+    valid: torch.Tensor | None,
+    options,
 ) -> torch.Tensor:
     """Attention of the update's queries q [B, kv_heads, group, L, head_dim], same shape out.
 
@@ -76,7 +81,11 @@ def _bias(mask, view: View, before: int, q: torch.Tensor, end: int) -> torch.Ten
         bias = torch.zeros(1, length, end, dtype=dtype, device=q.device).masked_fill_(future, -torch.inf)
     if mask is not None:
         own = mask[:, view.start : view.stop, :end]
-        own = torch.zeros_like(own, dtype=dtype).masked_fill_(~own, -torch.inf) if own.dtype == torch.bool else own.to(dtype)
+        own = (
+            torch.zeros_like(own, dtype=dtype).masked_fill_(~own, -torch.inf)
+            if own.dtype == torch.bool
+            else own.to(dtype)
+        )
         bias = own if bias is None else bias + own
     return None if bias is None else bias[:, None, None]
 

@@ -106,8 +106,9 @@ class PackedLayer(CacheLayerMixin):
         for states in (key_states, value_states):
             if (states.shape[1], states.shape[3]) != expected:
                 raise CacheError(
-                    f"a layer planned for (heads, head_dim) = {expected} was given {(states.shape[1], states.shape[3])}: "
-                    "the recipe was resolved for another model; resolve it again with kvq.make_plan."
+                    f"a layer planned for (heads, head_dim) = {expected} was given "
+                    f"{(states.shape[1], states.shape[3])}: the recipe was resolved for another model; "
+                    "resolve it again with kvq.make_plan."
                 )
         self.dtype, self.device = key_states.dtype, key_states.device
         self.stores = [HeadStore(group, key_states.shape[0], self.device) for group in self.groups]

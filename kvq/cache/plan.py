@@ -1,4 +1,4 @@
-"""From recipe and model to what each layer stores: codecs, flush rules and page layouts, and the bytes they will take."""
+"""From recipe and model to what each layer stores: codecs, flush rules, page layouts, and the bytes they take."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -102,7 +102,8 @@ def make_plan(recipe: Recipe, model: ModelSpec, scales: Mapping[str, float] | No
             )
         if not next(iter(specs)).is_exact:
             layers[layer.index] = tuple(
-                _head_group(spec, tuple(heads), layer.index, layer.head_dim, scales or {}) for spec, heads in specs.items()
+                _head_group(spec, tuple(heads), layer.index, layer.head_dim, scales or {})
+                for spec, heads in specs.items()
             )
     return CachePlan(recipe=recipe, model=model, layers=layers)
 
@@ -130,4 +131,3 @@ def _head_group(spec: HeadSpec, heads, layer: int, head_dim: int, scales: Mappin
         rules={side: FlushRule.of(getattr(spec, side), spec.tokens) for side in SIDES},
         layout=PageLayout(key=codecs["key"].layout(page_tokens), value=codecs["value"].layout(page_tokens)),
     )
-

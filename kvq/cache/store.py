@@ -54,9 +54,7 @@ class HeadStore:
         self.tails = {side: Tail(rows) for side in SIDES}
         self.recording = False
 
-    def append(
-        self, new: dict[str, torch.Tensor], valid: torch.Tensor | None, prompt: int | None = None
-    ) -> Snapshot:
+    def append(self, new: dict[str, torch.Tensor], valid: torch.Tensor | None, prompt: int | None = None) -> Snapshot:
         """Store new tokens, {side: [B, kv_heads, L, head_dim]}, and pack what the rules say. ``valid`` [B, L] or None.
 
         Returns the exact tokens as they were before packing: KIVI packs after the step's attention.
@@ -175,9 +173,9 @@ class HeadStore:
                 body = max(0, self.counts[b] - count - self.group.sinks)
                 if body and held - count < body - rule.packed(self.counts[b] - count):
                     raise CacheError(
-                        f"cannot remove {count} tokens: some tokens before them are quantized for good and cannot become "
-                        "exact again; call activate_past_recording() on the cache before the tokens arrive, and remove "
-                        f"at most {RECORDED_TOKENS} at a time."
+                        f"cannot remove {count} tokens: some tokens before them are quantized for good and cannot "
+                        "become exact again; call activate_past_recording() on the cache before the tokens arrive, and "
+                        f"remove at most {RECORDED_TOKENS} at a time."
                     )
         self.counts = [n - count for n in self.counts]
         for side in SIDES:

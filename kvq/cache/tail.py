@@ -26,7 +26,7 @@ class Tail:
     def extend(self, x: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
         """Append x [B, kv_heads, L, head_dim]; ``valid`` [B, L] marks tokens that exist (None: all).
 
-        Returns tail and new tokens, right-aligned, [B, kv_heads, longest, head_dim]; it stays valid until the next call.
+        Returns tail and new tokens, right-aligned, [B, kv_heads, longest, head_dim]; valid until the next call.
         """
         new = x.shape[-2]
         counts = [new] * len(self.lengths) if valid is None else valid.sum(1).tolist()

@@ -50,8 +50,8 @@ def options_of(module: torch.nn.Module, query: torch.Tensor, scaling: float | No
     for name in ("position_bias", "indices"):
         if kwargs.get(name) is not None:
             raise UnsupportedModelError(
-                f"{type(module).__name__} passes {name!r} to attention, which the packed cache does not support: load the "
-                "model with attn_implementation='eager' to attend to dequantized tensors instead."
+                f"{type(module).__name__} passes {name!r} to attention, which the packed cache does not support: load "
+                "the model with attn_implementation='eager' to attend to dequantized tensors instead."
             )
     if kwargs.get("output_attentions"):
         raise UnsupportedModelError(

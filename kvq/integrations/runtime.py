@@ -40,8 +40,8 @@ def install(model: PreTrainedModel, plan: CachePlan) -> Runtime:
     """
     if getattr(model, "kvq", None) is not None:
         raise CacheError(
-            f"this model already runs recipe {model.kvq.recipe.name!r}: leave that quantized_cache block first, or load "
-            "the base model."
+            f"this model already runs recipe {model.kvq.recipe.name!r}: leave that quantized_cache block first, or "
+            "load the base model."
         )
     previous = model.config._attn_implementation
     # Models that SDPA cannot serve (softcap, learned sinks) default to eager; elsewhere eager was somebody's choice.
@@ -55,9 +55,7 @@ def install(model: PreTrainedModel, plan: CachePlan) -> Runtime:
         )
     hook = decoder_of(model).register_forward_pre_hook(functools.partial(_before_forward, plan), with_kwargs=True)
     model._prepare_cache_for_generation = functools.partial(_prepare_cache, model)
-    model.kvq = Runtime(
-        plan=plan, attention=model.config._attn_implementation, previous_attention=previous, hook=hook
-    )
+    model.kvq = Runtime(plan=plan, attention=model.config._attn_implementation, previous_attention=previous, hook=hook)
     return model.kvq
 
 

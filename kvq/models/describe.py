@@ -27,7 +27,7 @@ class LayerSpec:
     """One decoder layer's cache.
 
     kind      ``full``: keys and values of every token (quantizable); ``sliding``: a bounded window, left exact;
-              ``state``: no cache of its own (linear attention, convolution, or keys and values read from another layer).
+              ``state``: no cache of its own (linear attention, convolution, or another layer's keys and values).
     kv_heads, head_dim   shape of one token's keys (and values), 0 where there is none.
     window    tokens kept by a sliding layer, else None.
     """
@@ -82,8 +82,8 @@ def describe(config: PretrainedConfig) -> ModelSpec:
     _refuse_no_decoder(config, name)
     if getattr(text, "kv_lora_rank", None):
         raise UnsupportedModelError(
-            f"{name!r} caches MLA latents (kv_lora_rank={text.kv_lora_rank}), not keys and values: recipes for keys and "
-            "values would corrupt it; serve it unquantized."
+            f"{name!r} caches MLA latents (kv_lora_rank={text.kv_lora_rank}), not keys and values: recipes for keys "
+            "and values would corrupt it; serve it unquantized."
         )
     heads = getattr(text, "num_attention_heads", None)
     if not heads:

@@ -39,8 +39,12 @@ class PackedKV:
         layout = codec.layout(page_tokens)
         codes, meta = codec.encode(x)
         words = pack_pages(codes, layout)
-        return cls(words=words, meta=meta.reshape(*words.shape[:-2 if layout.format == "e4m3" else -3], *layout.meta_shape),
-                   codec=codec, layout=layout)
+        return cls(
+            words=words,
+            meta=meta.reshape(*words.shape[: -2 if layout.format == "e4m3" else -3], *layout.meta_shape),
+            codec=codec,
+            layout=layout,
+        )
 
     def codes(self) -> torch.Tensor:
         """Unpacked codes, [..., P * page_tokens, head_dim] uint8."""

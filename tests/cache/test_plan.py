@@ -58,9 +58,7 @@ def test_overrides_by_layer_and_head_make_groups(tiny_config):
 
 
 def test_exact_layers_keep_the_plain_cache(tiny_config):
-    recipe = load_recipe("kivi2").override(
-        {"layers.1.key.codec": "exact", "layers.1.value.codec": "exact"}
-    )
+    recipe = load_recipe("kivi2").override({"layers.1.key.codec": "exact", "layers.1.value.codec": "exact"})
     plan = make_plan(recipe, describe(tiny_config(layers=3, head_dim=32)))
     assert sorted(plan.layers) == [0, 2]
 

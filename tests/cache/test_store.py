@@ -1,5 +1,7 @@
 """The packed state is a function of each row's real tokens alone (chunking, batch and padding laws, bit for bit)."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -37,7 +39,7 @@ def tokens(rows, count, seed=0):
 
 def build(group, x, cuts, valid=None):
     store = HeadStore(group, x["key"].shape[0], torch.device("cpu"))
-    for a, b in zip(cuts, cuts[1:]):
+    for a, b in itertools.pairwise(cuts):
         part = {side: t[:, :, a:b] for side, t in x.items()}
         store.append(part, None if valid is None else valid[:, a:b])
     return store

@@ -164,7 +164,11 @@ def test_the_model_comes_back_as_it_was_even_after_an_error(model, recipe):
 
 
 def test_a_second_recipe_on_top_is_refused(model, recipe):
-    with quantized_cache(model, recipe), pytest.raises(CacheError, match="already runs"), quantized_cache(model, "int8"):
+    with (
+        quantized_cache(model, recipe),
+        pytest.raises(CacheError, match="already runs"),
+        quantized_cache(model, "int8"),
+    ):
         pass
 
 
@@ -194,6 +198,4 @@ def test_a_cache_survives_pickling(model, recipe):
         model(prompt(200), past_key_values=cache)
         again = pickle.loads(pickle.dumps(cache))
         token = prompt(1, seed=2)
-        assert torch.equal(
-            model(token, past_key_values=cache).logits, model(token, past_key_values=again).logits
-        )
+        assert torch.equal(model(token, past_key_values=cache).logits, model(token, past_key_values=again).logits)

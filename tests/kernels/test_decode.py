@@ -1,5 +1,7 @@
 """The two products over packed pages, and the merge, against dequantize-then-multiply in fp64 on the same codes."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -67,7 +69,8 @@ def test_merging_partials_over_any_cut_gives_the_whole_softmax(cuts):
     scores[0, 0, 0, :7] = -torch.inf
     values = torch.randn(2, 3, 20, 8, generator=generator, dtype=torch.float64)
     parts = [
-        partial_attention(scores[..., a:b], lambda w, a=a, b=b: w @ values[:, :, a:b]) for a, b in zip(cuts, cuts[1:])
+        partial_attention(scores[..., a:b], lambda w, a=a, b=b: w @ values[:, :, a:b])
+        for a, b in itertools.pairwise(cuts)
     ]
     reference = scores.softmax(-1) @ values
     assert torch.allclose(merge_partials(parts), reference, rtol=0, atol=1e-13)

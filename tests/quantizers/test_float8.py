@@ -8,7 +8,7 @@ from kvq.quantizers import Float8Codec
 
 
 def e4m3_numbers() -> torch.Tensor:
-    """All finite E4M3 magnitudes from the format's definition: 4 exponent bits, bias 7, 3 mantissa bits, no infinity."""
+    """All finite E4M3 magnitudes by the format's definition: 4 exponent bits, bias 7, 3 mantissa bits, no infinity."""
     numbers = [m / 8 * 2.0**-6 for m in range(8)]
     numbers += [(1 + m / 8) * 2.0 ** (e - 7) for e in range(1, 16) for m in range(8) if (e, m) != (15, 7)]
     return torch.tensor(numbers, dtype=torch.float64)
