@@ -215,6 +215,8 @@ class PackedLayer(CacheLayerMixin):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the newest tokens; the argument is zero or negative. Raises CacheError beyond what is still exact."""
+        # Up to 5.17 speculative decoding passes a tensor.
+        tokens_to_remove = int(tokens_to_remove)
         if tokens_to_remove > 0:
             raise ValueError(f"crop({tokens_to_remove}): pass a negative number, the tokens to remove from the end.")
         count = -tokens_to_remove
