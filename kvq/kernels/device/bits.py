@@ -1,0 +1,112 @@
+"""Words to fp16 planes on the device: inline PTX, and a portable twin for the interpreter and other targets."""
+
+import triton
+import triton.language as tl
+
+# Two neighbours to the two operands of two products; the conversion exists from sm_89 on.
+_E4M3_PTX = """{
+.reg .b32 t;
+.reg .b16 low, high;
+prmt.b32 t, $2, 0, 0x3120;
+mov.b32 {low, high}, t;
+cvt.rn.f16x2.e4m3x2 $0, low;
+cvt.rn.f16x2.e4m3x2 $1, high;
+}"""
+
+
+@triton.constexpr_function
+def known(value):
+    """A number read off a compile-time object, in the form that ``tl.static_range`` asks for."""
+    return value
+
+
+@triton.constexpr_function
+def bias_of(S, f):
+    """What the unpacked field is larger than its code by."""
+    return float(S.table[f].bias) if S.kind == "affine" else 0.0
+
+
+@triton.constexpr_function
+def _half_types(S):
+    return (tl.float16,) * S.fields
+
+
+@triton.jit
+def unpack(words, S: tl.constexpr, ASM: tl.constexpr):
+    """Container words (a tuple of int16 tensors of one shape) to a tuple of ``S.fields`` fp16 tensors of that shape.
+
+    Affine: code + bias of the field. e4m3: the numbers themselves. ``ASM``: inline PTX, else plain integer operations.
+    """
+    if S.kind == "e4m3":
+        return _unpack_e4m3(words[0], ASM)
+    elif ASM:
+        return tl.inline_asm_elementwise(S.ptx, S.constraints, words, _half_types(S), is_pure=True, pack=2)
+    else:
+        return _unpack_portable(words, S)
+
+
+@triton.jit
+def _unpack_portable(words, S: tl.constexpr):
+    planes = ()
+    for f in tl.static_range(known(S.fields)):
+        word = words[S.table[f].word].to(tl.int32) & 0xFFFF
+        if S.table[f].view == "swapped":
+            word = (word & 0xFF) << 8 | word >> 8
+        elif S.table[f].view == "shifted":
+            word = word >> S.table[f].shift
+        elif S.table[f].view == "spread":
+            word = word >> 15
+            for i in tl.static_range(1, known(S.words)):
+                word = word | ((words[i].to(tl.int32) & 0xFFFF) >> 15) << i
+        half = word & S.table[f].mask | S.table[f].half
+        planes = planes + (half.to(tl.int16).to(tl.float16, bitcast=True),)
+    return planes
+
+
+@triton.jit
+def _unpack_e4m3(word, ASM: tl.constexpr):
+    """Words of two bytes to (even channels, odd channels)."""
+    if ASM:
+        return tl.inline_asm_elementwise(
+            _E4M3_PTX, "=&r,=&r,r", [word], (tl.float16, tl.float16), is_pure=True, pack=2
+        )
+    else:
+        wide = word.to(tl.int32) & 0xFFFF
+        return (e4m3_to_half(wide & 0xFF), e4m3_to_half(wide >> 8))
+
+
+@triton.jit
+def e4m3_to_half(byte):
+    """Bytes (int32) to the fp16 numbers they stand for; the NaN byte reads as 480."""
+    # Seven bits at fp16 bits 7..13 are the magnitude times 2^-8, subnormals included.
+    half = ((byte & 0x80) << 8 | (byte & 0x7F) << 7).to(tl.int16).to(tl.float16, bitcast=True)
+    return half * 256.0
+
+
+@triton.jit
+def half_pair(pair, ASM: tl.constexpr):
+    """The two fp16 numbers of an int32 as fp32: (low, high)."""
+    if ASM:
+        # Plain bit operations would cost a byte permutation a number.
+        return tl.inline_asm_elementwise(
+            "{.reg .b16 l, h; mov.b32 {l, h}, $2; cvt.f32.f16 $0, l; cvt.f32.f16 $1, h;}",
+            "=f,=f,r",
+            [pair],
+            (tl.float32, tl.float32),
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        low = (pair & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True)
+        high = (pair >> 16).to(tl.int16).to(tl.float16, bitcast=True)
+        return low.to(tl.float32), high.to(tl.float32)
+
+
+@triton.jit
+def exp2(x, ASM: tl.constexpr):
+    """2^x; results below the smallest normal number are 0."""
+    if ASM:
+        # tl.exp2 adds a compare, a select and two multiplies for denormals.
+        return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
+    else:
+        return tl.exp2(x)
