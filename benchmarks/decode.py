@@ -37,7 +37,7 @@ NATIVE = {
 class Method:
     """One cache under test: how it is made, filled and run."""
 
-    def __init__(self, name: str, model, scales: dict[str, float]):
+    def __init__(self, name: str, model, artefacts: dict[str, torch.Tensor]):
         self.name, self.model = name, model
         self.plan = None
         if name in NATIVE:
@@ -45,7 +45,7 @@ class Method:
         elif name == "DynamicCache":
             self.cache = DynamicCache(config=model.config)
         else:
-            self.plan = make_plan(load_recipe(name), describe(model.config), scales)
+            self.plan = make_plan(load_recipe(name), describe(model.config), artefacts)
             install(model, self.plan)
             self.cache = new_cache(model)
             uninstall(model)
@@ -99,9 +99,9 @@ def prompt_cache(model, tokenizer, context: int) -> tuple[DynamicCache, torch.Te
         return cache, model.lm_head(hidden[:, -1:]).argmax(-1)
 
 
-def run(model, tokenizer, context: int, names: list[str], scales, turns: int, tokens: int) -> list[dict]:
+def run(model, tokenizer, context: int, names: list[str], artefacts, turns: int, tokens: int) -> list[dict]:
     source, first = prompt_cache(model, tokenizer, context - turns * tokens - tokens)
-    methods = [Method(name, model, scales) for name in names]
+    methods = [Method(name, model, artefacts) for name in names]
     for method in methods:
         method.fill(source)
         method.turn(tokens, first)
@@ -131,10 +131,10 @@ def run(model, tokenizer, context: int, names: list[str], scales, turns: int, to
     return rows
 
 
-def unit_scales(model) -> dict[str, float]:
+def unit_scales(model) -> dict[str, torch.Tensor]:
     """Speed and bytes of fp8 do not depend on its scales."""
     layers = describe(model.config).full_layers
-    return {f"layers.{layer.index}.{side}.scale": 1.0 for layer in layers for side in ("key", "value")}
+    return {f"layers.{layer.index}.{side}.scale": torch.tensor(1.0) for layer in layers for side in ("key", "value")}
 
 
 def main() -> None:

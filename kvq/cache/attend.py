@@ -132,8 +132,7 @@ class _Segments:
         """Body tokens [start, stop); ``packed`` names the sides that are read from pages."""
         offset = self.store.group.sinks
         if "key" in packed:
-            pages, first, _ = self._pages("key", start, stop)
-            scores = pages.scores(self.q)[..., start - first : stop - first]
+            scores = self._packed_scores(start, stop)
         else:
             scores = self.q @ self._exact("key", start, stop).transpose(-1, -2)
         scores = self._finish(scores, offset + start, offset + stop)
@@ -144,6 +143,13 @@ class _Segments:
         return partial_attention(
             scores, lambda weights: pages.weighted_sum(torch.nn.functional.pad(weights, pad) if any(pad) else weights)
         )
+
+    def _packed_scores(self, start: int, stop: int) -> torch.Tensor:
+        pages, first, _ = self._pages("key", start, stop)
+        if self.store.group.rope is None:
+            return pages.scores(self.q)[..., start - first : stop - first]
+        keys = pages.dequantize(self.q.dtype)[:, :, start - first : stop - first]
+        return self.q @ self.store.roped(keys, self.rows, start, stop).transpose(-1, -2)
 
     def _exact_sinks(self, count: int) -> Partial:
         keys, values = (self.store.sinks[side][self.rows][:, :, :count].to(self.q.dtype) for side in SIDES)

@@ -8,7 +8,7 @@ from kvq.errors import RecipeError
 def load_with_cache(name: str, recipe, stats: str | None):
     """Load ``name`` and its tokenizer; a recipe is installed on a plain model for good."""
     from kvq.cache import make_plan
-    from kvq.calib.scales import static_scales
+    from kvq.calib.artefacts import fit_artefacts
     from kvq.calib.stats import Stats
     from kvq.export.exporter import is_export
     from kvq.integrations.runtime import install
@@ -34,7 +34,7 @@ def load_with_cache(name: str, recipe, stats: str | None):
     statistics = Stats.load(stats) if stats else None
     if statistics is not None:
         statistics.check_model(spec, weights_fingerprint(folder))
-    plan = make_plan(recipe, spec, static_scales(statistics) if statistics else None)
+    plan = make_plan(recipe, spec, fit_artefacts(recipe, spec, statistics) if statistics else None)
     model = load_model(folder)
     install(model, plan)
     return model, load_tokenizer(folder)

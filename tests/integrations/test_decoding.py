@@ -10,14 +10,23 @@ from transformers import DynamicCache
 from kvq.cache import PackedLayer, cache_nbytes, packed_layers
 from kvq.errors import CacheError
 from kvq.integrations.runtime import new_cache, quantized_cache
+from kvq.recipe import load_recipe
 
-RECIPES = ["kivi2", "kivi4", "int4"]
+RECIPES = {
+    "kivi2": load_recipe("kivi2"),
+    "kivi4": load_recipe("kivi4"),
+    "int4": load_recipe("int4"),
+    "rotated": load_recipe("int4").override(
+        {"transforms.key": [{"kind": "hadamard"}], "transforms.value": [{"kind": "hadamard", "seed": 2}]}
+    ),
+    "pre-RoPE": load_recipe("kivi2").override({"key.placement": "pre_rope", "tokens.sinks": 2}),
+}
 GREEDY = {"max_new_tokens": 150, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
 
 @pytest.fixture(scope="module", params=RECIPES)
 def recipe(request):
-    return request.param
+    return RECIPES[request.param]
 
 
 @pytest.fixture(scope="module")
