@@ -91,8 +91,8 @@ def sides_of(layout: PageLayout) -> tuple[Side, Side]:
     """(K, V) of a page record."""
     at = layout.offsets
     return (
-        side_of(layout.key, at["key_words"], at["key_meta"]),
-        side_of(layout.value, at["value_words"], at["value_meta"]),
+        side_of(layout.key, at["key_words"], at.get("key_meta", 0)),
+        side_of(layout.value, at["value_words"], at.get("value_meta", 0)),
     )
 
 
@@ -126,9 +126,13 @@ class Tile:
     fold: int
 
 
-def tile_of(key: Side, value: Side, *, warps: int, rows: int) -> Tile:
-    """The tile of a page. ``rows`` is what is asked for; less is taken where scales change within that many."""
-    stride = min(key.rows, value.rows)
+def tile_of(key: Side, value: Side, *, warps: int, rows: int, split: int = 0) -> Tile:
+    """The tile of a page.
+
+    rows    tokens of a block that are asked for; fewer are taken where scales change within that many.
+    split   if not 0, a page is cut into blocks of so many tokens even where one block could hold more.
+    """
+    stride = min([key.rows, value.rows] + [split] * bool(split))
     groups = [side.group for side in (key, value) if side.by_channel]
     if groups:
         # Per-channel scales belong to a page and a token group: a block stays within one, a tile is one page.

@@ -3,15 +3,29 @@
 import triton
 import triton.language as tl
 
-# Two neighbours to the two operands of two products; the conversion exists from sm_89 on.
-_E4M3_PTX = """{
+# Words of two neighbouring bytes to (first, second) of each. The conversion exists from sm_89 on; before it, seven bits
+# at fp16 bits 7 to 13 are the magnitude times 2^-8, subnormals included.
+_E4M3_PTX = tl.constexpr("""{
 .reg .b32 t;
 .reg .b16 low, high;
 prmt.b32 t, $2, 0, 0x3120;
 mov.b32 {low, high}, t;
 cvt.rn.f16x2.e4m3x2 $0, low;
 cvt.rn.f16x2.e4m3x2 $1, high;
-}"""
+}""")
+_E4M3_PTX_SM80 = tl.constexpr("""{
+.reg .b32 a, b, c, d;
+shl.b32 a, $2, 7;
+and.b32 a, a, 0x3f803f80;
+shl.b32 b, $2, 8;
+lop3.b32 a, b, 0x80008000, a, 0xea;
+shr.u32 c, $2, 1;
+and.b32 c, c, 0x3f803f80;
+lop3.b32 c, $2, 0x80008000, c, 0xea;
+mov.b32 d, 0x5c005c00;
+mul.rn.f16x2 $0, a, d;
+mul.rn.f16x2 $1, c, d;
+}""")
 
 
 @triton.constexpr_function
@@ -35,7 +49,8 @@ def _half_types(S):
 def unpack(words, S: tl.constexpr, ASM: tl.constexpr):
     """Container words (a tuple of int16 tensors of one shape) to a tuple of ``S.fields`` fp16 tensors of that shape.
 
-    Affine: code + bias of the field. e4m3: the numbers themselves. ``ASM``: inline PTX, else plain integer operations.
+    Affine: code + bias of the field. e4m3: the numbers themselves. ``ASM``: compute capability (89 for 8.9) that inline
+    PTX is written for, or 0 for plain operations, which any target and the interpreter run.
     """
     if S.kind == "e4m3":
         return _unpack_e4m3(words[0], ASM)
@@ -67,9 +82,8 @@ def _unpack_portable(words, S: tl.constexpr):
 def _unpack_e4m3(word, ASM: tl.constexpr):
     """Words of two bytes to (even channels, odd channels)."""
     if ASM:
-        return tl.inline_asm_elementwise(
-            _E4M3_PTX, "=&r,=&r,r", [word], (tl.float16, tl.float16), is_pure=True, pack=2
-        )
+        text: tl.constexpr = _E4M3_PTX if ASM >= 89 else _E4M3_PTX_SM80
+        return tl.inline_asm_elementwise(text, "=&r,=&r,r", [word], (tl.float16, tl.float16), is_pure=True, pack=2)
     else:
         wide = word.to(tl.int32) & 0xFFFF
         return (e4m3_to_half(wide & 0xFF), e4m3_to_half(wide >> 8))
@@ -84,22 +98,16 @@ def e4m3_to_half(byte):
 
 
 @triton.jit
-def half_pair(pair, ASM: tl.constexpr):
-    """The two fp16 numbers of an int32 as fp32: (low, high)."""
+def halves(pair, ASM: tl.constexpr):
+    """The two fp16 numbers of an int32: (low, high)."""
     if ASM:
         # Plain bit operations would cost a byte permutation a number.
         return tl.inline_asm_elementwise(
-            "{.reg .b16 l, h; mov.b32 {l, h}, $2; cvt.f32.f16 $0, l; cvt.f32.f16 $1, h;}",
-            "=f,=f,r",
-            [pair],
-            (tl.float32, tl.float32),
-            is_pure=True,
-            pack=1,
+            "mov.b32 {$0, $1}, $2;", "=h,=h,r", [pair], (tl.float16, tl.float16), is_pure=True, pack=1
         )
     else:
         low = (pair & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True)
-        high = (pair >> 16).to(tl.int16).to(tl.float16, bitcast=True)
-        return low.to(tl.float32), high.to(tl.float32)
+        return low, (pair >> 16).to(tl.int16).to(tl.float16, bitcast=True)
 
 
 @triton.jit

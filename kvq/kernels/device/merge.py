@@ -6,19 +6,19 @@ import triton.language as tl
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
-@triton.jit(do_not_specialize=["columns", "items"])
+@triton.jit(do_not_specialize=["items"])
 def decode_merge(
-    partial, partial_lse, spans, sinks, out, lse, columns, items,
+    partial, partial_lse, spans, sinks, out, lse, items,
     out_batch_stride, out_head_stride, out_token_stride,
     HEADS: tl.constexpr, QUERIES: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr,
     EXACT: tl.constexpr, SINKS: tl.constexpr,
 ):
-    """Grid (B, KV heads, columns): one query vector each.
+    """Grid (B, KV heads, HEADS * QUERIES): one query vector each.
 
-    partial      [items + B, KV heads, columns, D] fp32 and partial_lse likewise, base 2; spans [B, 2] int32: first item
+    partial      [items + B, KV heads, HEADS * QUERIES, D] fp32 and partial_lse likewise, base 2; spans [B, 2] int32: first item
                  of a sequence and their number. EXACT: item ``items + b`` holds the exact tokens of sequence b.
     sinks        [heads] fp32: one learned logit a query head, if SINKS.
-    out          by strides; lse [B, KV heads, columns], natural logarithm.
+    out          by strides; lse [B, KV heads, HEADS * QUERIES], natural logarithm.
     """
     sequence = tl.program_id(0)
     head = tl.program_id(1)
@@ -34,7 +34,7 @@ def decode_merge(
     for start in range(0, count + EXACT, SPLITS):
         real = start + s < count + EXACT
         item = tl.where(start + s < count, first + start + s, items + sequence)
-        at = (item.to(tl.int64) * heads + head) * columns + column
+        at = (item.to(tl.int64) * heads + head) * (HEADS * QUERIES) + column
         own = tl.load(partial_lse + at, mask=real, other=float("-inf"))
         new = tl.maximum(top, tl.max(own, 0))
         share = tl.exp2(own - new)
@@ -56,4 +56,4 @@ def decode_merge(
     to = to + (head * HEADS + column // QUERIES).to(tl.int64) * out_head_stride + column % QUERIES * out_token_stride
     tl.store(to + d, acc.to(out.dtype.element_ty), mask=d < D)
     value = tl.where(seen, (top + tl.log2(tl.where(seen, total, 1.0))) / LOG2E, float("-inf"))
-    tl.store(lse + (sequence.to(tl.int64) * heads + head) * columns + column, value)
+    tl.store(lse + (sequence.to(tl.int64) * heads + head) * (HEADS * QUERIES) + column, value)

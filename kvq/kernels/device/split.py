@@ -6,10 +6,10 @@ import triton.language as tl
 from kvq.kernels.device.bits import bias_of, exp2, known
 from kvq.kernels.device.tile import (
     add,
-    add_values,
+    add_packed_values,
     channels_of,
     group_of,
-    key_scores,
+    packed_scores,
     softmax_step,
 )
 
@@ -40,8 +40,19 @@ def _weight_exponent(V):
 
 
 @triton.jit
-def _load_query(at, factor_at, real, K: tl.constexpr, W: tl.constexpr, FACTOR: tl.constexpr):
-    """Query operands, sums and bias sums (see ``key_scores``), and the power of two that undoes their scaling.
+def largest_shift(limit_at, V: tl.constexpr, LIMIT: tl.constexpr):
+    """log2 of what weights are multiplied by. LIMIT: ``limit_at`` holds the largest scale of this KV head's values."""
+    shift = _weight_exponent(V) * 1.0
+    if LIMIT:
+        largest = tl.maximum(tl.load(limit_at), 2.0**-24)
+        # A weight times a scale then reaches up to 2^15, and fp16 ends at twice that.
+        shift = 14.0 - ((largest.to(tl.int32, bitcast=True) >> 23) - 127).to(tl.float32)
+    return shift
+
+
+@triton.jit
+def load_query(at, factor_at, real, K: tl.constexpr, W: tl.constexpr, FACTOR: tl.constexpr):
+    """Query operands, sums and bias sums (see ``packed_scores``), and the power of two that undoes their scaling.
 
     at: pointers [H] to the columns' vectors. factor_at: pointer to this KV head's static channel factors, if FACTOR.
     """
@@ -81,7 +92,7 @@ def _load_query(at, factor_at, real, K: tl.constexpr, W: tl.constexpr, FACTOR: t
 
 
 @triton.jit
-def _empty_state(V: tl.constexpr, T: tl.constexpr, H: tl.constexpr):
+def empty_state(V: tl.constexpr, T: tl.constexpr, H: tl.constexpr):
     """(softmax state, value state) before any token."""
     softmax = (tl.full([T.warps, 1, H], LOWEST, tl.float32), tl.full([T.warps, T.fold, H], 0.0, tl.float32))
     offsets = ()
@@ -96,7 +107,7 @@ def _empty_state(V: tl.constexpr, T: tl.constexpr, H: tl.constexpr):
 
 
 @triton.jit
-def _locate(i, base, table_at, page_stride, last_page, K: tl.constexpr, T: tl.constexpr, MASKED: tl.constexpr):
+def locate(i, base, table_at, page_stride, last_page, K: tl.constexpr, T: tl.constexpr, MASKED: tl.constexpr):
     """Round i: (record pointers [W, 1 or R], row of block 0 within the page, first token of the page), for each warp."""
     tile = (i * T.warps + tl.arange(0, T.warps))[:, None]
     r = tl.arange(0, T.rows)[None, :]
@@ -112,7 +123,7 @@ def _locate(i, base, table_at, page_stride, last_page, K: tl.constexpr, T: tl.co
 
 
 @triton.jit
-def _bounded(scores, softcap, cap_scale, T: tl.constexpr, ASM: tl.constexpr):
+def bounded(scores, softcap, cap_scale, T: tl.constexpr, ASM: tl.constexpr):
     """softcap * tanh(score / softcap). cap_scale: what turns a score into the exponent of 2 that tanh needs."""
     bounded = ()
     for b in tl.static_range(known(T.blocks)):
@@ -122,7 +133,7 @@ def _bounded(scores, softcap, cap_scale, T: tl.constexpr, ASM: tl.constexpr):
 
 
 @triton.jit
-def _hidden(scores, keep, token, position, window, T: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
+def hidden(scores, keep, token, position, window, T: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
     """Scores with -inf where a token does not exist or its query may not see it. token [W, R], position [H]."""
     masked = ()
     for b in tl.static_range(known(T.blocks)):
@@ -145,21 +156,21 @@ def _round(
     """Attend to round i, one tile a warp."""
     softmax, values = state
     last_page = (length - 1) // K.page_tokens
-    record, row, start = _locate(i, base, table_at, page_stride, last_page, K, T, MASKED)
+    record, row, start = locate(i, base, table_at, page_stride, last_page, K, T, MASKED)
     keep = ()
     for b in tl.static_range(known(T.blocks)):
         keep = keep + (start + row + b * T.stride < length,)
-    scores = key_scores(record, row, keep, query, K, T, MASKED, ASM)
+    scores = packed_scores(record, row, keep, query, K, T, MASKED, ASM)
     if SOFTCAP:
-        scores = _bounded(scores, softcap, cap_scale, T, ASM)
+        scores = bounded(scores, softcap, cap_scale, T, ASM)
     if MASKED:
-        scores = _hidden(scores, keep, start + row, position, window, T, CAUSAL, WINDOW)
+        scores = hidden(scores, keep, start + row, position, window, T, CAUSAL, WINDOW)
     softmax, shrink, weights = softmax_step(softmax, scores, kappa, shift, T, ASM)
-    return softmax, add_values(values, record, row, keep, shrink, weights, V, T, MASKED, ASM)
+    return softmax, add_packed_values(values, record, row, keep, shrink, weights, V, T, MASKED, ASM)
 
 
 @triton.jit
-def _store_partial(state, out_at, lse_at, kappa, shift, value_scale, real, V: tl.constexpr, T: tl.constexpr, ASM: tl.constexpr):
+def store_partial(state, out_at, lse_at, kappa, shift, value_scale, real, V: tl.constexpr, T: tl.constexpr, ASM: tl.constexpr):
     """Merge the warps and store output [H, head_dim] and log-sum-exp [H] (base 2; -inf where nothing was seen)."""
     top, total = state[0]
     offsets, biases, sums = state[1]
@@ -186,11 +197,11 @@ def _store_partial(state, out_at, lse_at, kappa, shift, value_scale, real, V: tl
             tl.store(out_at + column[None, :] * V.head_dim + channel, x, mask=real[None, :] & (channel < V.head_dim))
 
 
-@triton.jit(do_not_specialize=["table_stride", "window", "columns"])
+@triton.jit(do_not_specialize=["table_stride", "window", "first_token"])
 def decode_split(
     q, pool, table, items, lengths, positions, channel_factor, value_limit, out, lse,
     q_batch_stride, q_head_stride, q_token_stride, table_stride, page_stride,
-    scale, value_scale, softcap, window, columns,
+    scale, key_scale, value_scale, softcap, window, first_token,
     K: tl.constexpr, V: tl.constexpr, T: tl.constexpr, RECORD: tl.constexpr,
     HEADS: tl.constexpr, QUERIES: tl.constexpr, H: tl.constexpr,
     FACTOR: tl.constexpr, LIMIT: tl.constexpr, SOFTCAP: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
@@ -200,8 +211,9 @@ def decode_split(
 
     q        [B, heads, QUERIES, head_dim] by strides. pool: bytes; page number n of the table starts at n * page_stride
              and holds one record of RECORD bytes a KV head.
-    items    work list [items, 4] int32. lengths [B]: packed tokens. positions [B]: of query token 0, counted as tokens are.
-    out      [items, KV heads, columns, head_dim] fp32; lse [items, KV heads, columns] fp32, base 2.
+    items    work list [items, 4] int32. lengths [B]: packed tokens, the first of which stands at position first_token.
+    positions  [B] int32: of query token 0 of each sequence, if CAUSAL or WINDOW.
+    out      [items, KV heads, HEADS * QUERIES, head_dim] fp32; lse the same without head_dim, base 2.
     """
     item = tl.program_id(0)
     head = tl.program_id(1)
@@ -215,29 +227,26 @@ def decode_split(
     real = column < HEADS * QUERIES
     q_at = q + sequence.to(tl.int64) * q_batch_stride
     q_at = q_at + (head * HEADS + column // QUERIES) * q_head_stride + column % QUERIES * q_token_stride
-    query, down = _load_query(q_at, channel_factor + head * K.head_dim, real, K, T.warps, FACTOR)
-    kappa = scale * LOG2E * down
+    query, down = load_query(q_at, channel_factor + head * K.head_dim, real, K, T.warps, FACTOR)
+    kappa = scale * key_scale * LOG2E * down
     cap_scale = 1.0
     if SOFTCAP:
         # A bounded score is a plain number again, whose exponent of 2 is log2(e) times it.
         cap_scale = kappa * (2.0 / softcap)
         kappa = LOG2E
-    shift = _weight_exponent(V) * 1.0
-    if LIMIT:
-        # The exponent of the largest scale, as a number; weights then reach up to 2^15 of the fp16 range.
-        largest = tl.maximum(tl.load(value_limit + head), 2.0**-24)
-        shift = 14.0 - ((largest.to(tl.int32, bitcast=True) >> 23) - 127).to(tl.float32)
+    shift = largest_shift(value_limit + head, V, LIMIT)
     position = 0 * column
     full_first, full_end = first, length // T.round
     if CAUSAL or WINDOW:
-        position = tl.load(positions + sequence)
+        # Counted from the first packed token from here on.
+        position = tl.load(positions + sequence) - first_token
         if CAUSAL:
             full_end = tl.minimum(full_end, (position + 1) // T.round)
         if WINDOW:
             full_first = tl.maximum(full_first, tl.cdiv(tl.maximum(position + QUERIES - window, 0), T.round))
         position = position + column % QUERIES
 
-    state = _empty_state(V, T, H)
+    state = empty_state(V, T, H)
     base = pool + head * RECORD
     table_at = table + sequence.to(tl.int64) * table_stride
     full_first = tl.minimum(full_first, end)
@@ -254,5 +263,5 @@ def decode_split(
             i, state, query, kappa, shift, cap_scale, softcap, base, table_at, page_stride, length, position, window,
             K, V, T, SOFTCAP, CAUSAL, WINDOW, True, ASM,
         )
-    slot = (item * tl.num_programs(1) + head).to(tl.int64) * columns + tl.program_id(2) * H
-    _store_partial(state, out + slot * V.head_dim, lse + slot, kappa, shift, value_scale, real, V, T, ASM)
+    slot = (item * tl.num_programs(1) + head).to(tl.int64) * (HEADS * QUERIES) + tl.program_id(2) * H
+    store_partial(state, out + slot * V.head_dim, lse + slot, kappa, shift, value_scale, real, V, T, ASM)

@@ -8,7 +8,7 @@ The algebra (c code, P its field's bias, s scale, z minimum, p weights):
 
     axis token     score_t = s_t (sum_c q_c (c + P) - sum_c q_c P) + z_t sum_c q_c
                    out_c   = sum_t (p_t s_t)(c + P) - P sum_t (p_t s_t) + sum_t p_t z_t
-    axis channel   score_t = sum_c (q_c s_c)(c + P) - sum_c (q_c s_c) P + sum_c q_c z_c
+    axis channel   score_t = sum_c (q_c s_c)(c + P) - sum_c (q_c s_c) P + sum_c (q_c z_c)
                    out_c   = s_c (sum_t p_t (c + P) - P sum_t p_t) + z_c sum_t p_t
 
 so no number of a page is scaled or shifted by itself. A correction uses the same rounded fp16 factors as the product
@@ -19,7 +19,7 @@ largest scale nearly fills fp16: small weights and small scales keep their preci
 import triton
 import triton.language as tl
 
-from kvq.kernels.device.bits import bias_of, exp2, half_pair, known, unpack
+from kvq.kernels.device.bits import bias_of, exp2, halves, known, unpack
 
 @triton.jit
 def add(values, i: tl.constexpr, value):
@@ -28,7 +28,7 @@ def add(values, i: tl.constexpr, value):
 
 
 @triton.jit
-def _scaled(values, factor):
+def scaled(values, factor):
     """The tuple with every entry multiplied."""
     scaled = ()
     for i in tl.static_range(known(len(values))):
@@ -71,6 +71,12 @@ def _opens_group(S, T, b):
     return b * T.stride % S.group == 0
 
 
+@triton.constexpr_function
+def _reads_masked(S, masked):
+    """Whether words of tokens that do not exist must not be read: bytes of e4m3 may be NaN, codes cannot."""
+    return masked and S.kind == "e4m3"
+
+
 @triton.jit
 def _token_sum(x):
     """Sum x [W, R, H] over eight rows at a time, [W, 8, H]: additions within a thread, the rest is left for the end."""
@@ -83,8 +89,12 @@ def _token_sum(x):
 @triton.jit
 def channels_of(chunk: tl.constexpr, block: tl.constexpr, S: tl.constexpr):
     """Channels of one operand, [C]; head_dim where the last block is not full."""
-    container = block * S.block + tl.arange(0, S.block)
-    return tl.where(container < S.width, chunk * S.chunk_stride + container * S.width_stride, S.head_dim)
+    first = chunk * S.chunk_stride + block * S.block * S.width_stride
+    channel = first + tl.arange(0, S.block) * S.width_stride
+    if S.width % S.block == 0:
+        return channel
+    else:
+        return tl.where(block * S.block + tl.arange(0, S.block) < S.width, channel, S.head_dim)
 
 
 @triton.jit
@@ -119,14 +129,14 @@ def _load_planes(record, row, first: tl.constexpr, keep, S: tl.constexpr, MASKED
 
 @triton.jit
 def _load_pairs(record, index, keep, S: tl.constexpr, MASKED: tl.constexpr, ASM: tl.constexpr):
-    """(scale, minimum) as fp32, shaped like ``index``, which counts the side's pairs."""
+    """(scale, minimum) as fp16, shaped like ``index``, which counts the side's pairs."""
     at = record.to(tl.pointer_type(tl.int32)) + (S.meta_offset // 4 + index)
     pair = tl.load(at, mask=keep, other=0) if MASKED else tl.load(at)
-    return half_pair(pair, ASM)
+    return halves(pair, ASM)
 
 
 @triton.jit
-def key_scores(record, row, keep, query, K: tl.constexpr, T: tl.constexpr, MASKED: tl.constexpr, ASM: tl.constexpr):
+def packed_scores(record, row, keep, query, K: tl.constexpr, T: tl.constexpr, MASKED: tl.constexpr, ASM: tl.constexpr):
     """Scores of one tile, before the softmax scale: a tuple of T.blocks tensors [W, R, H].
 
     row     [1 or W, R]: token of row r within its page, for block 0. keep: by block, [W, R], tokens that exist.
@@ -143,8 +153,7 @@ def key_scores(record, row, keep, query, K: tl.constexpr, T: tl.constexpr, MASKE
                 raw = raw + (tl.broadcast_to(start, [T.warps, T.rows, start.shape[2]]),)
         for s in tl.static_range(_row_blocks(K, T)):
             for c in tl.static_range(known(K.blocks)):
-                bytes_masked: tl.constexpr = MASKED and K.kind == "e4m3"
-                planes = _load_planes(record, row + s * T.stride, c * K.block, keep[s], K, bytes_masked, False, ASM)
+                planes = _load_planes(record, row + s * T.stride, c * K.block, keep[s], K, _reads_masked(K, MASKED), False, ASM)
                 for f in tl.static_range(known(K.fields)):
                     raw = _dot_into(
                         raw,
@@ -165,10 +174,10 @@ def _scaled_scores(record, row, keep, raw, sums, b: tl.constexpr, K: tl.constexp
     """Scale and minimum of block b's tokens, axis token."""
     index = (row + b * T.stride) * K.groups
     scale, minimum = _load_pairs(record, index, keep, K, MASKED, ASM)
-    total = raw[b * K.groups] * scale[:, :, None] + minimum[:, :, None] * sums[0]
+    total = raw[b * K.groups] * scale.to(tl.float32)[:, :, None] + minimum.to(tl.float32)[:, :, None] * sums[0]
     for g in tl.static_range(1, known(K.groups)):
         scale, minimum = _load_pairs(record, index + g, keep, K, MASKED, ASM)
-        total += raw[b * K.groups + g] * scale[:, :, None] + minimum[:, :, None] * sums[g]
+        total += raw[b * K.groups + g] * scale.to(tl.float32)[:, :, None] + minimum.to(tl.float32)[:, :, None] * sums[g]
     return total
 
 
@@ -182,11 +191,10 @@ def _scores_by_channel(record, row, keep, operands, K: tl.constexpr, T: tl.const
             own, offset = _scaled_query(record, operands, _token_group(K, T, b), K, T, ASM)
             scaled = scaled + (own,)
             for part in tl.static_range(known(K.parts)):
-                start = start + (_bias_correction(own, offset, part, K, T),)
+                start = start + (_less_biases(offset, own, part, K, T),)
     scores = ()
     for b in tl.static_range(known(T.blocks)):
-        first = start[_token_group(K, T, b) * K.parts + b // _row_blocks(K, T)]
-        scores = scores + (tl.broadcast_to(first, [T.warps, T.rows, first.shape[2]]),)
+        scores = scores + (start[_token_group(K, T, b) * K.parts + b // _row_blocks(K, T)],)
     for s in tl.static_range(_row_blocks(K, T)):
         for c in tl.static_range(known(K.blocks)):
             planes = _load_planes(record, row + s * T.stride, c * K.block, keep[s], K, False, False, ASM)
@@ -198,29 +206,29 @@ def _scores_by_channel(record, row, keep, operands, K: tl.constexpr, T: tl.const
 
 @triton.jit
 def _scaled_query(record, operands, group: tl.constexpr, K: tl.constexpr, T: tl.constexpr, ASM: tl.constexpr):
-    """Query operands times the scales of a token group, and q . minimum in each of 16 rows, [W, 16, H]."""
+    """Query operands times the scales of a token group, and q . minimum in every row, [W, R, H]."""
     own = ()
-    offset = tl.full([T.warps, 16, operands[0].shape[2]], 0.0, tl.float32)
+    ones = tl.full([T.warps, T.rows, K.block], 1.0, tl.float16)
+    offset = tl.full([T.warps, T.rows, operands[0].shape[2]], 0.0, tl.float32)
     for chunk in tl.static_range(known(K.chunks)):
         for c in tl.static_range(known(K.blocks)):
             channel = channels_of(chunk, c, K)[None, :]
-            scale, minimum = _load_pairs(record, group * K.head_dim + channel, channel < K.head_dim, K, False, ASM)
+            scale, minimum = _load_pairs(record, group * K.head_dim + channel, channel, K, False, ASM)
             q = operands[chunk * K.blocks + c]
-            own = own + (q * scale.to(tl.float16)[:, :, None],)
-            rows = tl.broadcast_to(minimum.to(tl.float16)[:, None, :], [T.warps, 16, K.block])
-            offset = tl.dot(rows, q, offset)
+            own = own + (q * scale[:, :, None],)
+            # Summed by a product, so that scale and minimum are wanted in one arrangement and loaded once.
+            offset = tl.dot(ones, q * minimum[:, :, None], offset)
     return own, offset
 
 
 @triton.jit
-def _bias_correction(own, offset, part: tl.constexpr, K: tl.constexpr, T: tl.constexpr):
-    """The offset minus the bias sums of one part's fields, [W, 1, H]."""
+def _less_biases(offset, own, part: tl.constexpr, K: tl.constexpr, T: tl.constexpr):
+    """The offset minus the bias sums of one part's fields, [W, R, H]."""
     for chunk in tl.static_range(known(K.chunks)):
-        bias = tl.full([T.warps, 16, K.block], -bias_of(K, part * K.chunks + chunk), tl.float16)
+        bias = tl.full([T.warps, T.rows, K.block], -bias_of(K, part * K.chunks + chunk), tl.float16)
         for c in tl.static_range(known(K.blocks)):
             offset = tl.dot(bias, own[chunk * K.blocks + c], offset)
-    # All sixteen rows are equal.
-    return tl.max(offset, 1, keep_dims=True)
+    return offset
 
 
 @triton.jit
@@ -245,7 +253,7 @@ def softmax_step(state, scores, kappa, shift, T: tl.constexpr, ASM: tl.constexpr
 
 
 @triton.jit
-def add_values(state, record, row, keep, shrink, weights, V: tl.constexpr, T: tl.constexpr, MASKED: tl.constexpr, ASM: tl.constexpr):
+def add_packed_values(state, record, row, keep, shrink, weights, V: tl.constexpr, T: tl.constexpr, MASKED: tl.constexpr, ASM: tl.constexpr):
     """Add one tile's weighted values to (offsets, biases, sums).
 
     offsets  by channel group, [W, 8, H]: sum of weights times minimum.
@@ -253,14 +261,14 @@ def add_values(state, record, row, keep, shrink, weights, V: tl.constexpr, T: tl
     sums     by operand, [W, C, H]: products with code + bias.
     """
     offsets, biases, sums = state
-    sums = _scaled(sums, shrink)
+    sums = scaled(sums, shrink)
     if V.by_channel:
         return offsets, biases, _values_by_channel(sums, record, row, keep, weights, V, T, ASM)
     else:
         rounded = ()
         if V.kind == "affine":
-            offsets = _scaled(offsets, shrink)
-            biases = _scaled(biases, shrink)
+            offsets = scaled(offsets, shrink)
+            biases = scaled(biases, shrink)
         for b in tl.static_range(known(T.blocks)):
             rows = _bias_rows(V, b // _row_blocks(V, T), T)
             for g in tl.static_range(known(V.groups)):
@@ -268,14 +276,13 @@ def add_values(state, record, row, keep, shrink, weights, V: tl.constexpr, T: tl
                 if V.kind == "affine":
                     index = (row + b * T.stride) * V.groups + g
                     scale, minimum = _load_pairs(record, index, keep[b], V, MASKED, ASM)
-                    offsets = add(offsets, g, _token_sum(p * minimum[:, :, None]))
-                    p = p * scale[:, :, None]
+                    offsets = add(offsets, g, _token_sum(p * minimum.to(tl.float32)[:, :, None]))
+                    p = p * scale.to(tl.float32)[:, :, None]
                     biases = _dot_into(biases, g, rows, p.to(tl.float16))
                 rounded = rounded + (p.to(tl.float16),)
         for s in tl.static_range(_row_blocks(V, T)):
             for c in tl.static_range(known(V.blocks)):
-                bytes_masked: tl.constexpr = MASKED and V.kind == "e4m3"
-                planes = _load_planes(record, row + s * T.stride, c * V.block, keep[s], V, bytes_masked, True, ASM)
+                planes = _load_planes(record, row + s * T.stride, c * V.block, keep[s], V, _reads_masked(V, MASKED), True, ASM)
                 for f in tl.static_range(known(V.fields)):
                     p = rounded[_block_of(V, T, f, s) * V.groups + group_of(V, f % V.chunks, c)]
                     sums = _dot_into(sums, f % V.chunks * V.blocks + c, planes[f], p)
@@ -321,6 +328,6 @@ def _scaled_product(record, plane, rounded, totals, b: tl.constexpr, f: tl.const
     """Weighted sum of one plane's values, [W, C, H], axis channel."""
     channel = channels_of(f % V.chunks, c, V)[None, :]
     index = _token_group(V, T, b) * V.head_dim + channel
-    scale, minimum = _load_pairs(record, index, channel < V.head_dim, V, False, ASM)
+    scale, minimum = _load_pairs(record, index, channel, V, False, ASM)
     start = tl.broadcast_to(totals[b] * -bias_of(V, f), [T.warps, V.block, totals[b].shape[2]])
-    return tl.dot(plane, rounded[b], start) * scale[:, :, None] + totals[b] * minimum[:, :, None]
+    return tl.dot(plane, rounded[b], start) * scale.to(tl.float32)[:, :, None] + totals[b] * minimum.to(tl.float32)[:, :, None]

@@ -1,0 +1,208 @@
+"""Arguments and options of every kernel launch, in one place: what runs is what the budgets are counted on."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from kvq.kernels.device.exact import decode_exact
+from kvq.kernels.device.merge import decode_merge
+from kvq.kernels.device.plan import plan_items as plan_items_kernel
+from kvq.kernels.device.split import decode_split
+
+if TYPE_CHECKING:
+    from kvq.kernels.attention import Exact, Query
+    from kvq.kernels.pages import Pages
+    from kvq.kernels.plan import DecodePlan, Geometry
+
+_MERGE_SPLITS = 16
+_PLAN_ITEMS = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """One kernel call: ``run`` it, or ``compile`` it for the current target and get the binary."""
+
+    kernel: Any
+    grid: tuple[int, int, int]
+    args: tuple
+    constants: dict[str, Any]
+    options: dict[str, int | bool]
+
+    def run(self) -> None:
+        self.kernel[self.grid](*self.args, **self.constants, **self.options)
+
+    def compile(self):
+        return self.kernel.warmup(*self.args, **self.constants, **self.options, grid=self.grid)
+
+
+def _options(geometry: "Geometry") -> dict[str, int | bool]:
+    parameters = geometry.parameters
+    options = {"num_warps": parameters.warps, "enable_fp_fusion": True}
+    if geometry.sm:
+        options["maxnreg"] = parameters.registers
+    return options
+
+
+def plan_items(
+    plan: "DecodePlan", lengths: torch.Tensor, positions: torch.Tensor | None, window: int | None, first_token: int
+) -> Launch:
+    from kvq.kernels.plan import MAX_SPLITS, OVERHEAD
+
+    geometry = plan.geometry
+    return Launch(
+        kernel=plan_items_kernel,
+        grid=(-(-plan.capacity // _PLAN_ITEMS), 1, 1),
+        args=(
+            lengths,
+            lengths if positions is None else positions,
+            plan.items,
+            plan.spans,
+            plan.batch,
+            plan.slots,
+            plan.capacity,
+            plan.heads * geometry.column_blocks,
+            window or 0,
+            first_token,
+        ),
+        constants={
+            "ROUND": geometry.tile.round,
+            "QUERIES": plan.queries,
+            "OVERHEAD": OVERHEAD,
+            "MAX_SPLITS": MAX_SPLITS,
+            "BATCH": 1 << (plan.batch - 1).bit_length(),
+            "ITEMS": _PLAN_ITEMS,
+            "WINDOW": window is not None,
+        },
+        options={"num_warps": 4},
+    )
+
+
+def _shared_constants(geometry: "Geometry", pages: "Pages", query: "Query") -> dict[str, Any]:
+    return {
+        "K": geometry.key,
+        "V": geometry.value,
+        "T": geometry.tile,
+        "RECORD": geometry.layout.record_bytes,
+        "HEADS": geometry.group,
+        "QUERIES": geometry.queries,
+        "H": geometry.columns,
+        "FACTOR": pages.channel_factor is not None,
+        "LIMIT": pages.value_limit is not None,
+        "SOFTCAP": query.softcap is not None,
+        "WINDOW": query.window is not None,
+        "ASM": geometry.sm,
+    }
+
+
+def _scalars(pages: "Pages", query: "Query") -> tuple:
+    return (
+        float(query.scale),
+        float(pages.key_scale) if pages.layout.key.format == "e4m3" else 1.0,
+        float(pages.value_scale) if pages.layout.value.format == "e4m3" else 1.0,
+        float(query.softcap or 1.0),
+        int(query.window or 0),
+    )
+
+
+def split(plan: "DecodePlan", pages: "Pages", lengths: torch.Tensor, query: "Query", first_token: int) -> Launch:
+    """``lengths`` [B] int32: packed tokens on both sides; ``first_token``: position of the first of them."""
+    geometry, q = plan.geometry, query.q
+    masked = query.positions is not None and (query.causal or query.window is not None)
+    return Launch(
+        kernel=decode_split,
+        grid=(plan.capacity, plan.heads, geometry.column_blocks),
+        args=(
+            q,
+            pages.pool,
+            pages.table,
+            plan.items,
+            lengths,
+            query.positions if masked else lengths,
+            q if pages.channel_factor is None else pages.channel_factor,
+            plan.partial if pages.value_limit is None else pages.value_limit,
+            plan.partial,
+            plan.partial_lse,
+            q.stride(0),
+            q.stride(1),
+            q.stride(2),
+            pages.table.stride(0),
+            pages.stride,
+            *_scalars(pages, query),
+            first_token,
+        ),
+        constants=_shared_constants(geometry, pages, query)
+        | {"CAUSAL": query.causal, "STAGES": geometry.parameters.stages},
+        options=_options(geometry),
+    )
+
+
+def exact(plan: "DecodePlan", pages: "Pages", query: "Query", tokens: "Exact") -> Launch:
+    geometry, q = plan.geometry, query.q
+    sinks = tokens.sink_keys
+    return Launch(
+        kernel=decode_exact,
+        grid=(plan.batch, plan.heads, geometry.column_blocks),
+        args=(
+            q,
+            pages.pool,
+            pages.table,
+            tokens.lengths,
+            query.positions,
+            q if pages.channel_factor is None else pages.channel_factor,
+            plan.partial if pages.value_limit is None else pages.value_limit,
+            plan.partial,
+            plan.partial_lse,
+            tokens.keys,
+            tokens.values,
+            tokens.key_offsets,
+            tokens.value_offsets,
+            tokens.keys if sinks is None else sinks,
+            tokens.values if sinks is None else tokens.sink_values,
+            q.stride(0),
+            q.stride(1),
+            q.stride(2),
+            pages.table.stride(0),
+            pages.stride,
+            *tokens.keys.stride()[:3],
+            tokens.keys.shape[2],
+            *tokens.values.stride()[:3],
+            tokens.values.shape[2],
+            *((0, 0, 0) if sinks is None else sinks.stride()[:3]),
+            0 if sinks is None else sinks.shape[2],
+            *_scalars(pages, query),
+            plan.capacity,
+        ),
+        constants=_shared_constants(geometry, pages, query)
+        | {"MIXED_KEY": tokens.mixed_key, "MIXED_VALUE": tokens.mixed_value, "SINKS": sinks is not None},
+        options=_options(geometry),
+    )
+
+
+def merge(plan: "DecodePlan", query: "Query", out: torch.Tensor, has_exact: bool) -> Launch:
+    geometry = plan.geometry
+    head_dim = geometry.layout.key.head_dim
+    return Launch(
+        kernel=decode_merge,
+        grid=(plan.batch, plan.heads, geometry.group * geometry.queries),
+        args=(
+            plan.partial,
+            plan.partial_lse,
+            plan.spans,
+            plan.lse if query.sinks is None else query.sinks,
+            out,
+            plan.lse,
+            plan.capacity,
+            *out.stride()[:3],
+        ),
+        constants={
+            "HEADS": geometry.group,
+            "QUERIES": geometry.queries,
+            "D": head_dim,
+            "BLOCK_D": 1 << (head_dim - 1).bit_length(),
+            "SPLITS": _MERGE_SPLITS,
+            "EXACT": int(has_exact),
+            "SINKS": query.sinks is not None,
+        },
+        options={"num_warps": 4},
+    )
