@@ -1,22 +1,14 @@
-"""What calibration keeps of a tensor: mergeable, padding-safe statistics by head and channel.
+"""Range and first two moments of every head and channel."""
 
-``observe`` measures one tensor, ``merge`` joins two measurements as if their tokens had been seen together. A kind of
-statistic is one frozen class with these two operations, so batches, resumed runs and processes join the same way.
-
-Shape letters: B batch, K key/value heads, T tokens, D head dim.
-"""
-
-import contextlib
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-# Tensors up to this many numbers are measured on one thread (about 10 ms at the limit).
-SERIAL_NUMBERS = 2**22
-
 
 @dataclass(frozen=True, kw_only=True)
-class ChannelStats:
+class Range:
     """Range and first two moments by head and channel.
 
     min, max           [K, D] float32; +inf and -inf when nothing was seen. NaN and Inf in the data show up here.
@@ -30,6 +22,24 @@ class ChannelStats:
     sum_squares: torch.Tensor
     count: int
 
+    @classmethod
+    def observe(cls, x: torch.Tensor) -> "Range":
+        """Measure x [B, K, T, D] of any float dtype; padding is left out before (``real_tokens``)."""
+        batch, heads, tokens, channels = x.shape
+        if not batch * tokens:
+            return _nothing_seen(heads, channels, x.device)
+        partial = torch.float64 if x.dtype == torch.float64 else torch.float32
+        # Vectorised passes: on the CPU, aminmax and vector_norm along this axis are not, and take six times as
+        # long. Squares are formed row by row, so that they stay in the cache.
+        squares = torch.stack([row.to(partial).square().sum(1) for row in x])
+        return cls(
+            min=x.amin(2).amin(0).float(),
+            max=x.amax(2).amax(0).float(),
+            sum=x.sum(2, dtype=partial).double().sum(0),
+            sum_squares=squares.double().sum(0),
+            count=batch * tokens,
+        )
+
     @property
     def absmax(self) -> torch.Tensor:
         """Largest magnitude, [K, D] float32; 0 when nothing was seen."""
@@ -38,21 +48,31 @@ class ChannelStats:
     @property
     def mean(self) -> torch.Tensor:
         """[K, D] float32; NaN when nothing was seen."""
-        return (self.sum / self.count if self.count else self.sum / float("nan")).float()
+        return (self.sum / self._tokens).float()
 
     @property
     def rms(self) -> torch.Tensor:
         """Root of the mean square, [K, D] float32; NaN when nothing was seen."""
-        return (self.sum_squares / self.count if self.count else self.sum_squares / float("nan")).sqrt().float()
+        return (self.sum_squares / self._tokens).sqrt().float()
+
+    @property
+    def std(self) -> torch.Tensor:
+        """Standard deviation, [K, D] float32; NaN when nothing was seen."""
+        mean = self.sum / self._tokens
+        return (self.sum_squares / self._tokens - mean.square()).clamp(min=0).sqrt().float()
+
+    @property
+    def _tokens(self) -> float:
+        return self.count or float("nan")
 
     @property
     def is_finite(self) -> bool:
         """False if any number seen was NaN or Inf."""
         return bool((self.sum.isfinite() & self.min.isfinite() & self.max.isfinite()).all()) or not self.count
 
-    def merge(self, other: "ChannelStats") -> "ChannelStats":
+    def merge(self, other: "Range") -> "Range":
         """Statistics of both token sets together."""
-        return ChannelStats(
+        return Range(
             min=torch.minimum(self.min, other.min),
             max=torch.maximum(self.max, other.max),
             sum=self.sum + other.sum,
@@ -60,52 +80,30 @@ class ChannelStats:
             count=self.count + other.count,
         )
 
-    def cpu(self) -> "ChannelStats":
-        tensors = {f.name: getattr(self, f.name).cpu() for f in fields(self) if f.name != "count"}
-        return ChannelStats(**tensors, count=self.count)
-
-
-def observe(x: torch.Tensor, valid: torch.Tensor | None = None) -> ChannelStats:
-    """Measure keys or values [B, K, T, D] of any float dtype.
-
-    valid   bool [B, T], False for padding; None counts every token.
-    """
-    if valid is not None:
-        # [B, K, T, D] -> [1, K, valid tokens, D]; padding never enters a reduction, so it may even be NaN.
-        x = x.transpose(1, 2)[valid].transpose(0, 1).unsqueeze(0)
-    batch, heads, tokens, channels = x.shape
-    if not batch * tokens:
-        return _nothing_seen(heads, channels, x.device)
-    partial = torch.float64 if x.dtype == torch.float64 else torch.float32
-    with _few_threads(x):
-        # Vectorised passes: on the CPU, aminmax and vector_norm along this axis are not, and take six times as long.
-        # The squares need one float copy of x, which is freed at once.
-        squares = x.to(partial, copy=True).square_()
-        return ChannelStats(
-            min=x.amin(2).amin(0).float(),
-            max=x.amax(2).amax(0).float(),
-            sum=x.sum(2, dtype=partial).double().sum(0),
-            sum_squares=squares.sum(2).double().sum(0),
-            count=batch * tokens,
+    def grouped(self, kv_heads: int) -> "Range":
+        """From query heads [H, D] to the KV heads that they read, [K, D]: a group's heads count as more tokens."""
+        low, high, total, squares = (
+            x.unflatten(0, (kv_heads, -1)) for x in (self.min, self.max, self.sum, self.sum_squares)
         )
+        return Range(
+            min=low.amin(1), max=high.amax(1), sum=total.sum(1), sum_squares=squares.sum(1),
+            count=self.count * low.shape[1],
+        )  # fmt: skip
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        # absmax follows from min and max and is stored for other readers.
+        return {name: getattr(self, name) for name in ("min", "max", "sum", "sum_squares", "absmax")}
+
+    def facts(self) -> dict[str, Any]:
+        return {"count": self.count}
+
+    @classmethod
+    def restore(cls, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any]) -> "Range":
+        stored = {name: tensors[name] for name in ("min", "max", "sum", "sum_squares")}
+        return cls(**stored, count=facts["count"])
 
 
-@contextlib.contextmanager
-def _few_threads(x: torch.Tensor):
-    # Each of these passes takes a tenth of a millisecond on one thread. Starting all threads for it gains nothing, and
-    # on a busy machine every start waits for the scheduler, which made calibration a fifth slower than plain forwards.
-    threads = torch.get_num_threads()
-    if x.device.type != "cpu" or x.numel() > SERIAL_NUMBERS or threads == 1:
-        yield
-        return
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _nothing_seen(heads: int, channels: int, device: torch.device) -> ChannelStats:
+def _nothing_seen(heads: int, channels: int, device: torch.device) -> Range:
     infinity = torch.full((heads, channels), float("inf"), device=device)
     zero = torch.zeros(heads, channels, dtype=torch.float64, device=device)
-    return ChannelStats(min=infinity, max=-infinity, sum=zero, sum_squares=zero.clone(), count=0)
+    return Range(min=infinity, max=-infinity, sum=zero, sum_squares=zero.clone(), count=0)
