@@ -1,0 +1,69 @@
+"""``kvq check``: will a folder load in a serving engine, with which cache, and was every scale found."""
+
+from pathlib import Path
+
+import click
+
+from kvq.commands.common import Output, json_option, progress_bar, quiet_transformers
+from kvq.errors import CheckpointError
+
+
+@click.command("check")
+@click.argument("folder", metavar="DIR")
+@click.option("--engine", metavar="NAME", help="vllm, sglang or transformers; without it, each of them.")
+@click.option("--engine-version", "version", metavar="V", help="Its release; without it, the newest that kvq knows.")
+@click.option("--quick", is_flag=True, help="Compare weight files by size, not by hash.")
+@json_option
+def command(folder: str, engine: str | None, version: str | None, quick: bool, output: Output) -> None:
+    """Check, without the engine, whether DIR loads in it, with which cache, and whether every scale is found.
+
+    Every file is compared with the hashes that the export wrote. Any error ends with exit code 2. With --engine the
+    shipped recipes that this engine can have are listed, and why it cannot have the others.
+
+    \b
+    Examples:
+      kvq check smollm2-fp8
+      kvq check smollm2-fp8 --engine vllm --engine-version 0.33
+      kvq check ./someones-fp8-model --quick --json -
+    """
+    if version and not engine:
+        raise click.UsageError("--engine-version needs --engine NAME beside it.")
+    quiet_transformers()
+    from kvq.export.check import check_folder
+    from kvq.export.engines import engines, find_release
+    from kvq.report.engines import engines_table, expressible_table, findings_table, serve_lines
+
+    releases = [find_release(engine, version)] if engine else [find_release(name) for name in engines()]
+    with progress_bar("Hashing") as step:
+        reports = check_folder(Path(folder).expanduser(), releases, quick=quick, progress=step)
+    rows = [report.to_dict() for report in reports]
+    output.show(engines_table(f"Check of {rows[0]['folder']}", rows), *serve_lines(rows))
+    if any(row["findings"] for row in rows):
+        output.show(findings_table(rows))
+    if engine:
+        output.show(expressible_table(f"Recipes in {releases[0].name}", rows[0]["recipes"]))
+    output.write({"folder": folder, "passes": _passes(reports), "engines": rows})
+    if not _passes(reports):
+        raise CheckpointError(_verdict(folder, reports))
+
+
+def _wanted(reports) -> list:
+    """The reports that decide: of the engine that the folder was written for, or all of them."""
+    from kvq.export.targets import TARGETS
+
+    target = TARGETS.get(reports[0].written_by)
+    own = [report for report in reports if target and report.engine == target.engines[0]]
+    return own or reports
+
+
+def _passes(reports) -> bool:
+    """True if the deciding engine loads the folder; for a stranger's folder, if any does."""
+    wanted = _wanted(reports)
+    return any(not report.errors for report in wanted)
+
+
+def _verdict(folder: str, reports) -> str:
+    report = _wanted(reports)[0]
+    first, others = report.errors[0], len(report.errors) - 1
+    more = f" ({others} more in the table)" if others else ""
+    return f"{folder!r} fails for {report.engine} {report.version}: {first.about}: {first.text.rstrip('.')}{more}."
