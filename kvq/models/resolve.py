@@ -239,9 +239,11 @@ def load_model(
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
     attn_implementation: str | None = None,
+    config: PretrainedConfig | None = None,
 ):
     """Load a causal model in eval mode.
 
+    config   instead of the folder's own.
     device   None takes the GPU if there is one.
     dtype    None takes float32 on the CPU, where half precision is slow, and the checkpoint's dtype elsewhere.
 
@@ -252,7 +254,8 @@ def load_model(
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if dtype is None:
         dtype = torch.float32 if device.type == "cpu" else "auto"
-    settings = {"attn_implementation": attn_implementation} if attn_implementation else {}
+    settings = {"attn_implementation": attn_implementation, "config": config}
+    settings = {name: value for name, value in settings.items() if value is not None}
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             folder,

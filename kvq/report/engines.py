@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich import box
+from rich.console import Group
 from rich.table import Table
 
 
@@ -50,6 +51,22 @@ def expressible_table(title: str, recipes: Mapping[str, str]) -> Table:
         verdict, _, reason = text.partition(": ")
         table.add_row(name, "yes" if verdict == "how" else "no", reason)
     return table
+
+
+def comparison_table(found: Mapping[str, Any]) -> Group:
+    """An engine's answers beside kvq's simulation, nats a token."""
+    title = f"{found['engine']} {found['version']} on {found['platform']}, {found['cache_dtype']} cache"
+    if found["scales_checked"]:
+        title += f", {found['scales_checked']} scales as in the folder"
+    table = _table(title, "it wrote", "deviation", "noise", "effect")
+    for row in found["prompts"]:
+        text = row["text"] if len(row["text"]) <= 40 else f"{row['text'][:37]}..."
+        table.add_row(repr(text), f"{row['deviation']:.4f}", f"{row['noise']:.4f}", f"{row['effect']:.4f}")
+    legend = (
+        "Mean difference of log-probabilities, nats a token: deviation of the engine from kvq's simulation; noise, of two "
+        "simulations from each other; effect, of the engine from the model in 16 bits."
+    )
+    return Group(table, legend)
 
 
 def _table(title: str, *columns: str) -> Table:

@@ -85,6 +85,8 @@ def _judge(
         written_by=folder.written_by,
         cache_dtype=None if failed else dtype,
         serve=None if failed else release.command(str(folder.path), flag, skipped),
+        flag=flag,
+        skip=skipped,
         scales=scales.summary(left) if scales is not None else ScaleSummary(),
         findings=tuple(findings),
         recipes=recipes_in(release, model) if model else {},

@@ -33,6 +33,7 @@ class Report:
 
     written_by    the kvq target that wrote the folder, None for a stranger's.
     cache_dtype   what the engine's KV cache will hold with the command ``serve``; None if it will not load.
+    flag, skip    what that command says of the cache: its dtype, and the layers that stay in 16 bits.
     recipes       shipped recipe -> how the engine can have it on this model, or why not.
     """
 
@@ -42,6 +43,8 @@ class Report:
     written_by: str | None
     cache_dtype: str | None
     serve: str | None
+    flag: str | None
+    skip: tuple[str, ...]
     scales: ScaleSummary
     findings: tuple[Finding, ...]
     recipes: Mapping[str, str] = field(default_factory=dict)
