@@ -63,8 +63,8 @@ def comparison_table(found: Mapping[str, Any]) -> Group:
         text = row["text"] if len(row["text"]) <= 40 else f"{row['text'][:37]}..."
         table.add_row(repr(text), f"{row['deviation']:.4f}", f"{row['noise']:.4f}", f"{row['effect']:.4f}")
     legend = (
-        "Mean difference of log-probabilities, nats a token: deviation of the engine from kvq's simulation; noise, of two "
-        "simulations from each other; effect, of the engine from the model in 16 bits."
+        "Mean difference of log-probabilities, nats a token: deviation of the engine from kvq's simulation; noise, of "
+        "two simulations from each other; effect, of the engine from the model in 16 bits."
     )
     return Group(table, legend)
 

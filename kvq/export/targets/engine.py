@@ -44,9 +44,9 @@ def contents(target: Target, job: Job) -> dict[str, bytes]:
         PROVENANCE: to_json(dict(sorted({**job.provenance, "target": target.name}.items()))),
     }
     return {
-        "config.json": to_json(_config(job.config, quantization)),
+        "config.json": to_json(merged_config(job.config, quantization)),
         INDEX_FILE: _index(job.source, tensors),
-        SCALES: save(tensors, metadata={"format": "pt", "written_by": "kvq", "target": target.name}),
+        SCALES: _serialize(tensors, {"format": "pt", "target": target.name, "written_by": "kvq"}),
         **files,
         **side,
         "README.md": engine_card(target, job, scheme, method, tensors).encode(),
@@ -133,12 +133,23 @@ def _modules(job: Job, scheme: Scheme, release: Release) -> dict[int, str]:
     return modules
 
 
-def _config(config: Mapping[str, Any], quantization: Mapping[str, Any]) -> dict[str, Any]:
+def merged_config(config: Mapping[str, Any], quantization: Mapping[str, Any]) -> dict[str, Any]:
     """config.json with the new ``quantization_config`` at the top, where every engine looks."""
     data = {**config, "quantization_config": quantization}
     if isinstance(data.get("text_config"), Mapping) and "quantization_config" in data["text_config"]:
         data["text_config"] = {k: v for k, v in data["text_config"].items() if k != "quantization_config"}
     return data
+
+
+def _serialize(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> bytes:
+    """A safetensors file with its metadata in a fixed order; the library's own order changes from run to run."""
+    plain = save(dict(tensors), metadata=dict(metadata))
+    end = 8 + int.from_bytes(plain[:8], "little")
+    entries = {name: entry for name, entry in json.loads(plain[8:end]).items() if name != "__metadata__"}
+    head = json.dumps({"__metadata__": dict(metadata), **entries}, separators=(",", ":")).encode()
+    # The format wants the data to begin at a multiple of 8 bytes.
+    head += b" " * (-len(head) % 8)
+    return len(head).to_bytes(8, "little") + head + plain[end:]
 
 
 def _index(source: Path, tensors: Mapping[str, torch.Tensor]) -> bytes:
