@@ -113,4 +113,4 @@ def _verdict(folder: str, reports) -> str:
     report = _wanted(reports)[0]
     first, others = report.errors[0], len(report.errors) - 1
     more = f" ({others} more in the table)" if others else ""
-    return f"{folder!r} fails for {report.engine} {report.version}: {first.about}: {first.text.rstrip('.')}{more}."
+    return f"{folder!r} fails for {report.engine} {report.version}: {first.about!r}: {first.text.rstrip('.')}{more}."
