@@ -22,12 +22,14 @@ def command(thing: str, output: Output) -> None:
       kvq inspect smollm2-kivi2 --json -
     """
     quiet_transformers()
-    from kvq.export.exporter import is_export
+    from kvq.export.exporter import is_engine_export, is_export
 
     if Path(thing).expanduser().is_file():
         _inspect_stats(Path(thing).expanduser(), output)
     elif is_export(Path(thing).expanduser()):
         _inspect_export(Path(thing).expanduser(), output)
+    elif is_engine_export(Path(thing).expanduser()):
+        _inspect_engine_export(Path(thing).expanduser(), output)
     else:
         _inspect_model(thing, output)
 
@@ -115,3 +117,29 @@ def _inspect_export(folder: Path, output: Output) -> None:
     }
     output.show(facts_table(f"Export {folder.name}", facts), memory_table(memory))
     output.write({"kind": "export", "recipe": plan.recipe.to_dict(), "memory": memory, "provenance": provenance})
+
+
+def _inspect_engine_export(folder: Path, output: Output) -> None:
+    from kvq.export.checkpoint import PROVENANCE
+    from kvq.export.manifest import read_manifest
+    from kvq.export.served import served_plan
+    from kvq.report.tables import facts_table
+
+    plan = served_plan(folder)
+    provenance = json.loads((folder / PROVENANCE).read_bytes())
+    scales = {
+        side: [group.codecs[side].scale for groups in plan.layers.values() for group in groups]
+        for side in ("key", "value")
+    }
+    facts = {
+        "target": provenance["target"],
+        "base model": provenance["base_model"],
+        "recipe": f"{plan.recipe.name}: {plan.recipe.summary}",
+        "scales": f"{2 * len(plan.layers)} in {len(plan.layers)} layers",
+        **{f"{side} scales": f"{min(found):.4g} to {max(found):.4g}" for side, found in scales.items()},
+        "statistics": (provenance["statistics"] or {}).get("sha256", "none needed"),
+        "written by": f"kvq {provenance['kvq_version']}",
+        "files": f"{len(read_manifest(folder)['files'])} in the manifest; 'kvq check' compares them",
+    }
+    output.show(facts_table(f"Engine export {folder.name}", facts))
+    output.write({"kind": "engine export", "recipe": plan.recipe.to_dict(), "scales": scales, "provenance": provenance})

@@ -240,9 +240,11 @@ def load_model(
     device: torch.device | str | None = None,
     attn_implementation: str | None = None,
     device_map: str | dict | None = None,
+    config: PretrainedConfig | None = None,
 ):
     """Load a causal model in eval mode.
 
+    config   instead of the folder's own.
     device   None takes the GPU if there is one.
     device_map   spreads the model over several devices instead, as ``from_pretrained`` does (needs accelerate).
     dtype    None takes float32 on the CPU, where half precision is slow, and the checkpoint's dtype elsewhere.
@@ -254,7 +256,7 @@ def load_model(
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if dtype is None:
         dtype = torch.float32 if device.type == "cpu" else "auto"
-    given = {"attn_implementation": attn_implementation, "device_map": device_map}
+    given = {"attn_implementation": attn_implementation, "device_map": device_map, "config": config}
     settings = {name: value for name, value in given.items() if value is not None}
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
