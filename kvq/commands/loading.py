@@ -11,6 +11,7 @@ def load_with_cache(name: str, recipe, stats: str | None):
     from kvq.calib.artefacts import fit_artefacts
     from kvq.calib.stats import Stats
     from kvq.export.exporter import is_export
+    from kvq.export.served import is_served, served_config, served_plan
     from kvq.integrations.runtime import install
     from kvq.models.describe import describe
     from kvq.models.resolve import (
@@ -28,6 +29,10 @@ def load_with_cache(name: str, recipe, stats: str | None):
             raise RecipeError(f"{name!r} is an export and brings its own recipe: leave --recipe out, or name its base.")
         check_weights(folder)
         return _load_export(folder), load_tokenizer(folder)
+    if recipe is None and is_served(folder):
+        model = load_model(folder, config=served_config(folder))
+        install(model, served_plan(folder))
+        return model, load_tokenizer(folder)
     spec = describe(load_config(folder))
     if recipe is None:
         return load_model(folder), load_tokenizer(folder)
@@ -52,7 +57,7 @@ def _load_export(folder):
 
 def cache_report(model, cache) -> dict[str, Any]:
     """What a filled cache holds: measured bytes, the same with 16-bit exact numbers, a 16-bit cache, and what ran."""
-    from kvq.cache import CachePlan, cache_nbytes
+    from kvq.cache import CachePlan, cache_nbytes, implementations
     from kvq.models.describe import describe
     from kvq.recipe import load_recipe
 
@@ -67,5 +72,11 @@ def cache_report(model, cache) -> dict[str, Any]:
         "fp16_bytes": plain.predicted_bytes(tokens, itemsize=2),
         "recipe": plan.recipe.name,
         "exact_dtype": str(model.dtype).removeprefix("torch."),
-        "implementation": f"{runtime.attention} attention, torch reference" if runtime else "DynamicCache",
+        "implementation": _implementation(runtime, implementations(cache)),
     }
+
+
+def _implementation(runtime, ran: list[str]) -> str:
+    if runtime is None:
+        return "DynamicCache"
+    return f"{runtime.attention} attention, {' and '.join(ran) or 'the prompt alone'}"
