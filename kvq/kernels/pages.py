@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from kvq.kernels.bits import unpack_rows
-from kvq.kernels.spec import PageLayout, Section, SideLayout
+from kvq.kernels.spec import PageLayout, SideLayout
 
 _DTYPES = {"float16": torch.float16, "uint8": torch.uint8, "int16": torch.int16}
 
@@ -56,19 +56,22 @@ class Pages:
         return flat[index].view(*numbers.shape, self.heads, self.layout.record_bytes)
 
     def section(self, records: torch.Tensor, side: str, name: str) -> torch.Tensor:
-        """One section of records [..., heads, record_bytes]: [..., heads, *page shape]."""
+        """One section of records [..., heads, record_bytes] as a view: [..., heads, *page shape]."""
         section = next(s for s in self.layout.side(side).sections if s.name == name)
-        return _section(records, self.layout.offsets[f"{side}_{name}"], section, self.layout.page_tokens)
+        start = self.layout.offsets[f"{side}_{name}"]
+        raw = records[..., start : start + section.page_bytes(self.layout.page_tokens)]
+        return raw.view(_DTYPES[section.dtype]).unflatten(-1, section.page_shape(self.layout.page_tokens))
+
+    def words(self, records: torch.Tensor, side: str) -> torch.Tensor:
+        """Words of records as a view: int16 of the layout's shape, or uint8 for e4m3."""
+        layout, start = self.layout.side(side), self.layout.offsets[f"{side}_words"]
+        raw = records[..., start : start + layout.words_bytes]
+        return (raw if layout.format == "e4m3" else raw.view(torch.int16)).unflatten(-1, layout.words_shape)
 
     def codes(self, records: torch.Tensor, side: str) -> torch.Tensor:
         """Codes of records, [..., heads, page_tokens, head_dim] uint8."""
-        layout = self.layout.side(side)
-        start = self.layout.offsets[f"{side}_words"]
-        raw = records[..., start : start + layout.words_bytes]
-        if layout.format == "e4m3":
-            return raw.unflatten(-1, layout.words_shape)
-        words = raw.contiguous().view(torch.int16).unflatten(-1, layout.words_shape)
-        return unpack_rows(words, layout).flatten(-3, -2)
+        layout, words = self.layout.side(side), self.words(records, side)
+        return words if layout.format == "e4m3" else unpack_rows(words, layout).flatten(-3, -2)
 
     def dense(self, side: str, numbers: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """The numbers of pages [B, P], dequantized: [B, heads, P * page_tokens, head_dim]."""
@@ -82,11 +85,6 @@ class Pages:
         if side == "key" and self.channel_factor is not None:
             x = x * self.channel_factor.to(dtype).unsqueeze(1)
         return x.transpose(1, 2).flatten(2, 3)
-
-
-def _section(records: torch.Tensor, start: int, section: Section, page_tokens: int) -> torch.Tensor:
-    raw = records[..., start : start + section.page_bytes(page_tokens)].contiguous()
-    return raw.view(_DTYPES[section.dtype]).unflatten(-1, section.page_shape(page_tokens))
 
 
 def _affine(codes: torch.Tensor, meta: torch.Tensor, layout: SideLayout) -> torch.Tensor:

@@ -5,18 +5,26 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from kvq.kernels.choice import capability
 from kvq.kernels.device.exact import decode_exact
+from kvq.kernels.device.hadamard import hadamard_rotate
 from kvq.kernels.device.merge import decode_merge
+from kvq.kernels.device.pack import PACK_ROWS, pack_tokens
 from kvq.kernels.device.plan import plan_items as plan_items_kernel
 from kvq.kernels.device.split import decode_split
+from kvq.kernels.device.unpack import unpack_pages
+from kvq.kernels.geometry import sides_of
 
 if TYPE_CHECKING:
     from kvq.kernels.attention import Exact, Query
+    from kvq.kernels.packing import Rotation, Source
     from kvq.kernels.pages import Pages
     from kvq.kernels.plan import DecodePlan, Geometry
 
 _MERGE_SPLITS = 16
 _PLAN_ITEMS = 32
+_MOST_REGISTERS = 255
+_PACK_ROWS = PACK_ROWS.value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,12 +44,10 @@ class Launch:
         return self.kernel.warmup(*self.args, **self.constants, **self.options, grid=self.grid)
 
 
-def _options(geometry: "Geometry") -> dict[str, int | bool]:
-    parameters = geometry.parameters
-    options = {"num_warps": parameters.warps, "enable_fp_fusion": True}
-    if geometry.sm:
-        options["maxnreg"] = parameters.registers
-    return options
+def _options(geometry: "Geometry", registers: int) -> dict[str, int | bool]:
+    options = {"num_warps": geometry.parameters.warps, "enable_fp_fusion": True}
+    # The interpreter takes no limit of registers.
+    return options | ({"maxnreg": registers} if geometry.sm else {})
 
 
 def plan_items(
@@ -133,7 +139,7 @@ def split(plan: "DecodePlan", pages: "Pages", lengths: torch.Tensor, query: "Que
         ),
         constants=_shared_constants(geometry, pages, query)
         | {"CAUSAL": query.causal, "STAGES": geometry.parameters.stages},
-        options=_options(geometry),
+        options=_options(geometry, geometry.parameters.registers),
     )
 
 
@@ -175,7 +181,8 @@ def exact(plan: "DecodePlan", pages: "Pages", query: "Query", tokens: "Exact") -
         ),
         constants=_shared_constants(geometry, pages, query)
         | {"MIXED_KEY": tokens.mixed_key, "MIXED_VALUE": tokens.mixed_value, "SINKS": sinks is not None},
-        options=_options(geometry),
+        # A few programs read a few hundred tokens: what counts is that nothing spills, not how many fit.
+        options=_options(geometry, _MOST_REGISTERS),
     )
 
 
@@ -205,4 +212,97 @@ def merge(plan: "DecodePlan", query: "Query", out: torch.Tensor, has_exact: bool
             "SINKS": query.sinks is not None,
         },
         options={"num_warps": 4},
+    )
+
+
+def _pieces(longest: int, page_tokens: int) -> int:
+    """Most pages that a range of ``longest`` tokens can touch."""
+    return (longest + page_tokens - 2) // page_tokens + 1
+
+
+def _exactly() -> dict[str, int | bool]:
+    """Options of kernels whose bytes must not depend on how products and sums are contracted."""
+    return {"num_warps": 4, "enable_fp_fusion": False}
+
+
+def pack(source: "Source", pages: "Pages", side: str, clip: float, rotation: "Rotation | None") -> Launch:
+    sm = capability(source.x.device)
+    own = sides_of(pages.layout)[0 if side == "key" else 1]
+    x = source.x
+    factor = side == "key" and pages.channel_factor is not None
+    limit = side == "value" and pages.value_limit is not None and own.kind == "affine" and not own.by_channel
+    return Launch(
+        kernel=pack_tokens,
+        grid=(_pieces(source.longest, own.page_tokens), x.shape[0], pages.heads),
+        args=(
+            x,
+            pages.pool,
+            pages.table,
+            source.ranges,
+            source.offsets,
+            source.offsets if rotation is None else rotation.signs,
+            pages.channel_factor if factor else source.offsets,
+            pages.value_limit if limit else source.offsets,
+            x.stride(0),
+            x.stride(1),
+            x.stride(2),
+            x.shape[2],
+            pages.table.stride(0),
+            pages.stride,
+            (1 - clip) / 2,
+            float(pages.key_scale if side == "key" else pages.value_scale),
+        ),
+        constants={
+            "S": own,
+            "RECORD": pages.layout.record_bytes,
+            "CLIP": clip < 1,
+            "LIMIT": limit,
+            "FACTOR": factor,
+            "ROTATE": 0 if rotation is None else rotation.block,
+            "ASM": sm,
+        },
+        options=_exactly(),
+    )
+
+
+def unpack(pages: "Pages", side: str, lengths: torch.Tensor, out: torch.Tensor) -> Launch:
+    sm = capability(out.device)
+    own = sides_of(pages.layout)[0 if side == "key" else 1]
+    factor = side == "key" and pages.channel_factor is not None
+    count = -(-out.shape[2] // own.page_tokens)
+    return Launch(
+        kernel=unpack_pages,
+        grid=(count * -(-own.rows // _PACK_ROWS), out.shape[0], pages.heads),
+        args=(
+            pages.pool,
+            pages.table,
+            lengths,
+            pages.channel_factor if factor else lengths,
+            out,
+            out.stride(0),
+            out.stride(1),
+            out.stride(2),
+            pages.table.stride(0),
+            pages.stride,
+            float(pages.key_scale if side == "key" else pages.value_scale),
+        ),
+        constants={"S": own, "RECORD": pages.layout.record_bytes, "FACTOR": factor, "ASM": sm},
+        options=_exactly(),
+    )
+
+
+def hadamard(x: torch.Tensor, rotation: "Rotation", out: torch.Tensor, inverse: bool) -> Launch:
+    B, heads, tokens, head_dim = x.shape
+    return Launch(
+        kernel=hadamard_rotate,
+        grid=(-(-B * heads * tokens // _PACK_ROWS), head_dim // rotation.block, 1),
+        args=(x, out, rotation.signs, B * heads * tokens, tokens, heads, *x.stride()[:3], *out.stride()[:3]),
+        constants={
+            "D": head_dim,
+            "BLOCK": rotation.block,
+            "SIGNS": True,
+            "INVERSE": inverse,
+            "ASM": capability(x.device),
+        },
+        options=_exactly(),
     )
