@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kvq.kernels.choice import capability
+from kvq.kernels.device.append import advance as advance_kernel
+from kvq.kernels.device.append import append_tokens
 from kvq.kernels.device.exact import decode_exact
 from kvq.kernels.device.hadamard import hadamard_rotate
 from kvq.kernels.device.merge import decode_merge
@@ -17,6 +19,7 @@ from kvq.kernels.geometry import sides_of
 
 if TYPE_CHECKING:
     from kvq.kernels.attention import Exact, Query
+    from kvq.kernels.append import DecodeState, ExactStore
     from kvq.kernels.packing import Rotation, Source
     from kvq.kernels.pages import Pages
     from kvq.kernels.plan import DecodePlan, Geometry
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
 _MERGE_SPLITS = 16
 _PLAN_ITEMS = 32
 _MOST_REGISTERS = 255
+_ADVANCE_BLOCK = 32
 _PACK_ROWS = PACK_ROWS.value
 
 
@@ -84,6 +88,12 @@ def plan_items(
     )
 
 
+def _limits(pages: "Pages") -> bool:
+    """Whether the values' scales lie in pages and a bound of them is known."""
+    value = pages.layout.value
+    return pages.value_limit is not None and value.format == "affine" and value.axis == "token"
+
+
 def _shared_constants(geometry: "Geometry", pages: "Pages", query: "Query") -> dict[str, Any]:
     return {
         "K": geometry.key,
@@ -94,7 +104,7 @@ def _shared_constants(geometry: "Geometry", pages: "Pages", query: "Query") -> d
         "QUERIES": geometry.queries,
         "H": geometry.columns,
         "FACTOR": pages.channel_factor is not None,
-        "LIMIT": pages.value_limit is not None,
+        "LIMIT": _limits(pages),
         "SOFTCAP": query.softcap is not None,
         "WINDOW": query.window is not None,
         "ASM": geometry.sm,
@@ -126,7 +136,7 @@ def split(plan: "DecodePlan", pages: "Pages", lengths: torch.Tensor, query: "Que
             lengths,
             query.positions if masked else lengths,
             q if pages.channel_factor is None else pages.channel_factor,
-            plan.partial if pages.value_limit is None else pages.value_limit,
+            pages.value_limit if _limits(pages) else plan.partial,
             plan.partial,
             plan.partial_lse,
             q.stride(0),
@@ -156,7 +166,7 @@ def exact(plan: "DecodePlan", pages: "Pages", query: "Query", tokens: "Exact") -
             tokens.lengths,
             query.positions,
             q if pages.channel_factor is None else pages.channel_factor,
-            plan.partial if pages.value_limit is None else pages.value_limit,
+            pages.value_limit if _limits(pages) else plan.partial,
             plan.partial,
             plan.partial_lse,
             tokens.keys,
@@ -230,7 +240,7 @@ def pack(source: "Source", pages: "Pages", side: str, clip: float, rotation: "Ro
     own = sides_of(pages.layout)[0 if side == "key" else 1]
     x = source.x
     factor = side == "key" and pages.channel_factor is not None
-    limit = side == "value" and pages.value_limit is not None and own.kind == "affine" and not own.by_channel
+    limit = side == "value" and _limits(pages)
     return Launch(
         kernel=pack_tokens,
         grid=(_pieces(source.longest, own.page_tokens), x.shape[0], pages.heads),
@@ -303,6 +313,96 @@ def hadamard(x: torch.Tensor, rotation: "Rotation", out: torch.Tensor, inverse: 
             "SIGNS": True,
             "INVERSE": inverse,
             "ASM": capability(x.device),
+        },
+        options=_exactly(),
+    )
+
+
+def advance(state: "DecodeState", new: "int | torch.Tensor") -> Launch:
+    per_sequence = isinstance(new, torch.Tensor)
+    return Launch(
+        kernel=advance_kernel,
+        grid=(-(-state.batch // _ADVANCE_BLOCK), 1, 1),
+        args=(
+            state.counters,
+            state.exact_lengths,
+            state.lengths,
+            state.positions,
+            new if per_sequence else state.zeros,
+            state.batch,
+            0 if per_sequence else new,
+            state.sinks,
+            state.key.window,
+            state.key.unit,
+            state.value.window,
+            state.value.unit,
+        ),
+        constants={"PER_SEQUENCE": per_sequence, "BLOCK": _ADVANCE_BLOCK},
+        options={"num_warps": 1},
+    )
+
+
+def append(
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    store: "ExactStore",
+    pages: "Pages",
+    state: "DecodeState",
+    rotations: "dict[str, Rotation]",
+    clip: tuple[float, float],
+) -> Launch:
+    key_side, value_side = sides_of(pages.layout)
+    new, head_dim = keys.shape[2], keys.shape[3]
+    flushed = max(state.key.flushed(state.most_new), state.value.flushed(state.most_new))
+    blocks = [rotations[side].block if side in rotations else 0 for side in ("key", "value")]
+    signs = next((rotation.signs for rotation in rotations.values()), state.zeros)
+    assert all(rotation.signs is signs for rotation in rotations.values()), "keys and values share their signs"
+    limit = _limits(pages)
+    sinks = store.sink_keys
+    return Launch(
+        kernel=append_tokens,
+        grid=(_pieces(flushed, key_side.page_tokens), keys.shape[0], 2 * pages.heads),
+        args=(
+            keys,
+            values,
+            store.keys,
+            store.values,
+            sinks,
+            store.sink_values,
+            state.counters,
+            pages.pool,
+            pages.table,
+            signs,
+            state.zeros if pages.channel_factor is None else pages.channel_factor,
+            pages.value_limit if limit else state.zeros,
+            *keys.stride()[:3],
+            *values.stride()[:3],
+            *store.keys.stride()[:3],
+            store.keys.shape[2],
+            *store.values.stride()[:3],
+            store.values.shape[2],
+            *sinks.stride()[:3],
+            state.sinks,
+            pages.table.stride(0),
+            pages.stride,
+            float(pages.key_scale),
+            float(pages.value_scale),
+            (1 - clip[0]) / 2,
+            (1 - clip[1]) / 2,
+        ),
+        constants={
+            "K": key_side,
+            "V": value_side,
+            "RECORD": pages.layout.record_bytes,
+            "NEW": new,
+            "EVERY": 1 << (head_dim - 1).bit_length(),
+            "KEY_CLIP": clip[0] < 1,
+            "VALUE_CLIP": clip[1] < 1,
+            "LIMIT": limit,
+            "FACTOR": pages.channel_factor is not None,
+            "KEY_ROTATE": blocks[0],
+            "VALUE_ROTATE": blocks[1],
+            "ASM": capability(keys.device),
         },
         options=_exactly(),
     )
