@@ -7,9 +7,10 @@ import sys
 import pytest
 import yaml
 
+from kvq.codec_specs import CodecSpec
 from kvq.errors import RecipeError
 from kvq.recipe import Recipe, list_recipes, load_recipe, parse_recipe
-from kvq.specs import CodecSpec, HeadSpec, TokenPolicy
+from kvq.specs import HeadSpec, TokenPolicy
 
 AFFINE = {"codec": "affine", "bits": 2, "axis": "token", "group": 32}
 CHANNEL = {"codec": "affine", "bits": 2, "axis": "channel", "group": 32}

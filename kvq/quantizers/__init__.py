@@ -7,7 +7,7 @@ import torch
 from kvq.quantizers.affine import AffineCodec
 from kvq.quantizers.float8 import Float8Codec
 from kvq.quantizers.packed import Codec, Encoded, PackedKV
-from kvq.specs import CodecSpec
+from kvq.codec_specs import CodecSpec
 
 __all__ = ["CODECS", "AffineCodec", "Codec", "Encoded", "Float8Codec", "PackedKV", "build_codec"]
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kvq.quantizers import CODECS, AffineCodec, Float8Codec, PackedKV, build_codec
-from kvq.specs import CodecSpec
+from kvq.codec_specs import CodecSpec
 
 SPECS = {
     "affine": CodecSpec(codec="affine", bits=3, axis="token", group="head"),
