@@ -213,6 +213,10 @@ class CodecSpec:
 
     def _check_book(self):
         self._check_bits(BOOK_BITS)
+        if self.levels == "uniform" and self.scale in ("unit", "moments"):
+            raise RecipeError(
+                f"levels=uniform go from -1 to 1, and scale={self.scale} has no such range: use absmax or range."
+            )
         check_choice("levels", self.levels, LEVELS)
         if self.scale in GROUPED_SCALES:
             for name in ("axis", "group"):
@@ -250,9 +254,7 @@ class CodecSpec:
 
     def _check_bits(self, widths: tuple[int, ...]):
         if isinstance(self.bits, bool) or self.bits not in widths:
-            raise RecipeError(
-                f"bits={self.bits!r} is not a packed width: use one of {', '.join(map(str, widths))}."
-            )
+            raise RecipeError(f"bits={self.bits!r} is not a packed width: use one of {', '.join(map(str, widths))}.")
 
     def _check_group(self):
         if self.axis not in ("token", "channel"):
@@ -263,15 +265,19 @@ class CodecSpec:
                 f"{', '.join(map(str, BLOCK_TOKENS))}."
             )
         if self.axis == "token" and self.group not in ("head", "token") and not is_count(self.group):
-            raise RecipeError(
-                f"group={self.group!r} is not a group size: use a positive number, 'head' or 'token'."
-            )
+            raise RecipeError(f"group={self.group!r} is not a group size: use a positive number, 'head' or 'token'.")
 
     def _check_parts(self):
         if self.outliers is not None and self.outliers.along == "channel" and self.block_tokens == 1:
             raise RecipeError(
                 "outliers along channel are chosen among the tokens of a block, and this codec has none: use axis "
                 "channel, low_rank, or outliers along token."
+            )
+        if self.permute is not None and self.codec == "float8":
+            raise RecipeError("permute changes which channels share a group, and float8 has no groups: remove it.")
+        if self.permute is not None and self.codec == "book" and self.axis is None:
+            raise RecipeError(
+                f"permute changes which channels share a group, and scale={self.scale} has none: remove it."
             )
         if self.permute is not None and self.axis == "channel":
             raise RecipeError(

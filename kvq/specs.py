@@ -72,9 +72,9 @@ class Transforms:
 class TokenPolicy:
     """Tokens that stay exact, in tokens: the first ``sinks`` and the last ``window``.
 
-    A codec that encodes tokens alone (axis ``token``) quantizes each as it leaves the window. For one that encodes blocks
-    of tokens (axis ``channel``, low rank) the window is also the flush unit: ``window`` tokens are quantized together
-    when it is full (KIVI); window 0 flushes every block.
+    A codec that encodes tokens alone (axis ``token``) quantizes each as it leaves the window. For one that encodes
+    blocks of tokens (axis ``channel``, low rank) the window is also the flush unit: ``window`` tokens are quantized
+    together when it is full (KIVI); window 0 flushes every block.
     """
 
     sinks: int = 0
