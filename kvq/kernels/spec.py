@@ -93,6 +93,7 @@ class SideLayout:
     meta_terms    numbers of metadata per group: 2, 1, or 0 for none.
     meta_format   a key of ``META_FORMATS``.
     meta_shared   the group is all heads' numbers of a token, and ``group`` is head_dim.
+    permuted      stored channels are not the model's: they have changed places among the heads.
     extras        sections beside ``meta``.
     """
 
@@ -105,6 +106,7 @@ class SideLayout:
     meta_terms: int = 2
     meta_format: str = "float16"
     meta_shared: bool = False
+    permuted: bool = False
     extras: tuple[Section, ...] = ()
 
     def __post_init__(self):
@@ -159,7 +161,7 @@ class SideLayout:
     @property
     def is_plain(self) -> bool:
         """True for the layouts that need no more than codes and fp16 pairs: what the basic kernels serve."""
-        if self.extras:
+        if self.extras or self.permuted:
             return False
         plain_meta = (self.meta_terms, self.meta_format, self.meta_shared) == (2, "float16", False)
         return self.format == "e4m3" or (self.format == "affine" and plain_meta)

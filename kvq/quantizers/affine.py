@@ -44,6 +44,9 @@ class AffineCodec:
     meta: str = "float16"
     shared: bool = False
 
+    # Codes carry their own scales, so nothing static is stored beside the pages.
+    scale = 1.0
+
     @property
     def block_tokens(self) -> int:
         """Smallest number of consecutive tokens that can be encoded alone."""

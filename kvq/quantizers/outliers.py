@@ -71,7 +71,7 @@ class SparseCodec:
         x = wide(x)
         vectors = self._vectors(x)
         if self.static is None:
-            order = vectors.argsort(-1, stable=True)
+            order = vectors.argsort(dim=-1, stable=True)
             index = torch.cat([order[..., : self.count], order[..., -self.count :]], dim=-1).sort(-1).values
             mean = (vectors.sum(-1, keepdim=True) - vectors.gather(-1, index).sum(-1, keepdim=True)) / max(
                 1, vectors.shape[-1] - 2 * self.count
@@ -79,7 +79,7 @@ class SparseCodec:
             filled = self._back(vectors.scatter(-1, index, mean.expand(index.shape)), x)
         else:
             distance = self._vectors(self.static.normalised(x)).abs()
-            index = distance.argsort(-1, descending=True, stable=True)[..., : 2 * self.count].sort(-1).values
+            index = distance.argsort(dim=-1, descending=True, stable=True)[..., : 2 * self.count].sort(-1).values
             filled = x
         encoded = self.inner.encode(filled)
         rest = vectors - self._vectors(self.inner.decode(encoded, x.dtype))
@@ -134,7 +134,7 @@ class SparseCodec:
         flat = heads_together(out)
         where = index.flatten(1).unsqueeze(1).expand(-1, flat.shape[1], -1)
         flat = flat.scatter_add(-1, where, (weights * values.unsqueeze(1)).flatten(-2))
-        return heads_apart(flat, self.head_dim)
+        return heads_apart(flat, self.head_dim).contiguous()
 
     def _page_outliers(self, packed: PackedKV, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """Indices and values, [B, T, 2 count] along tokens, [B, K, blocks, D, 2 count] along channels."""

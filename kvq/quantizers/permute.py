@@ -5,6 +5,7 @@ Channels move among all heads that are stored together: what the inner codec see
 inner codec's group size, so pages stay as they are.
 """
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -34,7 +35,7 @@ class PermutedCodec:
         return self.inner.page_tokens
 
     def layout(self, page_tokens: int) -> SideLayout:
-        return self.inner.layout(page_tokens)
+        return dataclasses.replace(self.inner.layout(page_tokens), permuted=True)
 
     def encode(self, x: torch.Tensor) -> Encoded:
         """Encode x [..., K, T, head_dim]; codes and sections are of the permuted channels."""

@@ -68,7 +68,7 @@ class SketchCodec:
         if self.outlier_channels:
             blocks = x.unflatten(-2, (-1, self.group))
             # A stable sort settles ties, so that a row alone and in a batch gives the same channels.
-            order = blocks.square().sum(-2).argsort(-1, descending=True, stable=True)
+            order = blocks.square().sum(-2).argsort(dim=-1, descending=True, stable=True)
             channels = order[..., : self.outlier_channels].sort(-1).values.to(torch.int16)
             outliers = (blocks * self._taken(channels, x.dtype)).flatten(-3, -2)
             rest = x - outliers
