@@ -1,5 +1,6 @@
 """The model card of an export: README.md with front matter."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,27 +51,32 @@ loaded.
 """
 
 
-def model_card(plan: CachePlan, memory: MemoryPlan, provenance: dict[str, Any], licence: dict[str, str]) -> str:
+def model_card(plan: CachePlan, memory: MemoryPlan, provenance: Mapping[str, Any], licence: Mapping[str, str]) -> str:
     """Write the card. ``licence``: front matter from ``licence_of``."""
     base = provenance["base_model"]
-    front = {
+    front = front_matter(base, licence, ["kvq", "kv-cache", "quantized", plan.recipe.name])
+    body = _BODY.format(
+        base=base,
+        recipe=plan.recipe.name,
+        summary=f" ({plan.recipe.summary})" if plan.recipe.summary else "",
+        recipe_table=recipe_table(plan),
+        memory_table=_memory_table(memory),
+        bits=memory.bits_per_element,
+        provenance_table=provenance_table(provenance),
+    )
+    return f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---\n{body}"
+
+
+def front_matter(base: str, licence: Mapping[str, str], tags: list[str]) -> dict[str, Any]:
+    """The front matter of a card, as the hub reads it."""
+    return {
         "base_model": base,
         "base_model_relation": "quantized",
         "library_name": "transformers",
         **licence,
         "pipeline_tag": "text-generation",
-        "tags": ["kvq", "kv-cache", "quantized", plan.recipe.name],
+        "tags": tags,
     }
-    body = _BODY.format(
-        base=base,
-        recipe=plan.recipe.name,
-        summary=f" ({plan.recipe.summary})" if plan.recipe.summary else "",
-        recipe_table=_recipe_table(plan),
-        memory_table=_memory_table(memory),
-        bits=memory.bits_per_element,
-        provenance_table=_provenance_table(provenance),
-    )
-    return f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---\n{body}"
 
 
 def licence_of(folder: Path) -> dict[str, str]:
@@ -91,7 +97,8 @@ def _table(head: tuple[str, ...], rows: list[tuple]) -> str:
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
 
 
-def _recipe_table(plan: CachePlan) -> str:
+def recipe_table(plan: CachePlan) -> str:
+    """The recipe as a table of the card."""
     recipe = plan.recipe
     rows = [(side, _settings(getattr(recipe, side).to_dict())) for side in ("key", "value")]
     rows.append(("exact tokens", f"first {recipe.tokens.sinks}, last {recipe.tokens.window}"))
@@ -122,7 +129,8 @@ def _memory_table(memory: MemoryPlan) -> str:
     return _table(("tokens", "16-bit cache", memory.recipe, "smaller by"), rows)
 
 
-def _provenance_table(provenance: dict[str, Any]) -> str:
+def provenance_table(provenance: Mapping[str, Any]) -> str:
+    """Where an export comes from, as a table of the card."""
     stats = provenance["statistics"]
     rows = [
         ("base model", provenance["base_model"]),
