@@ -70,7 +70,7 @@ def _needed(recipe: Recipe, model: ModelSpec) -> Iterator[tuple]:
 
 
 def _float8_scale(layer: LayerStats, index: int, side: str) -> torch.Tensor:
-    absmax = float(getattr(layer, side).absmax.max())
+    absmax = float(layer[f"{side}.range"].absmax.max())
     if not math.isfinite(absmax):
         raise DataError(
             f"the statistics of layer {index} hold a {side} maximum of {absmax}, and a scale must be finite: "

@@ -36,7 +36,8 @@ def command(thing: str, output: Output) -> None:
 
 def _inspect_stats(path: Path, output: Output) -> None:
     from kvq.calib.stats import Stats
-    from kvq.report.tables import facts_table, stats_table
+    from kvq.report.stats_tables import stats_rows, stats_table
+    from kvq.report.tables import facts_table
 
     stats = Stats.load(path)
     data = stats.data.to_dict() if stats.data else {}
@@ -48,17 +49,6 @@ def _inspect_stats(path: Path, output: Output) -> None:
     } | {f"{package} version": text for package, text in stats.versions.items()}
     output.show(facts_table(f"Statistics {path.name}", facts), stats_table(stats_rows(stats)))
     output.write({"kind": "statistics"} | stats.provenance() | {"layers": stats_rows(stats)})
-
-
-def stats_rows(stats) -> list[dict[str, Any]]:
-    rows = []
-    for index, layer in stats.layers.items():
-        row: dict[str, Any] = {"layer": index, "tokens": layer.key.count}
-        for side in ("key", "value"):
-            channel = getattr(layer, side)
-            row[side] = {"absmax": channel.absmax.max().item(), "rms": channel.rms.square().mean().sqrt().item()}
-        rows.append(row)
-    return rows
 
 
 def _inspect_model(name: str, output: Output) -> None:

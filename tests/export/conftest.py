@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from kvq.calib.observers import ChannelStats
+
 from kvq.calib.stats import LayerStats, Stats
 from kvq.models.describe import describe
 from kvq.models.resolve import load_config, weights_fingerprint
