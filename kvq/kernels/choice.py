@@ -83,15 +83,24 @@ def why_no_layout(layout: PageLayout) -> str | None:
 
 
 def _why_no_side(side: SideLayout) -> str | None:
-    if side.format not in ("affine", "e4m3"):
+    if side.format not in ("affine", "book", "e4m3"):
         return f"format {side.format!r}"
-    if side.extras:
-        return f"section {side.extras[0].name!r}"
+    for section in side.extras:
+        if section.name != "norm" or section.shared:
+            return f"section {section.name!r}" + (" that heads share" if section.shared else "")
+    if side.permuted:
+        return "permuted channels"
     if side.head_dim > LARGEST_HEAD:
         return f"head_dim {side.head_dim}, more than {LARGEST_HEAD}"
-    if side.format == "affine" and side.axis == "token" and side.group % 16:
+    if side.meta is None:
+        return None
+    if side.meta_shared:
+        return "metadata that heads share"
+    if side.meta_format not in ("float16", "e4m3", "e8m0") or (side.meta_format != "float16" and side.meta_terms == 2):
+        return f"metadata in the format {side.meta_format!r}"
+    if side.axis == "token" and side.group % 16:
         return f"groups of {side.group} channels, not a multiple of 16"
-    if side.format == "affine" and side.axis == "channel" and side.group & (side.group - 1):
+    if side.axis == "channel" and side.group & (side.group - 1):
         return f"groups of {side.group} tokens, not a power of two"
     return None
 

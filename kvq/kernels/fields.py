@@ -6,8 +6,12 @@ bias P is constant per field and leaves the loop through the algebra of decode. 
 the word with its bytes swapped, which keeps P small (P times the sum of the weights sits in the accumulators).
 
 ``FIELD_TABLES`` is the single source: the portable unpacker, the PTX text, and the tests read it.
+
+Codes that name levels of a book are looked up byte by byte with ``prmt``, which picks four bytes out of eight by the
+nibbles of a selector: once for the low bytes of the fp16 levels, once for the high ones.
 """
 
+import struct
 from dataclasses import dataclass
 
 DIRECT, SWAPPED, SHIFTED, SPREAD = "direct", "swapped", "shifted", "spread"
@@ -101,3 +105,83 @@ def unpack_ptx(bits: int) -> tuple[str, str]:
     # Early clobber: an output is written while inputs are still read.
     constraints = ",".join(["=&r"] * count + ["r"] * words)
     return "{\n" + head + "\n".join(lines) + "\n}", constraints
+
+
+def book_registers(levels: list[float]) -> tuple[int, ...]:
+    """The table of ``book_ptx`` as int32 numbers: low bytes of the fp16 levels, then their high bytes, four a number."""
+    halves = [int.from_bytes(struct.pack("<e", level), "little") for level in levels]
+    words = []
+    for shift in (0, 8):
+        for i in range(0, len(halves), 4):
+            packed = sum((half >> shift & 0xFF) << 8 * j for j, half in enumerate(halves[i : i + 4]))
+            words.append(packed - (1 << 32) if packed >> 31 else packed)
+    return tuple(words)
+
+
+def book_ptx(bits: int) -> tuple[str, str]:
+    """PTX that looks up the fields of two containers at once, and its constraints.
+
+    Operands: one 32-bit output a field (two fp16), one input a container word, then every register of the table twice
+    (once for each container of the pair).
+    """
+    count, words = len(FIELD_TABLES[bits]), 1 + max(field.word for field in FIELD_TABLES[bits])
+    tables = {2: 2, 3: 4, 4: 8}[bits]
+    table = [f"${count + words + 2 * i}" for i in range(tables)]
+    body = _nibble_lookups(count, table) if bits == 4 else _field_lookups(bits, count, words, table)
+    constraints = ",".join(["=&r"] * count + ["r"] * (words + 2 * tables))
+    return "{\n" + "\n".join(body) + "\n}", constraints
+
+
+def _nibble_lookups(count: int, table: list[str]) -> list[str]:
+    """Four bits: the plain nibbles of a word are a selector; its upper bits choose between two halves of the table."""
+    word = f"${count}"
+    lines = [
+        ".reg .b32 a, n, s, x, ma, mb, l0, l1, h0, h1, la, ha, lb, hb, p, q;",
+        f"shr.u32 a, {word}, 2;",
+        "and.b32 a, a, 0x3fff3fff;",
+        f"shl.b32 n, {word}, 14;",
+        "lop3.b32 n, n, 0xc000c000, a, 0xea;",
+        "and.b32 s, n, 0x77777777;",
+        "shl.b32 x, n, 4;",
+        # Selector nibbles of 8 and more repeat the sign of a byte: masks of the codes above seven.
+        "prmt.b32 ma, n, x, 0x9d8c;",
+        "prmt.b32 mb, n, x, 0xbfae;",
+    ]
+    for side in "ab":
+        if side == "b":
+            lines.append("shr.u32 s, s, 16;")
+        for kind, first in (("l", 0), ("h", 4)):
+            lines.append(f"prmt.b32 {kind}0, {table[first]}, {table[first + 1]}, s;")
+            lines.append(f"prmt.b32 {kind}1, {table[first + 2]}, {table[first + 3]}, s;")
+            lines.append(f"lop3.b32 {kind}{side}, m{side}, {kind}1, {kind}0, 0xca;")
+    for f, selector in ((0, "0x5140"), (2, "0x7362")):
+        lines += [
+            f"prmt.b32 p, la, ha, {selector};",
+            f"prmt.b32 q, lb, hb, {selector};",
+            f"prmt.b32 ${f}, p, q, 0x5410;",
+            f"prmt.b32 ${f + 1}, p, q, 0x7632;",
+        ]
+    return lines
+
+
+def _field_lookups(bits: int, count: int, words: int, table: list[str]) -> list[str]:
+    """Two and three bits: a selector is made of each field of the two words."""
+    mask = ((1 << bits) - 1) * 0x10001
+    lines = [".reg .b32 x, y, l, h;"]
+    for f in range(count):
+        if bits == 3 and f == count - 1:
+            lines += [f"shr.u32 x, ${count}, 15;", "and.b32 x, x, 0x00010001;"]
+            for i in range(1, words):
+                lines += [f"shr.u32 y, ${count + i}, {15 - i};", f"lop3.b32 x, y, {(1 << i) * 0x10001:#010x}, x, 0xea;"]
+        else:
+            word, shift = (f // 5, 3 * (f % 5)) if bits == 3 else (0, 2 * f)
+            lines += [f"shr.u32 x, ${count + word}, {shift};", f"and.b32 x, x, {mask:#010x};"]
+        if bits == 2:
+            # Nibbles a, a + 4, b, b + 4: low and high byte of both levels at once.
+            lines += ["shr.u32 y, x, 8;", "or.b32 x, x, y;", "mad.lo.u32 x, x, 0x11, 0x4040;"]
+            lines += [f"prmt.b32 ${f}, {table[0]}, {table[1]}, x;"]
+        else:
+            lines += ["shr.u32 y, x, 12;", "or.b32 x, x, y;"]
+            lines += [f"prmt.b32 l, {table[0]}, {table[1]}, x;", f"prmt.b32 h, {table[2]}, {table[3]}, x;"]
+            lines += [f"prmt.b32 ${f}, l, h, 0x5140;"]
+    return lines

@@ -8,7 +8,7 @@ blocks, so that unpacking a field always gives one whole operand of a matrix pro
 
 from dataclasses import dataclass
 
-from kvq.kernels.fields import FIELD_TABLES, Field, unpack_ptx
+from kvq.kernels.fields import FIELD_TABLES, Field, book_ptx, unpack_ptx
 from kvq.kernels.spec import ATOM, CONTAINER_WORDS, FIELDS, PageLayout, SideLayout
 
 
@@ -16,19 +16,25 @@ from kvq.kernels.spec import ATOM, CONTAINER_WORDS, FIELDS, PageLayout, SideLayo
 class Side:
     """One side (K or V) of a page, as a kernel sees it. All sizes in elements unless named bytes.
 
-    kind          ``affine`` or ``e4m3``.
-    by_channel    scale and minimum per channel and token group (else per token and channel group).
+    kind          ``affine``, ``book`` or ``e4m3``.
+    by_channel    metadata per channel and token group (else per token and channel group).
+    terms         numbers of metadata a group: 2 (scale, minimum), 1 (scale) or 0; meta: their format.
+    scaled        whether tokens have a scale of their own (metadata or norm).
     group         numbers that share a scale; groups: channel groups of a token (1 if by_channel).
     fields        codes in a container of ``words`` 16-bit words; field f, container w is token part ``f // chunks`` and
                   channel ``(f % chunks) * chunk_stride + w * width_stride``.
     block         containers read as one operand, a power of two of at least 16; blocks of them cover ``width``.
     rows          rows of containers in a page (tokens / parts), each of ``row_words`` words.
-    table         how each field is read, and ``ptx``, ``constraints`` the same as inline assembly (affine only).
+    words_offset, meta_offset, norm_offset   bytes from the start of the record; a norm_offset of -1: no norms.
+    table         how each field is read, and ``ptx``, ``constraints`` the same as inline assembly (none for e4m3).
     """
 
     kind: str
     bits: int
     by_channel: bool
+    terms: int
+    meta: str
+    scaled: bool
     group: int
     groups: int
     head_dim: int
@@ -46,25 +52,31 @@ class Side:
     row_words: int
     words_offset: int
     meta_offset: int
+    norm_offset: int
     table: tuple[Field, ...]
     ptx: str
     constraints: str
 
 
-def side_of(layout: SideLayout, words_offset: int, meta_offset: int) -> Side:
-    """Read a side's numbers off its layout; offsets are bytes from the start of the record."""
+def side_of(layout: SideLayout, offsets: dict[str, int], name: str) -> Side:
+    """Read a side's numbers off its layout; ``offsets`` are those of the record, ``name`` is key or value."""
     e4m3 = layout.format == "e4m3"
-    by_channel = layout.format == "affine" and layout.axis == "channel"
+    terms = layout.meta_terms if layout.meta else 0
+    by_channel = terms > 0 and layout.axis == "channel"
     width = layout.head_dim // 2 if e4m3 else layout.width
-    limit = layout.group if layout.format == "affine" and not by_channel else width
-    block = max(ATOM, _power_of_two_divisor(width, limit))
-    ptx, constraints = ("", "") if e4m3 else unpack_ptx(layout.bits)
+    groups = layout.head_dim // layout.group if terms and not by_channel else 1
+    block = max(ATOM, _power_of_two_divisor(width, layout.group if groups > 1 else width))
+    ptx, constraints = {"e4m3": lambda bits: ("", ""), "book": book_ptx}.get(layout.format, unpack_ptx)(layout.bits)
+    norm_offset = offsets.get(f"{name}_norm", -1)
     return Side(
         kind=layout.format,
         bits=layout.bits,
         by_channel=by_channel,
+        terms=terms,
+        meta=layout.meta_format,
+        scaled=terms > 0 or norm_offset >= 0,
         group=layout.group,
-        groups=1 if e4m3 or by_channel else layout.head_dim // layout.group,
+        groups=groups,
         head_dim=layout.head_dim,
         page_tokens=layout.page_tokens,
         fields=2 if e4m3 else FIELDS[layout.bits],
@@ -79,8 +91,9 @@ def side_of(layout: SideLayout, words_offset: int, meta_offset: int) -> Side:
         block=block,
         blocks=-(-width // block),
         row_words=width if e4m3 else CONTAINER_WORDS[layout.bits] * width,
-        words_offset=words_offset,
-        meta_offset=meta_offset,
+        words_offset=offsets[f"{name}_words"],
+        meta_offset=offsets.get(f"{name}_meta", 0),
+        norm_offset=norm_offset,
         table=() if e4m3 else FIELD_TABLES[layout.bits],
         ptx=ptx,
         constraints=constraints,
@@ -89,11 +102,7 @@ def side_of(layout: SideLayout, words_offset: int, meta_offset: int) -> Side:
 
 def sides_of(layout: PageLayout) -> tuple[Side, Side]:
     """(K, V) of a page record."""
-    at = layout.offsets
-    return (
-        side_of(layout.key, at["key_words"], at.get("key_meta", 0)),
-        side_of(layout.value, at["value_words"], at.get("value_meta", 0)),
-    )
+    return side_of(layout.key, layout.offsets, "key"), side_of(layout.value, layout.offsets, "value")
 
 
 def _power_of_two_divisor(*numbers: int) -> int:

@@ -57,6 +57,7 @@ def pack_tokens(
     span. Raises ``pages.value_limit`` to the largest scale of values (axis token). Two sequences may share only pages
     that neither writes to. Raises KernelError if ``impl="triton"`` cannot run.
     """
+    assert pages.layout.side(side).is_plain, "a codec of its own chooses these numbers"
     ran = choose(impl, source.x.device, why_not(pages, rotation))
     if ran.impl == "triton":
         from kvq.kernels.device import launch

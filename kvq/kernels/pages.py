@@ -20,10 +20,11 @@ class Pages:
     table           [B, pages] int32 or int64: page numbers of each sequence, in order.
     stride          bytes from one page number to the next, a multiple of 16.
     heads           KV heads.
-    key_scale, value_scale   static scales (e4m3).
+    key_scale, value_scale   static factors of all numbers of a side (e4m3 and float4).
+    key_levels, value_levels what the codes of a book name, 2^bits numbers.
     channel_factor  [heads, head_dim] or None: stored keys are keys over these (they multiply the query).
-    value_limit     [heads] fp32 or None: an upper bound of every scale of the values, axis token. With it, weights
-                    keep their precision however small the scales are.
+    value_limit     [heads] fp32 or None: an upper bound of every scale of the values, norm included, axis token. With
+                    it, weights keep their precision however small the scales are.
     """
 
     layout: PageLayout
@@ -33,6 +34,8 @@ class Pages:
     stride: int
     key_scale: float = 1.0
     value_scale: float = 1.0
+    key_levels: tuple[float, ...] | None = None
+    value_levels: tuple[float, ...] | None = None
     channel_factor: torch.Tensor | None = None
     value_limit: torch.Tensor | None = None
 
@@ -77,20 +80,37 @@ class Pages:
         """The numbers of pages [B, P], dequantized: [B, heads, P * page_tokens, head_dim]."""
         layout, records = self.layout.side(side), self.records(numbers)
         codes = self.codes(records, side)
+        levels = self.key_levels if side == "key" else self.value_levels
         if layout.format == "e4m3":
-            scale = self.key_scale if side == "key" else self.value_scale
-            x = codes.contiguous().view(torch.float8_e4m3fn).to(dtype) * scale
+            x = codes.contiguous().view(torch.float8_e4m3fn).to(dtype)
+        elif layout.format == "book":
+            x = torch.tensor(levels, dtype=dtype, device=codes.device)[codes.int()]
         else:
-            x = _affine(codes.to(dtype), self.section(records, side, "meta").to(dtype), layout)
+            # Without a minimum, codes are symmetric about the middle of their range.
+            x = codes.to(dtype) - (2 ** (layout.bits - 1) if layout.meta_terms == 1 else 0)
+        if layout.meta is not None:
+            x = _scaled(x, _numbers(self.section(records, side, "meta"), layout.meta_format, dtype), layout)
+        if any(section.name == "norm" for section in layout.extras):
+            x = x * self.section(records, side, "norm").to(dtype).unsqueeze(-1)
+        x = x * (self.key_scale if side == "key" else self.value_scale)
         if side == "key" and self.channel_factor is not None:
             x = x * self.channel_factor.to(dtype).unsqueeze(1)
         return x.transpose(1, 2).flatten(2, 3)
 
 
-def _affine(codes: torch.Tensor, meta: torch.Tensor, layout: SideLayout) -> torch.Tensor:
-    """codes [..., page_tokens, head_dim] * scale + minimum; meta [..., rows, *shape], the last dimension the pair."""
-    if layout.axis == "token":
-        grouped = codes.unflatten(-1, (-1, layout.group))
-        return (grouped * meta[..., :1] + meta[..., 1:]).flatten(-2)
-    grouped = codes.unflatten(-2, (-1, layout.group))
-    return (grouped * meta[..., 0].unsqueeze(-2) + meta[..., 1].unsqueeze(-2)).flatten(-3, -2)
+def _numbers(meta: torch.Tensor, form: str, dtype: torch.dtype) -> torch.Tensor:
+    if form == "float16":
+        return meta.to(dtype)
+    if form == "e8m0":
+        return torch.exp2(meta.to(dtype) - 127)
+    return meta.contiguous().view(torch.float8_e4m3fn).to(dtype)
+
+
+def _scaled(x: torch.Tensor, meta: torch.Tensor, layout: SideLayout) -> torch.Tensor:
+    """x [..., page_tokens, head_dim] * scale (+ minimum); meta [..., rows, *shape], the last dimension the terms."""
+    by_token = layout.axis == "token"
+    grouped = x.unflatten(-1, (-1, layout.group)) if by_token else x.unflatten(-2, (-1, layout.group))
+    terms = [meta[..., i].unsqueeze(-1 if by_token else -2) for i in range(layout.meta_terms)]
+    grouped = grouped * terms[0]
+    grouped = grouped + terms[1] if len(terms) == 2 else grouped
+    return grouped.flatten(-2) if by_token else grouped.flatten(-3, -2)

@@ -36,8 +36,11 @@ def known(value):
 
 @triton.constexpr_function
 def bias_of(S, f):
-    """What the unpacked field is larger than its code by."""
-    return float(S.table[f].bias) if S.kind == "affine" else 0.0
+    """What the unpacked field is larger by than the number that its scale multiplies (codes are symmetric if there is
+    no minimum)."""
+    if S.kind != "affine":
+        return 0.0
+    return float(S.table[f].bias + (2 ** (S.bits - 1) if S.terms == 1 else 0))
 
 
 @triton.constexpr_function
@@ -46,16 +49,21 @@ def _half_types(S):
 
 
 @triton.jit
-def unpack(words, S: tl.constexpr, ASM: tl.constexpr):
+def unpack(words, book, S: tl.constexpr, ASM: tl.constexpr):
     """Container words (a tuple of int16 tensors of one shape) to a tuple of ``S.fields`` fp16 tensors of that shape.
 
-    Affine: code + bias of the field. e4m3: the numbers themselves. ``ASM``: compute capability (89 for 8.9) that inline
-    PTX is written for, or 0 for plain operations, which any target and the interpreter run.
+    affine: code + bias of the field. book: the level that the code names, ``book`` being the registers of
+    ``fields.book_registers``. e4m3: the numbers themselves. ``ASM``: compute capability (89 for 8.9) that inline PTX is
+    written for, or 0 for plain operations, which any target and the interpreter run.
     """
     if S.kind == "e4m3":
         return _unpack_e4m3(words[0], ASM)
     elif ASM:
-        return tl.inline_asm_elementwise(S.ptx, S.constraints, words, _half_types(S), is_pure=True, pack=2)
+        return tl.inline_asm_elementwise(
+            S.ptx, S.constraints, words + book, _half_types(S), is_pure=True, pack=2
+        )
+    elif S.kind == "book":
+        return _look_up_portable(words, book, S)
     else:
         return _unpack_portable(words, S)
 
@@ -76,6 +84,51 @@ def _unpack_portable(words, S: tl.constexpr):
         half = word & S.table[f].mask | S.table[f].half
         planes = planes + (half.to(tl.int16).to(tl.float16, bitcast=True),)
     return planes
+
+
+@triton.jit
+def _look_up_portable(words, book, S: tl.constexpr):
+    wide = ()
+    for w in tl.static_range(known(S.words)):
+        wide = wide + (words[w].to(tl.int32) & 0xFFFF,)
+    planes = ()
+    for f in tl.static_range(known(S.fields)):
+        code = field_code(wide, f, S)
+        half = tl.zeros_like(code)
+        for level in tl.static_range(known(2**S.bits)):
+            low = book[level // 4] >> 8 * (level % 4) & 0xFF
+            high = book[2**S.bits // 4 + level // 4] >> 8 * (level % 4) & 0xFF
+            half = tl.where(code == level, low | high << 8, half)
+        planes = planes + (half.to(tl.int16).to(tl.float16, bitcast=True),)
+    return planes
+
+
+@triton.constexpr_function
+def field_place(S, f):
+    """(container word, shift, mask) of a field, before words of 4 bits are rotated."""
+    if S.kind == "e4m3":
+        return 0, 8 * f, 255
+    if S.bits == 3:
+        return f // 5, 3 * (f % 5), 7
+    return 0, S.bits * f, 2**S.bits - 1
+
+
+@triton.constexpr_function
+def is_spread(S, f):
+    """Whether a field takes bit 15 of three words."""
+    return S.kind != "e4m3" and S.bits == 3 and f == 15
+
+
+@triton.jit
+def field_code(words, f: tl.constexpr, S: tl.constexpr):
+    """Code of field f of container words (int32, 16 bits each)."""
+    if is_spread(S, f):
+        return words[0] >> 15 | words[1] >> 15 << 1 | words[2] >> 15 << 2
+    else:
+        word = words[field_place(S, f)[0]]
+        if S.kind != "e4m3" and S.bits == 4:
+            word = (word >> 2 | word << 14) & 0xFFFF
+        return word >> field_place(S, f)[1] & field_place(S, f)[2]
 
 
 @triton.jit

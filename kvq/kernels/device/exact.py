@@ -79,8 +79,9 @@ def _exact_scores(base, slot, token_stride, keep, operands, factor, K: tl.conste
 def _add_exact_values(state, base, slot, token_stride, keep, shrink, weights, shift, factor, V: tl.constexpr, T: tl.constexpr, ASM: tl.constexpr):
     """Add exact values, times factor, to the value state (see ``add_packed_values``)."""
     offsets, biases, sums = state
-    if V.kind == "affine" and not V.by_channel:
+    if V.terms == 2 and not V.by_channel:
         offsets = scaled(offsets, shrink)
+    if V.kind == "affine" and not V.by_channel:
         biases = scaled(biases, shrink)
     added = ()
     for chunk in tl.static_range(known(V.chunks)):
@@ -115,7 +116,7 @@ def _tokens_of(i, first, end, offset, capacity, K: tl.constexpr, T: tl.constexpr
 
 
 @triton.jit(do_not_specialize=[
-    "table_stride", "key_capacity", "value_capacity", "sinks", "window", "items",
+    "table_stride", "key_capacity", "value_capacity", "sinks", "window", "items", "key_book", "value_book",
 ])
 def decode_exact(
     q, pool, table, lengths, positions, channel_factor, value_limit, out, lse,
@@ -124,7 +125,7 @@ def decode_exact(
     key_batch_stride, key_head_stride, key_token_stride, key_capacity,
     value_batch_stride, value_head_stride, value_token_stride, value_capacity,
     sink_batch_stride, sink_head_stride, sink_token_stride, sinks,
-    scale, key_scale, value_scale, softcap, window, items,
+    scale, key_scale, value_scale, softcap, window, items, key_book, value_book,
     K: tl.constexpr, V: tl.constexpr, T: tl.constexpr, RECORD: tl.constexpr,
     HEADS: tl.constexpr, QUERIES: tl.constexpr, H: tl.constexpr,
     FACTOR: tl.constexpr, LIMIT: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr,
@@ -193,7 +194,7 @@ def decode_exact(
             token, key_slot, keep = _tokens_of(i, low, high, key_offset, key_capacity, K, T)
             token, value_slot, keep = _tokens_of(i, low, high, value_offset, value_capacity, K, T)
             if packed_key:
-                scores = packed_scores(record, row, keep, query, K, T, True, ASM)
+                scores = packed_scores(record, row, keep, query, key_book, K, T, True, ASM)
             else:
                 scores = _exact_scores(key_at, key_slot, key_token_stride, keep, exact_query, key_factor, K, T, ASM)
             if SOFTCAP:
@@ -205,7 +206,7 @@ def decode_exact(
                     total, value_at, value_slot, value_token_stride, keep, shrink, weights, shift, value_factor, V, T, ASM
                 )
             else:
-                total = add_packed_values(total, record, row, keep, shrink, weights, V, T, True, ASM)
+                total = add_packed_values(total, record, row, keep, shrink, weights, value_book, V, T, True, ASM)
     for i in tl.range(high // T.round, tl.cdiv(end, T.round), num_stages=1):
         token, key_slot, keep = _tokens_of(i, high, end, key_offset, key_capacity, K, T)
         token, value_slot, keep = _tokens_of(i, high, end, value_offset, value_capacity, K, T)

@@ -15,6 +15,7 @@ from kvq.kernels.device.pack import PACK_ROWS, pack_tokens
 from kvq.kernels.device.plan import plan_items as plan_items_kernel
 from kvq.kernels.device.split import decode_split
 from kvq.kernels.device.unpack import unpack_pages
+from kvq.kernels.fields import book_registers
 from kvq.kernels.geometry import sides_of
 
 if TYPE_CHECKING:
@@ -89,9 +90,13 @@ def plan_items(
 
 
 def _limits(pages: "Pages") -> bool:
-    """Whether the values' scales lie in pages and a bound of them is known."""
-    value = pages.layout.value
-    return pages.value_limit is not None and value.format == "affine" and value.axis == "token"
+    """Whether the values' scales lie in pages, token by token, and a bound of them is known."""
+    value = sides_of(pages.layout)[1]
+    return pages.value_limit is not None and value.scaled and not value.by_channel
+
+
+def _books(pages: "Pages") -> tuple[tuple[int, ...], tuple[int, ...]]:
+    return tuple(() if levels is None else book_registers(levels) for levels in (pages.key_levels, pages.value_levels))
 
 
 def _shared_constants(geometry: "Geometry", pages: "Pages", query: "Query") -> dict[str, Any]:
@@ -114,8 +119,8 @@ def _shared_constants(geometry: "Geometry", pages: "Pages", query: "Query") -> d
 def _scalars(pages: "Pages", query: "Query") -> tuple:
     return (
         float(query.scale),
-        float(pages.key_scale) if pages.layout.key.format == "e4m3" else 1.0,
-        float(pages.value_scale) if pages.layout.value.format == "e4m3" else 1.0,
+        float(pages.key_scale),
+        float(pages.value_scale),
         float(query.softcap or 1.0),
         int(query.window or 0),
     )
@@ -146,6 +151,7 @@ def split(plan: "DecodePlan", pages: "Pages", lengths: torch.Tensor, query: "Que
             pages.stride,
             *_scalars(pages, query),
             first_token,
+            *_books(pages),
         ),
         constants=_shared_constants(geometry, pages, query)
         | {"CAUSAL": query.causal, "STAGES": geometry.parameters.stages},
@@ -188,6 +194,7 @@ def exact(plan: "DecodePlan", pages: "Pages", query: "Query", tokens: "Exact") -
             0 if sinks is None else sinks.shape[2],
             *_scalars(pages, query),
             plan.capacity,
+            *_books(pages),
         ),
         constants=_shared_constants(geometry, pages, query)
         | {"MIXED_KEY": tokens.mixed_key, "MIXED_VALUE": tokens.mixed_value, "SINKS": sinks is not None},
@@ -295,6 +302,7 @@ def unpack(pages: "Pages", side: str, lengths: torch.Tensor, out: torch.Tensor) 
             pages.table.stride(0),
             pages.stride,
             float(pages.key_scale if side == "key" else pages.value_scale),
+            _books(pages)[0 if side == "key" else 1],
         ),
         constants={"S": own, "RECORD": pages.layout.record_bytes, "FACTOR": factor, "ASM": sm},
         options=_exactly(),

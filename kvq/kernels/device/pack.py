@@ -7,7 +7,7 @@ many tokens come at a time, nor on the device.
 import triton
 import triton.language as tl
 
-from kvq.kernels.device.bits import known
+from kvq.kernels.device.bits import field_code, field_place, is_spread, known
 from kvq.kernels.device.tile import channels_of, group_of
 
 # Adding and subtracting 1.5 * 2^23 rounds a small number to the nearest integer, halves to even.
@@ -35,22 +35,6 @@ def to_e4m3(x):
     byte = tl.where(magnitude < 0.015625, small, normal)
     byte = tl.where(x != x, 0x7F, byte)
     return byte | (bits >> 24 & 0x80)
-
-
-@triton.constexpr_function
-def _field_place(S, f):
-    """(container word, shift, mask) of a field, before words of 4 bits are rotated; None for the spread field."""
-    if S.kind == "e4m3":
-        return 0, 8 * f, 255
-    if S.bits == 3:
-        return f // 5, 3 * (f % 5), 7
-    return 0, S.bits * f, 2**S.bits - 1
-
-
-@triton.constexpr_function
-def _is_spread(S, f):
-    """Whether a field takes bit 15 of three words."""
-    return S.kind == "affine" and S.bits == 3 and f == 15
 
 
 @triton.constexpr_function
@@ -200,30 +184,18 @@ def _plus(a, b):
 
 
 @triton.jit
-def _old_field(words, f: tl.constexpr, S: tl.constexpr):
-    """Field f of container words (int32, 16 bits each)."""
-    if _is_spread(S, f):
-        return words[0] >> 15 | words[1] >> 15 << 1 | words[2] >> 15 << 2
-    else:
-        word = words[_field_place(S, f)[0]]
-        if S.kind == "affine" and S.bits == 4:
-            word = (word >> 2 | word << 14) & 0xFFFF
-        return word >> _field_place(S, f)[1] & _field_place(S, f)[2]
-
-
-@triton.jit
 def _combined(fields, S: tl.constexpr):
     """Container words (int32) of one field tensor each."""
     words = ()
     for w in tl.static_range(known(S.words)):
         words = words + (tl.zeros_like(fields[0]),)
     for f in tl.static_range(known(S.fields)):
-        if _is_spread(S, f):
+        if is_spread(S, f):
             for w in tl.static_range(known(S.words)):
                 words = _merge(words, w, _either, (fields[f] >> w & 1) << 15)
         else:
-            words = _merge(words, _field_place(S, f)[0], _either, fields[f] << _field_place(S, f)[1])
-    if S.kind == "affine" and S.bits == 4:
+            words = _merge(words, field_place(S, f)[0], _either, fields[f] << field_place(S, f)[1])
+    if S.kind != "e4m3" and S.bits == 4:
         words = ((words[0] << 2 | words[0] >> 14) & 0xFFFF,)
     return words
 
@@ -269,7 +241,7 @@ def _pack_rows(
             code = codes[f * S.blocks + c]
             if S.parts > 1:
                 token = (page_token + f // S.chunks * S.rows + row)[:, None]
-                code = tl.where(token < start, _old_field(old, f, S), tl.where(token < stop, code, 0))
+                code = tl.where(token < start, field_code(old, f, S), tl.where(token < stop, code, 0))
             fields = fields + (code,)
         words = _combined(fields, S)
         for w in tl.static_range(known(S.words)):
@@ -318,7 +290,7 @@ def pack_page(
     first = tl.maximum(start, page_token)
     last = tl.minimum(stop, page_token + S.page_tokens)
     if first < last:
-        if S.kind == "affine" and S.by_channel:
+        if S.by_channel:
             _store_channel_grids(
                 x, page_token, start, stop, offset, capacity, token_stride, record, signs, factor, clip_cut,
                 S, CLIP, FACTOR, ROTATE, ASM,

@@ -21,22 +21,27 @@ ITEM = tl.constexpr(4)
 
 
 @triton.constexpr_function
-def _query_exponent(K):
-    """Queries are scaled to an absolute maximum in [2^(n-1), 2^n), with n so small that q * scale stays in fp16.
+def _room(S):
+    """log2 of a factor that a number of at most 1 may have so that it times any scale stays in fp16.
 
-    A scale is at most the fp16 range over the number of steps.
+    A scale of plain codes is at most the fp16 range over their steps, any other at most the largest fp16 number.
     """
-    if K.kind == "affine" and K.by_channel:
-        return {2: 0, 3: 1, 4: 2, 8: 6}[K.bits]
-    return 8
+    plain = S.kind == "affine" and S.meta == "float16" and S.norm_offset < 0
+    return {2: 0, 3: 1, 4: 2, 8: 6}[S.bits] if plain else 0
+
+
+@triton.constexpr_function
+def _query_exponent(K):
+    """Queries are scaled to an absolute maximum in [2^(n-1), 2^n)."""
+    return _room(K) if K.by_channel else 8
 
 
 @triton.constexpr_function
 def _weight_exponent(V):
-    """log2 of what weights may be scaled by so that their product with any scale stays in fp16."""
-    if V.kind == "affine" and not V.by_channel:
-        return {2: 0, 3: 1, 4: 2, 8: 6}[V.bits]
-    return 14
+    """log2 of what weights are multiplied by where the largest scale is not known."""
+    if V.by_channel:
+        return 14 if V.norm_offset < 0 else 0
+    return _room(V) if V.scaled else 14
 
 
 @triton.jit
@@ -150,6 +155,7 @@ def hidden(scores, keep, token, position, window, T: tl.constexpr, CAUSAL: tl.co
 @triton.jit
 def _round(
     i, state, query, kappa, shift, cap_scale, softcap, base, table_at, page_stride, length, position, window,
+    key_book, value_book,
     K: tl.constexpr, V: tl.constexpr, T: tl.constexpr, SOFTCAP: tl.constexpr, CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr, MASKED: tl.constexpr, ASM: tl.constexpr,
 ):
@@ -160,13 +166,13 @@ def _round(
     keep = ()
     for b in tl.static_range(known(T.blocks)):
         keep = keep + (start + row + b * T.stride < length,)
-    scores = packed_scores(record, row, keep, query, K, T, MASKED, ASM)
+    scores = packed_scores(record, row, keep, query, key_book, K, T, MASKED, ASM)
     if SOFTCAP:
         scores = bounded(scores, softcap, cap_scale, T, ASM)
     if MASKED:
         scores = hidden(scores, keep, start + row, position, window, T, CAUSAL, WINDOW)
     softmax, shrink, weights = softmax_step(softmax, scores, kappa, shift, T, ASM)
-    return softmax, add_packed_values(values, record, row, keep, shrink, weights, V, T, MASKED, ASM)
+    return softmax, add_packed_values(values, record, row, keep, shrink, weights, value_book, V, T, MASKED, ASM)
 
 
 @triton.jit
@@ -185,23 +191,25 @@ def store_partial(state, out_at, lse_at, kappa, shift, value_scale, real, V: tl.
     for chunk in tl.static_range(known(V.chunks)):
         for c in tl.static_range(known(V.blocks)):
             x = sums[chunk * V.blocks + c]
+            if V.terms == 2 and not V.by_channel:
+                x += tl.sum(offsets[group_of(V, chunk, c)], 1, keep_dims=True)
             if V.kind == "affine" and not V.by_channel:
                 bias = biases[group_of(V, chunk, c)]
                 if V.parts == 1:
                     bias = tl.max(bias, 1, keep_dims=True) * bias_of(V, chunk)
                 else:
                     bias = tl.sum(tl.where(tl.arange(0, 16)[None, :, None] == chunk, bias, 0.0), 1, keep_dims=True)
-                x += tl.sum(offsets[group_of(V, chunk, c)], 1, keep_dims=True) - bias
+                x -= bias
             x = tl.sum(x * share, 0) * (inverse * value_scale)[None, :]
             channel = channels_of(chunk, c, V)[:, None]
             tl.store(out_at + column[None, :] * V.head_dim + channel, x, mask=real[None, :] & (channel < V.head_dim))
 
 
-@triton.jit(do_not_specialize=["table_stride", "window", "first_token"])
+@triton.jit(do_not_specialize=["table_stride", "window", "first_token", "key_book", "value_book"])
 def decode_split(
     q, pool, table, items, lengths, positions, channel_factor, value_limit, out, lse,
     q_batch_stride, q_head_stride, q_token_stride, table_stride, page_stride,
-    scale, key_scale, value_scale, softcap, window, first_token,
+    scale, key_scale, value_scale, softcap, window, first_token, key_book, value_book,
     K: tl.constexpr, V: tl.constexpr, T: tl.constexpr, RECORD: tl.constexpr,
     HEADS: tl.constexpr, QUERIES: tl.constexpr, H: tl.constexpr,
     FACTOR: tl.constexpr, LIMIT: tl.constexpr, SOFTCAP: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
@@ -213,6 +221,7 @@ def decode_split(
              and holds one record of RECORD bytes a KV head.
     items    work list [items, 4] int32. lengths [B]: packed tokens, the first of which stands at position first_token.
     positions  [B] int32: of query token 0 of each sequence, if CAUSAL or WINDOW.
+    key_book, value_book   registers of ``fields.book_registers``, or () where a side has no book.
     out      [items, KV heads, HEADS * QUERIES, head_dim] fp32; lse the same without head_dim, base 2.
     """
     item = tl.program_id(0)
@@ -254,6 +263,7 @@ def decode_split(
     for i in tl.range(full_first, full_end, num_stages=STAGES):
         state = _round(
             i, state, query, kappa, shift, cap_scale, softcap, base, table_at, page_stride, length, position, window,
+    key_book, value_book,
             K, V, T, SOFTCAP, CAUSAL, WINDOW, False, ASM,
         )
     before = full_first - first
@@ -261,6 +271,7 @@ def decode_split(
         i = tl.where(j < before, first + j, full_end + j - before)
         state = _round(
             i, state, query, kappa, shift, cap_scale, softcap, base, table_at, page_stride, length, position, window,
+    key_book, value_book,
             K, V, T, SOFTCAP, CAUSAL, WINDOW, True, ASM,
         )
     slot = (item * tl.num_programs(1) + head).to(tl.int64) * (HEADS * QUERIES) + tl.program_id(2) * H

@@ -11,6 +11,8 @@ The algebra (c code, P its field's bias, s scale, z minimum, p weights):
     axis channel   score_t = sum_c (q_c s_c)(c + P) - sum_c (q_c s_c) P + sum_c (q_c z_c)
                    out_c   = s_c (sum_t p_t (c + P) - P sum_t p_t) + z_c sum_t p_t
 
+    (symmetric codes have no z and half their range added to P; levels of a book have no P)
+
 so no number of a page is scaled or shifted by itself. A correction uses the same rounded fp16 factors as the product
 that it corrects, so the bias cancels exactly. Weights are kept times a power of two, chosen so that a weight times the
 largest scale nearly fills fp16: small weights and small scales keep their precision.
@@ -19,7 +21,7 @@ largest scale nearly fills fp16: small weights and small scales keep their preci
 import triton
 import triton.language as tl
 
-from kvq.kernels.device.bits import bias_of, exp2, halves, known, unpack
+from kvq.kernels.device.bits import bias_of, e4m3_to_half, exp2, halves, known, unpack
 
 @triton.jit
 def add(values, i: tl.constexpr, value):
@@ -98,7 +100,7 @@ def channels_of(chunk: tl.constexpr, block: tl.constexpr, S: tl.constexpr):
 
 
 @triton.jit
-def _load_planes(record, row, first: tl.constexpr, keep, S: tl.constexpr, MASKED: tl.constexpr, TRANSPOSED: tl.constexpr, ASM: tl.constexpr):
+def _load_planes(record, row, first: tl.constexpr, keep, book, S: tl.constexpr, MASKED: tl.constexpr, TRANSPOSED: tl.constexpr, ASM: tl.constexpr):
     """Unpack the containers [first, first + S.block) of rows: planes [W, R, C], or [W, C, R] if TRANSPOSED.
 
     record: pointers [W, 1 or R] to the records. row [1 or W, R]. keep [W, R]: rows to read, if MASKED.
@@ -124,26 +126,62 @@ def _load_planes(record, row, first: tl.constexpr, keep, S: tl.constexpr, MASKED
         else:
             word = tl.load(at)
         words = words + (word,)
-    return unpack(words, S, ASM)
+    return unpack(words, book, S, ASM)
 
 
 @triton.jit
-def _load_pairs(record, index, keep, S: tl.constexpr, MASKED: tl.constexpr, ASM: tl.constexpr):
-    """(scale, minimum) as fp16, shaped like ``index``, which counts the side's pairs."""
-    at = record.to(tl.pointer_type(tl.int32)) + (S.meta_offset // 4 + index)
-    pair = tl.load(at, mask=keep, other=0) if MASKED else tl.load(at)
-    return halves(pair, ASM)
+def load_meta(record, index, keep, S: tl.constexpr, MASKED: tl.constexpr, ASM: tl.constexpr):
+    """(scale, minimum) of groups as fp16 (fp32 for powers of two), shaped like ``index``; without a minimum, twice the
+    scale."""
+    if S.terms == 2:
+        at = record.to(tl.pointer_type(tl.int32)) + (S.meta_offset // 4 + index)
+        pair = tl.load(at, mask=keep, other=0) if MASKED else tl.load(at)
+        return halves(pair, ASM)
+    elif S.meta == "float16":
+        at = record.to(tl.pointer_type(tl.float16)) + (S.meta_offset // 2 + index)
+        scale = tl.load(at, mask=keep, other=0.0) if MASKED else tl.load(at)
+        return scale, scale
+    else:
+        at = record + (S.meta_offset + index)
+        byte = (tl.load(at, mask=keep, other=0) if MASKED else tl.load(at)).to(tl.int32)
+        if S.meta == "e8m0":
+            scale = (byte << 23).to(tl.float32, bitcast=True)
+        else:
+            scale = e4m3_to_half(byte)
+        return scale, scale
 
 
 @triton.jit
-def packed_scores(record, row, keep, query, K: tl.constexpr, T: tl.constexpr, MASKED: tl.constexpr, ASM: tl.constexpr):
+def load_norm(record, token, keep, S: tl.constexpr, MASKED: tl.constexpr):
+    """Norms of tokens, fp32."""
+    at = record.to(tl.pointer_type(tl.float16)) + (S.norm_offset // 2 + token)
+    return (tl.load(at, mask=keep, other=0.0) if MASKED else tl.load(at)).to(tl.float32)
+
+
+@triton.jit
+def _token_meta(record, token, g: tl.constexpr, keep, S: tl.constexpr, MASKED: tl.constexpr, ASM: tl.constexpr):
+    """Scale and minimum of tokens in channel group g, fp32 [W, R, 1]; axis token, ``S.scaled``."""
+    if S.terms == 0:
+        scale = load_norm(record, token, keep, S, MASKED)
+        minimum = scale
+    else:
+        scale, minimum = load_meta(record, token * S.groups + g, keep, S, MASKED, ASM)
+        scale, minimum = scale.to(tl.float32), minimum.to(tl.float32)
+        if S.norm_offset >= 0:
+            norm = load_norm(record, token, keep, S, MASKED)
+            scale, minimum = scale * norm, minimum * norm
+    return scale[:, :, None], minimum[:, :, None]
+
+
+@triton.jit
+def packed_scores(record, row, keep, query, book, K: tl.constexpr, T: tl.constexpr, MASKED: tl.constexpr, ASM: tl.constexpr):
     """Scores of one tile, before the softmax scale: a tuple of T.blocks tensors [W, R, H].
 
     row     [1 or W, R]: token of row r within its page, for block 0. keep: by block, [W, R], tokens that exist.
     query   (operands [W, C, H] fp16, their sums by channel group, minus their bias sums by part and channel group).
     """
     if K.by_channel:
-        return _scores_by_channel(record, row, keep, query[0], K, T, ASM)
+        return _scores_by_channel(record, row, keep, query[0], book, K, T, MASKED, ASM)
     else:
         operands, sums, negative = query
         raw = ()
@@ -153,7 +191,7 @@ def packed_scores(record, row, keep, query, K: tl.constexpr, T: tl.constexpr, MA
                 raw = raw + (tl.broadcast_to(start, [T.warps, T.rows, start.shape[2]]),)
         for s in tl.static_range(_row_blocks(K, T)):
             for c in tl.static_range(known(K.blocks)):
-                planes = _load_planes(record, row + s * T.stride, c * K.block, keep[s], K, _reads_masked(K, MASKED), False, ASM)
+                planes = _load_planes(record, row + s * T.stride, c * K.block, keep[s], book, K, _reads_masked(K, MASKED), False, ASM)
                 for f in tl.static_range(known(K.fields)):
                     raw = _dot_into(
                         raw,
@@ -161,7 +199,7 @@ def packed_scores(record, row, keep, query, K: tl.constexpr, T: tl.constexpr, MA
                         planes[f],
                         operands[f % K.chunks * K.blocks + c],
                     )
-        if K.kind == "e4m3":
+        if not K.scaled:
             return raw
         scores = ()
         for b in tl.static_range(known(T.blocks)):
@@ -172,17 +210,22 @@ def packed_scores(record, row, keep, query, K: tl.constexpr, T: tl.constexpr, MA
 @triton.jit
 def _scaled_scores(record, row, keep, raw, sums, b: tl.constexpr, K: tl.constexpr, T: tl.constexpr, MASKED: tl.constexpr, ASM: tl.constexpr):
     """Scale and minimum of block b's tokens, axis token."""
-    index = (row + b * T.stride) * K.groups
-    scale, minimum = _load_pairs(record, index, keep, K, MASKED, ASM)
-    total = raw[b * K.groups] * scale.to(tl.float32)[:, :, None] + minimum.to(tl.float32)[:, :, None] * sums[0]
+    scale, minimum = _token_meta(record, row + b * T.stride, 0, keep, K, MASKED, ASM)
+    total = raw[b * K.groups] * scale
+    if K.terms == 2:
+        total += minimum * sums[0]
     for g in tl.static_range(1, known(K.groups)):
-        scale, minimum = _load_pairs(record, index + g, keep, K, MASKED, ASM)
-        total += raw[b * K.groups + g] * scale.to(tl.float32)[:, :, None] + minimum.to(tl.float32)[:, :, None] * sums[g]
+        scale, minimum = _token_meta(record, row + b * T.stride, g, keep, K, MASKED, ASM)
+        total += raw[b * K.groups + g] * scale
+        if K.terms == 2:
+            total += minimum * sums[g]
     return total
 
 
 @triton.jit
-def _scores_by_channel(record, row, keep, operands, K: tl.constexpr, T: tl.constexpr, ASM: tl.constexpr):
+def _scores_by_channel(
+    record, row, keep, operands, book, K: tl.constexpr, T: tl.constexpr, MASKED: tl.constexpr, ASM: tl.constexpr
+):
     """Axis channel: every token group of the tile has its own scaled query."""
     scaled = ()
     start = ()
@@ -197,10 +240,16 @@ def _scores_by_channel(record, row, keep, operands, K: tl.constexpr, T: tl.const
         scores = scores + (start[_token_group(K, T, b) * K.parts + b // _row_blocks(K, T)],)
     for s in tl.static_range(_row_blocks(K, T)):
         for c in tl.static_range(known(K.blocks)):
-            planes = _load_planes(record, row + s * T.stride, c * K.block, keep[s], K, False, False, ASM)
+            planes = _load_planes(record, row + s * T.stride, c * K.block, keep[s], book, K, False, False, ASM)
             for f in tl.static_range(known(K.fields)):
                 own = scaled[_token_group(K, T, _block_of(K, T, f, s))]
                 scores = _dot_into(scores, _block_of(K, T, f, s), planes[f], own[f % K.chunks * K.blocks + c])
+    if K.norm_offset >= 0:
+        lengths = ()
+        for b in tl.static_range(known(T.blocks)):
+            norm = load_norm(record, row + b * T.stride, keep[b], K, MASKED)
+            lengths = lengths + (scores[b] * norm[:, :, None],)
+        return lengths
     return scores
 
 
@@ -213,17 +262,20 @@ def _scaled_query(record, operands, group: tl.constexpr, K: tl.constexpr, T: tl.
     for chunk in tl.static_range(known(K.chunks)):
         for c in tl.static_range(known(K.blocks)):
             channel = channels_of(chunk, c, K)[None, :]
-            scale, minimum = _load_pairs(record, group * K.head_dim + channel, channel, K, False, ASM)
+            scale, minimum = load_meta(record, group * K.head_dim + channel, channel, K, False, ASM)
             q = operands[chunk * K.blocks + c]
-            own = own + (q * scale[:, :, None],)
-            # Summed by a product, so that scale and minimum are wanted in one arrangement and loaded once.
-            offset = tl.dot(ones, q * minimum[:, :, None], offset)
+            own = own + ((q * scale[:, :, None]).to(tl.float16),)
+            if K.terms == 2:
+                # Summed by a product, so that scale and minimum are wanted in one arrangement and loaded once.
+                offset = tl.dot(ones, q * minimum[:, :, None], offset)
     return own, offset
 
 
 @triton.jit
 def _less_biases(offset, own, part: tl.constexpr, K: tl.constexpr, T: tl.constexpr):
     """The offset minus the bias sums of one part's fields, [W, R, H]."""
+    if K.kind == "book":
+        return offset
     for chunk in tl.static_range(known(K.chunks)):
         bias = tl.full([T.warps, T.rows, K.block], -bias_of(K, part * K.chunks + chunk), tl.float16)
         for c in tl.static_range(known(K.blocks)):
@@ -253,7 +305,7 @@ def softmax_step(state, scores, kappa, shift, T: tl.constexpr, ASM: tl.constexpr
 
 
 @triton.jit
-def add_packed_values(state, record, row, keep, shrink, weights, V: tl.constexpr, T: tl.constexpr, MASKED: tl.constexpr, ASM: tl.constexpr):
+def add_packed_values(state, record, row, keep, shrink, weights, book, V: tl.constexpr, T: tl.constexpr, MASKED: tl.constexpr, ASM: tl.constexpr):
     """Add one tile's weighted values to (offsets, biases, sums).
 
     offsets  by channel group, [W, 8, H]: sum of weights times minimum.
@@ -263,26 +315,28 @@ def add_packed_values(state, record, row, keep, shrink, weights, V: tl.constexpr
     offsets, biases, sums = state
     sums = scaled(sums, shrink)
     if V.by_channel:
-        return offsets, biases, _values_by_channel(sums, record, row, keep, weights, V, T, ASM)
+        return offsets, biases, _values_by_channel(sums, record, row, keep, weights, book, V, T, MASKED, ASM)
     else:
         rounded = ()
-        if V.kind == "affine":
+        if V.terms == 2:
             offsets = scaled(offsets, shrink)
+        if V.kind == "affine":
             biases = scaled(biases, shrink)
         for b in tl.static_range(known(T.blocks)):
             rows = _bias_rows(V, b // _row_blocks(V, T), T)
             for g in tl.static_range(known(V.groups)):
                 p = weights[b]
+                if V.scaled:
+                    scale, minimum = _token_meta(record, row + b * T.stride, g, keep[b], V, MASKED, ASM)
+                    if V.terms == 2:
+                        offsets = add(offsets, g, _token_sum(p * minimum))
+                    p = p * scale
                 if V.kind == "affine":
-                    index = (row + b * T.stride) * V.groups + g
-                    scale, minimum = _load_pairs(record, index, keep[b], V, MASKED, ASM)
-                    offsets = add(offsets, g, _token_sum(p * minimum.to(tl.float32)[:, :, None]))
-                    p = p * scale.to(tl.float32)[:, :, None]
                     biases = _dot_into(biases, g, rows, p.to(tl.float16))
                 rounded = rounded + (p.to(tl.float16),)
         for s in tl.static_range(_row_blocks(V, T)):
             for c in tl.static_range(known(V.blocks)):
-                planes = _load_planes(record, row + s * T.stride, c * V.block, keep[s], V, _reads_masked(V, MASKED), True, ASM)
+                planes = _load_planes(record, row + s * T.stride, c * V.block, keep[s], book, V, _reads_masked(V, MASKED), True, ASM)
                 for f in tl.static_range(known(V.fields)):
                     p = rounded[_block_of(V, T, f, s) * V.groups + group_of(V, f % V.chunks, c)]
                     sums = _dot_into(sums, f % V.chunks * V.blocks + c, planes[f], p)
@@ -306,17 +360,22 @@ def _bias_rows(V: tl.constexpr, part: tl.constexpr, T: tl.constexpr):
 
 
 @triton.jit
-def _values_by_channel(sums, record, row, keep, weights, V: tl.constexpr, T: tl.constexpr, ASM: tl.constexpr):
+def _values_by_channel(
+    sums, record, row, keep, weights, book, V: tl.constexpr, T: tl.constexpr, MASKED: tl.constexpr, ASM: tl.constexpr
+):
     """Axis channel: a block's product is finished with its own scales before it is added."""
     rounded = ()
     totals = ()
     for b in tl.static_range(known(T.blocks)):
-        p = weights[b].to(tl.float16)
+        p = weights[b]
+        if V.norm_offset >= 0:
+            p = p * load_norm(record, row + b * T.stride, keep[b], V, MASKED)[:, :, None]
+        p = p.to(tl.float16)
         rounded = rounded + (p,)
         totals = totals + (tl.sum(p.to(tl.float32), 1, keep_dims=True),)
     for s in tl.static_range(_row_blocks(V, T)):
         for c in tl.static_range(known(V.blocks)):
-            planes = _load_planes(record, row + s * T.stride, c * V.block, keep[s], V, False, True, ASM)
+            planes = _load_planes(record, row + s * T.stride, c * V.block, keep[s], book, V, False, True, ASM)
             for f in tl.static_range(known(V.fields)):
                 own = _scaled_product(record, planes[f], rounded, totals, _block_of(V, T, f, s), f, c, V, T, ASM)
                 sums = add(sums, f % V.chunks * V.blocks + c, own)
@@ -328,6 +387,9 @@ def _scaled_product(record, plane, rounded, totals, b: tl.constexpr, f: tl.const
     """Weighted sum of one plane's values, [W, C, H], axis channel."""
     channel = channels_of(f % V.chunks, c, V)[None, :]
     index = _token_group(V, T, b) * V.head_dim + channel
-    scale, minimum = _load_pairs(record, index, channel, V, False, ASM)
+    scale, minimum = load_meta(record, index, channel, V, False, ASM)
     start = tl.broadcast_to(totals[b] * -bias_of(V, f), [T.warps, V.block, totals[b].shape[2]])
-    return tl.dot(plane, rounded[b], start) * scale.to(tl.float32)[:, :, None] + totals[b] * minimum.to(tl.float32)[:, :, None]
+    product = tl.dot(plane, rounded[b], start) * scale.to(tl.float32)[:, :, None]
+    if V.terms == 2:
+        product += totals[b] * minimum.to(tl.float32)[:, :, None]
+    return product

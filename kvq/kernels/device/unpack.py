@@ -5,13 +5,13 @@ import triton.language as tl
 
 from kvq.kernels.device.bits import bias_of, known, unpack
 from kvq.kernels.device.pack import PACK_ROWS
-from kvq.kernels.device.tile import channels_of, group_of
+from kvq.kernels.device.tile import channels_of, group_of, load_meta, load_norm
 
 
-@triton.jit(do_not_specialize=["table_stride"])
+@triton.jit(do_not_specialize=["table_stride", "book"])
 def unpack_pages(
     pool, table, lengths, channel_factor, out,
-    out_batch_stride, out_head_stride, out_token_stride, table_stride, page_stride, static_scale,
+    out_batch_stride, out_head_stride, out_token_stride, table_stride, page_stride, static_scale, book,
     S: tl.constexpr, RECORD: tl.constexpr, FACTOR: tl.constexpr, ASM: tl.constexpr,
 ):
     """Grid (blocks of PACK_ROWS rows over all pages, B, KV heads): one side to out [B, KV heads, tokens, head_dim].
@@ -37,23 +37,25 @@ def unpack_pages(
             at = S.words_offset // 2 + row[:, None] * S.row_words + w * S.width + container[None, :]
             keep = (row < S.rows)[:, None] & (container < S.width)[None, :]
             words = words + (tl.load(record.to(tl.pointer_type(tl.int16)) + at, mask=keep, other=0),)
-        planes = unpack(words, S, ASM)
+        planes = unpack(words, book, S, ASM)
         for f in tl.static_range(known(S.fields)):
             channel = channels_of(f % S.chunks, c, S)
             inside = f // S.chunks * S.rows + row
             token = page * S.page_tokens + inside
             keep = ((row < S.rows) & (token < length))[:, None] & (channel < S.head_dim)[None, :]
-            x = planes[f].to(tl.float32)
-            if S.kind == "e4m3":
-                x = x * static_scale
-            else:
+            x = planes[f].to(tl.float32) - bias_of(S, f)
+            if S.terms > 0:
                 if S.by_channel:
                     at = (inside // S.group * S.head_dim)[:, None] + channel[None, :]
                 else:
                     at = (inside * S.groups + group_of(S, f % S.chunks, c))[:, None] + tl.zeros_like(channel)[None, :]
-                halves = record.to(tl.pointer_type(tl.float16)) + S.meta_offset // 2 + 2 * at
-                scale = tl.load(halves, mask=keep, other=0.0).to(tl.float32)
-                x = (x - bias_of(S, f)) * scale + tl.load(halves + 1, mask=keep, other=0.0).to(tl.float32)
+                scale, minimum = load_meta(record, at, keep, S, True, ASM)
+                x = x * scale.to(tl.float32)
+                if S.terms == 2:
+                    x += minimum.to(tl.float32)
+            if S.norm_offset >= 0:
+                x = x * load_norm(record, inside, (row < S.rows) & (token < length), S, True)[:, None]
+            x = x * static_scale
             if FACTOR:
                 x = x * tl.load(channel_factor + head * S.head_dim + channel, mask=channel < S.head_dim, other=0.0)[None, :]
             at = token.to(tl.int64)[:, None] * out_token_stride + channel[None, :]
