@@ -3,8 +3,9 @@
 An artefact belongs to one layer and side and is named ``layers.{i}.{side}.{what}``; ``what`` starts with the part that
 reads it, such as ``scale`` of calibrated float8.
 
-    scale   [] float64: absmax over all heads and channels / 448, and 1.0 where the absolute maximum is 0. It is what a
-            stored 1.0 stands for, one per layer and side: the convention of serving engines.
+    scale          [] float64: absmax over all heads and channels / 448, and 1.0 where the absolute maximum is 0. It is
+                   what a stored 1.0 stands for, one per layer and side: the convention of serving engines.
+    transforms.*   what the transforms of the side need (``kvq.transforms.KINDS``), by their place in the chain.
 """
 
 import math
@@ -14,9 +15,11 @@ import torch
 
 from kvq.calib.stats import LayerStats, Stats
 from kvq.errors import DataError
-from kvq.models.describe import ModelSpec
+from kvq.models.describe import LayerSpec, ModelSpec
 from kvq.quantizers.float8 import E4M3_MAX
 from kvq.recipe import Recipe
+from kvq.specs import TransformSpec
+from kvq.transforms import needed_tensors
 
 SIDES = ("key", "value")
 
@@ -28,7 +31,11 @@ def artefact_name(layer: int, side: str, what: str) -> str:
 
 def needed_artefacts(recipe: Recipe, model: ModelSpec) -> dict[str, tuple[int, ...]]:
     """Shapes by name of the artefacts that a recipe reads on this model; empty for a recipe without calibration."""
-    return {artefact_name(layer.index, side, what): shape for layer, side, what, shape, _ in _needed(recipe, model)}
+    needed = {artefact_name(layer.index, side, what): shape for layer, side, what, shape, _ in _needed(recipe, model)}
+    for layer, side, specs in _transforms(recipe, model):
+        for what, shape in needed_tensors(specs, layer.kv_heads, layer.head_dim).items():
+            needed[artefact_name(layer.index, side, what)] = shape
+    return needed
 
 
 def fit_artefacts(recipe: Recipe, model: ModelSpec, stats: Stats) -> dict[str, torch.Tensor]:
@@ -44,6 +51,15 @@ def fit_artefacts(recipe: Recipe, model: ModelSpec, stats: Stats) -> dict[str, t
             )
         found[artefact_name(layer.index, side, what)] = fit(stats.layers[layer.index], layer.index, side)
     return found
+
+
+def _transforms(recipe: Recipe, model: ModelSpec) -> Iterator[tuple[LayerSpec, str, tuple[TransformSpec, ...]]]:
+    """(layer, side, steps) of every chain; the heads of a layer share theirs."""
+    for layer in model.full_layers:
+        spec = recipe.for_head(layer.index, 0, len(model.layers))
+        for side in SIDES:
+            if not spec.is_exact and getattr(spec.transforms, side):
+                yield layer, side, getattr(spec.transforms, side)
 
 
 def check_artefacts(tensors: Mapping[str, torch.Tensor], needed: Mapping[str, tuple[int, ...]]) -> str | None:

@@ -1,15 +1,14 @@
-"""Write an export: the model's own weights, untouched, beside what kvq adds.
+"""Write an export: the model's weights, beside what kvq adds.
 
-No weight is read into memory: shards are hard-linked where the file system can, else copied. The folder appears whole
-or not at all (``kvq.export.atomic``), and the same inputs give the same bytes.
+Weights are untouched, or have taken over the first transforms of the recipe (``kvq.transforms.plan``). Untouched files
+are hard-linked where the file system can, else copied; changed ones are streamed (``kvq.export.shards``). The folder
+appears whole or not at all (``kvq.export.atomic``), and the same inputs give the same bytes.
 """
 
 import errno
 import hashlib
 import json
-import os
 import re
-import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -21,15 +20,20 @@ import torch
 from kvq.cache import CachePlan, make_plan
 from kvq.calib.artefacts import fit_artefacts, needed_artefacts
 from kvq.calib.stats import Stats
-from kvq.errors import CheckpointError
+from kvq.errors import CheckpointError, suggest
 from kvq.export.atomic import recover, whole_folder
 from kvq.export.card import licence_of, model_card
+from kvq.export.check import check_folds
 from kvq.export.checkpoint import QUANT_METHOD, build_config, provenance_of, shard_index, side_files, to_json
+from kvq.export.folding import fold_lines, is_folded, plan_of_folds, refuse_second_fold
 from kvq.export.memory import memory_plan
+from kvq.export.plain import plain_contents, refuse_not_plain
+from kvq.export.shards import place_weights
 from kvq.models.builtin import BUILTIN, MODEL_NAME
 from kvq.models.describe import ModelSpec, describe
-from kvq.models.resolve import INDEX_FILE, check_weights, load_config, resolve_model, weights_fingerprint
+from kvq.models.resolve import INDEX_FILE, load_config, resolve_model, weights_fingerprint
 from kvq.recipe import Recipe, load_recipe
+from kvq.transforms.plan import FoldPlan
 
 # Files of the base model that belong to it beside the weights. Everything else in a folder (other formats, code,
 # training state) stays behind.
@@ -38,12 +42,19 @@ _COMPANIONS = (
     "tekken.json", "*.model", "*.tiktoken", "chat_template*", "additional_chat_templates/*", "*processor*.json",
     "LICENSE*", "NOTICE*", "USE_POLICY*",
 )  # fmt: skip
+TARGETS = ("hf", "plain")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportResult:
-    """What an export wrote. ``path``: the folder; ``linked``/``copied``: weight files by how they came there."""
+    """What an export wrote.
+
+    path                     the folder; ``target``: ``hf`` or ``plain``.
+    linked, copied, folded   weight files by how they came there.
+    folds                    what became of the transforms, one line for layers that are alike.
+    check                    logits of original and folded weights compared (``kvq.export.check``); None without folds.
+    """
 
     path: str
     recipe: str
@@ -54,6 +65,10 @@ class ExportResult:
     linked: int
     copied: int
     files: tuple[str, ...]
+    target: str = "hf"
+    folded: int = 0
+    folds: tuple[str, ...] = ()
+    check: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -67,33 +82,51 @@ def export(
     stats: Stats | str | Path | None = None,
     force: bool = False,
     base_name: str | None = None,
+    target: str = "hf",
+    fold: bool = True,
 ) -> ExportResult:
     """Write ``model`` with ``recipe`` to the new folder ``out``.
 
     model       ``builtin``, a folder or a hub id, as ``kvq.models.resolve.resolve_model`` takes it.
-    stats       statistics or their file; needed by calibrated float8 only.
+    stats       statistics or their file, for recipes that need them.
     force       replace an export that is already there; nothing else is ever replaced.
     base_name   name of the base model in card and provenance; by default the hub id or the folder's name.
+    target      ``hf``: a model whose cache kvq quantizes. ``plain``: an ordinary checkpoint of the base architecture,
+                with all transforms of the recipe in its weights and nothing else of kvq.
+    fold        False leaves the weights alone; transforms are then applied while the model runs.
 
-    Raises CheckpointError for a target or source that cannot be used and if writing fails (nothing is left then),
-    RecipeError, UnsupportedModelError or ModelNotFoundError as recipe, model and plan demand.
+    Raises CheckpointError for a target or source that cannot be used, for folds that change the model's logits, and if
+    writing fails (nothing is left then), RecipeError, UnsupportedModelError or ModelNotFoundError as recipe, model and
+    plan demand.
     """
+    if target not in TARGETS:
+        raise CheckpointError(f"unknown export target {target!r}.{suggest(target, TARGETS)}")
     recipe = load_recipe(recipe)
-    source, target = resolve_model(model).resolve(), Path(out).expanduser().resolve()
+    source, folder = resolve_model(model).resolve(), Path(out).expanduser().resolve()
     config = _source_config(source)
     spec = describe(load_config(source))
     fingerprint = weights_fingerprint(source)
     artefacts, origin = _artefacts(stats, recipe, spec, fingerprint)
     plan = make_plan(recipe, spec, artefacts)
+    folds = plan_of_folds(plan, source) if fold or target == "plain" else FoldPlan()
+    if target == "plain":
+        refuse_not_plain(plan, folds)
+    refuse_second_fold(config, folds)
     provenance = provenance_of(
         plan, base_name=base_name or _base_name(model, source), weights_fingerprint=fingerprint, stats=origin
     )
     try:
-        recover(target)
-        _check_target(target, source, force)
-        contents = _contents(source, config, plan, artefacts, provenance)
-        with whole_folder(target, replace=force) as work:
-            linked, copied = _place_weights(source, work)
+        recover(folder)
+        _check_target(folder, source, force)
+        check = check_folds(source, folds.operations, spec.dtype) if folds.operations else None
+        plan = make_plan(recipe, spec, artefacts, folds.folded)
+        with whole_folder(folder, replace=force) as work:
+            counts = place_weights(source, work, folds.operations)
+            weights = weights_fingerprint(work) if folds.operations else fingerprint
+            if target == "plain":
+                contents = plain_contents(source, config, _companions(source), plan, check, provenance)
+            else:
+                contents = _contents(source, config, plan, artefacts, provenance, weights)
             for name, content in contents.items():
                 (work / name).parent.mkdir(exist_ok=True)
                 (work / name).write_bytes(content)
@@ -105,16 +138,18 @@ def export(
         recipe=recipe.name,
         recipe_hash=recipe.hash,
         model_fingerprint=spec.fingerprint,
-        weights_fingerprint=fingerprint,
+        weights_fingerprint=weights,
         bits_per_element=plan.bits_per_element,
-        linked=linked,
-        copied=copied,
+        **counts,
         files=files,
+        target=target,
+        folds=tuple(fold_lines(plan, folds)),
+        check=check.to_dict() if check else None,
     )
 
 
 def is_export(folder: Path) -> bool:
-    """True if a folder's config.json says that kvq exported it."""
+    """True if a folder's config.json says that kvq exported it, to run with kvq."""
     try:
         config = json.loads((folder / "config.json").read_bytes())
         return config["quantization_config"]["quant_method"] == QUANT_METHOD
@@ -152,7 +187,7 @@ def _check_target(target: Path, source: Path, force: bool) -> None:
         return
     if not force:
         raise CheckpointError(f"output {str(target)!r} exists: choose another folder, or replace it with --force.")
-    if not target.is_dir() or (any(target.iterdir()) and not is_export(target)):
+    if not target.is_dir() or (any(target.iterdir()) and not (is_export(target) or is_folded(target))):
         raise CheckpointError(
             f"output {str(target)!r} exists and is no kvq export, so --force does not replace it: choose another "
             "folder, or remove it yourself."
@@ -188,23 +223,26 @@ def _base_name(model: str | Path, source: Path) -> str:
     return text if is_hub_id else source.name
 
 
+def _companions(source: Path) -> dict[str, bytes]:
+    """Files of the base model that belong to it beside the weights, by name."""
+    files = [file for pattern in _COMPANIONS for file in sorted(source.glob(pattern)) if file.is_file()]
+    return {str(file.relative_to(source)): file.read_bytes() for file in files}
+
+
 def _contents(
     source: Path,
     config: Mapping[str, Any],
     plan: CachePlan,
     artefacts: Mapping[str, torch.Tensor],
     provenance: dict[str, Any],
+    weights: str,
 ) -> dict[str, bytes]:
     """Every file of the export except the weights, by name."""
-    contents = {}
-    for pattern in _COMPANIONS:
-        for file in sorted(source.glob(pattern)):
-            if file.is_file():
-                contents[str(file.relative_to(source))] = file.read_bytes()
+    contents = _companions(source)
     if "generation_config.json" in contents:
         contents["generation_config.json"] = _own_cache(contents["generation_config.json"])
     side = side_files(plan, artefacts, provenance)
-    ours = build_config(plan, weights_fingerprint=provenance["weights_fingerprint"], files=side, copied=tuple(contents))
+    ours = build_config(plan, weights_fingerprint=weights, files=side, copied=tuple(contents))
     plain = {key: value for key, value in config.items() if key != "cache_implementation"}
     contents["config.json"] = to_json({**plain, "quantization_config": ours})
     contents[INDEX_FILE] = shard_index(source)
@@ -223,21 +261,6 @@ def _own_cache(content: bytes) -> bytes:
             "generation_config.json is not readable JSON: copy or download the model again."
         ) from None
     return to_json({k: v for k, v in data.items() if k not in ("cache_implementation", "cache_config")})
-
-
-def _place_weights(source: Path, work: Path) -> tuple[int, int]:
-    """Link or copy the shards; returns how many of each."""
-    linked = copied = 0
-    for file in check_weights(source):
-        # The hub cache holds symbolic links, and a hard link to one of those would not outlive the cache.
-        real = file.resolve()
-        try:
-            os.link(real, work / file.name)
-            linked += 1
-        except OSError:
-            shutil.copyfile(real, work / file.name)
-            copied += 1
-    return linked, copied
 
 
 def _write_error(error: OSError, out: str | Path) -> CheckpointError:

@@ -61,7 +61,7 @@ class AffineCodec:
         meta is [..., T, head_dim / group, 2] for axis token and [..., T / group, head_dim, 2] for axis channel.
         Raises DataError if x holds NaN, infinity or numbers outside fp16 (checked where it costs no device sync).
         """
-        grouped, dim = self._grouped(x)
+        grouped, dim = self.grouped(x)
         low, high = torch.aminmax(grouped, dim=dim, keepdim=True)
         if self.clip < 1:
             cut = (high - low) * ((1 - self.clip) / 2)
@@ -81,11 +81,11 @@ class AffineCodec:
 
     def decode(self, encoded: Encoded, dtype: torch.dtype) -> torch.Tensor:
         """Return the numbers that codes and meta stand for, [..., T, head_dim]."""
-        grouped, dim = self._grouped(encoded.codes)
+        grouped, dim = self.grouped(encoded.codes)
         scale, minimum = encoded.sections["meta"].to(dtype).unsqueeze(dim - 1).unbind(-1)
         return torch.addcmul(minimum, grouped.to(dtype), scale).reshape(encoded.codes.shape)
 
-    def _grouped(self, x: torch.Tensor) -> tuple[torch.Tensor, int]:
+    def grouped(self, x: torch.Tensor) -> tuple[torch.Tensor, int]:
         """View x so that dimension ``dim`` runs over the numbers that share a scale."""
         lead, tokens = x.shape[:-2], x.shape[-2]
         if self.axis == "token":
