@@ -3,6 +3,7 @@
 from bisect import bisect_right
 from functools import lru_cache
 
+import numpy as np
 import torch
 
 from kvq.kernels import bits as bits_ops
@@ -34,6 +35,11 @@ class Arena:
         self.starts: list[int] = []
         self.pages = 0
         self.free: list[int] = []
+        self._addresses = np.empty(0, np.int64)
+
+    def __getstate__(self) -> dict:
+        # Copies and pickles have memory of their own.
+        return self.__dict__ | {"_addresses": np.empty(0, np.int64)}
 
     def allocate(self, count: int) -> list[int]:
         """Take ``count`` zeroed pages, neighbours wherever possible."""
@@ -99,6 +105,15 @@ class Arena:
         raw = views[section.shared][..., start : start + size]
         return raw.view(getattr(torch, section.dtype)).unflatten(-1, section.page_shape(self.layout.page_tokens))
 
+    def addresses(self, ids: list[int]) -> np.ndarray:
+        """Where the heads' records of pages start in memory, int64."""
+        if len(self._addresses) < self.pages:
+            record = self.kv_heads * self.layout.record_bytes
+            self._addresses = np.concatenate(
+                [slab.data_ptr() + record * np.arange(len(slab), dtype=np.int64) for slab in self.slabs]
+            )
+        return self._addresses[ids]
+
     def packed(self, tables: list[list[int]], side: str, codec: Codec) -> PackedKV:
         """The pages of several rows as one PackedKV with words [rows, kv_heads, pages, ...].
 
@@ -163,6 +178,7 @@ class Arena:
     def to(self, device: torch.device) -> None:
         """Move the slabs (offloading)."""
         self.device = device
+        self._addresses = np.empty(0, np.int64)
         self.slabs = [slab.to(device) for slab in self.slabs]
         self.shared = [slab.to(device) for slab in self.shared]
 

@@ -293,6 +293,11 @@ def packed_layers(cache) -> list[PackedLayer]:
     return [layer for layer in getattr(cache, "layers", ()) if isinstance(layer, PackedLayer)]
 
 
+def implementations(cache) -> list[str]:
+    """What attended to a cache's packed pages so far: ``compiled`` (numba, on the CPU), ``reference`` (torch)."""
+    return sorted({name for layer in packed_layers(cache) for store in layer.stores for name in store.ran})
+
+
 def cache_nbytes(cache) -> int:
     """Measured bytes of any transformers cache: packed storage and plain tensors."""
     total = 0

@@ -56,6 +56,8 @@ class HeadStore:
         self.tails = {side: Tail(rows) for side in SIDES}
         self.positions = Positions(rows) if group.rope else None
         self.recording = False
+        # What attended so far, for reports: "compiled" (numba), "reference" (torch).
+        self.ran: set[str] = set()
 
     def append(
         self,

@@ -52,7 +52,7 @@ def _load_export(folder):
 
 def cache_report(model, cache) -> dict[str, Any]:
     """What a filled cache holds: measured bytes, the same with 16-bit exact numbers, a 16-bit cache, and what ran."""
-    from kvq.cache import CachePlan, cache_nbytes
+    from kvq.cache import CachePlan, cache_nbytes, implementations
     from kvq.models.describe import describe
     from kvq.recipe import load_recipe
 
@@ -67,5 +67,11 @@ def cache_report(model, cache) -> dict[str, Any]:
         "fp16_bytes": plain.predicted_bytes(tokens, itemsize=2),
         "recipe": plan.recipe.name,
         "exact_dtype": str(model.dtype).removeprefix("torch."),
-        "implementation": f"{runtime.attention} attention, torch reference" if runtime else "DynamicCache",
+        "implementation": _implementation(runtime, implementations(cache)),
     }
+
+
+def _implementation(runtime, ran: list[str]) -> str:
+    if runtime is None:
+        return "DynamicCache"
+    return f"{runtime.attention} attention, {' and '.join(ran) or 'the prompt alone'}"
