@@ -167,8 +167,8 @@ def _refuse_inexact(transforms: Transforms, model: ModelSpec, index: int) -> Non
         }
         for reason in (reason for reason, applies in reasons.items() if applies):
             raise RecipeError(
-                f"transform 'shift' of {side}s is not exact for {model.model_type!r}, whose layer {index} has {reason}: "
-                "remove it from the recipe."
+                f"transform 'shift' of {side}s is not exact for {model.model_type!r}, whose layer {index} has "
+                f"{reason}: remove it from the recipe."
             )
 
 

@@ -66,8 +66,8 @@ model = AutoModelForCausalLM.from_pretrained("...")  # this folder, or its id on
 {transforms_table}
 
 Checked when it was exported, against `{base}` on {tokens} tokens: with weights in float32 the logits differ by at most
-{error:.1e} of the largest; rounded to {dtype}, KL {kl:.1e} nats a token, and {top1:.1%} of the tokens have the same most
-likely successor.
+{error:.1e} of the largest; rounded to {dtype}, KL {kl:.1e} nats a token, and {top1:.1%} of the tokens have the same
+most likely successor.
 
 ## Provenance
 
@@ -76,7 +76,7 @@ likely successor.
 
 
 def plain_card(plan: CachePlan, check, provenance: dict[str, Any], licence: dict[str, str]) -> str:
-    """The card of a plain export. ``check``: a ``kvq.export.check.FoldCheck``."""
+    """The card of a plain export. ``check``: a ``kvq.export.fold_check.FoldCheck``."""
     base = provenance["base_model"]
     front = {
         "base_model": base,

@@ -51,8 +51,9 @@ FIELDS = {
     "weights_fingerprint": str,
     "files": dict,
     "copied": list,
-    "folded": dict,
 }
+# Only where there is something to say: by layer and side, how many transforms the weights have taken over.
+OPTIONAL_FIELDS = {"folded": dict}
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _EXPORT_AGAIN = "copy the whole folder again, or repeat 'kvq export'"
 
@@ -111,8 +112,13 @@ def build_config(
         "weights_fingerprint": weights_fingerprint,
         "files": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
         "copied": sorted(copied),
-        "folded": {str(index): dict(sides) for index, sides in sorted(plan.folded.items())},
+        **_folded_field(plan),
     }
+
+
+def _folded_field(plan: CachePlan) -> dict[str, Any]:
+    folded = {str(index): dict(sides) for index, sides in sorted(plan.folded.items())}
+    return {"folded": folded} if folded else {}
 
 
 def check_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -133,12 +139,12 @@ def check_config(config: Mapping[str, Any]) -> dict[str, Any]:
             f"{SCHEMA_VERSION}: install the kvq that wrote it, or export again."
         )
     for name in config:
-        if name not in FIELDS:
+        if name not in FIELDS | OPTIONAL_FIELDS:
             raise CheckpointError(
                 f"quantization_config has the unknown field {name!r}, written by kvq {writer} (this is {__version__}): "
                 "install the kvq that wrote it, or export again."
             )
-    for name, kind in FIELDS.items():
+    for name, kind in (FIELDS | {k: v for k, v in OPTIONAL_FIELDS.items() if k in config}).items():
         if type(config.get(name)) is not kind:
             what = "lacks" if name not in config else f"has {config[name]!r} as"
             raise CheckpointError(f"quantization_config {what} {name!r}, a {kind.__name__}: {_EXPORT_AGAIN}.")
@@ -205,7 +211,7 @@ def plan_of(config: Mapping[str, Any], files: Mapping[str, bytes], spec: ModelSp
             "that was exported with it, or export this model."
         )
     artefacts = _read_artefacts(files[ARTEFACTS], needed_artefacts(recipe, spec))
-    return make_plan(recipe, spec, artefacts, _folded(config["folded"], recipe, spec))
+    return make_plan(recipe, spec, artefacts, _folded(config.get("folded", {}), recipe, spec))
 
 
 def _folded(data: Mapping[str, Any], recipe: Recipe, spec: ModelSpec) -> dict[int, dict[str, int]]:

@@ -23,8 +23,8 @@ from kvq.calib.stats import Stats
 from kvq.errors import CheckpointError, suggest
 from kvq.export.atomic import recover, whole_folder
 from kvq.export.card import licence_of, model_card
-from kvq.export.check import check_folds
 from kvq.export.checkpoint import QUANT_METHOD, build_config, provenance_of, shard_index, side_files, to_json
+from kvq.export.fold_check import check_folds
 from kvq.export.folding import fold_lines, is_folded, plan_of_folds, refuse_second_fold
 from kvq.export.memory import memory_plan
 from kvq.export.plain import plain_contents, refuse_not_plain
@@ -42,7 +42,7 @@ _COMPANIONS = (
     "tekken.json", "*.model", "*.tiktoken", "chat_template*", "additional_chat_templates/*", "*processor*.json",
     "LICENSE*", "NOTICE*", "USE_POLICY*",
 )  # fmt: skip
-TARGETS = ("hf", "plain")
+TARGETS = ("kvq", "plain")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -50,10 +50,10 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 class ExportResult:
     """What an export wrote.
 
-    path                     the folder; ``target``: ``hf`` or ``plain``.
+    path                     the folder; ``target``: ``kvq`` or ``plain``.
     linked, copied, folded   weight files by how they came there.
     folds                    what became of the transforms, one line for layers that are alike.
-    check                    logits of original and folded weights compared (``kvq.export.check``); None without folds.
+    check                    original and folded logits compared (``kvq.export.fold_check``); None without folds.
     """
 
     path: str
@@ -65,7 +65,7 @@ class ExportResult:
     linked: int
     copied: int
     files: tuple[str, ...]
-    target: str = "hf"
+    target: str = "kvq"
     folded: int = 0
     folds: tuple[str, ...] = ()
     check: dict[str, Any] | None = None
@@ -82,7 +82,7 @@ def export(
     stats: Stats | str | Path | None = None,
     force: bool = False,
     base_name: str | None = None,
-    target: str = "hf",
+    target: str = "kvq",
     fold: bool = True,
 ) -> ExportResult:
     """Write ``model`` with ``recipe`` to the new folder ``out``.
@@ -91,7 +91,7 @@ def export(
     stats       statistics or their file, for recipes that need them.
     force       replace an export that is already there; nothing else is ever replaced.
     base_name   name of the base model in card and provenance; by default the hub id or the folder's name.
-    target      ``hf``: a model whose cache kvq quantizes. ``plain``: an ordinary checkpoint of the base architecture,
+    target      ``kvq``: a model whose cache kvq quantizes. ``plain``: an ordinary checkpoint of the base architecture,
                 with all transforms of the recipe in its weights and nothing else of kvq.
     fold        False leaves the weights alone; transforms are then applied while the model runs.
 

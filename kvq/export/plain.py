@@ -12,8 +12,8 @@ from kvq import __version__
 from kvq.cache import CachePlan
 from kvq.errors import RecipeError
 from kvq.export.card import licence_of, plain_card
-from kvq.export.check import FoldCheck
 from kvq.export.checkpoint import shard_index, to_json
+from kvq.export.fold_check import FoldCheck
 from kvq.export.folding import FOLDED
 from kvq.models.resolve import INDEX_FILE
 from kvq.transforms.plan import FoldPlan

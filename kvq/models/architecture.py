@@ -189,7 +189,7 @@ def _describe_layer(config, index: int, readers: dict[int, tuple[str, torch.nn.M
 
 
 def _is_rotary(config, module: torch.nn.Module) -> bool:
-    if getattr(module, "use_rope", True) is False:
+    if not getattr(module, "use_rope", True):
         return False
     return not _UNROTATED.get(config.model_type, lambda module: False)(module)
 
@@ -313,7 +313,9 @@ def _probe_norm(name: str, meta: torch.nn.Module, size: int) -> Norm:
             rotates = torch.allclose(norm(x).double() @ turn, norm(x @ turn).double(), atol=1e-4)
             return Norm(weight=None, bias=None, offset=0, shared=True, rotates=rotates)
         given = torch.rand(weight.shape, dtype=torch.float64, generator=generator) + 0.5
-        zero, one, some = (_norm_with(norm, w, shaped) for w in (torch.zeros_like(given), torch.ones_like(given), given))
+        zero, one, some = (
+            _norm_with(norm, w, shaped) for w in (torch.zeros_like(given), torch.ones_like(given), given)
+        )
     except (RuntimeError, TypeError, ValueError):
         return opaque
     for offset in (0, 1):

@@ -130,12 +130,22 @@ def _tabulate(module, arguments: dict[str, Any], count: int, dtype: torch.dtype)
 
 
 def _probed(module, apply, arguments, cos: torch.Tensor, sin: torch.Tensor) -> Rope:
-    channels = cos.shape[-1]
+    channels = _rotated_channels(apply, cos, sin)
     x = torch.randn(1, 2, len(cos), channels, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     out = _apply(apply, x, cos[None], sin[None])
     factor = float(out.square().sum() / x.square().sum())
     factor = 1.0 if abs(factor - 1) < 1e-6 else factor
     return Rope(module=module, apply=apply, arguments=arguments, channels=channels, factor=factor, table={})
+
+
+def _rotated_channels(apply, cos: torch.Tensor, sin: torch.Tensor) -> int:
+    """As many as cos has, or twice as many in families whose cos has one number a pair."""
+    width = cos.shape[-1]
+    try:
+        _apply(apply, cos.new_zeros(1, 2, len(cos), width), cos[None], sin[None])
+        return width
+    except RuntimeError:
+        return 2 * width
 
 
 def _check_inverse(rope: Rope, name: str) -> None:
@@ -150,7 +160,8 @@ def _apply(apply, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torc
     """The model's function on keys alone; it takes queries and keys, or one tensor."""
     first = list(inspect.signature(apply).parameters)[:2]
     if first[1] in ("k", "key", "key_states"):
-        return apply(x, x, cos, sin)[1]
+        # One head stands for the queries, whose result is not wanted.
+        return apply(x[:, :1], x, cos, sin)[1]
     return apply(x, cos, sin)
 
 

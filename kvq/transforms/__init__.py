@@ -20,7 +20,17 @@ from kvq.transforms.smooth import fit_smooth
 from kvq.transforms.spectral import fit_spectral
 from kvq.transforms.steps import Diagonal, Matrix, Pairs, Shift
 
-__all__ = ["KINDS", "Chain", "Hadamard", "RopeBias", "RopeOffset", "Step", "build_chain", "hadamard_matrix", "needed_tensors"]
+__all__ = [
+    "KINDS",
+    "Chain",
+    "Hadamard",
+    "RopeBias",
+    "RopeOffset",
+    "Step",
+    "build_chain",
+    "hadamard_matrix",
+    "needed_tensors",
+]
 
 
 @dataclass(frozen=True, kw_only=True)

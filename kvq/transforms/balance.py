@@ -56,6 +56,5 @@ def _output_moment(evidence: Evidence) -> torch.Tensor:
     """Sum over a KV head's query heads of W_o^T W_o, [K, D, D]."""
     if evidence.output is None:
         raise DataError("'balance' of values needs the weights of the model: fit it beside its checkpoint.")
-    heads = evidence.sample.key.shape[1]
-    blocks = evidence.output.double().unflatten(0, (heads, -1))
+    blocks = evidence.output.double().unflatten(0, (evidence.heads, -1))
     return torch.einsum("kgnd,kgne->kde", blocks, blocks)

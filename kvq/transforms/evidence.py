@@ -1,10 +1,10 @@
 """What a step's numbers are chosen from: measured keys, values and queries of one layer, as the step will see them.
 
-Shape letters: W windows of text, K KV heads, H query heads, G = H / K, T tokens, D head dimension.
+Shape letters: K KV heads, H query heads, G = H / K, T tokens, D head dimension.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -14,18 +14,22 @@ from kvq.transforms.chain import Chain
 
 
 @dataclass(frozen=True, eq=False)
-class Sample:
-    """Contiguous windows of one layer's queries [W, H, T, D] and keys and values [W, K, T, D], after RoPE."""
+class Window:
+    """One text's queries [H, T, D], keys and values [K, T, D], after RoPE, from its first token on."""
 
     query: torch.Tensor
     key: torch.Tensor
     value: torch.Tensor
 
     def grouped(self, name: str) -> torch.Tensor:
-        """All tokens by KV head, [K, n, D] float64; the queries of a group count as tokens of their KV head."""
-        x = getattr(self, name).double()
-        heads = self.key.shape[1]
-        return x.unflatten(1, (heads, -1)).permute(1, 0, 2, 3, 4).flatten(1, 3)
+        """Tokens by KV head, [K, n, D]; the queries of a group count as tokens of their KV head."""
+        return getattr(self, name).unflatten(0, (self.key.shape[0], -1)).flatten(1, 2)
+
+    def moved(self, functions: Mapping[str, Callable]) -> "Window":
+        """Apply functions of [K, n, D] to some of the three."""
+        tokens = self.key.shape[1]
+        changed = {name: function(self.grouped(name)) for name, function in functions.items()}
+        return replace(self, **{name: x.unflatten(1, (-1, tokens)).flatten(0, 1) for name, x in changed.items()})
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,9 +62,9 @@ class Measured:
 class Evidence:
     """One layer, seen from one side (``key`` or ``value``).
 
-    sample     windows of text, with the steps before the one in question applied.
+    windows    of text, with the steps before the one in question applied.
     given      measurements over more text than the sample, by ``query``, ``key``, ``value``, ``weighted`` (values as
-               attention weighs them); what is missing is measured on the sample.
+               attention weighs them); what is missing is measured on the windows.
     codec      the side's codec, with which candidates are tried.
     scaling    what the model multiplies logits with; softcap: its logit softcap.
     partner    [D]: the other channel of a rotary pair, the channel itself where there is none; second [D] bool: the
@@ -69,10 +73,11 @@ class Evidence:
     bias       [K, D]: bias of the key projection, before RoPE, or None.
     shared     one scale must serve all KV heads (a norm that they share stands between the projection and the cache).
     after      later steps that need no numbers (Hadamard), for trying candidates.
+    exact      first tokens that the recipe keeps exact.
     """
 
     side: str
-    sample: Sample
+    windows: tuple[Window, ...]
     codec: Codec
     scaling: float
     partner: torch.Tensor
@@ -82,62 +87,61 @@ class Evidence:
     output: torch.Tensor | None = None
     bias: torch.Tensor | None = None
     shared: bool = False
-    after: Chain = Chain()
+    after: Chain = field(default_factory=Chain)
+    exact: int = 0
+
+    @property
+    def heads(self) -> int:
+        """KV heads."""
+        return self.windows[0].key.shape[0]
+
+    def tokens(self, name: str) -> torch.Tensor:
+        """All tokens of the windows by KV head, [K, n, D] float64."""
+        return torch.cat([window.grouped(name) for window in self.windows], dim=1).double()
 
     @cached_property
     def key(self) -> Measured:
-        return self.given.get("key") or Measured.of(self.sample.grouped("key"))
+        return self.given.get("key") or Measured.of(self.tokens("key"))
 
     @cached_property
     def query(self) -> Measured:
-        return self.given.get("query") or Measured.of(self.sample.grouped("query"))
+        return self.given.get("query") or Measured.of(self.tokens("query"))
 
     @cached_property
     def value(self) -> Measured:
-        return self.given.get("value") or Measured.of(self.sample.grouped("value"))
+        return self.given.get("value") or Measured.of(self.tokens("value"))
 
     @cached_property
     def weighted(self) -> Measured:
         """Values weighed by k (Q^T Q) k^T, the mean square of their logits (OSCAR)."""
         found = self.given.get("weighted")
         if found is None:
-            keys = self.sample.grouped("key")
+            keys = self.tokens("key")
             weights = ((keys @ self.query.second) * keys).sum(-1)
-            found = Measured.of(self.sample.grouped("value"), weights)
+            found = Measured.of(self.tokens("value"), weights)
         return found
 
     def through(self, step) -> "Evidence":
         """What the next step sees."""
         chain = Chain((step,))
-        if self.side == "key":
-            moved = {"key": chain.write, "query": chain.dual}
-        else:
-            moved = {"value": chain.write, "weighted": chain.write}
-        sample = replace(
-            self.sample, **{name: self._by_head(name, moved[name]) for name in moved if name != "weighted"}
+        functions = {"key": chain.write, "query": chain.dual} if self.side == "key" else {"value": chain.write}
+        moved = replace(self, windows=tuple(window.moved(functions) for window in self.windows), given={})
+        if "value" in functions and "weighted" in self.given:
+            functions["weighted"] = chain.write
+        kept = {name: held for name, held in self.given.items() if name not in functions}
+        for name in functions.keys() & self.given.keys():
+            kept[name] = moved._measured(name, self.given[name], functions[name])
+        return replace(moved, given=kept)
+
+    def _measured(self, name: str, held: Measured, function: Callable) -> Measured:
+        """A given measurement after an affine function: mean and covariance exactly, magnitudes from the windows."""
+        heads, size = held.mean.shape
+        zero = function(torch.zeros(heads, 1, size, dtype=torch.float64))
+        linear = function(torch.eye(size, dtype=torch.float64).expand(heads, size, size)) - zero
+        tokens = self.tokens("value" if name == "weighted" else name)
+        return Measured(
+            absmax=tokens.abs().amax(-2),
+            absmean=tokens.abs().mean(-2),
+            mean=function(held.mean.unsqueeze(-2)).squeeze(-2),
+            covariance=linear.transpose(-1, -2) @ held.covariance @ linear,
         )
-        return replace(self, sample=sample, given=self._moved(sample, moved))
-
-    def _by_head(self, name: str, function: Callable) -> torch.Tensor:
-        """Apply a function of [..., K, n, D] to a tensor of the sample."""
-        x = getattr(self.sample, name)
-        heads = self.sample.key.shape[1]
-        return function(x.unflatten(1, (heads, -1)).flatten(2, 3)).unflatten(2, (-1, x.shape[2])).flatten(1, 2)
-
-    def _moved(self, sample: Sample, moved: dict[str, Callable]) -> dict[str, Measured]:
-        """Given measurements after an affine function: mean and covariance exactly, magnitudes from the sample."""
-        found = dict(self.given)
-        for name in moved.keys() & found.keys():
-            held, function = found[name], moved[name]
-            heads, size = held.mean.shape
-            zero = function(torch.zeros(heads, 1, size, dtype=torch.float64))
-            linear = function(torch.eye(size, dtype=torch.float64).expand(heads, size, size)) - zero
-            tokens = sample.grouped("value" if name == "weighted" else name)
-            found[name] = Measured(
-                absmax=tokens.abs().amax(-2),
-                absmean=tokens.abs().mean(-2),
-                mean=function(held.mean.unsqueeze(-2)).squeeze(-2),
-                covariance=linear.transpose(-1, -2) @ held.covariance @ linear,
-            )
-        return found
-

@@ -32,4 +32,3 @@ def fit_steps(
             numbers = {}
         evidence = evidence.through(kind.build(spec, size, numbers))
     return found
-

@@ -53,7 +53,7 @@ Operation = Rows | Columns | Gamma
 
 
 def fold(tensor: torch.Tensor, operations: Sequence[Operation]) -> torch.Tensor:
-    """A folded copy of a tensor, in its own dtype. No two operations touch the same numbers, so each is rounded once."""
+    """A folded copy of a tensor, in its dtype. No two operations touch the same numbers, so each is rounded once."""
     folded = tensor.clone()
     with torch.no_grad():
         for operation in operations:

@@ -39,26 +39,26 @@ def relative_error(found: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
 def attention_error(evidence: Evidence, step, windows: int = 4, queries: int = 64) -> float:
     """Relative error of the attention output if the side goes through ``step`` (and the steps after it) and its codec.
 
-    Every token is quantized but the first: a sink would outweigh everything else. Keys of codecs that work on blocks of
-    tokens are quantized as far as whole blocks reach. The queries are spread over the second half of a window.
+    Every token is quantized but those that the recipe keeps exact at the start; for codecs that work on blocks of
+    tokens, as far as whole blocks reach. The queries are spread over the second half of a window.
     """
-    sample, codec = evidence.sample, evidence.codec
-    total = 0.0
-    windows = min(windows, sample.key.shape[0])
-    for w in range(windows):
-        q, k, v = (x[w].float() for x in (sample.query, sample.key, sample.value))
+    codec, total = evidence.codec, 0.0
+    chosen = evidence.windows[:windows]
+    for window in chosen:
+        q, k, v = (x.float() for x in (window.query, window.key, window.value))
         tokens = k.shape[1]
         rows = torch.linspace(tokens // 2, tokens - 1, min(queries, tokens - tokens // 2)).long()
         exact = attention(q, k, v, rows, evidence.scaling, evidence.softcap)
         x = k if evidence.side == "key" else v
-        whole = 1 + (tokens - 1) // codec.block_tokens * codec.block_tokens
-        stored = evidence.after.write(step.write(x[:, 1:whole]))
+        first = min(evidence.exact, tokens)
+        whole = first + (tokens - first) // codec.block_tokens * codec.block_tokens
+        stored = evidence.after.write(step.write(x[:, first:whole]))
         decoded = step.undo(evidence.after.undo(codec.decode(codec.encode(stored), torch.float32)))
-        x = torch.cat([x[:, :1], decoded, x[:, whole:]], dim=1)
+        x = torch.cat([x[:, :first], decoded, x[:, whole:]], dim=1)
         k, v = (x, v) if evidence.side == "key" else (k, x)
         found = attention(q, k, v, rows, evidence.scaling, evidence.softcap)
         total += float(relative_error(*(block_output(o, evidence.output) for o in (found, exact))))
-    return total / windows
+    return total / len(chosen)
 
 
 def fake_quantized(x: torch.Tensor, codec: Codec) -> torch.Tensor:

@@ -34,7 +34,7 @@ class RopeBias:
 
 @dataclass(frozen=True, eq=False)
 class RopeOffset:
-    """Stands where ``Rope`` stands for keys that are quantized before RoPE: ``undo`` before the codec, ``rotate`` after.
+    """Stands where ``Rope`` does for keys that are quantized before RoPE: ``undo`` before the codec, ``rotate`` after.
 
     rope    the model's rotary embedding; chain: all steps of the keys, folded or not; bias [K, D].
     """

@@ -28,8 +28,10 @@ def fit_spectral(spec: TransformSpec, evidence: Evidence) -> dict[str, torch.Ten
 
 
 def eigenvectors(matrix: torch.Tensor) -> torch.Tensor:
-    """Eigenvectors of symmetric matrices [..., D, D] as columns, by falling eigenvalue; their largest entry is positive,
-    so that machines agree on the signs."""
+    """Eigenvectors of symmetric matrices [..., D, D] as columns, by falling eigenvalue.
+
+    The largest entry of each is positive, so that machines agree on the signs.
+    """
     vectors = torch.linalg.eigh(matrix).eigenvectors.flip(-1)
     top = vectors.gather(-2, vectors.abs().argmax(-2, keepdim=True))
     return vectors * torch.where(top < 0, -1.0, 1.0)
