@@ -20,7 +20,7 @@ from kvq.specs import TransformSpec
 from kvq.transforms.evidence import Evidence
 from kvq.transforms.hadamard import hadamard_matrix
 
-# Share of the mean variance that is added to every direction: measured moments of dead directions are noise.
+# Share of a channel's own moment that is added to it: measured moments of dead directions are noise.
 RIDGE = 1e-3
 
 
@@ -47,9 +47,10 @@ def balancing(stored: torch.Tensor, reader: torch.Tensor) -> torch.Tensor:
 
 
 def _ridged(moment: torch.Tensor) -> torch.Tensor:
-    size = moment.shape[-1]
-    mean = moment.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(torch.finfo(moment.dtype).tiny)
-    return moment + RIDGE * mean[:, None, None] * torch.eye(size, dtype=moment.dtype)
+    diagonal = moment.diagonal(dim1=-2, dim2=-1)
+    # A channel that was never used has no moment of its own.
+    floor = (diagonal.mean(-1, keepdim=True) * RIDGE**2).clamp_min(torch.finfo(moment.dtype).tiny)
+    return moment + torch.diag_embed(RIDGE * diagonal + floor)
 
 
 def _output_moment(evidence: Evidence) -> torch.Tensor:

@@ -73,7 +73,7 @@ class Evidence:
     bias       [K, D]: bias of the key projection, before RoPE, or None.
     shared     one scale must serve all KV heads (a norm that they share stands between the projection and the cache).
     after      later steps that need no numbers (Hadamard), for trying candidates.
-    exact      first tokens that the recipe keeps exact.
+    exact      first tokens that the recipe keeps exact; window: last ones.
     """
 
     side: str
@@ -89,6 +89,7 @@ class Evidence:
     shared: bool = False
     after: Chain = field(default_factory=Chain)
     exact: int = 0
+    window: int = 0
 
     @property
     def heads(self) -> int:

@@ -127,3 +127,47 @@ def family_model(tiny_model):
         return model
 
     return make
+
+
+def pair_layout(head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Half-split rotary pairs: partner [D], second [D]."""
+    half = head_dim // 2
+    return torch.cat([torch.arange(half) + half, torch.arange(half)]), torch.arange(head_dim) >= half
+
+
+@pytest.fixture(scope="session")
+def make_evidence():
+    """Factory ``make_evidence(side="key", ...) -> Evidence``: two KV heads of two query heads, keys with outlier
+    channels and large means, correlated values of unequal channels that the output projection evens out."""
+    from kvq.quantizers import AffineCodec
+    from kvq.transforms.evidence import Evidence, Window
+
+    def make(side="key", *, bits=4, axis="token", group=None, windows=3, tokens=96, size=16, seed=0, **settings):
+        generator = torch.Generator().manual_seed(seed)
+
+        def normal(*shape):
+            return torch.randn(shape, generator=generator)
+
+        gains, mean, mix = normal(2, 1, size).exp(), 4 * normal(2, 1, size), normal(2, size, size)
+        mix = mix * (unequal := normal(2, 1, size).exp())
+        found = tuple(
+            Window(
+                query=normal(4, tokens, size) / gains.repeat_interleave(2, 0) * 1.5,
+                key=normal(2, tokens, size) * gains + mean,
+                value=normal(2, tokens, size) @ mix,
+            )
+            for _ in range(windows)
+        )
+        partner, second = pair_layout(size)
+        fields = {
+            "windows": found,
+            "codec": AffineCodec(bits=bits, axis=axis, group=group or size, head_dim=size),
+            "scaling": size**-0.5,
+            "partner": partner,
+            "second": second,
+            "given": {},
+            "output": normal(4, 24, size) / unequal.repeat_interleave(2, 0),
+        }
+        return Evidence(side=side, **(fields | settings))
+
+    return make
