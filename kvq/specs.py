@@ -217,10 +217,15 @@ class Transforms:
                     f"{side} transform {kind!r} comes after {kinds[rotated]!r}, which has mixed the channels that it "
                     "works on: list it before."
                 )
+        behind = kinds[kinds.index("rope_bias") + 1 :] if "rope_bias" in kinds else ()
+        for kind in behind:
+            if kind != "hadamard":
+                raise RecipeError(
+                    f"key transform {kind!r} comes after 'rope_bias', and is fitted on keys with their bias: list it "
+                    "before."
+                )
         if "rope_bias" in kinds and "shift" in kinds:
-            raise RecipeError(
-                f"{side} transforms 'rope_bias' and 'shift' take away the same mean twice: remove one of them."
-            )
+            raise RecipeError("key transforms 'rope_bias' and 'shift' take away one mean twice: remove one of them.")
 
     def to_dict(self) -> dict[str, list[dict[str, Any]]]:
         sides = {side: [spec.to_dict() for spec in getattr(self, side)] for side in ("key", "value")}

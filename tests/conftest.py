@@ -112,6 +112,19 @@ def tiny_checkpoint(tmp_path):
 
 
 @pytest.fixture(scope="session")
+def stats_of():
+    """Factory ``stats_of(folder) -> Stats``: statistics of a checkpoint over random tokens."""
+    from kvq.calib.collect import collect
+    from kvq.models.resolve import load_model, weights_fingerprint
+
+    def measure(folder: Path):
+        windows = torch.randint(3, 100, (4, 64), generator=torch.Generator().manual_seed(0))
+        return collect(load_model(folder), windows, weights_fingerprint=weights_fingerprint(folder))
+
+    return measure
+
+
+@pytest.fixture(scope="session")
 def builtin_dir() -> Path:
     """The embedded real model as a checkpoint folder (converted on first use)."""
     from kvq.errors import ModelNotFoundError

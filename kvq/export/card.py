@@ -1,5 +1,6 @@
 """The model card of an export: README.md with front matter."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -75,17 +76,10 @@ most likely successor.
 """
 
 
-def plain_card(plan: CachePlan, check, provenance: dict[str, Any], licence: dict[str, str]) -> str:
+def plain_card(plan: CachePlan, check, provenance: Mapping[str, Any], licence: Mapping[str, str]) -> str:
     """The card of a plain export. ``check``: a ``kvq.export.fold_check.FoldCheck``."""
     base = provenance["base_model"]
-    front = {
-        "base_model": base,
-        "base_model_relation": "finetune",
-        "library_name": "transformers",
-        **licence,
-        "pipeline_tag": "text-generation",
-        "tags": ["kvq", "kv-cache", plan.recipe.name],
-    }
+    front = front_matter(base, licence, ["kvq", "kv-cache", plan.recipe.name]) | {"base_model_relation": "finetune"}
     rows = [
         (side, " then ".join(step.kind for step in getattr(plan.recipe.transforms, side)) or "none")
         for side in ("key", "value")
@@ -99,33 +93,38 @@ def plain_card(plan: CachePlan, check, provenance: dict[str, Any], licence: dict
         dtype=str(plan.model.dtype).removeprefix("torch."),
         kl=check.kl,
         top1=check.top1,
-        provenance_table=_provenance_table(provenance),
+        provenance_table=provenance_table(provenance),
     )
     return f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---\n{body}"
 
 
-def model_card(plan: CachePlan, memory: MemoryPlan, provenance: dict[str, Any], licence: dict[str, str]) -> str:
+def model_card(plan: CachePlan, memory: MemoryPlan, provenance: Mapping[str, Any], licence: Mapping[str, str]) -> str:
     """Write the card. ``licence``: front matter from ``licence_of``."""
     base = provenance["base_model"]
-    front = {
-        "base_model": base,
-        "base_model_relation": "quantized",
-        "library_name": "transformers",
-        **licence,
-        "pipeline_tag": "text-generation",
-        "tags": ["kvq", "kv-cache", "quantized", plan.recipe.name],
-    }
+    front = front_matter(base, licence, ["kvq", "kv-cache", "quantized", plan.recipe.name])
     body = _BODY.format(
         base=base,
         recipe=plan.recipe.name,
         summary=f" ({plan.recipe.summary})" if plan.recipe.summary else "",
         weights="with exact transforms folded in" if plan.folded else "unchanged",
-        recipe_table=_recipe_table(plan),
+        recipe_table=recipe_table(plan),
         memory_table=_memory_table(memory),
         bits=memory.bits_per_element,
-        provenance_table=_provenance_table(provenance),
+        provenance_table=provenance_table(provenance),
     )
     return f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---\n{body}"
+
+
+def front_matter(base: str, licence: Mapping[str, str], tags: list[str]) -> dict[str, Any]:
+    """The front matter of a card, as the hub reads it."""
+    return {
+        "base_model": base,
+        "base_model_relation": "quantized",
+        "library_name": "transformers",
+        **licence,
+        "pipeline_tag": "text-generation",
+        "tags": tags,
+    }
 
 
 def licence_of(folder: Path) -> dict[str, str]:
@@ -146,7 +145,8 @@ def _table(head: tuple[str, ...], rows: list[tuple]) -> str:
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
 
 
-def _recipe_table(plan: CachePlan) -> str:
+def recipe_table(plan: CachePlan) -> str:
+    """The recipe as a table of the card."""
     recipe = plan.recipe
     rows = [(side, _settings(getattr(recipe, side).to_dict())) for side in ("key", "value")]
     for side, steps in recipe.transforms.to_dict().items():
@@ -179,7 +179,8 @@ def _memory_table(memory: MemoryPlan) -> str:
     return _table(("tokens", "16-bit cache", memory.recipe, "smaller by"), rows)
 
 
-def _provenance_table(provenance: dict[str, Any]) -> str:
+def provenance_table(provenance: Mapping[str, Any]) -> str:
+    """Where an export comes from, as a table of the card."""
     stats = provenance["statistics"]
     rows = [
         ("base model", provenance["base_model"]),

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from kvq.errors import CheckpointError
+from kvq.models.names import TensorNames
 from kvq.models.resolve import load_model
 from kvq.transforms.fold import Operation, fold
-from kvq.transforms.plan import Names
 
 BOUND = 1e-4
 ROWS, TOKENS = 2, 24
@@ -74,7 +74,7 @@ def check_folds(
 def _parameters(model, operations: Mapping[str, tuple[Operation, ...]]) -> dict[str, torch.nn.Parameter]:
     """The model's parameters by the checkpoint's names."""
     held = dict(model.named_parameters())
-    names = Names(held)
+    names = TensorNames(held)
     missing = [name for name in operations if names.find(name) is None]
     if missing:
         raise CheckpointError(

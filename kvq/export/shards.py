@@ -24,21 +24,23 @@ def tensor_names(source: Path) -> list[str]:
     return [name for file in check_weights(source) for name in read_header(file) if name != "__metadata__"]
 
 
-def place_weights(source: Path, work: Path, operations: Mapping[str, tuple[Operation, ...]]) -> dict[str, int]:
-    """Write the weight files of ``source`` to ``work``; returns how many were ``linked``, ``copied`` and ``folded``."""
+def place_weights(
+    files: Mapping[str, Path], work: Path, operations: Mapping[str, tuple[Operation, ...]]
+) -> dict[str, int]:
+    """Write weight files, by their name in ``work``; returns how many were ``linked``, ``copied`` and ``folded``."""
     counts = dict.fromkeys(("linked", "copied", "folded"), 0)
-    for file in check_weights(source):
+    for name, file in files.items():
         # The hub cache holds symbolic links, and a hard link to one of those would not outlive the cache.
         real = file.resolve()
         if operations.keys() & read_header(real).keys():
-            _fold_file(real, work / file.name, operations)
+            _fold_file(real, work / name, operations)
             counts["folded"] += 1
             continue
         try:
-            os.link(real, work / file.name)
+            os.link(real, work / name)
             counts["linked"] += 1
         except OSError:
-            shutil.copyfile(real, work / file.name)
+            shutil.copyfile(real, work / name)
             counts["copied"] += 1
     return counts
 

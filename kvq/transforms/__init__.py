@@ -49,7 +49,7 @@ class Kind:
 
 def fit_shift(spec: TransformSpec, evidence: Evidence) -> dict[str, torch.Tensor]:
     """``mean`` [K, D], over all tokens measured."""
-    return {"mean": (evidence.key if evidence.side == "key" else evidence.value).mean.float()}
+    return {"mean": evidence.mean(evidence.side).float()}
 
 
 def _hadamard(spec: TransformSpec, head_dim: int, tensors: Mapping[str, torch.Tensor]) -> Hadamard:

@@ -19,7 +19,7 @@ from kvq.transforms.evidence import Evidence
 
 def fit_align(spec: TransformSpec, evidence: Evidence) -> dict[str, torch.Tensor]:
     """``real``, ``imaginary`` [K, D] and ``partner`` [D], as ``Pairs`` takes them."""
-    mean, partner, second = evidence.key.mean, evidence.partner, evidence.second
+    mean, partner, second = evidence.mean("key"), evidence.partner, evidence.second
     alone = partner == torch.arange(len(partner))
     other = mean.index_select(-1, partner)
     first, last = torch.where(second, other, mean), torch.where(second, mean, other)

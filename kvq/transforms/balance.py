@@ -27,9 +27,9 @@ RIDGE = 1e-3
 def fit_balance(spec: TransformSpec, evidence: Evidence) -> dict[str, torch.Tensor]:
     """``matrix`` [K, D, D]."""
     if evidence.side == "key":
-        stored, reader = evidence.key.covariance, evidence.query.second
+        stored, reader = evidence.covariance("key"), evidence.moment("query")
     else:
-        stored, reader = evidence.value.covariance, _output_moment(evidence)
+        stored, reader = evidence.covariance("value"), _output_moment(evidence)
     return {"matrix": balancing(stored.double(), reader.double()).float()}
 
 

@@ -9,6 +9,7 @@ from functools import cached_property
 
 import torch
 
+from kvq.errors import DataError
 from kvq.quantizers import Codec
 from kvq.transforms.chain import Chain
 
@@ -32,39 +33,29 @@ class Window:
         return replace(self, **{name: x.unflatten(1, (-1, tokens)).flatten(0, 1) for name, x in changed.items()})
 
 
-@dataclass(frozen=True, eq=False)
-class Measured:
-    """Of one tensor, by KV head: absmax, absmean, mean [K, D]; covariance [K, D, D], about the mean; all float64."""
+# Measurements of one tensor by KV head, float64: absmax, absmean, mean [K, D]; covariance [K, D, D], about the mean.
+Measured = Mapping[str, torch.Tensor]
 
-    absmax: torch.Tensor
-    absmean: torch.Tensor
-    mean: torch.Tensor
-    covariance: torch.Tensor
 
-    @classmethod
-    def of(cls, x: torch.Tensor, weights: torch.Tensor | None = None) -> "Measured":
-        """Measure tokens x [K, n, D]; ``weights`` [K, n] weigh mean and covariance."""
-        x = x.double()
-        weights = torch.ones_like(x[..., 0]) if weights is None else weights.double()
-        share = (weights / weights.sum(-1, keepdim=True)).unsqueeze(-1)
-        mean = (x * share).sum(-2)
-        centred = x - mean.unsqueeze(-2)
-        covariance = centred.transpose(-1, -2) @ (centred * share)
-        return cls(absmax=x.abs().amax(-2), absmean=x.abs().mean(-2), mean=mean, covariance=covariance)
-
-    @property
-    def second(self) -> torch.Tensor:
-        """Second moment about zero, [K, D, D]."""
-        return self.covariance + self.mean.unsqueeze(-1) * self.mean.unsqueeze(-2)
+def measure(x: torch.Tensor, weights: torch.Tensor | None = None) -> Measured:
+    """Measure tokens x [K, n, D]; ``weights`` [K, n] weigh mean and covariance."""
+    x = x.double()
+    weights = torch.ones_like(x[..., 0]) if weights is None else weights.double()
+    share = (weights / weights.sum(-1, keepdim=True)).unsqueeze(-1)
+    mean = (x * share).sum(-2)
+    centred = x - mean.unsqueeze(-2)
+    covariance = centred.transpose(-1, -2) @ (centred * share)
+    return {"absmax": x.abs().amax(-2), "absmean": x.abs().mean(-2), "mean": mean, "covariance": covariance}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Evidence:
     """One layer, seen from one side (``key`` or ``value``).
 
+    heads      KV heads.
     windows    of text, with the steps before the one in question applied.
-    given      measurements over more text than the sample, by ``query``, ``key``, ``value``, ``weighted`` (values as
-               attention weighs them); what is missing is measured on the windows.
+    given      measurements over more text than the windows, of ``query``, ``key`` and ``value``; what is missing is
+               measured on the windows.
     codec      the side's codec, with which candidates are tried.
     scaling    what the model multiplies logits with; softcap: its logit softcap.
     partner    [D]: the other channel of a rotary pair, the channel itself where there is none; second [D] bool: the
@@ -77,12 +68,13 @@ class Evidence:
     """
 
     side: str
+    heads: int
     windows: tuple[Window, ...]
     codec: Codec
     scaling: float
     partner: torch.Tensor
     second: torch.Tensor
-    given: dict[str, Measured]
+    given: Mapping[str, Measured]
     softcap: float | None = None
     output: torch.Tensor | None = None
     bias: torch.Tensor | None = None
@@ -91,58 +83,65 @@ class Evidence:
     exact: int = 0
     window: int = 0
 
-    @property
-    def heads(self) -> int:
-        """KV heads."""
-        return self.windows[0].key.shape[0]
-
     def tokens(self, name: str) -> torch.Tensor:
-        """All tokens of the windows by KV head, [K, n, D] float64."""
+        """All tokens of the windows by KV head, [K, n, D] float64. Raises DataError if there are no windows."""
+        if not self.windows:
+            raise DataError(
+                "the statistics hold no token vectors ('reservoir'): run 'kvq calibrate' again with --for RECIPE, or "
+                "with --full."
+            )
         return torch.cat([window.grouped(name) for window in self.windows], dim=1).double()
 
-    @cached_property
-    def key(self) -> Measured:
-        return self.given.get("key") or Measured.of(self.tokens("key"))
+    def absmax(self, name: str) -> torch.Tensor:
+        """Largest magnitude of ``query``, ``key`` or ``value``, [K, D]."""
+        return self._of(name, "absmax")
+
+    def absmean(self, name: str) -> torch.Tensor:
+        """Mean magnitude, [K, D]."""
+        return self._of(name, "absmean")
+
+    def mean(self, name: str) -> torch.Tensor:
+        """[K, D]."""
+        return self._of(name, "mean")
+
+    def covariance(self, name: str) -> torch.Tensor:
+        """Second moment about the mean, [K, D, D]."""
+        return self._of(name, "covariance")
+
+    def moment(self, name: str) -> torch.Tensor:
+        """Second moment about zero, [K, D, D]."""
+        mean = self.mean(name)
+        return self.covariance(name) + mean.unsqueeze(-1) * mean.unsqueeze(-2)
+
+    def _of(self, name: str, what: str) -> torch.Tensor:
+        given = self.given.get(name, {})
+        return given[what] if what in given else self._measured[name][what]
 
     @cached_property
-    def query(self) -> Measured:
-        return self.given.get("query") or Measured.of(self.tokens("query"))
-
-    @cached_property
-    def value(self) -> Measured:
-        return self.given.get("value") or Measured.of(self.tokens("value"))
-
-    @cached_property
-    def weighted(self) -> Measured:
-        """Values weighed by k (Q^T Q) k^T, the mean square of their logits (OSCAR)."""
-        found = self.given.get("weighted")
-        if found is None:
-            keys = self.tokens("key")
-            weights = ((keys @ self.query.second) * keys).sum(-1)
-            found = Measured.of(self.tokens("value"), weights)
-        return found
+    def _measured(self) -> dict[str, Measured]:
+        return {name: measure(self.tokens(name)) for name in ("query", "key", "value")}
 
     def through(self, step) -> "Evidence":
         """What the next step sees."""
         chain = Chain((step,))
         functions = {"key": chain.write, "query": chain.dual} if self.side == "key" else {"value": chain.write}
-        moved = replace(self, windows=tuple(window.moved(functions) for window in self.windows), given={})
-        if "value" in functions and "weighted" in self.given:
-            functions["weighted"] = chain.write
-        kept = {name: held for name, held in self.given.items() if name not in functions}
-        for name in functions.keys() & self.given.keys():
-            kept[name] = moved._measured(name, self.given[name], functions[name])
-        return replace(moved, given=kept)
+        given = {
+            name: _moved(held, functions[name]) if name in functions else held for name, held in self.given.items()
+        }
+        return replace(self, windows=tuple(window.moved(functions) for window in self.windows), given=given)
 
-    def _measured(self, name: str, held: Measured, function: Callable) -> Measured:
-        """A given measurement after an affine function: mean and covariance exactly, magnitudes from the windows."""
-        heads, size = held.mean.shape
-        zero = function(torch.zeros(heads, 1, size, dtype=torch.float64))
-        linear = function(torch.eye(size, dtype=torch.float64).expand(heads, size, size)) - zero
-        tokens = self.tokens("value" if name == "weighted" else name)
-        return Measured(
-            absmax=tokens.abs().amax(-2),
-            absmean=tokens.abs().mean(-2),
-            mean=function(held.mean.unsqueeze(-2)).squeeze(-2),
-            covariance=linear.transpose(-1, -2) @ held.covariance @ linear,
-        )
+
+def _moved(held: Measured, function: Callable) -> Measured:
+    """Measurements after an affine function: mean and covariance; magnitudes too if it only scales channels."""
+    heads, size = next(iter(held.values())).shape[:2]
+    zero = function(torch.zeros(heads, 1, size, dtype=torch.float64))
+    linear = function(torch.eye(size, dtype=torch.float64).expand(heads, size, size)) - zero
+    found = {}
+    if "mean" in held:
+        found["mean"] = function(held["mean"].unsqueeze(-2)).squeeze(-2)
+    if "covariance" in held:
+        found["covariance"] = linear.transpose(-1, -2) @ held["covariance"] @ linear
+    scale = linear.diagonal(dim1=-2, dim2=-1)
+    if not bool(zero.any()) and torch.equal(linear, torch.diag_embed(scale)):
+        found |= {name: held[name] * scale.abs() for name in ("absmax", "absmean") if name in held}
+    return found

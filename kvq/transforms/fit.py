@@ -9,26 +9,24 @@ from kvq.specs import TransformSpec
 from kvq.transforms import KINDS, build_chain
 from kvq.transforms.evidence import Evidence
 
-# Learns a step that has no closed form: (spec, evidence) to its tensors.
-Learner = Callable[[TransformSpec, Evidence], dict[str, torch.Tensor]]
+# Tensors of a learned step: (its place in the chain, what it sees).
+Learner = Callable[[int, Evidence], dict[str, torch.Tensor]]
 
 
 def fit_steps(
     specs: Sequence[TransformSpec], evidence: Evidence, learn: Learner | None = None
-) -> dict[str, torch.Tensor]:
-    """Tensors of all steps, by the names of ``kvq.transforms.needed_tensors``.
+) -> tuple[dict[str, torch.Tensor], Evidence]:
+    """Tensors of all steps, by the names of ``kvq.transforms.needed_tensors``, and what the codec sees after them.
 
-    learn   for learned steps; without it a recipe must have none.
+    learn   gives the tensors of learned steps; without it there must be none.
     """
     size, found = len(evidence.partner), {}
     for i, spec in enumerate(specs):
-        kind = KINDS[spec.kind]
+        kind, numbers = KINDS[spec.kind], {}
         if kind.tensors:
-            after = build_chain([s for s in specs[i + 1 :] if not KINDS[s.kind].tensors], size)
+            after = build_chain([later for later in specs[i + 1 :] if not KINDS[later.kind].tensors], size)
             seen = replace(evidence, after=after)
-            numbers = kind.fit(spec, seen) if kind.fit else learn(spec, seen)
+            numbers = kind.fit(spec, seen) if kind.fit else learn(i, seen)
             found |= {f"transforms.{i}.{name}": tensor.contiguous() for name, tensor in numbers.items()}
-        else:
-            numbers = {}
         evidence = evidence.through(kind.build(spec, size, numbers))
-    return found
+    return found, evidence

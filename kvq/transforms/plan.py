@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 
 from kvq.models.architecture import Attention, Norm, Projection
+from kvq.models.names import TensorNames
 from kvq.models.rope import Rope
 from kvq.transforms.chain import Chain, Step
 from kvq.transforms.fold import Columns, Gamma, Operation, Rows
@@ -52,7 +53,7 @@ def plan_folds(
     rope        the model's rotary embedding, or why there is none to try.
     tensors     names of the checkpoint's tensors.
     """
-    names = Names(tensors)
+    names = TensorNames(tensors)
     folded, left, operations = {}, {}, {}
     for index, sides in chains.items():
         for side, chain in sides.items():
@@ -75,23 +76,6 @@ def plan_folds(
 
 def _kv_heads(attention: Attention | None) -> int:
     return len(attention.key.heads) if attention and attention.key else 0
-
-
-class Names:
-    """Tensor names of a checkpoint, found by those of the text model, which may lie deeper in it."""
-
-    def __init__(self, tensors: Iterable[str]):
-        self.tensors = set(tensors)
-        self.by_end: dict[str, list[str]] = {}
-        for name in self.tensors:
-            if "layers." in name and not any(part in name for part in ("vision", "audio", "visual")):
-                self.by_end.setdefault(name[name.index("layers.") :], []).append(name)
-
-    def find(self, name: str) -> str | None:
-        if name in self.tensors:
-            return name
-        found = self.by_end.get(name[name.index("layers.") :], []) if "layers." in name else []
-        return found[0] if len(found) == 1 else None
 
 
 class _Layer:

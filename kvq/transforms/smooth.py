@@ -64,17 +64,16 @@ def _exponents(spec: TransformSpec) -> list[tuple[float, float]]:
 
 def _stored(evidence: Evidence, name: str) -> torch.Tensor:
     """Magnitudes of what is stored, [K, D]."""
-    return _joined(getattr(evidence.key if evidence.side == "key" else evidence.value, name), evidence)
+    return _joined(getattr(evidence, name)(evidence.side), evidence)
 
 
 def _reader(evidence: Evidence) -> torch.Tensor:
     """Magnitudes of what reads it, [K, D]."""
     if evidence.side == "key":
-        return _joined(evidence.query.absmax, evidence)
+        return _joined(evidence.absmax("query"), evidence)
     if evidence.output is None:
         raise DataError("a value scale with beta above 0 needs the weights of the model: fit it beside its checkpoint.")
-    heads = evidence.value.absmax.shape[0]
-    return evidence.output.abs().amax(1).unflatten(0, (heads, -1)).amax(1).double()
+    return evidence.output.abs().amax(1).unflatten(0, (evidence.heads, -1)).amax(1).double()
 
 
 def _joined(x: torch.Tensor, evidence: Evidence) -> torch.Tensor:

@@ -17,7 +17,7 @@ from kvq.transforms.hadamard import hadamard_matrix
 
 def fit_spectral(spec: TransformSpec, evidence: Evidence) -> dict[str, torch.Tensor]:
     """``matrix`` [1, D, D], orthogonal."""
-    moments = (evidence.query if evidence.side == "key" else evidence.weighted).second.double()
+    moments = evidence.moment("query") if evidence.side == "key" else _weighted_second(evidence)
     vectors = eigenvectors(moments.mean(0))
     size = len(vectors)
     mixed = vectors @ hadamard_matrix(size)
@@ -25,6 +25,13 @@ def fit_spectral(spec: TransformSpec, evidence: Evidence) -> dict[str, torch.Ten
         digits = size.bit_length() - 1
         mixed = mixed[:, [int(f"{i:0{digits}b}"[::-1], 2) for i in range(size)]]
     return {"matrix": mixed.unsqueeze(0).float()}
+
+
+def _weighted_second(evidence: Evidence) -> torch.Tensor:
+    """Second moment of values, weighed by the mean square of their tokens' logits, [K, D, D]."""
+    keys, values = evidence.tokens("key"), evidence.tokens("value")
+    weights = ((keys @ evidence.moment("query")) * keys).sum(-1, keepdim=True)
+    return values.transpose(-1, -2) @ (values * weights / weights.sum(-2, keepdim=True))
 
 
 def eigenvectors(matrix: torch.Tensor) -> torch.Tensor:

@@ -160,6 +160,7 @@ def make_evidence():
         )
         partner, second = pair_layout(size)
         fields = {
+            "heads": 2,
             "windows": found,
             "codec": AffineCodec(bits=bits, axis=axis, group=group or size, head_dim=size),
             "scaling": size**-0.5,

@@ -9,7 +9,7 @@ import torch
 from kvq.errors import DataError, UnsupportedModelError
 from kvq.specs import TransformSpec
 from kvq.transforms import KINDS
-from kvq.transforms.evidence import Measured
+from kvq.transforms.evidence import measure
 from kvq.transforms.fit import fit_steps
 from kvq.transforms.hadamard import hadamard_matrix
 from kvq.transforms.objective import attention_error
@@ -235,10 +235,10 @@ def test_a_step_sees_what_the_steps_before_it_leave(make_evidence):
 def test_given_moments_go_through_a_step_exactly(kind, make_evidence):
     """Measured on other text than the windows, they are what measuring after the step would have given."""
     evidence, other = make_evidence(seed=0), make_evidence(seed=9)
-    given = {name: Measured.of(other.tokens(name)) for name in ("key", "query")}
+    given = {name: measure(other.tokens(name)) for name in ("key", "query")}
     moved = dataclasses.replace(evidence, given=given).through(step(evidence, kind))
     expected = other.through(step(evidence, kind))
     for name in ("key", "query"):
         for field in ("mean", "covariance"):
-            a, b = getattr(getattr(moved, name), field), getattr(getattr(expected, name), field)
+            a, b = getattr(moved, field)(name), getattr(expected, field)(name)
             assert torch.allclose(a, b, atol=1e-5 * float(b.abs().max()) + 1e-9)
