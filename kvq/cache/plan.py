@@ -183,7 +183,7 @@ def _head_group(spec: HeadSpec, heads: tuple[int, ...], layer: LayerSpec, artefa
                 f"{side}.scale=calibrated needs statistics of this model, and layer {layer.index} has none: run 'kvq "
                 "calibrate MODEL -o STATS' and pass --stats STATS, or set key.scale=unit value.scale=unit."
             )
-        codecs[side] = build_codec(codec_spec, layer.head_dim, own)
+        codecs[side] = build_codec(codec_spec, layer.head_dim, own, len(heads))
     page_tokens = max(codec.page_tokens for codec in codecs.values())
     return HeadGroup(
         heads=heads,

@@ -213,6 +213,11 @@ def _refused_weights(source: Path, method: str, target: Target) -> str:
             f"model {source.name!r} has weights quantized by {method!r}, and an export has room for one quant_method: "
             f"export the unquantized base model, or {way}."
         )
+    if not target.formats:
+        return (
+            f"model {source.name!r} has weights quantized by {method!r}, and transforms fold into unquantized weights "
+            "only: export the base model and quantize its weights afterwards."
+        )
     release = find_release(target.engines[0])
     why = release.refused.get(method, f"the target {target.name!r} stores KV scales in another format")
     way = f"use --target {takes[0]}" if takes else "quantize the weights to compressed-tensors instead"

@@ -1,10 +1,10 @@
 """Transforms on their way into a checkpoint's weights: the plan of a model folder, and its record."""
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from kvq import __version__
 from kvq.cache import CachePlan
 from kvq.errors import CheckpointError, UnsupportedModelError
 from kvq.export.shards import tensor_names
@@ -12,7 +12,7 @@ from kvq.models.architecture import describe_attention
 from kvq.models.rope import rope_of
 from kvq.transforms.plan import FoldPlan, plan_folds
 
-# Field of config.json that says which transforms the weights of a plain export have taken over.
+# Field of config.json that says which transforms the weights have taken over.
 FOLDED = "kvq_folded"
 
 
@@ -28,6 +28,23 @@ def plan_of_folds(plan: CachePlan, source: Path) -> FoldPlan:
     return plan_folds(plan.chains, head_dims, describe_attention(plan.model.config), rope, tensor_names(source))
 
 
+def folded_field(job) -> dict[str, Any]:
+    """What config.json says of transforms in the weights, so that nobody folds twice; {} if there are none.
+
+    job   a ``kvq.export.targets.base.Job``.
+    """
+    if not job.folds.operations:
+        return {}
+    record = {
+        "recipe": job.plan.recipe.name,
+        "recipe_hash": job.plan.recipe.hash,
+        "transforms": job.plan.recipe.transforms.to_dict(),
+        "base_weights_fingerprint": job.provenance["weights_fingerprint"],
+        "kvq_version": __version__,
+    }
+    return {FOLDED: record}
+
+
 def refuse_second_fold(config: Mapping[str, Any], folds: FoldPlan) -> None:
     """Refuse weights that have taken over transforms already: a second fold would round rounded numbers again."""
     if folds.operations and FOLDED in config:
@@ -35,14 +52,6 @@ def refuse_second_fold(config: Mapping[str, Any], folds: FoldPlan) -> None:
             f"the weights of this model have taken over the transforms of recipe {config[FOLDED].get('recipe')!r} "
             "already: fold into the original checkpoint instead, or add --no-fold."
         )
-
-
-def is_folded(folder: Path) -> bool:
-    """True if a folder is a plain export."""
-    try:
-        return FOLDED in json.loads((folder / "config.json").read_bytes())
-    except (OSError, ValueError, TypeError):
-        return False
 
 
 def fold_lines(plan: CachePlan, folds: FoldPlan) -> Iterator[str]:

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import torch
 
 from kvq.errors import DataError
+from kvq.kernels.decode import page_scores, page_weighted_sum
 from kvq.kernels.spec import DEFAULT_PAGE_TOKENS, SideLayout
-from kvq.quantizers.packed import Encoded
+from kvq.quantizers.packed import Encoded, PackedKV
 
 E4M3_MAX = 448.0
 
@@ -50,3 +51,9 @@ class Float8Codec:
     def decode(self, encoded: Encoded, dtype: torch.dtype) -> torch.Tensor:
         """Return the numbers that the bytes stand for, [..., T, head_dim]."""
         return encoded.codes.view(torch.float8_e4m3fn).to(dtype) * self.scale
+
+    def scores(self, packed: PackedKV, q: torch.Tensor) -> torch.Tensor:
+        return page_scores(q, packed.words, None, packed.layout, scale=self.scale)
+
+    def weighted_sum(self, packed: PackedKV, p: torch.Tensor) -> torch.Tensor:
+        return page_weighted_sum(p, packed.words, None, packed.layout, scale=self.scale)

@@ -133,6 +133,8 @@ class Evidence:
 
 def _moved(held: Measured, function: Callable) -> Measured:
     """Measurements after an affine function: mean and covariance; magnitudes too if it only scales channels."""
+    if not held:
+        return {}
     heads, size = next(iter(held.values())).shape[:2]
     zero = function(torch.zeros(heads, 1, size, dtype=torch.float64))
     linear = function(torch.eye(size, dtype=torch.float64).expand(heads, size, size)) - zero

@@ -112,10 +112,10 @@ def stored(evidence: Evidence, probe: Probe, step, quantize: Callable) -> torch.
 def fake_quantized(x: torch.Tensor, codec: Codec) -> torch.Tensor:
     """What the codec gives back for x [..., T, D], with gradients: straight through rounding and, for affine codes,
     through scale and minimum to the numbers that set them. fp16 rounding of the metadata is left out there."""
-    if not isinstance(codec, AffineCodec):
+    if not isinstance(codec, AffineCodec) or codec.symmetric:
         return x + (codec.decode(codec.encode(x.detach()), x.dtype) - x.detach())
-    grouped, dim = codec.grouped(x)
-    low, high = torch.aminmax(grouped, dim=dim, keepdim=True)
+    grouped = codec.grouping.split(x)
+    low, high = torch.aminmax(grouped, dim=codec.grouping.dim, keepdim=True)
     if codec.clip < 1:
         cut = (high - low) * ((1 - codec.clip) / 2)
         low, high = low + cut, high - cut
@@ -123,4 +123,4 @@ def fake_quantized(x: torch.Tensor, codec: Codec) -> torch.Tensor:
     scale = ((high - low) / steps).clamp_min(torch.finfo(torch.float16).tiny)
     codes = (grouped - low) / scale
     codes = (codes + (codes.round() - codes).detach()).clamp(0, steps)
-    return (codes * scale + low).reshape(x.shape)
+    return codec.grouping.join(codes * scale + low)

@@ -217,7 +217,7 @@ def test_a_step_sees_what_the_steps_before_it_leave(make_evidence):
     """Fits after another step equal fits on windows that went through it beforehand."""
     evidence = make_evidence()
     specs = [TransformSpec(kind="shift"), TransformSpec(kind="smooth"), TransformSpec(kind="balance")]
-    found = fit_steps(specs, evidence)
+    found, _ = fit_steps(specs, evidence)
     assert set(found) == {"transforms.0.mean", "transforms.1.scale", "transforms.2.matrix"}
     mean = found["transforms.0.mean"].unsqueeze(1)
     moved = tuple(dataclasses.replace(w, key=w.key - mean) for w in evidence.windows)

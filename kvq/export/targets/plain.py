@@ -4,14 +4,11 @@ All transforms of the recipe are in the weights, so any engine runs it without k
 exact tokens stays behind: the cache is the engine's.
 """
 
-from typing import Any
-
-from kvq import __version__
 from kvq.cache import CachePlan
 from kvq.errors import RecipeError
 from kvq.export.card import plain_card
 from kvq.export.checkpoint import shard_index, to_json
-from kvq.export.folding import FOLDED
+from kvq.export.folding import folded_field
 from kvq.export.targets.base import Job, Target
 from kvq.export.targets.kvq_format import weights
 from kvq.models.resolve import INDEX_FILE
@@ -21,20 +18,9 @@ from kvq.transforms.plan import FoldPlan
 def contents(target: Target, job: Job) -> dict[str, bytes]:
     refuse_not_folded(job.plan, job.folds, target.name)
     return {
-        "config.json": to_json({**job.config, FOLDED: folded_record(job)}),
+        "config.json": to_json({**job.config, **folded_field(job)}),
         INDEX_FILE: shard_index(job.source),
         "README.md": plain_card(job.plan, job.check, job.provenance, job.licence).encode(),
-    }
-
-
-def folded_record(job: Job) -> dict[str, Any]:
-    """What config.json says of transforms in the weights, for people and so that nobody folds twice."""
-    return {
-        "recipe": job.plan.recipe.name,
-        "recipe_hash": job.plan.recipe.hash,
-        "transforms": job.plan.recipe.transforms.to_dict(),
-        "base_weights_fingerprint": job.provenance["weights_fingerprint"],
-        "kvq_version": __version__,
     }
 
 
@@ -63,7 +49,8 @@ PLAIN = Target(
     name="plain",
     summary="an ordinary checkpoint with all transforms of the recipe in its weights, for any engine's own cache",
     engines=("transformers", "vllm", "sglang"),
-    formats={None: "none"},
+    # Nothing is written of a quantization, and folding would round quantized weights again.
+    formats={},
     contents=contents,
     weights=weights,
     sliding=False,
