@@ -48,6 +48,7 @@ TRANSFORM_NEEDS: dict[str, Callable[[TransformSpec, str], Iterable[str]]] = {
     "shift": lambda spec, side: [f"{side}.range"],
     "spectral": lambda spec, side: ["query.range", "query.moments", *(["reservoir"] if side == "value" else [])],
     "balance": lambda spec, side: _MOMENTS[side],
+    "principal": lambda spec, side: _MOMENTS[side],
     "learned_pairs": lambda spec, side: ["reservoir"],
     "learned_scale": lambda spec, side: ["reservoir"],
     "learned_rotation": lambda spec, side: ["reservoir"],
