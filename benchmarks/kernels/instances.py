@@ -48,7 +48,15 @@ def layout_of(key: str, value: str, head_dim: int = 128, page_tokens: int = 64) 
 
 
 def decode_launches(
-    key: str, value: str, *, sm: int, group: int = 8, queries: int = 1, head_dim: int = 128, page_tokens: int = 64, **settings
+    key: str,
+    value: str,
+    *,
+    sm: int,
+    group: int = 8,
+    queries: int = 1,
+    head_dim: int = 128,
+    page_tokens: int = 64,
+    **settings,
 ):
     """(geometry, {"split", "exact", "merge"}) of one decode step. ``settings``: softcap, window, causal."""
     layout = layout_of(key, value, head_dim, page_tokens)

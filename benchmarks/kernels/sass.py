@@ -1,7 +1,7 @@
 """Compile a kernel for a GPU that need not be there, and count what its inner loop does.
 
 Nothing runs: ``Launch.compile`` takes the arguments of a real launch, a stand-in driver names the target, and
-``cuobjdump`` from the Triton wheel disassembles the result. Import this module before anything asks Triton for a device.
+``cuobjdump`` from the Triton wheel disassembles the result. Import this module before Triton is asked for a device.
 """
 
 import collections
@@ -20,7 +20,9 @@ _TOOLS = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "b
 _INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?!\*)((?:@!?U?P\w+ )?[A-Z][^;]*);")
 _JUMP = re.compile(r"\bBRA(?:\.\S+)?\s+(?:\S+,\s*)?0x([0-9a-f]+)")
 # Integer, logic, compare, select and conversion instructions: half rate on sm_80 to sm_90.
-_LOGIC = re.compile(r"(LOP3|SHF|PRMT|ISETP|SEL|FSEL|FMNMX|FSETP|VIMNMX|IMNMX|VHMNMX|HMNMX|PLOP|SGXT|BMSK|LEA|IADD3|VIADD|I2F|F2I)")
+_LOGIC = re.compile(
+    r"(LOP3|SHF|PRMT|ISETP|SEL|FSEL|FMNMX|FSETP|VIMNMX|IMNMX|VHMNMX|HMNMX|PLOP|SGXT|BMSK|LEA|IADD3|VIADD|I2F|F2I)"
+)
 
 
 class _Target:
@@ -94,9 +96,7 @@ def inspect(kernel) -> Binary:
         file.flush()
         usage, sass = _tool("-res-usage", file.name), _tool("-sass", file.name)
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
-    return Binary(
-        registers=int(found[1]), stack=int(found[2]), shared=kernel.metadata.shared, loops=_loops(sass)
-    )
+    return Binary(registers=int(found[1]), stack=int(found[2]), shared=kernel.metadata.shared, loops=_loops(sass))
 
 
 def _tool(option: str, path: str) -> str:

@@ -4,7 +4,8 @@
     store = ExactStore.empty(state, heads=..., head_dim=..., dtype=...)          one for every layer
     each step:   state.advance(1)
                  plan.update(state.lengths)
-                 for every layer: append_tokens(k, v, store, pages, state); decode_attention(..., exact=store.exact(state))
+                 for every layer: append_tokens(k, v, store, pages, state)
+                                  decode_attention(..., exact=store.exact(state))
 
 A query that is itself token n reads what the n tokens before it left: the rules are those of ``kvq.cache.policy``. What
 a rule releases is packed at the next step's append, from the exact numbers, before the new tokens are stored.
@@ -50,7 +51,7 @@ class DecodeState:
     lengths    [B] int32: tokens packed on both sides, as the step's queries read them.
     positions  [B] int32: position of the step's first token.
     exact_lengths  [B, 4] int32, see ``Exact.lengths``.
-    counters   [B, 8] int32: tokens before the step and with it, keys packed before and with it, values likewise, unused.
+    counters   [B, 8] int32: tokens before the step and with it, keys packed before and with it, values likewise.
 
     ran   what the last ``advance`` ran on.
     """
@@ -111,7 +112,7 @@ class DecodeState:
 
 @dataclass(frozen=True, kw_only=True)
 class ExactStore:
-    """One layer's exact tokens: rings keys and values [B, KV heads, capacity, head_dim], and sinks [B, KV heads, n, D]."""
+    """One layer's exact tokens: rings [B, KV heads, capacity, head_dim], and sinks [B, KV heads, n, head_dim]."""
 
     keys: torch.Tensor
     values: torch.Tensor

@@ -41,10 +41,10 @@ class Query:
 class Exact:
     """Exact tokens of a batch.
 
-    lengths      [B, 4] int32, counted without the sinks: tokens that are packed on both sides, as keys, as values, and all.
+    lengths      [B, 4] int32, counted without the sinks: tokens packed on both sides, as keys, as values, and all.
     keys         [B, KV heads, capacity, head_dim]; token t is at ``(t + key_offsets[b]) % capacity``. values likewise.
     key_offsets, value_offsets  [B] int32, not negative.
-    sink_keys, sink_values      [B, KV heads, sinks, head_dim] or None; a sequence shorter than that uses the first of them.
+    sink_keys, sink_values      [B, KV heads, sinks, head_dim] or None; a shorter sequence uses the first of them.
     mixed_key    whether tokens may be packed as keys and exact as values; mixed_value: the other way round.
     """
 

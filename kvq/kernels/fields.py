@@ -108,7 +108,7 @@ def unpack_ptx(bits: int) -> tuple[str, str]:
 
 
 def book_registers(levels: list[float]) -> tuple[int, ...]:
-    """The table of ``book_ptx`` as int32 numbers: low bytes of the fp16 levels, then their high bytes, four a number."""
+    """The table of ``book_ptx`` as int32 numbers: low bytes of the fp16 levels, then high bytes, four a number."""
     halves = [int.from_bytes(struct.pack("<e", level), "little") for level in levels]
     words = []
     for shift in (0, 8):

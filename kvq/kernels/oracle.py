@@ -62,8 +62,10 @@ def _attend(b: int, query, keys, values, dtype) -> tuple[torch.Tensor, torch.Ten
     if query.sinks is not None:
         logit = query.sinks.to(dtype).view(heads, 1, 1).expand(heads, L, 1)
         scores = torch.cat([scores, logit], dim=-1)
-        values = torch.cat([values, torch.zeros_like(values[:, :1])], dim=1) if values.shape[1] else torch.zeros(
-            values.shape[0], 1, values.shape[2], dtype=dtype, device=values.device
+        values = (
+            torch.cat([values, torch.zeros_like(values[:, :1])], dim=1)
+            if values.shape[1]
+            else torch.zeros(values.shape[0], 1, values.shape[2], dtype=dtype, device=values.device)
         )
     lse = scores.logsumexp(-1)
     weights = torch.where(lse.unsqueeze(-1) == -torch.inf, torch.zeros_like(scores), (scores - lse.unsqueeze(-1)).exp())

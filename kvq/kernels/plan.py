@@ -3,7 +3,7 @@
 A program handles a run of *rounds* (``Tile.round`` tokens) of one sequence and KV head. All runs have at most ``c``
 rounds; ``c`` is the one that minimises
 
-    waves * (c + OVERHEAD),  waves = ceil(programs / slots),  programs = KV heads * sum over sequences of ceil(rounds / c)
+    waves * (c + OVERHEAD),  waves = ceil(programs / slots),  programs = KV heads * sum of ceil(rounds / c)
 
 so a long sequence beside short ones is cut into as many equal runs as fill the machine, and nothing is cut finer than
 pays for the partial results that it writes.
@@ -124,8 +124,8 @@ class DecodePlan:
     ) -> None:
         """Cut the work for packed ``lengths`` [B] int32.
 
-        With a sliding ``window``, ``positions`` [B] int32 are those of the first query token and ``first_token`` that of
-        the first packed token, and only rounds that some query sees are listed.
+        With a sliding ``window``, ``positions`` [B] int32 are those of the first query token and ``first_token`` that
+        of the first packed token, and only rounds that some query sees are listed.
         """
         if self.ran.impl == "reference":
             return

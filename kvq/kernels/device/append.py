@@ -21,9 +21,20 @@ def _packed(stored, window, unit, sinks):
 
 @triton.jit(do_not_specialize=["batch", "new", "sinks", "key_window", "key_unit", "value_window", "value_unit"])
 def advance(
-    counters, exact_lengths, lengths, positions, new_tokens, batch, new,
-    sinks, key_window, key_unit, value_window, value_unit,
-    PER_SEQUENCE: tl.constexpr, BLOCK: tl.constexpr,
+    counters,
+    exact_lengths,
+    lengths,
+    positions,
+    new_tokens,
+    batch,
+    new,
+    sinks,
+    key_window,
+    key_unit,
+    value_window,
+    value_unit,
+    PER_SEQUENCE: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """Grid (blocks of BLOCK sequences): move every sequence on by ``new`` tokens (or ``new_tokens[b]``).
 
@@ -57,8 +68,21 @@ def advance(
 
 @triton.jit
 def _store_new(
-    x, ring, sink_ring, t, position, sinks, capacity, x_token_stride, ring_token_stride, sink_token_stride, signs,
-    D: tl.constexpr, EVERY: tl.constexpr, ROTATE: tl.constexpr, ASM: tl.constexpr,
+    x,
+    ring,
+    sink_ring,
+    t,
+    position,
+    sinks,
+    capacity,
+    x_token_stride,
+    ring_token_stride,
+    sink_token_stride,
+    signs,
+    D: tl.constexpr,
+    EVERY: tl.constexpr,
+    ROTATE: tl.constexpr,
+    ASM: tl.constexpr,
 ):
     """Store new token t, which stands at ``position``, as a sink or in the ring; rotated if ROTATE."""
     d = tl.arange(0, EVERY)
@@ -79,15 +103,54 @@ def _store_new(
 
 @triton.jit(do_not_specialize=["key_capacity", "value_capacity", "sinks", "table_stride"])
 def append_tokens(
-    keys, values, key_ring, value_ring, sink_keys, sink_values, counters, pool, table, signs, factors, limits,
-    key_batch_stride, key_head_stride, key_token_stride, value_batch_stride, value_head_stride, value_token_stride,
-    ring_key_batch_stride, ring_key_head_stride, ring_key_token_stride, key_capacity,
-    ring_value_batch_stride, ring_value_head_stride, ring_value_token_stride, value_capacity,
-    sink_batch_stride, sink_head_stride, sink_token_stride, sinks,
-    table_stride, page_stride, key_scale, value_scale, key_cut, value_cut,
-    K: tl.constexpr, V: tl.constexpr, RECORD: tl.constexpr, NEW: tl.constexpr, EVERY: tl.constexpr,
-    KEY_CLIP: tl.constexpr, VALUE_CLIP: tl.constexpr, LIMIT: tl.constexpr, FACTOR: tl.constexpr,
-    KEY_ROTATE: tl.constexpr, VALUE_ROTATE: tl.constexpr, ASM: tl.constexpr,
+    keys,
+    values,
+    key_ring,
+    value_ring,
+    sink_keys,
+    sink_values,
+    counters,
+    pool,
+    table,
+    signs,
+    factors,
+    limits,
+    key_batch_stride,
+    key_head_stride,
+    key_token_stride,
+    value_batch_stride,
+    value_head_stride,
+    value_token_stride,
+    ring_key_batch_stride,
+    ring_key_head_stride,
+    ring_key_token_stride,
+    key_capacity,
+    ring_value_batch_stride,
+    ring_value_head_stride,
+    ring_value_token_stride,
+    value_capacity,
+    sink_batch_stride,
+    sink_head_stride,
+    sink_token_stride,
+    sinks,
+    table_stride,
+    page_stride,
+    key_scale,
+    value_scale,
+    key_cut,
+    value_cut,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    RECORD: tl.constexpr,
+    NEW: tl.constexpr,
+    EVERY: tl.constexpr,
+    KEY_CLIP: tl.constexpr,
+    VALUE_CLIP: tl.constexpr,
+    LIMIT: tl.constexpr,
+    FACTOR: tl.constexpr,
+    KEY_ROTATE: tl.constexpr,
+    VALUE_ROTATE: tl.constexpr,
+    ASM: tl.constexpr,
 ):
     """Grid (pages that a flush can touch, B, 2 * KV heads): keys first, then values.
 
@@ -113,16 +176,46 @@ def append_tokens(
         if (start < stop) & (page * K.page_tokens < stop):
             record = base + tl.load(table_at + page).to(tl.int64) * page_stride
             pack_page(
-                ring, page * K.page_tokens, start, stop, 0, key_capacity, ring_key_token_stride, record, signs,
-                factors + head * K.head_dim, limits, key_cut, key_scale, K, KEY_CLIP, False, FACTOR, 0, ASM,
+                ring,
+                page * K.page_tokens,
+                start,
+                stop,
+                0,
+                key_capacity,
+                ring_key_token_stride,
+                record,
+                signs,
+                factors + head * K.head_dim,
+                limits,
+                key_cut,
+                key_scale,
+                K,
+                KEY_CLIP,
+                False,
+                FACTOR,
+                0,
+                ASM,
             )
         if piece == 0:
             x = keys + wide * key_batch_stride + head * key_head_stride
             for t in range(0, NEW):
                 if t < added:
                     _store_new(
-                        x, ring, sink_keys + sink_at, t, before + t, sinks, key_capacity, key_token_stride,
-                        ring_key_token_stride, sink_token_stride, signs, K.head_dim, EVERY, KEY_ROTATE, ASM,
+                        x,
+                        ring,
+                        sink_keys + sink_at,
+                        t,
+                        before + t,
+                        sinks,
+                        key_capacity,
+                        key_token_stride,
+                        ring_key_token_stride,
+                        sink_token_stride,
+                        signs,
+                        K.head_dim,
+                        EVERY,
+                        KEY_ROTATE,
+                        ASM,
                     )
     else:
         ring = value_ring + wide * ring_value_batch_stride + head * ring_value_head_stride
@@ -131,14 +224,44 @@ def append_tokens(
         if (start < stop) & (page * V.page_tokens < stop):
             record = base + tl.load(table_at + page).to(tl.int64) * page_stride
             pack_page(
-                ring, page * V.page_tokens, start, stop, 0, value_capacity, ring_value_token_stride, record, signs,
-                factors, limits + head, value_cut, value_scale, V, VALUE_CLIP, LIMIT, False, 0, ASM,
+                ring,
+                page * V.page_tokens,
+                start,
+                stop,
+                0,
+                value_capacity,
+                ring_value_token_stride,
+                record,
+                signs,
+                factors,
+                limits + head,
+                value_cut,
+                value_scale,
+                V,
+                VALUE_CLIP,
+                LIMIT,
+                False,
+                0,
+                ASM,
             )
         if piece == 0:
             x = values + wide * value_batch_stride + head * value_head_stride
             for t in range(0, NEW):
                 if t < added:
                     _store_new(
-                        x, ring, sink_values + sink_at, t, before + t, sinks, value_capacity, value_token_stride,
-                        ring_value_token_stride, sink_token_stride, signs, V.head_dim, EVERY, VALUE_ROTATE, ASM,
+                        x,
+                        ring,
+                        sink_values + sink_at,
+                        t,
+                        before + t,
+                        sinks,
+                        value_capacity,
+                        value_token_stride,
+                        ring_value_token_stride,
+                        sink_token_stride,
+                        signs,
+                        V.head_dim,
+                        EVERY,
+                        VALUE_ROTATE,
+                        ASM,
                     )

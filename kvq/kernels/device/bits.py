@@ -59,9 +59,7 @@ def unpack(words, book, S: tl.constexpr, ASM: tl.constexpr):
     if S.kind == "e4m3":
         return _unpack_e4m3(words[0], ASM)
     elif ASM:
-        return tl.inline_asm_elementwise(
-            S.ptx, S.constraints, words + book, _half_types(S), is_pure=True, pack=2
-        )
+        return tl.inline_asm_elementwise(S.ptx, S.constraints, words + book, _half_types(S), is_pure=True, pack=2)
     elif S.kind == "book":
         return _look_up_portable(words, book, S)
     else:

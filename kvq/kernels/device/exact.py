@@ -60,7 +60,9 @@ def _load_exact_query(at, real, dtype: tl.constexpr, K: tl.constexpr, W: tl.cons
 
 
 @triton.jit
-def _exact_scores(base, slot, token_stride, keep, operands, factor, K: tl.constexpr, T: tl.constexpr, ASM: tl.constexpr):
+def _exact_scores(
+    base, slot, token_stride, keep, operands, factor, K: tl.constexpr, T: tl.constexpr, ASM: tl.constexpr
+):
     """Scores of exact keys by block, [W, R, H], times factor. slot, keep: by block, [W, R]."""
     scores = ()
     for b in tl.static_range(known(T.blocks)):
@@ -76,7 +78,20 @@ def _exact_scores(base, slot, token_stride, keep, operands, factor, K: tl.conste
 
 
 @triton.jit
-def _add_exact_values(state, base, slot, token_stride, keep, shrink, weights, shift, factor, V: tl.constexpr, T: tl.constexpr, ASM: tl.constexpr):
+def _add_exact_values(
+    state,
+    base,
+    slot,
+    token_stride,
+    keep,
+    shrink,
+    weights,
+    shift,
+    factor,
+    V: tl.constexpr,
+    T: tl.constexpr,
+    ASM: tl.constexpr,
+):
     """Add exact values, times factor, to the value state (see ``add_packed_values``)."""
     offsets, biases, sums = state
     if V.terms == 2 and not V.by_channel:
@@ -115,26 +130,79 @@ def _tokens_of(i, first, end, offset, capacity, K: tl.constexpr, T: tl.constexpr
     return token, slot, keep
 
 
-@triton.jit(do_not_specialize=[
-    "table_stride", "key_capacity", "value_capacity", "sinks", "window", "items", "key_book", "value_book",
-])
+@triton.jit(
+    do_not_specialize=[
+        "table_stride",
+        "key_capacity",
+        "value_capacity",
+        "sinks",
+        "window",
+        "items",
+        "key_book",
+        "value_book",
+    ]
+)
 def decode_exact(
-    q, pool, table, lengths, positions, channel_factor, value_limit, out, lse,
-    keys, values, key_offsets, value_offsets, sink_keys, sink_values,
-    q_batch_stride, q_head_stride, q_token_stride, table_stride, page_stride,
-    key_batch_stride, key_head_stride, key_token_stride, key_capacity,
-    value_batch_stride, value_head_stride, value_token_stride, value_capacity,
-    sink_batch_stride, sink_head_stride, sink_token_stride, sinks,
-    scale, key_scale, value_scale, softcap, window, items, key_book, value_book,
-    K: tl.constexpr, V: tl.constexpr, T: tl.constexpr, RECORD: tl.constexpr,
-    HEADS: tl.constexpr, QUERIES: tl.constexpr, H: tl.constexpr,
-    FACTOR: tl.constexpr, LIMIT: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr,
-    MIXED_KEY: tl.constexpr, MIXED_VALUE: tl.constexpr, SINKS: tl.constexpr, ASM: tl.constexpr,
+    q,
+    pool,
+    table,
+    lengths,
+    positions,
+    channel_factor,
+    value_limit,
+    out,
+    lse,
+    keys,
+    values,
+    key_offsets,
+    value_offsets,
+    sink_keys,
+    sink_values,
+    q_batch_stride,
+    q_head_stride,
+    q_token_stride,
+    table_stride,
+    page_stride,
+    key_batch_stride,
+    key_head_stride,
+    key_token_stride,
+    key_capacity,
+    value_batch_stride,
+    value_head_stride,
+    value_token_stride,
+    value_capacity,
+    sink_batch_stride,
+    sink_head_stride,
+    sink_token_stride,
+    sinks,
+    scale,
+    key_scale,
+    value_scale,
+    softcap,
+    window,
+    items,
+    key_book,
+    value_book,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    T: tl.constexpr,
+    RECORD: tl.constexpr,
+    HEADS: tl.constexpr,
+    QUERIES: tl.constexpr,
+    H: tl.constexpr,
+    FACTOR: tl.constexpr,
+    LIMIT: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    WINDOW: tl.constexpr,
+    MIXED_KEY: tl.constexpr,
+    MIXED_VALUE: tl.constexpr,
+    SINKS: tl.constexpr,
+    ASM: tl.constexpr,
 ):
     """Grid (B, KV heads, blocks of H query columns); writes item ``items + b`` of ``decode_split``'s partial results.
 
     lengths     [B, 4] int32: tokens after the sinks that are packed on both sides, as keys, as values, and all of them.
-    keys        exact keys [B, KV heads, key_capacity, head_dim] by strides; token t is at ``(t + key_offsets[b])`` modulo
+    keys        exact keys [B, KV heads, key_capacity, head_dim] by strides; token t is at ``t + key_offsets[b]`` modulo
                 the capacity. values likewise. sink_keys, sink_values [B, KV heads, sinks, head_dim] share strides.
     MIXED_KEY   some tokens may be packed as keys only; MIXED_VALUE: as values only.
     """
@@ -172,13 +240,26 @@ def decode_exact(
         sink_at = wide * sink_batch_stride + head * sink_head_stride
         for i in tl.range(0, tl.cdiv(sinks, T.round), num_stages=1):
             token, slot, keep = _tokens_of(i, 0, sinks, 0, sinks, K, T)
-            scores = _exact_scores(sink_keys + sink_at, slot, sink_token_stride, keep, exact_query, key_factor, K, T, ASM)
+            scores = _exact_scores(
+                sink_keys + sink_at, slot, sink_token_stride, keep, exact_query, key_factor, K, T, ASM
+            )
             if SOFTCAP:
                 scores = bounded(scores, softcap, cap_scale, T, ASM)
             scores = hidden(scores, keep, token, position, window, T, True, WINDOW)
             softmax, shrink, weights = softmax_step(softmax, scores, kappa, shift, T, ASM)
             total = _add_exact_values(
-                total, sink_values + sink_at, slot, sink_token_stride, keep, shrink, weights, shift, value_factor, V, T, ASM
+                total,
+                sink_values + sink_at,
+                slot,
+                sink_token_stride,
+                keep,
+                shrink,
+                weights,
+                shift,
+                value_factor,
+                V,
+                T,
+                ASM,
             )
     # Counted from the first token after the sinks from here on.
     position -= sinks
@@ -189,7 +270,7 @@ def decode_exact(
         table_at = table + wide * table_stride
         last_page = (high - 1) // K.page_tokens
         for i in tl.range(low // T.round, tl.cdiv(high, T.round), num_stages=1):
-            record, row, start = locate(i, base, table_at, page_stride, tl.maximum(last_page, 0), K, T, True)
+            record, row, _ = locate(i, base, table_at, page_stride, tl.maximum(last_page, 0), K, T, True)
             packed_key = MIXED_KEY and (not MIXED_VALUE or key_end > value_end)
             token, key_slot, keep = _tokens_of(i, low, high, key_offset, key_capacity, K, T)
             token, value_slot, keep = _tokens_of(i, low, high, value_offset, value_capacity, K, T)
@@ -203,7 +284,18 @@ def decode_exact(
             softmax, shrink, weights = softmax_step(softmax, scores, kappa, shift, T, ASM)
             if packed_key:
                 total = _add_exact_values(
-                    total, value_at, value_slot, value_token_stride, keep, shrink, weights, shift, value_factor, V, T, ASM
+                    total,
+                    value_at,
+                    value_slot,
+                    value_token_stride,
+                    keep,
+                    shrink,
+                    weights,
+                    shift,
+                    value_factor,
+                    V,
+                    T,
+                    ASM,
                 )
             else:
                 total = add_packed_values(total, record, row, keep, shrink, weights, value_book, V, T, True, ASM)

@@ -10,9 +10,23 @@ ROWS = tl.constexpr(16)
 
 @triton.jit(do_not_specialize=["rows", "tokens", "heads"])
 def hadamard_rotate(
-    x, out, signs, rows, tokens, heads,
-    x_batch_stride, x_head_stride, x_token_stride, out_batch_stride, out_head_stride, out_token_stride,
-    D: tl.constexpr, BLOCK: tl.constexpr, SIGNS: tl.constexpr, INVERSE: tl.constexpr, ASM: tl.constexpr,
+    x,
+    out,
+    signs,
+    rows,
+    tokens,
+    heads,
+    x_batch_stride,
+    x_head_stride,
+    x_token_stride,
+    out_batch_stride,
+    out_head_stride,
+    out_token_stride,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SIGNS: tl.constexpr,
+    INVERSE: tl.constexpr,
+    ASM: tl.constexpr,
 ):
     """Grid (blocks of ROWS vectors, head_dim / BLOCK): x [B, heads, tokens, D] to out, rows = B * heads * tokens.
 

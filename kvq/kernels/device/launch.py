@@ -19,8 +19,8 @@ from kvq.kernels.fields import book_registers
 from kvq.kernels.geometry import sides_of
 
 if TYPE_CHECKING:
-    from kvq.kernels.attention import Exact, Query
     from kvq.kernels.append import DecodeState, ExactStore
+    from kvq.kernels.attention import Exact, Query
     from kvq.kernels.packing import Rotation, Source
     from kvq.kernels.pages import Pages
     from kvq.kernels.plan import DecodePlan, Geometry

@@ -8,15 +8,28 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 @triton.jit(do_not_specialize=["items"])
 def decode_merge(
-    partial, partial_lse, spans, sinks, out, lse, items,
-    out_batch_stride, out_head_stride, out_token_stride,
-    HEADS: tl.constexpr, QUERIES: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr,
-    EXACT: tl.constexpr, SINKS: tl.constexpr,
+    partial,
+    partial_lse,
+    spans,
+    sinks,
+    out,
+    lse,
+    items,
+    out_batch_stride,
+    out_head_stride,
+    out_token_stride,
+    HEADS: tl.constexpr,
+    QUERIES: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    SPLITS: tl.constexpr,
+    EXACT: tl.constexpr,
+    SINKS: tl.constexpr,
 ):
     """Grid (B, KV heads, HEADS * QUERIES): one query vector each.
 
-    partial      [items + B, KV heads, HEADS * QUERIES, D] fp32 and partial_lse likewise, base 2; spans [B, 2] int32: first item
-                 of a sequence and their number. EXACT: item ``items + b`` holds the exact tokens of sequence b.
+    partial      [items + B, KV heads, HEADS * QUERIES, D] fp32 and partial_lse likewise, base 2; spans [B, 2] int32:
+                 first item of a sequence and their number. EXACT: item ``items + b`` holds sequence b's exact tokens.
     sinks        [heads] fp32: one learned logit a query head, if SINKS.
     out          by strides; lse [B, KV heads, HEADS * QUERIES], natural logarithm.
     """
@@ -38,7 +51,9 @@ def decode_merge(
         own = tl.load(partial_lse + at, mask=real, other=float("-inf"))
         new = tl.maximum(top, tl.max(own, 0))
         share = tl.exp2(own - new)
-        x = tl.load(partial + at[:, None] * D + d[None, :], mask=(own > float("-inf"))[:, None] & (d < D)[None, :], other=0.0)
+        x = tl.load(
+            partial + at[:, None] * D + d[None, :], mask=(own > float("-inf"))[:, None] & (d < D)[None, :], other=0.0
+        )
         shrink = tl.exp2(top - new)
         acc = acc * shrink + tl.sum(x * share[:, None], 0)
         total = total * shrink + tl.sum(share, 0)

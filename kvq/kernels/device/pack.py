@@ -76,9 +76,18 @@ def rotated(x, signs, channel, D: tl.constexpr, ROTATE: tl.constexpr, ASM: tl.co
 
 @triton.jit
 def _numbers(
-    x, slot, real, signs, factor, channel, S: tl.constexpr, FACTOR: tl.constexpr, ROTATE: tl.constexpr, ASM: tl.constexpr
+    x,
+    slot,
+    real,
+    signs,
+    factor,
+    channel,
+    S: tl.constexpr,
+    FACTOR: tl.constexpr,
+    ROTATE: tl.constexpr,
+    ASM: tl.constexpr,
 ):
-    """Numbers [R, C] to quantize, fp32: tokens at ``slot`` [R], rotated in blocks of ROTATE channels, over the factors."""
+    """Numbers [R, C] to quantize, fp32: tokens at ``slot`` [R], rotated by blocks of ROTATE, over the factors."""
     if ROTATE:
         d = tl.arange(0, _every(S))
         whole = tl.load(x + slot[:, None] + d[None, :], mask=real[:, None] & (d < S.head_dim)[None, :], other=0.0)
@@ -125,14 +134,30 @@ def _merge(values, i: tl.constexpr, combine: tl.constexpr, value):
 
 @triton.jit
 def _encode_part(
-    x, slot, real, record, token, signs, factor, limit, clip_cut, static_scale,
-    S: tl.constexpr, CLIP: tl.constexpr, LIMIT: tl.constexpr, FACTOR: tl.constexpr, ROTATE: tl.constexpr, ASM: tl.constexpr,
+    x,
+    slot,
+    real,
+    record,
+    token,
+    signs,
+    factor,
+    limit,
+    clip_cut,
+    static_scale,
+    S: tl.constexpr,
+    CLIP: tl.constexpr,
+    LIMIT: tl.constexpr,
+    FACTOR: tl.constexpr,
+    ROTATE: tl.constexpr,
+    ASM: tl.constexpr,
 ):
     """Codes of one part of some rows, by chunk and block; stores scales and minima of axis token."""
     numbers = ()
     for chunk in tl.static_range(known(S.chunks)):
         for c in tl.static_range(known(S.blocks)):
-            numbers = numbers + (_numbers(x, slot, real, signs, factor, channels_of(chunk, c, S), S, FACTOR, ROTATE, ASM),)
+            numbers = numbers + (
+                _numbers(x, slot, real, signs, factor, channels_of(chunk, c, S), S, FACTOR, ROTATE, ASM),
+            )
     codes = ()
     pairs = record.to(tl.pointer_type(tl.int32)) + S.meta_offset // 4
     if S.kind == "e4m3":
@@ -207,8 +232,26 @@ def _either(a, b):
 
 @triton.jit
 def _pack_rows(
-    x, first_row, page_token, start, stop, offset, capacity, token_stride, record, signs, factor, limit, clip_cut, static_scale,
-    S: tl.constexpr, CLIP: tl.constexpr, LIMIT: tl.constexpr, FACTOR: tl.constexpr, ROTATE: tl.constexpr, ASM: tl.constexpr,
+    x,
+    first_row,
+    page_token,
+    start,
+    stop,
+    offset,
+    capacity,
+    token_stride,
+    record,
+    signs,
+    factor,
+    limit,
+    clip_cut,
+    static_scale,
+    S: tl.constexpr,
+    CLIP: tl.constexpr,
+    LIMIT: tl.constexpr,
+    FACTOR: tl.constexpr,
+    ROTATE: tl.constexpr,
+    ASM: tl.constexpr,
 ):
     """Encode tokens [start, stop) that lie in PACK_ROWS rows of a page, whose first token is ``page_token``.
 
@@ -223,7 +266,22 @@ def _pack_rows(
         real = (row < S.rows) & (token >= start) & (token < stop)
         slot = tl.where(real, (token + offset) % capacity, 0).to(tl.int64) * token_stride
         codes = codes + _encode_part(
-            x, slot, real, record, inside, signs, factor, limit, clip_cut, static_scale, S, CLIP, LIMIT, FACTOR, ROTATE, ASM
+            x,
+            slot,
+            real,
+            record,
+            inside,
+            signs,
+            factor,
+            limit,
+            clip_cut,
+            static_scale,
+            S,
+            CLIP,
+            LIMIT,
+            FACTOR,
+            ROTATE,
+            ASM,
         )
         touched = touched | real
     for c in tl.static_range(known(S.blocks)):
@@ -250,8 +308,22 @@ def _pack_rows(
 
 @triton.jit
 def _store_channel_grids(
-    x, page_token, start, stop, offset, capacity, token_stride, record, signs, factor, clip_cut,
-    S: tl.constexpr, CLIP: tl.constexpr, FACTOR: tl.constexpr, ROTATE: tl.constexpr, ASM: tl.constexpr,
+    x,
+    page_token,
+    start,
+    stop,
+    offset,
+    capacity,
+    token_stride,
+    record,
+    signs,
+    factor,
+    clip_cut,
+    S: tl.constexpr,
+    CLIP: tl.constexpr,
+    FACTOR: tl.constexpr,
+    ROTATE: tl.constexpr,
+    ASM: tl.constexpr,
 ):
     """Scales and minima of the page's token groups that lie in [start, stop), axis channel."""
     pairs = record.to(tl.pointer_type(tl.int32)) + S.meta_offset // 4
@@ -274,17 +346,32 @@ def _store_channel_grids(
                     low = tl.where(real[:, None], tl.minimum(low, value), low)
                     high = tl.where(real[:, None], tl.maximum(high, value), high)
                     poison += value * 0.0
-                scale, minimum = _grid_of(
-                    tl.min(low, 0), tl.max(high, 0), tl.sum(poison, 0), clip_cut, S, CLIP
-                )
+                scale, minimum = _grid_of(tl.min(low, 0), tl.max(high, 0), tl.sum(poison, 0), clip_cut, S, CLIP)
                 at = pairs + g * S.head_dim + channel
                 tl.store(at, _pair_bits(scale, minimum), mask=channel < S.head_dim)
 
 
 @triton.jit
 def pack_page(
-    x, page_token, start, stop, offset, capacity, token_stride, record, signs, factor, limit, clip_cut, static_scale,
-    S: tl.constexpr, CLIP: tl.constexpr, LIMIT: tl.constexpr, FACTOR: tl.constexpr, ROTATE: tl.constexpr, ASM: tl.constexpr,
+    x,
+    page_token,
+    start,
+    stop,
+    offset,
+    capacity,
+    token_stride,
+    record,
+    signs,
+    factor,
+    limit,
+    clip_cut,
+    static_scale,
+    S: tl.constexpr,
+    CLIP: tl.constexpr,
+    LIMIT: tl.constexpr,
+    FACTOR: tl.constexpr,
+    ROTATE: tl.constexpr,
+    ASM: tl.constexpr,
 ):
     """Quantize tokens [start, stop) of one KV head into the page whose first token is ``page_token``."""
     first = tl.maximum(start, page_token)
@@ -292,8 +379,22 @@ def pack_page(
     if first < last:
         if S.by_channel:
             _store_channel_grids(
-                x, page_token, start, stop, offset, capacity, token_stride, record, signs, factor, clip_cut,
-                S, CLIP, FACTOR, ROTATE, ASM,
+                x,
+                page_token,
+                start,
+                stop,
+                offset,
+                capacity,
+                token_stride,
+                record,
+                signs,
+                factor,
+                clip_cut,
+                S,
+                CLIP,
+                FACTOR,
+                ROTATE,
+                ASM,
             )
             tl.debug_barrier()
         from_row = 0
@@ -303,22 +404,61 @@ def pack_page(
             to_row = (last - 1 - page_token) % S.rows + 1
         for chunk in range(from_row // PACK_ROWS, tl.cdiv(to_row, PACK_ROWS)):
             _pack_rows(
-                x, chunk * PACK_ROWS, page_token, start, stop, offset, capacity, token_stride, record, signs, factor, limit, clip_cut,
-                static_scale, S, CLIP, LIMIT, FACTOR, ROTATE, ASM,
+                x,
+                chunk * PACK_ROWS,
+                page_token,
+                start,
+                stop,
+                offset,
+                capacity,
+                token_stride,
+                record,
+                signs,
+                factor,
+                limit,
+                clip_cut,
+                static_scale,
+                S,
+                CLIP,
+                LIMIT,
+                FACTOR,
+                ROTATE,
+                ASM,
             )
 
 
 @triton.jit(do_not_specialize=["capacity", "table_stride"])
 def pack_tokens(
-    x, pool, table, ranges, offsets, signs, factors, limits,
-    x_batch_stride, x_head_stride, x_token_stride, capacity, table_stride, page_stride, clip_cut, static_scale,
-    S: tl.constexpr, RECORD: tl.constexpr, CLIP: tl.constexpr, LIMIT: tl.constexpr, FACTOR: tl.constexpr, ROTATE: tl.constexpr, ASM: tl.constexpr,
+    x,
+    pool,
+    table,
+    ranges,
+    offsets,
+    signs,
+    factors,
+    limits,
+    x_batch_stride,
+    x_head_stride,
+    x_token_stride,
+    capacity,
+    table_stride,
+    page_stride,
+    clip_cut,
+    static_scale,
+    S: tl.constexpr,
+    RECORD: tl.constexpr,
+    CLIP: tl.constexpr,
+    LIMIT: tl.constexpr,
+    FACTOR: tl.constexpr,
+    ROTATE: tl.constexpr,
+    ASM: tl.constexpr,
 ):
     """Grid (pages that a range can touch, B, KV heads): quantize and pack one side.
 
     x         [B, KV heads, capacity, head_dim] by strides; token t is at ``(t + offsets[b]) % capacity``.
     ranges    [B, 2] int32: tokens [start, stop) to pack, in whole groups for axis channel. offsets [B] int32.
-    signs     [head_dim]: multiplied before the rotation, if ROTATE. factors [KV heads, head_dim]: divided by, if FACTOR.
+    signs     [head_dim]: multiplied before the rotation, if ROTATE. factors [KV heads, head_dim]: divided by, if
+              FACTOR.
     limits    [KV heads] fp32: raised to the largest scale stored, if LIMIT (axis token).
     """
     sequence = tl.program_id(1)
@@ -332,6 +472,23 @@ def pack_tokens(
     number = tl.load(table + wide * table_stride + page).to(tl.int64)
     record = pool + number * page_stride + head * RECORD
     pack_page(
-        x + wide * x_batch_stride + head * x_head_stride, page * S.page_tokens, start, stop, tl.load(offsets + sequence),
-        capacity, x_token_stride, record, signs, factors + head * S.head_dim, limits + head, clip_cut, static_scale, S, CLIP, LIMIT, FACTOR, ROTATE, ASM,
+        x + wide * x_batch_stride + head * x_head_stride,
+        page * S.page_tokens,
+        start,
+        stop,
+        tl.load(offsets + sequence),
+        capacity,
+        x_token_stride,
+        record,
+        signs,
+        factors + head * S.head_dim,
+        limits + head,
+        clip_cut,
+        static_scale,
+        S,
+        CLIP,
+        LIMIT,
+        FACTOR,
+        ROTATE,
+        ASM,
     )

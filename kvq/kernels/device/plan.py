@@ -6,9 +6,23 @@ import triton.language as tl
 
 @triton.jit(do_not_specialize=["batch", "slots", "capacity", "programs", "window", "first_token"])
 def plan_items(
-    lengths, positions, items, spans, batch, slots, capacity, programs, window, first_token,
-    ROUND: tl.constexpr, QUERIES: tl.constexpr, OVERHEAD: tl.constexpr, MAX_SPLITS: tl.constexpr,
-    BATCH: tl.constexpr, ITEMS: tl.constexpr, WINDOW: tl.constexpr,
+    lengths,
+    positions,
+    items,
+    spans,
+    batch,
+    slots,
+    capacity,
+    programs,
+    window,
+    first_token,
+    ROUND: tl.constexpr,
+    QUERIES: tl.constexpr,
+    OVERHEAD: tl.constexpr,
+    MAX_SPLITS: tl.constexpr,
+    BATCH: tl.constexpr,
+    ITEMS: tl.constexpr,
+    WINDOW: tl.constexpr,
 ):
     """Grid (blocks of ITEMS items). Every program repeats the choice, so none waits for another.
 

@@ -113,7 +113,7 @@ def empty_state(V: tl.constexpr, T: tl.constexpr, H: tl.constexpr):
 
 @triton.jit
 def locate(i, base, table_at, page_stride, last_page, K: tl.constexpr, T: tl.constexpr, MASKED: tl.constexpr):
-    """Round i: (record pointers [W, 1 or R], row of block 0 within the page, first token of the page), for each warp."""
+    """Round i, for each warp: (record pointers [W, 1 or R], row of block 0 within the page, the page's first token)."""
     tile = (i * T.warps + tl.arange(0, T.warps))[:, None]
     r = tl.arange(0, T.rows)[None, :]
     if T.pages == 1:
@@ -154,10 +154,29 @@ def hidden(scores, keep, token, position, window, T: tl.constexpr, CAUSAL: tl.co
 
 @triton.jit
 def _round(
-    i, state, query, kappa, shift, cap_scale, softcap, base, table_at, page_stride, length, position, window,
-    key_book, value_book,
-    K: tl.constexpr, V: tl.constexpr, T: tl.constexpr, SOFTCAP: tl.constexpr, CAUSAL: tl.constexpr,
-    WINDOW: tl.constexpr, MASKED: tl.constexpr, ASM: tl.constexpr,
+    i,
+    state,
+    query,
+    kappa,
+    shift,
+    cap_scale,
+    softcap,
+    base,
+    table_at,
+    page_stride,
+    length,
+    position,
+    window,
+    key_book,
+    value_book,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    T: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr,
+    MASKED: tl.constexpr,
+    ASM: tl.constexpr,
 ):
     """Attend to round i, one tile a warp."""
     softmax, values = state
@@ -176,7 +195,9 @@ def _round(
 
 
 @triton.jit
-def store_partial(state, out_at, lse_at, kappa, shift, value_scale, real, V: tl.constexpr, T: tl.constexpr, ASM: tl.constexpr):
+def store_partial(
+    state, out_at, lse_at, kappa, shift, value_scale, real, V: tl.constexpr, T: tl.constexpr, ASM: tl.constexpr
+):
     """Merge the warps and store output [H, head_dim] and log-sum-exp [H] (base 2; -inf where nothing was seen)."""
     top, total = state[0]
     offsets, biases, sums = state[1]
@@ -187,7 +208,11 @@ def store_partial(state, out_at, lse_at, kappa, shift, value_scale, real, V: tl.
     total = tl.sum(tl.sum(total * share, 1), 0)
     seen = total > 0.0
     inverse = tl.where(seen, 1.0 / tl.where(seen, total, 1.0), 0.0)
-    tl.store(lse_at + column, tl.where(seen, tl.sum(highest, 0) * kappa - shift + tl.log2(tl.where(seen, total, 1.0)), float("-inf")), mask=real)
+    tl.store(
+        lse_at + column,
+        tl.where(seen, tl.sum(highest, 0) * kappa - shift + tl.log2(tl.where(seen, total, 1.0)), float("-inf")),
+        mask=real,
+    )
     for chunk in tl.static_range(known(V.chunks)):
         for c in tl.static_range(known(V.blocks)):
             x = sums[chunk * V.blocks + c]
@@ -207,15 +232,45 @@ def store_partial(state, out_at, lse_at, kappa, shift, value_scale, real, V: tl.
 
 @triton.jit(do_not_specialize=["table_stride", "window", "first_token", "key_book", "value_book"])
 def decode_split(
-    q, pool, table, items, lengths, positions, channel_factor, value_limit, out, lse,
-    q_batch_stride, q_head_stride, q_token_stride, table_stride, page_stride,
-    scale, key_scale, value_scale, softcap, window, first_token, key_book, value_book,
-    K: tl.constexpr, V: tl.constexpr, T: tl.constexpr, RECORD: tl.constexpr,
-    HEADS: tl.constexpr, QUERIES: tl.constexpr, H: tl.constexpr,
-    FACTOR: tl.constexpr, LIMIT: tl.constexpr, SOFTCAP: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
-    STAGES: tl.constexpr, ASM: tl.constexpr,
+    q,
+    pool,
+    table,
+    items,
+    lengths,
+    positions,
+    channel_factor,
+    value_limit,
+    out,
+    lse,
+    q_batch_stride,
+    q_head_stride,
+    q_token_stride,
+    table_stride,
+    page_stride,
+    scale,
+    key_scale,
+    value_scale,
+    softcap,
+    window,
+    first_token,
+    key_book,
+    value_book,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    T: tl.constexpr,
+    RECORD: tl.constexpr,
+    HEADS: tl.constexpr,
+    QUERIES: tl.constexpr,
+    H: tl.constexpr,
+    FACTOR: tl.constexpr,
+    LIMIT: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr,
+    STAGES: tl.constexpr,
+    ASM: tl.constexpr,
 ):
-    """Grid (items, KV heads, blocks of H query columns). Column c is query head ``c // QUERIES``, token ``c % QUERIES``.
+    """Grid (items, KV heads, blocks of H query columns). Column c: query head ``c // QUERIES``, token ``c % QUERIES``.
 
     q        [B, heads, QUERIES, head_dim] by strides. pool: bytes; page number n of the table starts at n * page_stride
              and holds one record of RECORD bytes a KV head.
@@ -262,17 +317,57 @@ def decode_split(
     full_end = tl.maximum(tl.minimum(full_end, end), full_first)
     for i in tl.range(full_first, full_end, num_stages=STAGES):
         state = _round(
-            i, state, query, kappa, shift, cap_scale, softcap, base, table_at, page_stride, length, position, window,
-    key_book, value_book,
-            K, V, T, SOFTCAP, CAUSAL, WINDOW, False, ASM,
+            i,
+            state,
+            query,
+            kappa,
+            shift,
+            cap_scale,
+            softcap,
+            base,
+            table_at,
+            page_stride,
+            length,
+            position,
+            window,
+            key_book,
+            value_book,
+            K,
+            V,
+            T,
+            SOFTCAP,
+            CAUSAL,
+            WINDOW,
+            False,
+            ASM,
         )
     before = full_first - first
     for j in tl.range(0, before + end - full_end, num_stages=1):
         i = tl.where(j < before, first + j, full_end + j - before)
         state = _round(
-            i, state, query, kappa, shift, cap_scale, softcap, base, table_at, page_stride, length, position, window,
-    key_book, value_book,
-            K, V, T, SOFTCAP, CAUSAL, WINDOW, True, ASM,
+            i,
+            state,
+            query,
+            kappa,
+            shift,
+            cap_scale,
+            softcap,
+            base,
+            table_at,
+            page_stride,
+            length,
+            position,
+            window,
+            key_book,
+            value_book,
+            K,
+            V,
+            T,
+            SOFTCAP,
+            CAUSAL,
+            WINDOW,
+            True,
+            ASM,
         )
     slot = (item * tl.num_programs(1) + head).to(tl.int64) * (HEADS * QUERIES) + tl.program_id(2) * H
     store_partial(state, out + slot * V.head_dim, lse + slot, kappa, shift, value_scale, real, V, T, ASM)

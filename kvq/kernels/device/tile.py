@@ -23,6 +23,7 @@ import triton.language as tl
 
 from kvq.kernels.device.bits import bias_of, e4m3_to_half, exp2, halves, known, unpack
 
+
 @triton.jit
 def add(values, i: tl.constexpr, value):
     """The tuple with ``value`` added to entry i."""
@@ -100,7 +101,17 @@ def channels_of(chunk: tl.constexpr, block: tl.constexpr, S: tl.constexpr):
 
 
 @triton.jit
-def _load_planes(record, row, first: tl.constexpr, keep, book, S: tl.constexpr, MASKED: tl.constexpr, TRANSPOSED: tl.constexpr, ASM: tl.constexpr):
+def _load_planes(
+    record,
+    row,
+    first: tl.constexpr,
+    keep,
+    book,
+    S: tl.constexpr,
+    MASKED: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    ASM: tl.constexpr,
+):
     """Unpack the containers [first, first + S.block) of rows: planes [W, R, C], or [W, C, R] if TRANSPOSED.
 
     record: pointers [W, 1 or R] to the records. row [1 or W, R]. keep [W, R]: rows to read, if MASKED.
@@ -174,7 +185,9 @@ def _token_meta(record, token, g: tl.constexpr, keep, S: tl.constexpr, MASKED: t
 
 
 @triton.jit
-def packed_scores(record, row, keep, query, book, K: tl.constexpr, T: tl.constexpr, MASKED: tl.constexpr, ASM: tl.constexpr):
+def packed_scores(
+    record, row, keep, query, book, K: tl.constexpr, T: tl.constexpr, MASKED: tl.constexpr, ASM: tl.constexpr
+):
     """Scores of one tile, before the softmax scale: a tuple of T.blocks tensors [W, R, H].
 
     row     [1 or W, R]: token of row r within its page, for block 0. keep: by block, [W, R], tokens that exist.
@@ -191,7 +204,9 @@ def packed_scores(record, row, keep, query, book, K: tl.constexpr, T: tl.constex
                 raw = raw + (tl.broadcast_to(start, [T.warps, T.rows, start.shape[2]]),)
         for s in tl.static_range(_row_blocks(K, T)):
             for c in tl.static_range(known(K.blocks)):
-                planes = _load_planes(record, row + s * T.stride, c * K.block, keep[s], book, K, _reads_masked(K, MASKED), False, ASM)
+                planes = _load_planes(
+                    record, row + s * T.stride, c * K.block, keep[s], book, K, _reads_masked(K, MASKED), False, ASM
+                )
                 for f in tl.static_range(known(K.fields)):
                     raw = _dot_into(
                         raw,
@@ -208,7 +223,18 @@ def packed_scores(record, row, keep, query, book, K: tl.constexpr, T: tl.constex
 
 
 @triton.jit
-def _scaled_scores(record, row, keep, raw, sums, b: tl.constexpr, K: tl.constexpr, T: tl.constexpr, MASKED: tl.constexpr, ASM: tl.constexpr):
+def _scaled_scores(
+    record,
+    row,
+    keep,
+    raw,
+    sums,
+    b: tl.constexpr,
+    K: tl.constexpr,
+    T: tl.constexpr,
+    MASKED: tl.constexpr,
+    ASM: tl.constexpr,
+):
     """Scale and minimum of block b's tokens, axis token."""
     scale, minimum = _token_meta(record, row + b * T.stride, 0, keep, K, MASKED, ASM)
     total = raw[b * K.groups] * scale
@@ -305,7 +331,19 @@ def softmax_step(state, scores, kappa, shift, T: tl.constexpr, ASM: tl.constexpr
 
 
 @triton.jit
-def add_packed_values(state, record, row, keep, shrink, weights, book, V: tl.constexpr, T: tl.constexpr, MASKED: tl.constexpr, ASM: tl.constexpr):
+def add_packed_values(
+    state,
+    record,
+    row,
+    keep,
+    shrink,
+    weights,
+    book,
+    V: tl.constexpr,
+    T: tl.constexpr,
+    MASKED: tl.constexpr,
+    ASM: tl.constexpr,
+):
     """Add one tile's weighted values to (offsets, biases, sums).
 
     offsets  by channel group, [W, 8, H]: sum of weights times minimum.
@@ -336,7 +374,9 @@ def add_packed_values(state, record, row, keep, shrink, weights, book, V: tl.con
                 rounded = rounded + (p.to(tl.float16),)
         for s in tl.static_range(_row_blocks(V, T)):
             for c in tl.static_range(known(V.blocks)):
-                planes = _load_planes(record, row + s * T.stride, c * V.block, keep[s], book, V, _reads_masked(V, MASKED), True, ASM)
+                planes = _load_planes(
+                    record, row + s * T.stride, c * V.block, keep[s], book, V, _reads_masked(V, MASKED), True, ASM
+                )
                 for f in tl.static_range(known(V.fields)):
                     p = rounded[_block_of(V, T, f, s) * V.groups + group_of(V, f % V.chunks, c)]
                     sums = _dot_into(sums, f % V.chunks * V.blocks + c, planes[f], p)
@@ -383,7 +423,18 @@ def _values_by_channel(
 
 
 @triton.jit
-def _scaled_product(record, plane, rounded, totals, b: tl.constexpr, f: tl.constexpr, c: tl.constexpr, V: tl.constexpr, T: tl.constexpr, ASM: tl.constexpr):
+def _scaled_product(
+    record,
+    plane,
+    rounded,
+    totals,
+    b: tl.constexpr,
+    f: tl.constexpr,
+    c: tl.constexpr,
+    V: tl.constexpr,
+    T: tl.constexpr,
+    ASM: tl.constexpr,
+):
     """Weighted sum of one plane's values, [W, C, H], axis channel."""
     channel = channels_of(f % V.chunks, c, V)[None, :]
     index = _token_group(V, T, b) * V.head_dim + channel

@@ -10,9 +10,22 @@ from kvq.kernels.device.tile import channels_of, group_of, load_meta, load_norm
 
 @triton.jit(do_not_specialize=["table_stride", "book"])
 def unpack_pages(
-    pool, table, lengths, channel_factor, out,
-    out_batch_stride, out_head_stride, out_token_stride, table_stride, page_stride, static_scale, book,
-    S: tl.constexpr, RECORD: tl.constexpr, FACTOR: tl.constexpr, ASM: tl.constexpr,
+    pool,
+    table,
+    lengths,
+    channel_factor,
+    out,
+    out_batch_stride,
+    out_head_stride,
+    out_token_stride,
+    table_stride,
+    page_stride,
+    static_scale,
+    book,
+    S: tl.constexpr,
+    RECORD: tl.constexpr,
+    FACTOR: tl.constexpr,
+    ASM: tl.constexpr,
 ):
     """Grid (blocks of PACK_ROWS rows over all pages, B, KV heads): one side to out [B, KV heads, tokens, head_dim].
 
@@ -57,6 +70,11 @@ def unpack_pages(
                 x = x * load_norm(record, inside, (row < S.rows) & (token < length), S, True)[:, None]
             x = x * static_scale
             if FACTOR:
-                x = x * tl.load(channel_factor + head * S.head_dim + channel, mask=channel < S.head_dim, other=0.0)[None, :]
+                x = (
+                    x
+                    * tl.load(channel_factor + head * S.head_dim + channel, mask=channel < S.head_dim, other=0.0)[
+                        None, :
+                    ]
+                )
             at = token.to(tl.int64)[:, None] * out_token_stride + channel[None, :]
             tl.store(to + at, x.to(out.dtype.element_ty), mask=keep)
