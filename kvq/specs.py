@@ -131,6 +131,11 @@ class HeadSpec:
     def is_exact(self) -> bool:
         return self.key.codec == "exact"
 
+    @property
+    def has_head_scales(self) -> bool:
+        """True if keys or values have one static scale a head."""
+        return "head" in (self.key.granularity, self.value.granularity)
+
 
 def build_transforms(data: Any, where: str) -> Transforms:
     """``{"key": [{"kind": ...}], "value": [...]}`` to Transforms."""

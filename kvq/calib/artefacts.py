@@ -3,19 +3,19 @@
 An artefact belongs to one layer and side and is named ``layers.{i}.{side}.{what}``; ``what`` starts with the part that
 reads it, such as ``scale`` of calibrated float8.
 
-    scale   [] float64: absmax over all heads and channels / 448, and 1.0 where the absolute maximum is 0. It is what a
-            stored 1.0 stands for, one per layer and side: the convention of serving engines.
+    scale   float64, [] or, with granularity head, [kv_heads]: what a stored 1.0 stands for, the convention of serving
+            engines (``kvq.calib.scales``).
 """
 
-import math
+import functools
 from collections.abc import Iterator, Mapping
 
 import torch
 
-from kvq.calib.stats import LayerStats, Stats
+from kvq.calib.scales import float8_scale
+from kvq.calib.stats import Stats
 from kvq.errors import DataError
 from kvq.models.describe import ModelSpec
-from kvq.quantizers.float8 import E4M3_MAX
 from kvq.recipe import Recipe
 
 SIDES = ("key", "value")
@@ -65,15 +65,7 @@ def _needed(recipe: Recipe, model: ModelSpec) -> Iterator[tuple]:
     for layer in model.full_layers:
         heads = [recipe.for_head(layer.index, head, len(model.layers)) for head in range(layer.kv_heads)]
         for side in SIDES:
-            if any(getattr(head, side).scale == "calibrated" for head in heads):
-                yield layer, side, "scale", (), _float8_scale
-
-
-def _float8_scale(layer: LayerStats, index: int, side: str) -> torch.Tensor:
-    absmax = float(layer[f"{side}.range"].absmax.max())
-    if not math.isfinite(absmax):
-        raise DataError(
-            f"the statistics of layer {index} hold a {side} maximum of {absmax}, and a scale must be finite: "
-            "calibrate again in float32 or bfloat16."
-        )
-    return torch.tensor(absmax / E4M3_MAX if absmax else 1.0, dtype=torch.float64)
+            spec = next((spec for head in heads if (spec := getattr(head, side)).scale == "calibrated"), None)
+            if spec is not None:
+                shape = (layer.kv_heads,) if spec.granularity == "head" else ()
+                yield layer, side, "scale", shape, functools.partial(float8_scale, spec=spec)

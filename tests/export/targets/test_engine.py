@@ -237,7 +237,6 @@ class TestQuantizedWeights:
         ({"value.scale": "unit"}, "value.scale is 'unit'"),
         ({"tokens.window": 128}, "last 128 tokens stay exact"),
         ({"tokens.sinks": 4}, "first 4 and"),
-        ({"transforms.key": [{"kind": "hadamard"}]}, "transform 'hadamard'"),
         ({"layers.1/0.key.scale": "unit"}, "layer 1"),
     ],
 )
