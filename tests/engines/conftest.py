@@ -17,6 +17,7 @@ from kvq.calib.data import builtin_text
 from kvq.eval.result import installed_versions
 from kvq.export.exporter import export
 from kvq.models.resolve import load_model, load_tokenizer, weights_fingerprint
+from kvq.recipe import Recipe, load_recipe
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
@@ -49,14 +50,14 @@ def builtin_stats(builtin_dir, measured_stats):
 
 @pytest.fixture(scope="session")
 def served(builtin_dir, builtin_stats, tmp_path_factory):
-    """Factory ``served(target, recipe="fp8") -> Path``: an export of the embedded model, made once."""
+    """Factory ``served(target, recipe="fp8") -> Path``: an export of the embedded model, made once for each."""
     made: dict[tuple, Path] = {}
     root = tmp_path_factory.mktemp("served")
 
-    def make(target: str, recipe: str = "fp8") -> Path:
-        key = (target, recipe)
+    def make(target: str, recipe: str | Recipe = "fp8") -> Path:
+        key = (target, load_recipe(recipe).hash)
         if key not in made:
-            made[key] = root / f"{recipe}-{target}"
+            made[key] = root / f"{target}-{len(made)}"
             export(builtin_dir, recipe, made[key], target=target, stats=builtin_stats)
         return made[key]
 
