@@ -14,6 +14,7 @@ import torch
 
 from kvq.calib.collect import collect
 from kvq.calib.data import builtin_text
+from kvq.eval.engine import ask_engine, two_prompts
 from kvq.eval.result import installed_versions
 from kvq.export.exporter import export
 from kvq.models.resolve import load_model, load_tokenizer, weights_fingerprint
@@ -62,6 +63,22 @@ def served(builtin_dir, builtin_stats, tmp_path_factory):
         return made[key]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def answers(served, engine_python):
+    """Factory ``answers(target, dtype) -> (folder, prompts, answer)``: vLLM's, asked once for each."""
+    kept: dict[tuple, tuple] = {}
+
+    def ask(target: str, dtype: str) -> tuple:
+        if (target, dtype) not in kept:
+            folder = served(target)
+            prompts = two_prompts(folder)
+            answer = ask_engine(folder, prompts, python=engine_python, dtype=dtype, tokens=24)
+            kept[target, dtype] = folder, prompts, answer
+        return kept[target, dtype]
+
+    return ask
 
 
 @pytest.fixture(scope="session")

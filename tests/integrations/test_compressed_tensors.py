@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 from transformers import AutoModelForCausalLM
 
 from kvq.export.exporter import export
@@ -12,6 +13,10 @@ from kvq.models.resolve import load_config, load_model
 from kvq.recipe import load_recipe
 
 pytest.importorskip("compressed_tensors", reason="the extra 'targets' is not installed")
+# transformers 5.21 fails on a config without weight groups (kvq/export/engines/transformers.yaml).
+pytestmark = pytest.mark.xfail(
+    transformers.__version__.startswith("5.21."), reason="transformers 5.21 fails on a KV-only config", strict=True
+)
 
 
 @pytest.fixture(params=["tensor", "head"])
