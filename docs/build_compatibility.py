@@ -169,6 +169,7 @@ def _targets() -> list[str]:
     rows = []
     for target in TARGETS.values():
         formats = ", ".join(f"{source or 'unquantized'} -> `{written}`" for source, written in target.formats.items())
+        formats = formats or "unquantized -> none"
         rows.append([f"`{target.name}`", formats, ", ".join(find_release(e).title for e in target.engines)])
     return _table(["target", "weights -> quant_method that is written", "loaded by"], rows)
 

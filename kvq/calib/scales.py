@@ -25,12 +25,17 @@ _POINTS = 16
 _OCTAVES, _STEPS = 4, 8
 
 
-def float8_scale(layer: LayerStats, index: int, side: str, spec: CodecSpec) -> torch.Tensor:
+def float8_scale(
+    spec: CodecSpec, absmax: torch.Tensor, index: int, side: str, layer: LayerStats | None = None
+) -> torch.Tensor:
     """Scale of one layer and side, float64: [] for granularity tensor, [kv_heads] for head; 1.0 where all was zero.
+
+    absmax   [kv_heads, head_dim], of what is stored.
+    layer    statistics of what is stored, for methods that need more; None after transforms.
 
     Raises DataError if the statistics are not finite or hold no histogram that the method needs.
     """
-    absmax = layer[f"{side}.range"].absmax.double().amax(-1)
+    absmax = absmax.double().amax(-1)
     if not bool(absmax.isfinite().all()):
         worst = float(absmax.max())
         raise DataError(
@@ -41,6 +46,10 @@ def float8_scale(layer: LayerStats, index: int, side: str, spec: CodecSpec) -> t
     largest = absmax if by_head else absmax.max().reshape(1)
     scales = largest / E4M3_MAX
     if spec.method in ("percentile", "mse"):
+        if layer is None:
+            raise DataError(
+                f"{side}.method={spec.method} reads a histogram, and there is none of {side}s after transforms: use max."
+            )
         counts = layer[f"{side}.histogram"].counts.sum(1)
         counts = counts if by_head else counts.sum(0, keepdim=True)
         if spec.method == "percentile":

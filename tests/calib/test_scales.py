@@ -28,6 +28,10 @@ def layer_of(x: torch.Tensor) -> LayerStats:
     return LayerStats(parts | {f"{s}.histogram": Histogram.observe(x) for s in ("key", "value")})
 
 
+def scale_of(layer: LayerStats, side: str, wanted: CodecSpec, index: int = 0) -> torch.Tensor:
+    return float8_scale(wanted, layer[f"{side}.range"].absmax, index, side, layer)
+
+
 def error(x: torch.Tensor, scale: float) -> float:
     """Squared error of storing x [..., D] with a scale."""
     codec = Float8Codec(head_dim=x.shape[-1], scale=scale)
@@ -38,9 +42,9 @@ def test_max_clips_nothing_that_was_seen():
     x = numbers()
     by_head = x.float().abs().amax((0, 2, 3)).double() / 448
     layer = layer_of(x)
-    assert torch.equal(float8_scale(layer, 0, "key", spec(granularity="head")), by_head)
-    assert torch.equal(float8_scale(layer, 0, "key", spec()), by_head.max())
-    assert torch.equal(float8_scale(layer, 0, "key", spec(method="max", granularity="tensor")), by_head.max())
+    assert torch.equal(scale_of(layer, "key", spec(granularity="head")), by_head)
+    assert torch.equal(scale_of(layer, "key", spec()), by_head.max())
+    assert torch.equal(scale_of(layer, "key", spec(method="max", granularity="tensor")), by_head.max())
 
 
 @pytest.mark.parametrize("percentile", [90.0, 99.0, 99.9, 100.0])
@@ -48,13 +52,13 @@ def test_percentile_is_the_quantile_of_magnitudes(percentile):
     """Within a bin of the histogram, an eighth of its magnitude, and never above the largest number."""
     x = numbers(tail=30.0)
     layer = layer_of(x)
-    found = float8_scale(layer, 0, "value", spec(method="percentile", percentile=percentile, granularity="head"))
+    found = scale_of(layer, "value", spec(method="percentile", percentile=percentile, granularity="head"))
     for head in range(3):
         own = x[:, head].abs().flatten()
         wanted = float(torch.quantile(own, percentile / 100)) / 448
         assert wanted / 1.13 <= float(found[head]) <= wanted * 1.13
         assert float(found[head]) <= float(own.max().float()) / 448
-    whole = float8_scale(layer, 0, "value", spec(method="percentile", percentile=percentile))
+    whole = scale_of(layer, "value", spec(method="percentile", percentile=percentile))
     assert float(whole) == pytest.approx(float(torch.quantile(x.abs(), percentile / 100)) / 448, rel=0.13)
 
 
@@ -63,8 +67,8 @@ def test_mse_finds_the_best_scale_of_its_grid(tail):
     """On the numbers themselves, no scale of the grid is more than 2 % better than the one found from the histogram."""
     x = numbers(heads=1, tail=tail)
     layer = layer_of(x)
-    top = float(float8_scale(layer, 0, "key", spec()))
-    found = float(float8_scale(layer, 0, "key", spec(method="mse")))
+    top = float(scale_of(layer, "key", spec()))
+    found = float(scale_of(layer, "key", spec(method="mse")))
     grid = [top * 2 ** (-step / 8) for step in range(33)]
     assert any(found == pytest.approx(scale) for scale in grid)
     assert error(x, found) <= 1.02 * min(error(x, scale) for scale in grid)
@@ -73,8 +77,8 @@ def test_mse_finds_the_best_scale_of_its_grid(tail):
 
 def test_mse_by_head_is_the_search_of_each_head():
     x = numbers(tail=3.0)
-    found = float8_scale(layer_of(x), 0, "key", spec(method="mse", granularity="head"))
-    alone = [float8_scale(layer_of(x[:, head : head + 1]), 0, "key", spec(method="mse")) for head in range(3)]
+    found = scale_of(layer_of(x), "key", spec(method="mse", granularity="head"))
+    alone = [scale_of(layer_of(x[:, head : head + 1]), "key", spec(method="mse")) for head in range(3)]
     assert torch.equal(found, torch.stack(alone))
 
 
@@ -84,7 +88,7 @@ def test_what_was_always_zero_has_scale_one(method, granularity):
     x = torch.zeros(1, 2, 16, 8)
     if granularity == "head":
         x[:, 1] = 1.0
-    found = float8_scale(layer_of(x), 0, "key", spec(granularity=granularity, **method))
+    found = scale_of(layer_of(x), "key", spec(granularity=granularity, **method))
     assert float(found.reshape(-1)[0]) == 1.0
     assert bool((found > 0).all())
 
@@ -93,7 +97,9 @@ def test_statistics_that_cannot_be_used():
     x = numbers()
     x[0, 1, 5, 2] = float("inf")
     with pytest.raises(DataError, match="layer 7 hold a key maximum of inf"):
-        float8_scale(layer_of(x), 7, "key", spec())
+        scale_of(layer_of(x), "key", spec(), index=7)
+    with pytest.raises(DataError, match="there is none of keys after transforms: use max"):
+        float8_scale(spec(method="mse"), torch.ones(2, 8), 0, "key")
     lean = LayerStats({"key.range": Range.observe(numbers())})
     with pytest.raises(DataError, match=r"hold no 'key\.histogram': run 'kvq calibrate' again with --for"):
-        float8_scale(lean, 0, "key", spec(method="mse"))
+        scale_of(lean, "key", spec(method="mse"))
