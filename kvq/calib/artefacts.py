@@ -3,8 +3,8 @@
 An artefact belongs to one layer and side and is named ``layers.{i}.{side}.{what}``; ``what`` starts with the part that
 reads it, such as ``scale`` of calibrated float8.
 
-    scale          float64, [] or, with granularity head, [kv_heads]: what a stored 1.0 stands for, after transforms; the
-                   convention of serving engines (``kvq.calib.scales``).
+    scale          float64, [] or, with granularity head, [kv_heads]: what a stored 1.0 stands for, after transforms;
+                   the convention of serving engines (``kvq.calib.scales``).
     transforms.*   what the transforms of the side need (``kvq.transforms.KINDS``), by their place in the chain.
 """
 

@@ -48,7 +48,8 @@ def float8_scale(
     if spec.method in ("percentile", "mse"):
         if layer is None:
             raise DataError(
-                f"{side}.method={spec.method} reads a histogram, and there is none of {side}s after transforms: use max."
+                f"{side}.method={spec.method} reads a histogram, and there is none of {side}s after transforms: use "
+                "max."
             )
         counts = layer[f"{side}.histogram"].counts.sum(1)
         counts = counts if by_head else counts.sum(0, keepdim=True)
