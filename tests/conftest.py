@@ -12,6 +12,8 @@ import shutil
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Triton reads this when a kernel is defined. TRITON_INTERPRET=0 runs tests/kernels/device on a GPU.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import string
 from pathlib import Path
