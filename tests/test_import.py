@@ -11,7 +11,7 @@ import kvq
 
 PACKAGE = Path(kvq.__file__).parent
 FLOORS = (
-    ("errors", "fields", "codec_specs", "specs", "recipe", "recipes", "models", "kernels"),
+    ("errors", "fields", "codec_specs", "transform_specs", "specs", "recipe", "recipes", "models", "kernels"),
     ("quantizers",),
     ("transforms", "calib", "cache"),
     ("export",),

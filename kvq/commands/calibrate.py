@@ -127,6 +127,7 @@ def _calibrate(model: str, path: Path, recipe: str | None, full: bool, processes
         )
     if stats is None:
         return
+    stats = _learn(stats, recipe, spec, folder, state_folder)
     stats.save(path)
     _remove(state_folder)
     data = stats.data
@@ -138,12 +139,24 @@ def _calibrate(model: str, path: Path, recipe: str | None, full: bool, processes
             "layers": len(stats.layers),
             "tokens": data.tokens,
             "needs": sorted(stats.needs),
+            "fits": {name: fit.facts for name, fit in stats.fits.items()},
             "missing": dict(stats.missing),
             "processes": processes.world,
             "layer_by_layer": sweeps > 1,
             **stats.provenance(),
         }
     )
+
+
+def _learn(stats, recipe: str | None, spec, folder: Path, state_folder: Path):
+    """The statistics with what the recipe's learned transforms learn on them."""
+    from kvq.calib.learn import learn_fits
+    from kvq.recipe import load_recipe
+
+    if not recipe:
+        return stats
+    with progress_bar("Learning") as step:
+        return learn_fits(load_recipe(recipe), spec, stats, folder, state_folder=state_folder, progress=step)
 
 
 def _options(recipe: str | None, full: bool, spec, settings):

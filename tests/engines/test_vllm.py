@@ -76,7 +76,7 @@ def test_greedy_text_is_the_simulations(served, engine_python, record):
 
 
 def test_without_scales_the_engine_answers_otherwise_and_check_refuses(served, engine_python, record, tmp_path):
-    """The control: vLLM loads it without a word, at scale 1.0, and its answers are not those of the calibrated cache."""
+    """The control: vLLM loads it without a word, at scale 1.0, and answers otherwise."""
     folder = served("vllm")
     stripped = without_scales(folder, tmp_path / "stripped")
     (report,) = check_folder(stripped, [find_release("vllm", "0.32")])
