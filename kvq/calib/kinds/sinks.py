@@ -21,8 +21,8 @@ _STORED = ("mass", "first_key", "first_value")
 class Sinks:
     """mass     [H, POSITIONS] float64: attention given to each of the first positions, summed over the probes.
     probes   probing queries of each head.
-    first_key, first_value   [K, D] float64: of each window's first token (after RoPE), summed over windows. That token is
-             nearly the same in all windows, and unlike all others where it is a sink.
+    first_key, first_value   [K, D] float64: of each window's first token (after RoPE), summed over windows. That token
+             is nearly the same in all windows, and unlike all others where it is a sink.
     windows  how many.
     tops     the tokens that take most of a window's attention; ``strength`` is the mean share over heads and probes.
     """
@@ -45,8 +45,11 @@ class Sinks:
         priority: torch.Tensor,
         counts: torch.Tensor,
     ) -> "Sinks":
-        """weights [B, H, PROBES, T] of probing queries, key and value [B, K, T, D], tokens [B, T]; counts int [B]: probes
-        of each row."""
+        """Measure one batch.
+
+        weights [B, H, PROBES, T] of probing queries, key and value [B, K, T, D], tokens [B, T]; counts int [B]: probes
+        of each row.
+        """
         share = weights.float().sum(2)  # [B, H, T]
         # Real tokens to the left, so that a column is a position.
         if valid is not None:
