@@ -8,11 +8,12 @@ import torch
 
 from kvq.cache.policy import FlushRule
 from kvq.cache.tail import HEADROOM
+from kvq.codec_specs import CodecSpec
 from kvq.errors import RecipeError
 from kvq.kernels.spec import PageLayout
 from kvq.models.describe import LayerSpec, ModelSpec
 from kvq.models.rope import Rope, rope_of
-from kvq.quantizers import Codec, build_codec
+from kvq.quantizers import CODEC_TENSORS, Codec, build_codec, codec_tensors
 from kvq.recipe import Recipe
 from kvq.specs import HeadSpec
 from kvq.transforms import Chain, build_chain
@@ -110,31 +111,28 @@ def make_plan(recipe: Recipe, model: ModelSpec, artefacts: Mapping[str, torch.Te
     layers = {}
     ropes = functools.cache(lambda: rope_of(model.config))
     for layer in model.full_layers:
-        specs: dict[HeadSpec, list[int]] = {}
-        for head in range(layer.kv_heads):
-            specs.setdefault(recipe.for_head(layer.index, head, count), []).append(head)
-        if any(spec.is_exact for spec in specs) and len(specs) > 1:
+        groups = recipe.head_groups(layer.index, layer.kv_heads, count)
+        if any(spec.is_exact for spec, _ in groups) and len(groups) > 1:
             raise RecipeError(
                 f"layer {layer.index} mixes exact and quantized heads: keep the whole layer exact, or give its heads "
                 "8 bits."
             )
-        if not next(iter(specs)).is_exact:
+        if not groups[0][0].is_exact:
             layers[layer.index] = tuple(
-                _head_group(spec, tuple(heads), layer, artefacts or {}, ropes) for spec, heads in specs.items()
+                _head_group(spec, heads, layer, number, artefacts or {}, ropes)
+                for number, (spec, heads) in enumerate(groups)
             )
     return CachePlan(recipe=recipe, model=model, layers=layers)
 
 
-def _head_group(spec: HeadSpec, heads: tuple[int, ...], layer: LayerSpec, artefacts, ropes) -> HeadGroup:
+def _head_group(spec: HeadSpec, heads: tuple[int, ...], layer: LayerSpec, number: int, artefacts, ropes) -> HeadGroup:
     codecs, chains = {}, {}
     for side in SIDES:
         codec_spec = getattr(spec, side)
-        own = _of_side(artefacts, layer.index, side)
-        if codec_spec.scale == "calibrated" and "scale" not in own:
-            raise RecipeError(
-                f"{side}.scale=calibrated needs statistics of this model, and layer {layer.index} has none: run 'kvq "
-                "calibrate MODEL -o STATS' and pass --stats STATS, or set key.scale=unit value.scale=unit."
-            )
+        own = {what: artefacts.get(artefact_name(layer.index, side, what, number)) for what in CODEC_TENSORS}
+        for what in codec_tensors(codec_spec, layer.head_dim, len(heads)):
+            if own[what] is None:
+                raise RecipeError(_missing(codec_spec, side, layer.index))
         codecs[side] = build_codec(codec_spec, layer.head_dim, own, len(heads))
         chains[side] = build_chain(getattr(spec.transforms, side), layer.head_dim)
     page_tokens = max(codec.page_tokens for codec in codecs.values())
@@ -150,7 +148,21 @@ def _head_group(spec: HeadSpec, heads: tuple[int, ...], layer: LayerSpec, artefa
     )
 
 
-def _of_side(artefacts: Mapping[str, torch.Tensor], layer: int, side: str) -> dict[str, torch.Tensor]:
-    """Artefacts of one layer and side, by what they are."""
-    prefix = f"layers.{layer}.{side}."
-    return {name.removeprefix(prefix): tensor for name, tensor in artefacts.items() if name.startswith(prefix)}
+def artefact_name(layer: int, side: str, what: str, group: int = 0) -> str:
+    """Name of a codec's artefact: ``layers.{i}.key.{what}``, or ``layers.{i}.key.group1.{what}`` for the heads that are
+    the layer's second group. A scale is of the whole layer.
+    """
+    own = f"group{group}." if group and what != "scale" else ""
+    return f"layers.{layer}.{side}.{own}{what}"
+
+
+def _missing(spec: CodecSpec, side: str, layer: int) -> str:
+    if spec.scale == "calibrated" and spec.codec in ("float8", "float4"):
+        return (
+            f"{side}.scale=calibrated needs statistics of this model, and layer {layer} has none: run 'kvq calibrate "
+            "MODEL -o STATS' and pass --stats STATS, or set key.scale=unit value.scale=unit."
+        )
+    return (
+        f"the {side} codec needs what calibration learns of this model, and layer {layer} has none: run 'kvq calibrate "
+        "MODEL --for RECIPE -o STATS' and pass --stats STATS."
+    )

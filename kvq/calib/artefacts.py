@@ -1,34 +1,90 @@
 """Artefacts: the tensors that a recipe needs beside codes and sections, made of statistics and stored in exports.
 
-An artefact belongs to one layer and side and is named ``layers.{i}.{side}.{what}``; ``what`` starts with the part that
-reads it, such as ``scale`` of calibrated float8.
+An artefact belongs to one layer and side and is named ``layers.{i}.{side}.{what}``, with ``group{n}.`` before ``what``
+for the second and further groups of heads that a layer stores alike.
 
-    scale   [] float64: absmax over all heads and channels / 448, and 1.0 where the absolute maximum is 0. It is what a
-            stored 1.0 stands for, one per layer and side: the convention of serving engines.
+    scale    [] float64: absmax over all heads and channels / 448 (float8) or / 2688 (float4), and 1.0 where the
+             absolute maximum is 0. It is what a stored 1.0 stands for, one per layer and side: the convention of
+             serving engines.
+    range    [K, head_dim, 2] float64: half range and middle of every channel; with outliers, of all but their share.
+    levels   [2^bits] float64: what the codes of a codebook stand for, ascending.
+    edges    [2^bits - 1] float64: where one code ends and the next begins.
+    order    [K, head_dim] int32: which channel of the heads side by side is stored in this place.
 """
 
-import math
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 
-from kvq.calib.stats import LayerStats, Stats
+from kvq.cache.plan import artefact_name
+from kvq.calib.codebooks import Book, learned
+from kvq.calib.kinds.bins import bin_middles
+from kvq.calib.kmeans import levels_of, q_norm
+from kvq.calib.ranges import static_tensors
+from kvq.calib.stats import Stats
+from kvq.codec_specs import CodecSpec
 from kvq.errors import DataError
-from kvq.models.describe import ModelSpec
-from kvq.quantizers.float8 import E4M3_MAX
+from kvq.models.describe import LayerSpec, ModelSpec
+from kvq.quantizers import codec_tensors
+from kvq.quantizers.levels import midpoints
 from kvq.recipe import Recipe
 
 SIDES = ("key", "value")
+# Share of unweighted counts in a codebook's weights, so that it is defined where gradients are all zero.
+_PLAIN_SHARE = 1e-6
 
 
-def artefact_name(layer: int, side: str, what: str) -> str:
-    """Name of an artefact: ``layers.{i}.key.{what}`` or ``layers.{i}.value.{what}``."""
-    return f"layers.{layer}.{side}.{what}"
+@dataclass(frozen=True, kw_only=True)
+class _Use:
+    """One codec that reads artefacts: the heads ``heads``, group ``group`` of a layer."""
+
+    layer: LayerSpec
+    side: str
+    group: int
+    heads: tuple[int, ...]
+    spec: CodecSpec
+    sinks: int
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        found = codec_tensors(self.spec, self.layer.head_dim, len(self.heads))
+        return {artefact_name(self.layer.index, self.side, what, self.group): shape for what, shape in found.items()}
+
+    def fit(self, stats: Stats) -> dict[str, torch.Tensor]:
+        index = self.layer.index
+        if index not in stats.layers:
+            raise DataError(
+                f"the statistics of {stats.model!r} have no layer {index}: run 'kvq calibrate' on this model."
+            )
+        found = static_tensors(self.spec, stats.layers[index], index, self.side, self.heads)
+        if self.spec.levels == "calibrated":
+            found |= self._codebook(stats)
+        return {artefact_name(index, self.side, what, self.group): tensor for what, tensor in found.items()}
+
+    def _codebook(self, stats: Stats) -> dict[str, torch.Tensor]:
+        book = Book(side=self.side, heads=self.heads, spec=self.spec, sinks=self.sinks)
+        bins = learned(stats, self.layer.index, book)
+        if not bool(bins.counts.any()):
+            raise DataError(
+                f"the codebook of the {self.side}s of layer {self.layer.index} was learned from no numbers at all: "
+                "calibrate with longer windows."
+            )
+        weights = counts = bins.counts / bins.counts.sum()
+        if self.spec.weights == "fisher":
+            weights = (
+                bins.weights / bins.weights.sum().clamp_min(torch.finfo(torch.float64).tiny) + _PLAIN_SHARE * counts
+            )
+        levels = levels_of(bin_middles(), weights, 2**self.spec.bits)
+        edges = midpoints(levels)
+        if self.spec.q_norm:
+            levels = q_norm(levels, bin_middles(), counts)
+        return {"levels": levels, "edges": edges}
 
 
 def needed_artefacts(recipe: Recipe, model: ModelSpec) -> dict[str, tuple[int, ...]]:
     """Shapes by name of the artefacts that a recipe reads on this model; empty for a recipe without calibration."""
-    return {artefact_name(layer.index, side, what): shape for layer, side, what, shape, _ in _needed(recipe, model)}
+    return {name: shape for use in _uses(recipe, model) for name, shape in use.shapes.items()}
 
 
 def fit_artefacts(recipe: Recipe, model: ModelSpec, stats: Stats) -> dict[str, torch.Tensor]:
@@ -36,13 +92,9 @@ def fit_artefacts(recipe: Recipe, model: ModelSpec, stats: Stats) -> dict[str, t
 
     Raises DataError if the statistics are not finite or lack what the recipe needs.
     """
-    found = {}
-    for layer, side, what, _, fit in _needed(recipe, model):
-        if layer.index not in stats.layers:
-            raise DataError(
-                f"the statistics of {stats.model!r} have no layer {layer.index}: run 'kvq calibrate' on this model."
-            )
-        found[artefact_name(layer.index, side, what)] = fit(stats.layers[layer.index], layer.index, side)
+    found: dict[str, torch.Tensor] = {}
+    for use in _uses(recipe, model):
+        found |= use.fit(stats)
     return found
 
 
@@ -55,25 +107,39 @@ def check_artefacts(tensors: Mapping[str, torch.Tensor], needed: Mapping[str, tu
             return f"has {name!r} of shape {list(tensor.shape)}, not {list(needed[name])}"
         if not bool(tensor.isfinite().all()):
             return f"has NaN or infinity in {name!r}"
-        if name.endswith(".scale") and not bool((tensor > 0).all()):
-            return f"has a scale in {name!r} that is not positive"
+        wrong = _CHECKS.get(name.rpartition(".")[2], lambda _: None)(tensor)
+        if wrong:
+            return f"has {wrong} in {name!r}"
     return None
 
 
-def _needed(recipe: Recipe, model: ModelSpec) -> Iterator[tuple]:
-    """(layer, side, what, shape, how it is fitted) of every artefact."""
+def _not_positive(tensor: torch.Tensor) -> str | None:
+    return None if bool((tensor > 0).all()) else "a scale that is not positive"
+
+
+def _not_ascending(tensor: torch.Tensor) -> str | None:
+    return None if bool((tensor.diff() >= 0).all()) else "numbers that do not ascend"
+
+
+def _no_permutation(tensor: torch.Tensor) -> str | None:
+    places = torch.arange(tensor.numel(), dtype=tensor.dtype)
+    return None if torch.equal(tensor.flatten().sort().values, places) else "something else than places of all channels"
+
+
+_CHECKS = {
+    "scale": _not_positive,
+    "range": lambda tensor: _not_positive(tensor[..., 0]),
+    "levels": _not_ascending,
+    "edges": _not_ascending,
+    "order": _no_permutation,
+}
+
+
+def _uses(recipe: Recipe, model: ModelSpec) -> Iterator[_Use]:
     for layer in model.full_layers:
-        heads = [recipe.for_head(layer.index, head, len(model.layers)) for head in range(layer.kv_heads)]
-        for side in SIDES:
-            if any(getattr(head, side).scale == "calibrated" for head in heads):
-                yield layer, side, "scale", (), _float8_scale
-
-
-def _float8_scale(layer: LayerStats, index: int, side: str) -> torch.Tensor:
-    absmax = float(layer[f"{side}.range"].absmax.max())
-    if not math.isfinite(absmax):
-        raise DataError(
-            f"the statistics of layer {index} hold a {side} maximum of {absmax}, and a scale must be finite: "
-            "calibrate again in float32 or bfloat16."
-        )
-    return torch.tensor(absmax / E4M3_MAX if absmax else 1.0, dtype=torch.float64)
+        groups = recipe.head_groups(layer.index, layer.kv_heads, len(model.layers))
+        for number, (spec, heads) in enumerate(groups):
+            for side in SIDES:
+                codec = getattr(spec, side)
+                if codec.is_calibrated:
+                    yield _Use(layer=layer, side=side, group=number, heads=heads, spec=codec, sinks=spec.tokens.sinks)

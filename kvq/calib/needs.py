@@ -30,10 +30,20 @@ DEFAULT_NEEDS = frozenset(
     + ["massive", "sinks"]
 )
 
-# side is "key" or "value".
-CODEC_NEEDS: dict[str, Callable[[CodecSpec, str], Iterable[str]]] = {
-    "float8": lambda spec, side: [f"{side}.range"] if spec.scale == "calibrated" else [],
-}
+
+def _ranges(spec: CodecSpec, side: str) -> Iterable[str]:
+    """A static scale, static ranges of channels (quantiles if outliers lie outside), places of channels."""
+    tensor = "key_pre" if spec.placement == "pre_rope" else side
+    if spec.is_calibrated:
+        yield f"{tensor}.range"
+    if spec.codec == "book" and spec.scale == "calibrated" and spec.outliers is not None:
+        yield f"{tensor}.histogram"
+
+
+# side is "key" or "value". What codebooks are learned from is no statistic of this kind (``kvq.calib.codebooks``).
+CODEC_NEEDS: dict[str, Callable[[CodecSpec, str], Iterable[str]]] = dict.fromkeys(
+    ("affine", "book", "float4", "float8"), _ranges
+)
 TRANSFORM_NEEDS: dict[str, Callable[[TransformSpec, str], Iterable[str]]] = {}
 
 

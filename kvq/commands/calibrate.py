@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from kvq.commands.common import Output, check_writable, json_option, progress_bar, quiet_transformers
+from kvq.commands.common import Output, check_writable, json_option, progress_bars, quiet_transformers
 
 USAGE_ERROR = 2
 DTYPES = ("float32", "bfloat16", "float16")
@@ -35,7 +35,9 @@ class Bytes(click.ParamType):
 @click.command("calibrate")
 @click.argument("model")
 @click.option("-o", "--output", "out", metavar="STATS", required=True, help="File to write, e.g. stats.safetensors.")
-@click.option("--for", "recipe", metavar="RECIPE", help="Measure only what this recipe (name or file) reads.")
+@click.option(
+    "--for", "recipe", metavar="RECIPE", help="Measure only what this recipe (name or file) reads; several: A,B."
+)
 @click.option("--full", is_flag=True, help="Measure everything, second moments and token vectors too.")
 @click.option("--data", default="builtin", show_default=True, metavar="builtin|FILE|HUB_ID", help="Calibration text.")
 @click.option("--field", metavar="COLUMN", help="Column of the text.  [default: messages, else text]")
@@ -114,13 +116,15 @@ def _calibrate(model: str, path: Path, recipe: str | None, full: bool, processes
     )
     state_folder = path.with_name(f".{path.name}.partial")
     tokens_per_step = windows.identity.tokens / len(windows.tokens) * processes.world / sweeps
-    with progress_bar("Calibrating", tokens_per_step=tokens_per_step, silent=not processes.is_first) as step:
+    titles, settings_of_bar = ("Calibrating", "Learning codebooks"), {"silent": not processes.is_first}
+    with progress_bars(*titles, tokens_per_step=tokens_per_step, **settings_of_bar) as (step, learning):
         stats = calibrate(
             folder,
             windows,
             options,
             state_folder=state_folder,
             progress=step,
+            learning=learning,
             ranks=processes,
             model_name=Path(model).name,
             tokenizer=tokenizer,
@@ -155,8 +159,9 @@ def _options(recipe: str | None, full: bool, spec, settings):
     from kvq.recipe import load_recipe
 
     needs = ALL_NEEDS if full else DEFAULT_NEEDS
-    if recipe:
-        needs = needs_of(load_recipe(recipe), spec)
+    recipes = tuple(load_recipe(name) for name in recipe.split(",")) if recipe else ()
+    if recipes:
+        needs = frozenset().union(*(needs_of(own, spec) for own in recipes))
         if not needs:
             raise RecipeError(f"recipe {recipe!r} reads no statistics: use it as it is, or calibrate without --for.")
     return Options(
@@ -169,6 +174,7 @@ def _options(recipe: str | None, full: bool, spec, settings):
         device_map=settings["device_map"],
         layer_by_layer=True if settings["layer_by_layer"] else None,
         memory_limit=settings["memory_limit"],
+        recipes=recipes,
     )
 
 

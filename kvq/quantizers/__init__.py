@@ -26,6 +26,7 @@ from kvq.quantizers.sketch import SketchCodec
 
 __all__ = [
     "CODECS",
+    "CODEC_TENSORS",
     "AffineCodec",
     "BookCodec",
     "Codec",
@@ -35,6 +36,7 @@ __all__ = [
     "PackedKV",
     "SketchCodec",
     "build_codec",
+    "codec_tensors",
 ]
 
 CODECS = {
@@ -44,6 +46,22 @@ CODECS = {
     "float4": Float4Codec,
     "sketch": SketchCodec,
 }
+
+
+# What calibration may make for a codec.
+CODEC_TENSORS = ("scale", "range", "levels", "edges", "order")
+
+
+def codec_tensors(spec: CodecSpec, head_dim: int, heads: int) -> dict[str, tuple[int, ...]]:
+    """Shapes by name of what calibration must make for a codec (``kvq.calib.artefacts`` says what each is)."""
+    found: dict[str, tuple[int, ...]] = {}
+    if spec.scale == "calibrated":
+        found |= {"range": (heads, head_dim, 2)} if spec.codec == "book" else {"scale": ()}
+    if spec.levels == "calibrated":
+        found |= {"levels": (2**spec.bits,), "edges": (2**spec.bits - 1,)}
+    if spec.permute is not None:
+        found["order"] = (heads, head_dim)
+    return found
 
 
 def build_codec(

@@ -10,6 +10,7 @@ from typing import Any, Protocol, Self
 
 import torch
 
+from kvq.calib.kinds.bins import Bins
 from kvq.calib.kinds.histogram import Histogram
 from kvq.calib.kinds.massive import Massive
 from kvq.calib.kinds.moments import Moments
@@ -18,7 +19,19 @@ from kvq.calib.kinds.reservoir import Reservoir
 from kvq.calib.kinds.sinks import Sinks
 from kvq.calib.kinds.tops import Tops
 
-__all__ = ["KINDS", "Histogram", "Massive", "Moments", "Range", "Reservoir", "Sinks", "Statistic", "Tops", "to_cpu"]
+__all__ = [
+    "KINDS",
+    "Bins",
+    "Histogram",
+    "Massive",
+    "Moments",
+    "Range",
+    "Reservoir",
+    "Sinks",
+    "Statistic",
+    "Tops",
+    "to_cpu",
+]
 
 
 class Statistic(Protocol):
@@ -46,6 +59,7 @@ KINDS: dict[str, type[Statistic]] = {
     "reservoir": Reservoir,
     "massive": Massive,
     "sinks": Sinks,
+    "bins": Bins,
 }
 
 
