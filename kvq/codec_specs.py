@@ -21,12 +21,18 @@ SCALES = {
     "book": ("unit", "absmax", "range", "moments", "calibrated"),
 }
 GROUPED_SCALES = ("absmax", "range", "moments")
-METADATA = {"affine": ("float16", "e4m3", "zero8", "range8"), "float4": ("e8m0", "e4m3")}
+TIER_BITS = (0, *AFFINE_BITS)
+METADATA = {
+    "affine": ("float16", "e4m3", "zero8", "range8"),
+    "tiers": ("float16", "e4m3", "zero8", "range8"),
+    "float4": ("e8m0", "e4m3"),
+}
 WRAPPERS = ("permute", "norm", "signs", "low_rank", "outliers")
 # Settings by codec: those that must be given, and those that may be.
 _CODEC_FIELDS = {
     "exact": ((), ()),
     "affine": (("bits", "axis", "group"), ("clip", "symmetric", "meta", "placement", *WRAPPERS)),
+    "tiers": (("bits", "group"), ("meta", "placement")),
     "book": (("bits", "levels", "scale"), ("axis", "group", "weights", "q_norm", "placement", *WRAPPERS)),
     "float8": (("scale",), ("placement", *WRAPPERS)),
     "float4": (("group", "meta"), ("scale", "placement", *WRAPPERS)),
@@ -126,11 +132,13 @@ class CodecSpec:
     codec   ``exact``    kept in the model's dtype
             ``affine``   integer codes with a scale and a minimum
             ``book``     codes that name the levels of a static codebook, times a scale
+            ``tiers``    affine codes along the channel axis, with bits of their own for equal parts of the channels
             ``float8``   E4M3 with one scale per tensor
             ``float4``   E2M1 in blocks with a block scale (MXFP4, NVFP4)
             ``sketch``   signs of random projections, keys only (QJL)
 
-    bits    affine: 2, 3, 4, 8. book: 2, 3, 4. sketch: projections per channel, 2, 3, 4, 8.
+    bits    affine: 2, 3, 4, 8. book: 2, 3, 4. sketch: projections per channel, 2, 3, 4, 8. tiers: a list, one number
+            for each equal part of the channels, 0 for a part that is not stored.
     axis    ``token`` shares a scale among ``group`` channels of one token; ``channel`` shares it among ``group``
             consecutive tokens of one channel (KIVI keys).
     group   numbers that share a scale; ``head`` for the whole head dimension and ``token`` for all heads that are
@@ -155,7 +163,7 @@ class CodecSpec:
     """
 
     codec: str
-    bits: int | None = None
+    bits: int | tuple[int, ...] | None = None
     axis: str | None = None
     group: int | str | None = None
     clip: float | None = None
@@ -210,6 +218,17 @@ class CodecSpec:
             raise RecipeError(
                 "meta=range8 stores minima relative to those of the other channels: use axis channel, or meta zero8."
             )
+
+    def _check_tiers(self):
+        if not isinstance(self.bits, list | tuple) or not self.bits:
+            raise RecipeError(f"bits={self.bits!r} are not tiers: give a list such as [4, 2, 2, 2].")
+        object.__setattr__(self, "bits", tuple(self.bits))
+        for width in self.bits:
+            if isinstance(width, bool) or width not in TIER_BITS:
+                raise RecipeError(f"bits={width!r} of a tier is not a packed width: use one of 0, 2, 3, 4, 8.")
+        if not any(self.bits):
+            raise RecipeError("every tier has 0 bits, so nothing would be stored: give one of them bits.")
+        check_choice("group", self.group, BLOCK_TOKENS, "a block of tokens")
 
     def _check_book(self):
         self._check_bits(BOOK_BITS)
@@ -292,7 +311,7 @@ class CodecSpec:
     def block_tokens(self) -> int:
         """The smallest number of consecutive tokens that can be encoded alone."""
         sizes = [1]
-        if self.axis == "channel" or self.codec == "sketch":
+        if self.axis == "channel" or self.codec in ("sketch", "tiers"):
             sizes.append(self.group or 1)
         if self.low_rank is not None:
             sizes.append(self.low_rank.block)

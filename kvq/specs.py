@@ -4,68 +4,15 @@ A spec only says what is wanted. What a codec or transform does lives in ``kvq/q
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from kvq.codec_specs import CodecSpec
-from kvq.errors import RecipeError, suggest
-from kvq.fields import build, check_fields, given, is_count, refuse_unknown
+from kvq.errors import RecipeError
+from kvq.fields import build
+from kvq.transform_specs import COMMUTES_WITH_ROPE, Transforms, TransformSpec, build_transforms
 
-# Settings by kind of transform, likewise; and the sides that it makes sense on.
-_TRANSFORM_FIELDS = {
-    "hadamard": ((), ("block", "seed")),
-}
-_COMMUTES_WITH_ROPE: tuple[str, ...] = ()
-_TRANSFORM_SIDES = {
-    "hadamard": ("key", "value"),
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class TransformSpec:
-    """One step that keys or values go through before their codec, and that attention undoes exactly.
-
-    kind    ``hadamard``: a Hadamard rotation of every head, scaled to be orthonormal (QuaRot, arXiv 2404.00456).
-    block   hadamard only: rotate blocks of so many channels instead of the whole head.
-    seed    hadamard only: flip the signs of channels first, chosen by this seed.
-    """
-
-    kind: str
-    block: int | None = None
-    seed: int | None = None
-
-    def __post_init__(self):
-        if self.kind not in _TRANSFORM_FIELDS:
-            raise RecipeError(f"unknown transform {self.kind!r}.{suggest(str(self.kind), _TRANSFORM_FIELDS)}")
-        check_fields(self, f"transform {self.kind!r}", *_TRANSFORM_FIELDS[self.kind])
-        if self.block is not None and not is_count(self.block):
-            raise RecipeError(f"block={self.block!r} is not a number of channels: use 16, 32, 64, ...")
-        if self.seed is not None and (not isinstance(self.seed, int) or isinstance(self.seed, bool) or self.seed < 0):
-            raise RecipeError(f"seed={self.seed!r} is not a seed: use a whole number of 0 or more.")
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"kind": self.kind} | given(self, *_TRANSFORM_FIELDS[self.kind])
-
-
-@dataclass(frozen=True, kw_only=True)
-class Transforms:
-    """The transforms of both sides, in the order in which they are applied."""
-
-    key: tuple[TransformSpec, ...] = ()
-    value: tuple[TransformSpec, ...] = ()
-
-    def __post_init__(self):
-        for side in ("key", "value"):
-            for spec in getattr(self, side):
-                if side not in _TRANSFORM_SIDES[spec.kind]:
-                    raise RecipeError(
-                        f"transform {spec.kind!r} does nothing for {side}s: list it under "
-                        f"{' or '.join(_TRANSFORM_SIDES[spec.kind])}."
-                    )
-
-    def to_dict(self) -> dict[str, list[dict[str, Any]]]:
-        sides = {side: [spec.to_dict() for spec in getattr(self, side)] for side in ("key", "value")}
-        return {side: specs for side, specs in sides.items() if specs}
+__all__ = ["CodecSpec", "HeadSpec", "TokenPolicy", "TransformSpec", "Transforms", "build_transforms", "merge_codec"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +44,7 @@ class HeadSpec:
     key: CodecSpec
     value: CodecSpec
     tokens: TokenPolicy
-    transforms: Transforms = Transforms()
+    transforms: Transforms = field(default_factory=Transforms)
 
     def __post_init__(self):
         if (self.key.codec == "exact") != (self.value.codec == "exact"):
@@ -111,7 +58,7 @@ class HeadSpec:
                     f"tokens.window={self.tokens.window} is no multiple of {side}.{name}={block}: a block of tokens "
                     f"is flushed whole; use a window of 0, {block}, {2 * block}, ..."
                 )
-            if spec.is_calibrated and getattr(self.transforms, side):
+            if spec.is_calibrated and spec.codec != "float8" and getattr(self.transforms, side):
                 raise RecipeError(
                     f"{side}: what calibration made for the codec is of {side}s without transforms: remove the "
                     "transforms, or the calibrated settings."
@@ -121,7 +68,7 @@ class HeadSpec:
         if self.value.placement is not None:
             raise RecipeError(f"value.placement={self.value.placement!r}: values have no rotary embedding; remove it.")
         for step in self.transforms.key if self.key.placement == "pre_rope" else ():
-            if step.kind not in _COMMUTES_WITH_ROPE:
+            if step.kind not in COMMUTES_WITH_ROPE:
                 raise RecipeError(
                     f"key.placement=pre_rope and the key transform {step.kind!r} exclude each other, because it does "
                     "not commute with the rotary embedding: remove one of them."
@@ -130,22 +77,6 @@ class HeadSpec:
     @property
     def is_exact(self) -> bool:
         return self.key.codec == "exact"
-
-
-def build_transforms(data: Any, where: str) -> Transforms:
-    """``{"key": [{"kind": ...}], "value": [...]}`` to Transforms."""
-    if not isinstance(data, Mapping):
-        raise RecipeError(f"{where} is {data!r}, not a mapping: write it as '{{key: [{{kind: hadamard}}]}}'.")
-    refuse_unknown(data, ("key", "value"), where)
-    sides = {}
-    for side, chain in data.items():
-        if not isinstance(chain, list | tuple):
-            raise RecipeError(f"{where}.{side} is {chain!r}, not a list: write it as '[{{kind: hadamard}}]'.")
-        sides[side] = tuple(build(TransformSpec, step, f"{where}.{side}[{i}]") for i, step in enumerate(chain))
-    try:
-        return Transforms(**sides)
-    except RecipeError as error:
-        raise RecipeError(f"{where}: {error}") from None
 
 
 def merge_codec(base: CodecSpec, override: Any, where: str) -> CodecSpec:

@@ -242,7 +242,7 @@ def _stored(
 def _round_trip_ragged(
     x: torch.Tensor, codec: _Placed, start: int, lengths: torch.Tensor | None, dtype: torch.dtype
 ) -> torch.Tensor:
-    """Round trip of every token from ``start`` on, x [B, K, t, D]. A partial last block has its own scale: the last real
+    """Round trip of x [B, K, t, D], the tokens from ``start`` on. A partial last block has its own scale: the last real
     token fills what is missing.
     """
     T = x.shape[2]

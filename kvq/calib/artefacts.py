@@ -3,32 +3,40 @@
 An artefact belongs to one layer and side and is named ``layers.{i}.{side}.{what}``, with ``group{n}.`` before ``what``
 for the second and further groups of heads that a layer stores alike.
 
-    scale    [] float64: absmax over all heads and channels / 448 (float8) or / 2688 (float4), and 1.0 where the
-             absolute maximum is 0. It is what a stored 1.0 stands for, one per layer and side: the convention of
-             serving engines.
+    scale    [] float64: absmax over all heads and channels, after transforms, / 448 (float8) or / 2688 (float4), and
+             1.0 where the absolute maximum is 0. It is what a stored 1.0 stands for, one per layer and side: the
+             convention of serving engines.
     range    [K, head_dim, 2] float64: half range and middle of every channel; with outliers, of all but their share.
     levels   [2^bits] float64: what the codes of a codebook stand for, ascending.
     edges    [2^bits - 1] float64: where one code ends and the next begins.
     order    [K, head_dim] int32: which channel of the heads side by side is stored in this place.
+    transforms.*   what the transforms of the side need (``kvq.transforms.KINDS``), by their place in the chain.
 """
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 import torch
 
 from kvq.cache.plan import artefact_name
 from kvq.calib.codebooks import Book, learned
+from kvq.calib.evidence import Source
 from kvq.calib.kinds.bins import bin_middles
 from kvq.calib.kmeans import levels_of, q_norm
+from kvq.calib.learn import find_learned
 from kvq.calib.ranges import static_tensors
 from kvq.calib.stats import Stats
 from kvq.codec_specs import CodecSpec
 from kvq.errors import DataError
 from kvq.models.describe import LayerSpec, ModelSpec
-from kvq.quantizers import codec_tensors
+from kvq.quantizers import build_codec, codec_tensors
 from kvq.quantizers.levels import midpoints
 from kvq.recipe import Recipe
+from kvq.specs import TransformSpec
+from kvq.transforms import needed_tensors
+from kvq.transforms.fit import fit_steps
 
 SIDES = ("key", "value")
 # Share of unweighted counts in a codebook's weights, so that it is defined where gradients are all zero.
@@ -51,13 +59,14 @@ class _Use:
         found = codec_tensors(self.spec, self.layer.head_dim, len(self.heads))
         return {artefact_name(self.layer.index, self.side, what, self.group): shape for what, shape in found.items()}
 
-    def fit(self, stats: Stats) -> dict[str, torch.Tensor]:
+    def fit(self, stats: Stats, absmax: torch.Tensor | None) -> dict[str, torch.Tensor]:
+        """Tensors by name. ``absmax`` [K, head_dim]: after transforms; None: there are none."""
         index = self.layer.index
         if index not in stats.layers:
             raise DataError(
                 f"the statistics of {stats.model!r} have no layer {index}: run 'kvq calibrate' on this model."
             )
-        found = static_tensors(self.spec, stats.layers[index], index, self.side, self.heads)
+        found = static_tensors(self.spec, stats.layers[index], index, self.side, self.heads, absmax)
         if self.spec.levels == "calibrated":
             found |= self._codebook(stats)
         return {artefact_name(index, self.side, what, self.group): tensor for what, tensor in found.items()}
@@ -84,18 +93,46 @@ class _Use:
 
 def needed_artefacts(recipe: Recipe, model: ModelSpec) -> dict[str, tuple[int, ...]]:
     """Shapes by name of the artefacts that a recipe reads on this model; empty for a recipe without calibration."""
-    return {name: shape for use in _uses(recipe, model) for name, shape in use.shapes.items()}
+    needed = {name: shape for use in _uses(recipe, model) for name, shape in use.shapes.items()}
+    for layer, side, specs in _transforms(recipe, model):
+        for what, shape in needed_tensors(specs, layer.kv_heads, layer.head_dim).items():
+            needed[artefact_name(layer.index, side, what)] = shape
+    return needed
 
 
-def fit_artefacts(recipe: Recipe, model: ModelSpec, stats: Stats) -> dict[str, torch.Tensor]:
+def fit_artefacts(
+    recipe: Recipe, model: ModelSpec, stats: Stats, folder: Path | None = None
+) -> dict[str, torch.Tensor]:
     """Artefacts of a recipe by name, for ``kvq.cache.make_plan``.
 
-    Raises DataError if the statistics are not finite or lack what the recipe needs.
+    folder   the model's checkpoint, for transforms that read weights.
+
+    Raises DataError if the statistics are not finite or lack what the recipe needs, and RecipeError for a learned
+    transform that was not learned for this recipe.
     """
-    found: dict[str, torch.Tensor] = {}
+    found, fitted = {}, {}
+    chains = list(_transforms(recipe, model))
+    source = Source(model, stats, folder) if chains else None
+    for layer, side, specs in chains:
+        spec = recipe.for_head(layer.index, 0, len(model.layers))
+        codec = build_codec(getattr(spec, side), layer.head_dim, {"scale": torch.ones(())}, layer.kv_heads)
+        evidence = source.evidence(layer, side, spec, codec)
+        learned = partial(find_learned, stats, recipe, spec, layer.index, side)
+        numbers, fitted[layer.index, side] = fit_steps(specs, evidence, learned)
+        found |= {artefact_name(layer.index, side, what): tensor for what, tensor in numbers.items()}
     for use in _uses(recipe, model):
-        found |= use.fit(stats)
+        after = fitted.get((use.layer.index, use.side))
+        found |= use.fit(stats, after.absmax(use.side) if after else None)
     return found
+
+
+def _transforms(recipe: Recipe, model: ModelSpec) -> Iterator[tuple[LayerSpec, str, tuple[TransformSpec, ...]]]:
+    """(layer, side, steps) of every chain; the heads of a layer share theirs."""
+    for layer in model.full_layers:
+        spec = recipe.for_head(layer.index, 0, len(model.layers))
+        for side in SIDES:
+            if not spec.is_exact and getattr(spec.transforms, side):
+                yield layer, side, getattr(spec.transforms, side)
 
 
 def check_artefacts(tensors: Mapping[str, torch.Tensor], needed: Mapping[str, tuple[int, ...]]) -> str | None:

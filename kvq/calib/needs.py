@@ -44,7 +44,25 @@ def _ranges(spec: CodecSpec, side: str) -> Iterable[str]:
 CODEC_NEEDS: dict[str, Callable[[CodecSpec, str], Iterable[str]]] = dict.fromkeys(
     ("affine", "book", "float4", "float8"), _ranges
 )
-TRANSFORM_NEEDS: dict[str, Callable[[TransformSpec, str], Iterable[str]]] = {}
+_MOMENTS = {
+    "key": ("key.range", "key.moments", "query.range", "query.moments"),
+    "value": ("value.range", "value.moments"),
+}
+TRANSFORM_NEEDS: dict[str, Callable[[TransformSpec, str], Iterable[str]]] = {
+    "smooth": lambda spec, side: [
+        f"{side}.range",
+        *(["query.range"] if side == "key" and spec.beta else []),
+        *(["reservoir"] if spec.searches or spec.rule == "mean" else []),
+    ],
+    "align": lambda spec, side: ["key.range"],
+    "shift": lambda spec, side: [f"{side}.range"],
+    "spectral": lambda spec, side: ["query.range", "query.moments", *(["reservoir"] if side == "value" else [])],
+    "balance": lambda spec, side: _MOMENTS[side],
+    "learned_pairs": lambda spec, side: ["reservoir"],
+    "learned_scale": lambda spec, side: ["reservoir"],
+    "learned_rotation": lambda spec, side: ["reservoir"],
+    "learned_matrix": lambda spec, side: ["reservoir"],
+}
 
 
 def needs_of(recipe: Recipe, model: ModelSpec) -> frozenset[str]:
@@ -70,6 +88,11 @@ def _head_needs(head: HeadSpec) -> set[str]:
     for side in ("key", "value"):
         codec = getattr(head, side)
         found |= set(CODEC_NEEDS.get(codec.codec, lambda *_: ())(codec, side))
-        for step in getattr(head.transforms, side):
+        steps = getattr(head.transforms, side)
+        for step in steps:
             found |= set(TRANSFORM_NEEDS.get(step.kind, lambda *_: ())(step, side))
+        # What a step has turned is measured again, on token vectors.
+        turned = [step.kind for step in steps if step.kind != "smooth"]
+        if turned and (codec.scale == "calibrated" or any(step.kind == "smooth" for step in steps[1:])):
+            found.add("reservoir")
     return found

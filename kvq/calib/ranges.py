@@ -14,9 +14,16 @@ KMEANS_ROUNDS = 20
 
 
 def static_tensors(
-    spec: CodecSpec, layer: LayerStats, index: int, side: str, heads: tuple[int, ...]
+    spec: CodecSpec,
+    layer: LayerStats,
+    index: int,
+    side: str,
+    heads: tuple[int, ...],
+    absmax: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
     """What a codec needs beside its codebook, by name, for these heads of a layer.
+
+    absmax   [K, head_dim] of what the codec sees, if that is not what the statistics measured.
 
     Raises DataError if the statistics lack it or are not finite.
     """
@@ -24,7 +31,7 @@ def static_tensors(
     found = {}
     if spec.scale == "calibrated" and spec.codec in ("float8", "float4"):
         top = E4M3_MAX if spec.codec == "float8" else E2M1_MAX * E4M3_MAX
-        found["scale"] = tensor_scale(layer, index, tensor, top)
+        found["scale"] = tensor_scale(layer[f"{tensor}.range"].absmax if absmax is None else absmax, index, tensor, top)
     if spec.scale == "calibrated" and spec.codec == "book":
         found["range"] = channel_ranges(layer, tensor, spec.outliers.share if spec.outliers else 0.0)[list(heads)]
     if spec.permute is not None:
@@ -33,9 +40,9 @@ def static_tensors(
     return found
 
 
-def tensor_scale(layer: LayerStats, index: int, tensor: str, top: float) -> torch.Tensor:
+def tensor_scale(absmax: torch.Tensor, index: int, tensor: str, top: float) -> torch.Tensor:
     """absmax over all heads and channels / ``top``, and 1 where the absolute maximum is 0; float64 []."""
-    absmax = float(layer[f"{tensor}.range"].absmax.max())
+    absmax = float(absmax.max())
     if not math.isfinite(absmax):
         raise DataError(
             f"the statistics of layer {index} hold a {tensor} maximum of {absmax}, and a scale must be finite: "

@@ -94,6 +94,7 @@ def command(model: str, out: str, recipe: str | None, full: bool, output: Output
 def _calibrate(model: str, path: Path, recipe: str | None, full: bool, processes, output: Output, settings) -> None:
     from kvq.calib.calibrate import by_layer, calibrate
     from kvq.calib.data import load_documents
+    from kvq.calib.learn import learn_fits
     from kvq.calib.windows import token_windows
     from kvq.models.describe import describe
     from kvq.models.resolve import load_config, load_tokenizer, resolve_model
@@ -116,8 +117,8 @@ def _calibrate(model: str, path: Path, recipe: str | None, full: bool, processes
     )
     state_folder = path.with_name(f".{path.name}.partial")
     tokens_per_step = windows.identity.tokens / len(windows.tokens) * processes.world / sweeps
-    titles, settings_of_bar = ("Calibrating", "Learning codebooks"), {"silent": not processes.is_first}
-    with progress_bars(*titles, tokens_per_step=tokens_per_step, **settings_of_bar) as (step, learning):
+    bars = {"tokens_per_step": tokens_per_step, "silent": not processes.is_first}
+    with progress_bars("Calibrating", "Learning codebooks", **bars) as (step, learning):
         stats = calibrate(
             folder,
             windows,
@@ -131,6 +132,9 @@ def _calibrate(model: str, path: Path, recipe: str | None, full: bool, processes
         )
     if stats is None:
         return
+    for own in options.recipes:
+        with progress_bars("Learning transforms") as (step,):
+            stats = learn_fits(own, spec, stats, folder, state_folder=state_folder, progress=step)
     stats.save(path)
     _remove(state_folder)
     data = stats.data
@@ -142,6 +146,7 @@ def _calibrate(model: str, path: Path, recipe: str | None, full: bool, processes
             "layers": len(stats.layers),
             "tokens": data.tokens,
             "needs": sorted(stats.needs),
+            "fits": {name: fit.facts for name, fit in stats.fits.items()},
             "missing": dict(stats.missing),
             "processes": processes.world,
             "layer_by_layer": sweeps > 1,

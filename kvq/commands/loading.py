@@ -39,7 +39,7 @@ def load_with_cache(name: str, recipe, stats: str | None):
     statistics = Stats.load(stats) if stats else None
     if statistics is not None:
         statistics.check_model(spec, weights_fingerprint(folder))
-    plan = make_plan(recipe, spec, fit_artefacts(recipe, spec, statistics) if statistics else None)
+    plan = make_plan(recipe, spec, fit_artefacts(recipe, spec, statistics, folder) if statistics else None)
     model = load_model(folder)
     install(model, plan)
     return model, load_tokenizer(folder)

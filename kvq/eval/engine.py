@@ -117,13 +117,19 @@ def ask_engine(
 def compare_with_engine(folder: Path, prompts: Sequence[Sequence[int]], **settings: Any) -> EngineComparison:
     """Ask the engine, simulate, and judge. ``settings`` as for ``ask_engine``; raises as it does."""
     answer = ask_engine(folder, prompts, **settings)
-    engine = settings.get("engine", "vllm")
+    return judge(folder, prompts, answer, engine=settings.get("engine", "vllm"), dtype=settings.get("dtype", "auto"))
+
+
+def judge(
+    folder: Path, prompts: Sequence[Sequence[int]], answer: Mapping[str, Any], *, engine: str = "vllm", dtype: str
+) -> EngineComparison:
+    """Compare an engine's answer with the simulation of ``folder``, which need not be the folder that it served."""
     rounding = ROUNDING.get(answer["platform"], "nearest")
     plan = served_plan(folder, rounding) if is_served(folder) else None
     problems = [*_dtype_problems(answer, plan), *_scale_problems(answer, plan)]
     rows = []
     for prompt, output in zip(prompts, answer["outputs"]):
-        rows.append(_compare(folder, plan, list(prompt), output, settings.get("dtype", "auto")))
+        rows.append(_compare(folder, plan, list(prompt), output, dtype))
         problems += _noise_problems(len(rows), rows[-1])
     return EngineComparison(
         engine=engine,

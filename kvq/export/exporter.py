@@ -1,18 +1,17 @@
-"""Write an export: the model's own weights, untouched, beside what kvq adds for one target.
+"""Write an export: the model's weights, beside what kvq adds for one target.
 
-No weight is read into memory: shards are hard-linked where the file system can, else copied. The folder appears whole
-or not at all (``kvq.export.atomic``), and the same inputs give the same bytes.
+Weights are untouched, or have taken over the first transforms of the recipe (``kvq.transforms.plan``). Untouched files
+are hard-linked where the file system can, else copied; changed ones are streamed (``kvq.export.shards``). The folder
+appears whole or not at all (``kvq.export.atomic``), and the same inputs give the same bytes.
 """
 
 import errno
 import hashlib
 import json
-import os
 import re
-import shutil
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +25,17 @@ from kvq.export.atomic import recover, whole_folder
 from kvq.export.card import licence_of
 from kvq.export.checkpoint import QUANT_METHOD, provenance_of, to_json
 from kvq.export.engines import find_release
+from kvq.export.fold_check import check_folds
+from kvq.export.folding import fold_lines, plan_of_folds, refuse_second_fold
 from kvq.export.manifest import MANIFEST, Progress, build_manifest
+from kvq.export.shards import place_weights
 from kvq.export.targets import TARGETS, Job, Target, find_target
 from kvq.export.targets.scheme import engine_view
 from kvq.models.builtin import BUILTIN, MODEL_NAME
 from kvq.models.describe import ModelSpec, describe
 from kvq.models.resolve import load_config, resolve_model, weights_fingerprint
 from kvq.recipe import Recipe, load_recipe
+from kvq.transforms.plan import FoldPlan
 
 # Files of the base model that belong to it beside the weights. Everything else in a folder (other formats, code,
 # training state) stays behind.
@@ -48,7 +51,13 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 @dataclass(frozen=True, kw_only=True)
 class ExportResult:
-    """What an export wrote. ``path``: the folder; ``linked``/``copied``: weight files by how they came there."""
+    """What an export wrote.
+
+    path                     the folder.
+    linked, copied, folded   weight files by how they came there.
+    folds                    what became of the transforms, one line for layers that are alike.
+    check                    original and folded logits compared (``kvq.export.fold_check``); None without folds.
+    """
 
     path: str
     target: str
@@ -59,6 +68,9 @@ class ExportResult:
     bits_per_element: float
     linked: int
     copied: int
+    folded: int
+    folds: tuple[str, ...]
+    check: dict[str, Any] | None
     files: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
@@ -75,21 +87,24 @@ def export(
     other_weights: bool = False,
     force: bool = False,
     base_name: str | None = None,
+    fold: bool = True,
     progress: Progress | None = None,
 ) -> ExportResult:
     """Write ``model`` with ``recipe`` to the new folder ``out``.
 
     model           ``builtin``, a folder or a hub id, as ``kvq.models.resolve.resolve_model`` takes it.
     target          for whom: a name of ``kvq.export.targets.TARGETS``.
-    stats           statistics or their file; needed by calibrated float8 only.
+    stats           statistics or their file, for recipes that need them.
     other_weights   take statistics of other weights of the same shape, such as those of the base model of a checkpoint
                     with quantized weights.
     force           replace an export that is already there; nothing else is ever replaced.
     base_name       name of the base model in card and provenance; by default the hub id or the folder's name.
+    fold            False leaves the weights alone; transforms are then applied while the model runs.
     progress        called with (bytes hashed, bytes in all) while a manifest is made.
 
-    Raises CheckpointError for a target or source that cannot be used and if writing fails (nothing is left then),
-    RecipeError, UnsupportedModelError or ModelNotFoundError as recipe, model and plan demand.
+    Raises CheckpointError for a target or source that cannot be used, for folds that change the model's logits, and if
+    writing fails (nothing is left then), RecipeError, UnsupportedModelError or ModelNotFoundError as recipe, model and
+    plan demand.
     """
     recipe, to = load_recipe(recipe), find_target(target)
     source, folder = resolve_model(model).resolve(), Path(out).expanduser().resolve()
@@ -100,14 +115,18 @@ def export(
     if loaded is not None:
         loaded.check_model(spec, None if other_weights else fingerprint)
     view = _view(to, spec, loaded)
-    artefacts, origin = _artefacts(loaded, stats, recipe, view)
+    artefacts, origin = _artefacts(loaded, stats, recipe, view, source)
     plan = make_plan(recipe, view, artefacts)
+    folds = plan_of_folds(plan, source) if fold else FoldPlan()
+    refuse_second_fold(config, folds)
+    plan = make_plan(recipe, view, artefacts, folds.folded)
     provenance = provenance_of(
         plan, base_name=base_name or _base_name(model, source), weights_fingerprint=fingerprint, stats=origin
     ) | {"model_fingerprint": spec.fingerprint}
     try:
         recover(folder)
         _check_target(folder, source, force)
+        check = check_folds(source, folds.operations, spec.dtype) if folds.operations else None
         job = Job(
             source=source,
             config=config,
@@ -118,10 +137,17 @@ def export(
             provenance=provenance,
             licence=licence_of(source),
             folder=folder.name,
+            weights=fingerprint,
+            folds=folds,
+            check=check,
         )
         contents = {**job.companions, **to.contents(to, job)}
         with whole_folder(folder, replace=force) as work:
-            linked, copied = _place_weights(to.weights(source), work)
+            counts = place_weights(to.weights(source), work, folds.operations)
+            if folds.operations:
+                # Only now are the weights known that the config names.
+                job = replace(job, weights=weights_fingerprint(work))
+                contents = {**job.companions, **to.contents(to, job)}
             for name, content in contents.items():
                 (work / name).parent.mkdir(exist_ok=True)
                 (work / name).write_bytes(content)
@@ -137,10 +163,11 @@ def export(
         recipe=recipe.name,
         recipe_hash=recipe.hash,
         model_fingerprint=spec.fingerprint,
-        weights_fingerprint=fingerprint,
+        weights_fingerprint=job.weights,
         bits_per_element=plan.bits_per_element,
-        linked=linked,
-        copied=copied,
+        **counts,
+        folds=tuple(fold_lines(plan, folds)),
+        check=check.to_dict() if check else None,
         files=files,
     )
 
@@ -186,6 +213,11 @@ def _refused_weights(source: Path, method: str, target: Target) -> str:
             f"model {source.name!r} has weights quantized by {method!r}, and an export has room for one quant_method: "
             f"export the unquantized base model, or {way}."
         )
+    if not target.formats:
+        return (
+            f"model {source.name!r} has weights quantized by {method!r}, and transforms fold into unquantized weights "
+            "only: export the base model and quantize its weights afterwards."
+        )
     release = find_release(target.engines[0])
     why = release.refused.get(method, f"the target {target.name!r} stores KV scales in another format")
     way = f"use --target {takes[0]}" if takes else "quantize the weights to compressed-tensors instead"
@@ -217,7 +249,7 @@ def _view(target: Target, spec: ModelSpec, stats: Stats | None) -> ModelSpec:
 
 
 def _artefacts(
-    loaded: Stats | None, stats: Stats | str | Path | None, recipe: Recipe, spec: ModelSpec
+    loaded: Stats | None, stats: Stats | str | Path | None, recipe: Recipe, spec: ModelSpec, source: Path
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any] | None]:
     """Artefacts and the identity of the statistics they come from; neither if the recipe needs none."""
     if loaded is None or not needed_artefacts(recipe, spec):
@@ -229,7 +261,7 @@ def _artefacts(
             digest = hashlib.sha256(file.read_bytes()).hexdigest()
     else:
         digest = hashlib.sha256(Path(stats).read_bytes()).hexdigest()
-    return fit_artefacts(recipe, spec, loaded), {**loaded.provenance(), "sha256": digest}
+    return fit_artefacts(recipe, spec, loaded, source), {**loaded.provenance(), "sha256": digest}
 
 
 def _base_name(model: str | Path, source: Path) -> str:
@@ -264,21 +296,6 @@ def _own_cache(content: bytes) -> bytes:
             "generation_config.json is not readable JSON: copy or download the model again."
         ) from None
     return to_json({k: v for k, v in data.items() if k not in ("cache_implementation", "cache_config")})
-
-
-def _place_weights(files: Mapping[str, Path], work: Path) -> tuple[int, int]:
-    """Link or copy the shards, by name in the export; returns how many of each."""
-    linked = copied = 0
-    for name, file in files.items():
-        # The hub cache holds symbolic links, and a hard link to one of those would not outlive the cache.
-        real = file.resolve()
-        try:
-            os.link(real, work / name)
-            linked += 1
-        except OSError:
-            shutil.copyfile(real, work / name)
-            copied += 1
-    return linked, copied
 
 
 def _known_hashes(files: Mapping[str, Path]) -> dict[str, str]:

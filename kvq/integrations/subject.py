@@ -70,4 +70,4 @@ def _artefacts(recipe: Recipe, stats: Stats | str | Path | None, spec, folder: P
         return None
     stats = stats if isinstance(stats, Stats) else Stats.load(stats)
     stats.check_model(spec, weights_fingerprint(folder))
-    return fit_artefacts(recipe, spec, stats)
+    return fit_artefacts(recipe, spec, stats, folder)

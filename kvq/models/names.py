@@ -18,6 +18,7 @@ _PROJECTION = re.compile(
 )
 # Stacks of layers that are not the decoder: towers of other media, and extra layers that predict several tokens.
 _OTHER_STACKS = re.compile(r"(?i)(vision|visual|audio|image|speech|encoder|mtp|nextn|draft|resampler|perceiver)")
+_STACK = "layers."
 
 
 def attention_modules(tensors: Iterable[str], layers: Iterable[int]) -> dict[int, str]:
@@ -58,3 +59,21 @@ def shared_layers(config: PretrainedConfig) -> dict[int, int]:
         reader: max(index for index in range(first) if types[index] == types[reader])
         for reader in range(first, len(types))
     }
+
+
+class TensorNames:
+    """Tensors of a checkpoint by the names of the text model, which may lie deeper in it."""
+
+    def __init__(self, tensors: Iterable[str]):
+        self.tensors = set(tensors)
+        self._by_end: dict[str, list[str]] = {}
+        for name in self.tensors:
+            if _STACK in name and not _OTHER_STACKS.search(name):
+                self._by_end.setdefault(name[name.index(_STACK) :], []).append(name)
+
+    def find(self, name: str) -> str | None:
+        """The checkpoint's name of a tensor; None if there is none, or more than one that could be meant."""
+        if name in self.tensors:
+            return name
+        found = self._by_end.get(name[name.index(_STACK) :], []) if _STACK in name else []
+        return found[0] if len(found) == 1 else None

@@ -50,6 +50,23 @@ class Rope:
             out = torch.cat([out[..., : self.channels] / self.factor, out[..., self.channels :]], dim=-1)
         return out
 
+    def partners(self, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The rotary pairs, as the model's code turns them: (other channel of the pair [D] int64, the channel itself if
+        it does not turn; whether it is the second of its pair [D] bool)."""
+        unit = torch.eye(head_dim, dtype=torch.float64)[None, None]
+        # Slow pairs hardly turn at position 1, and a fast one may be back where it was at a later position.
+        turned = [self.rotate(unit, torch.full((1, head_dim), p))[0, 0] for p in (0, 1, 1001)]
+        partner, second = torch.arange(head_dim), torch.zeros(head_dim, dtype=torch.bool)
+        moves = (turned[1] != 0) | (turned[2] != 0)
+        moves.fill_diagonal_(False)
+        if not torch.allclose(turned[0], unit[0, 0] * turned[0].diagonal()) or bool((moves.sum(1) > 1).any()):
+            return partner, second
+        has = moves.any(1)
+        partner = torch.where(has, moves.to(torch.int64).argmax(1), partner)
+        # e_a turns towards +e_b, e_b towards -e_a.
+        second = has & (turned[1].gather(1, partner.unsqueeze(1)).squeeze(1) < 0)
+        return partner, second
+
     def _applied(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         if self.channels == x.shape[-1]:
             return _apply(self.apply, x, cos, sin)

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from kvq.calib.observers import ChannelStats
 
+from kvq.calib.kinds import Range
 from kvq.calib.stats import LayerStats, Stats
 from kvq.models.describe import describe
 from kvq.models.resolve import load_config, weights_fingerprint
@@ -16,10 +16,10 @@ def absmax_of(layer: int, side: str) -> float:
     return 3.0 + layer + (0.25 if side == "value" else 0.0)
 
 
-def _channels(heads: int, width: int, absmax: float) -> ChannelStats:
+def _channels(heads: int, width: int, absmax: float) -> Range:
     x = torch.full((heads, width), absmax / 2)
     x[0, 0] = absmax
-    return ChannelStats(count=8, min=-x, max=x / 2, sum=0 * x.double(), sum_squares=x.double().square())
+    return Range(count=8, min=-x, max=x / 2, sum=0 * x.double(), sum_squares=x.double().square())
 
 
 @pytest.fixture
@@ -31,7 +31,10 @@ def made_stats():
         kinds = ("full", "sliding") if sliding else ("full",)
         layers = {
             la.index: LayerStats(
-                *(_channels(la.kv_heads, la.head_dim, absmax_of(la.index, side)) for side in ("key", "value"))
+                {
+                    f"{side}.range": _channels(la.kv_heads, la.head_dim, absmax_of(la.index, side))
+                    for side in ("key", "value")
+                }
             )
             for la in spec.layers
             if la.kind in kinds

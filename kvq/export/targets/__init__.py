@@ -4,6 +4,7 @@ from kvq.errors import RecipeError, suggest
 from kvq.export.targets.base import Job, Target
 from kvq.export.targets.engine import contents, weights
 from kvq.export.targets.kvq_format import KVQ
+from kvq.export.targets.plain import PLAIN
 
 __all__ = ["TARGETS", "Job", "Target", "find_target"]
 
@@ -13,6 +14,7 @@ TARGETS = {
     target.name: target
     for target in (
         KVQ,
+        PLAIN,
         Target(
             name="vllm",
             summary="vLLM: FP8 scales in the checkpoint, one a layer or one a head",

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 
 from kvq.cache import CachePlan
+from kvq.export.fold_check import FoldCheck
 from kvq.models.describe import ModelSpec
+from kvq.transforms.plan import FoldPlan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +24,8 @@ class Job:
     provenance   where all this comes from.
     licence      the licence fields of the source's model card.
     folder       name of the folder that is written, for commands in the card.
+    weights      fingerprint of the weights that are written.
+    folds        transforms that they have taken over; check: what was compared, None without folds.
     """
 
     source: Path
@@ -33,6 +37,9 @@ class Job:
     provenance: Mapping[str, Any]
     licence: Mapping[str, str]
     folder: str
+    weights: str
+    folds: FoldPlan
+    check: FoldCheck | None
 
     @property
     def quantized(self) -> Mapping[str, Any] | None:

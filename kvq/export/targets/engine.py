@@ -12,6 +12,7 @@ from safetensors.torch import save
 from kvq.errors import CheckpointError, RecipeError, UnsupportedModelError
 from kvq.export.checkpoint import PROVENANCE, RECIPE, shard_index, to_json
 from kvq.export.engines import SPELLINGS, Release, find_release
+from kvq.export.folding import folded_field
 from kvq.export.targets.base import Job, Target
 from kvq.export.targets.card import engine_card
 from kvq.export.targets.formats import FORMATS, has_kv_scheme
@@ -44,7 +45,7 @@ def contents(target: Target, job: Job) -> dict[str, bytes]:
         PROVENANCE: to_json(dict(sorted({**job.provenance, "target": target.name}.items()))),
     }
     return {
-        "config.json": to_json(merged_config(job.config, quantization)),
+        "config.json": to_json(merged_config(job.config, quantization) | folded_field(job)),
         INDEX_FILE: _index(job.source, tensors),
         SCALES: _serialize(tensors, {"format": "pt", "target": target.name, "written_by": "kvq"}),
         **files,
@@ -69,7 +70,7 @@ def scale_tensors(scheme: Scheme, modules: Mapping[int, str], spelling: str) -> 
 
 
 def _scheme(target: Target, job: Job, release: Release) -> Scheme:
-    scheme = fp8_scheme(job.plan.recipe, job.plan.model, job.artefacts)
+    scheme = fp8_scheme(job.plan.recipe, job.plan.model, job.artefacts, job.folds)
     readers = [release.readers[method] for method in set(target.formats.values()) if method in release.readers]
     if scheme.granularity == "head" and all(reader.head is None for reader in readers):
         raise RecipeError(

@@ -11,8 +11,7 @@ from kvq.models.resolve import INDEX_FILE, check_weights
 
 def contents(target: Target, job: Job) -> dict[str, bytes]:
     side = side_files(job.plan, job.artefacts, job.provenance)
-    fingerprint = job.provenance["weights_fingerprint"]
-    ours = build_config(job.plan, weights_fingerprint=fingerprint, files=side, copied=tuple(job.companions))
+    ours = build_config(job.plan, weights_fingerprint=job.weights, files=side, copied=tuple(job.companions))
     card = model_card(job.plan, memory_plan(job.plan.model, job.plan.recipe), job.provenance, job.licence)
     return {
         "config.json": to_json({**job.config, "quantization_config": ours}),

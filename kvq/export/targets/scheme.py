@@ -14,6 +14,7 @@ from kvq.errors import RecipeError
 from kvq.models.describe import ModelSpec
 from kvq.recipe import Recipe
 from kvq.specs import HeadSpec
+from kvq.transforms.plan import FoldPlan
 
 # Settings of a float8 codec that change how its scale is chosen, and nothing of what is stored.
 _SCALE_SETTINGS = {"codec", "scale"}
@@ -47,12 +48,16 @@ def engine_view(model: ModelSpec) -> ModelSpec:
     return replace(model, layers=layers)
 
 
-def refusal(recipe: Recipe, model: ModelSpec) -> str | None:
-    """Why an engine's FP8 cache cannot express a recipe on a model, as the end of a sentence; None if it can."""
+def refusal(recipe: Recipe, model: ModelSpec, folds: FoldPlan | None = None) -> str | None:
+    """Why an engine's FP8 cache cannot express a recipe on a model, as the end of a sentence; None if it can.
+
+    folds   what of the recipe's transforms the weights have taken over; None: whatever they can.
+    """
     quantized = 0
     for layer in model.full_layers:
         specs = {recipe.for_head(layer.index, head, len(model.layers)) for head in range(layer.kv_heads)}
-        reasons = [reason for spec in specs if (reason := _spec_refusal(spec))]
+        folded = folds.folded.get(layer.index, {}) if folds else None
+        reasons = [reason for spec in specs if (reason := _spec_refusal(spec, folded))]
         if reasons:
             return f"{reasons[0]} (layer {layer.index})"
         if len(specs) > 1:
@@ -61,13 +66,15 @@ def refusal(recipe: Recipe, model: ModelSpec) -> str | None:
     return None if quantized else "nothing is quantized"
 
 
-def fp8_scheme(recipe: Recipe, model: ModelSpec, artefacts: Mapping[str, torch.Tensor]) -> Scheme:
+def fp8_scheme(
+    recipe: Recipe, model: ModelSpec, artefacts: Mapping[str, torch.Tensor], folds: FoldPlan | None = None
+) -> Scheme:
     """Scales for every full-attention layer of ``model`` that the recipe quantizes.
 
     artefacts   ``scale`` of each layer and side, as ``kvq.calib.artefacts.fit_artefacts`` makes them.
     Raises RecipeError for a recipe that an FP8 cache cannot express.
     """
-    reason = refusal(recipe, model)
+    reason = refusal(recipe, model, folds)
     if reason:
         raise RecipeError(
             f"recipe {recipe.name!r} cannot be written for a serving engine: {reason}, and their checkpoints express "
@@ -92,7 +99,7 @@ def round_up(scale: torch.Tensor) -> torch.Tensor:
     return (rounded.view(torch.int16) + below.to(torch.int16)).view(torch.bfloat16).to(torch.float32)
 
 
-def _spec_refusal(spec: HeadSpec) -> str | None:
+def _spec_refusal(spec: HeadSpec, folded: Mapping[str, int] | None) -> str | None:
     if spec.is_exact:
         return None
     for side in SIDES:
@@ -104,8 +111,9 @@ def _spec_refusal(spec: HeadSpec) -> str | None:
         extra = set(codec.to_dict()) - _SCALE_SETTINGS
         if extra:
             return f"{side}s have {sorted(extra)[0]!r}, which an FP8 cache does not have"
-        if getattr(spec.transforms, side):
-            kind = getattr(spec.transforms, side)[0].kind
+        steps = getattr(spec.transforms, side)
+        if folded is not None and len(steps) > folded.get(side, 0):
+            kind = steps[folded.get(side, 0)].kind
             return f"{side}s go through the transform {kind!r} while the model runs"
     if spec.tokens.sinks or spec.tokens.window:
         return f"the first {spec.tokens.sinks} and the last {spec.tokens.window} tokens stay exact"

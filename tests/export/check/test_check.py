@@ -16,7 +16,7 @@ from kvq.export.targets import TARGETS
 
 INDEX = "model.safetensors.index.json"
 SCALES = "kv_scales.safetensors"
-ENGINE_TARGETS = [name for name in TARGETS if name != "kvq"]
+ENGINE_TARGETS = [name for name in TARGETS if name not in ("kvq", "plain")]
 
 
 @pytest.fixture

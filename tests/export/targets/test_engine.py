@@ -20,10 +20,13 @@ from kvq.errors import CheckpointError, RecipeError, UnsupportedModelError
 from kvq.export.exporter import export
 from kvq.export.targets import TARGETS
 from kvq.export.targets.engine import merged_config
-from kvq.export.targets.scheme import round_up
+from kvq.export.targets.scheme import refusal, round_up
+from kvq.models.describe import describe
+from kvq.models.resolve import load_config
 from kvq.recipe import load_recipe
+from kvq.transforms.plan import FoldPlan
 
-ENGINE_TARGETS = [name for name in TARGETS if name != "kvq"]
+ENGINE_TARGETS = [name for name in TARGETS if name not in ("kvq", "plain")]
 CT_WEIGHTS = {
     "quant_method": "compressed-tensors",
     "format": "pack-quantized",
@@ -237,7 +240,6 @@ class TestQuantizedWeights:
         ({"value.scale": "unit"}, "value.scale is 'unit'"),
         ({"tokens.window": 128}, "last 128 tokens stay exact"),
         ({"tokens.sinks": 4}, "first 4 and"),
-        ({"transforms.key": [{"kind": "hadamard"}]}, "transform 'hadamard'"),
         ({"layers.1/0.key.scale": "unit"}, "layer 1"),
     ],
 )
@@ -365,3 +367,14 @@ def test_a_nested_quantization_config_moves_to_the_top():
     assert merged["text_config"] == {"hidden_size": 8}
     assert merged["quantization_config"] == CT_WEIGHTS | {"kv_cache_scheme": {}}
     assert "quantization_config" in nested["text_config"]
+
+
+def test_transforms_are_expressed_once_the_weights_have_taken_them_over(source):
+    recipe, spec = (
+        load_recipe("fp8").override({"transforms.value": [{"kind": "hadamard"}]}),
+        describe(load_config(source)),
+    )
+    assert refusal(recipe, spec) is None
+    assert "values go through the transform 'hadamard'" in refusal(recipe, spec, FoldPlan())
+    folded = {layer.index: {"value": 1} for layer in spec.full_layers}
+    assert refusal(recipe, spec, FoldPlan(folded=folded)) is None
