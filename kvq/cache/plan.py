@@ -1,7 +1,7 @@
 """From recipe and model to what each layer stores: codecs, transforms, flush rules, page layouts, and their bytes."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -126,7 +126,7 @@ def make_plan(
     count = len(model.layers)
     recipe.check_patterns(count, {layer.index: layer.kv_heads for layer in model.full_layers})
     layers, chains = {}, {}
-    ropes = functools.cache(lambda: rope_of(model.config))
+    ropes = _ropes(model)
     for layer in model.full_layers:
         groups = recipe.head_groups(layer.index, layer.kv_heads, count)
         if any(spec.is_exact for spec, _ in groups) and len(groups) > 1:
@@ -192,15 +192,30 @@ def _head_group(
         rules={side: FlushRule.of(getattr(spec, side), spec.tokens) for side in SIDES},
         layout=PageLayout(key=codecs["key"].layout(page_tokens), value=codecs["value"].layout(page_tokens)),
         chains=chains,
-        rope=_key_rope(spec, chains["key"], ropes),
+        rope=_key_rope(spec, chains["key"], ropes, layer.index),
     )
 
 
-def _key_rope(spec: HeadSpec, chain: Chain, ropes) -> Rope | RopeOffset | None:
+def _ropes(model: ModelSpec) -> Callable[[int], Rope | None]:
+    """The rotary embedding of a layer's keys; None where keys are left as they are (SmolLM3, Cohere 2, EXAONE 4)."""
+
+    @functools.cache
+    def rope() -> Rope:
+        return rope_of(model.config)
+
+    def of(layer: int) -> Rope | None:
+        attention = describe_attention(model.config).get(layer)
+        return None if attention is not None and not attention.rotary else rope()
+
+    return of
+
+
+def _key_rope(spec: HeadSpec, chain: Chain, ropes, layer: int) -> Rope | RopeOffset | None:
     if spec.key.placement == "pre_rope":
-        return ropes()
+        return ropes(layer)
     biases = [step.bias for step in chain.steps if isinstance(step, RopeBias)]
-    return RopeOffset(ropes(), chain, biases[0]) if biases else None
+    rope = ropes(layer) if biases else None
+    return RopeOffset(rope, chain, biases[0]) if rope else None
 
 
 def _of_side(artefacts: Mapping[str, torch.Tensor], layer: int, side: str) -> dict[str, torch.Tensor]:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import Gemma2Config, GptOssConfig
+from transformers import Gemma2Config, GptOssConfig, SmolLM3Config
 
 from kvq.cache import make_plan
 from kvq.cache.two_view import TILE_SCORES
@@ -232,6 +232,32 @@ def test_softcap_learned_sinks_and_sliding_layers(tiny_model):
         expected = through_cache(model, plan, tokens, range(1, 77))
         assert gap(one_forward(model, plan, tokens, "stream"), expected) < TOLERANCE
         assert gap(one_forward(model, plan, tokens, "chunked", chunk=33), expected) > DIFFERENT
+
+
+def test_keys_before_rope_where_only_some_layers_rotate(tiny_model):
+    """SmolLM3 leaves the keys of some layers as they are; their codec sees the keys that are cached."""
+    sizes = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4}
+    sizes |= {"num_key_value_heads": 2, "num_hidden_layers": 2, "initializer_range": 0.15, "no_rope_layers": [1, 0]}
+    model = tiny_model(SmolLM3Config(**sizes, pad_token_id=0), dtype=torch.float64)
+    plan, tokens = plan_of(model, "pre-RoPE"), tokens_of(length=77)
+    assert [plan.layers[i][0].rope is None for i in (0, 1)] == [False, True]
+    expected = through_cache(model, plan, tokens, range(1, 77))
+    assert gap(one_forward(model, plan, tokens, "stream"), expected) < TOLERANCE
+    assert gap(one_forward(model, plan, tokens, "chunked", chunk=33), expected) > DIFFERENT
+
+
+def test_sixteen_bit_keys_go_back_through_rope_in_float32(tiny_model):
+    """The codec gets keys that were rotated back without rounding angles or results to 16 bits."""
+    model = tiny_model(dtype=torch.bfloat16)
+    plan = plan_of(model, "nf4, pre-RoPE")
+    rope, codec = plan.layers[0][0].rope, plan.layers[0][0].codecs["key"]
+    keys = torch.randn(1, 2, 300, 16, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    positions = torch.arange(300).unsqueeze(0)
+    back = rope.undo(keys, positions)
+    assert back.dtype == torch.float32
+    exact = rope.undo(keys.double(), positions)
+    assert (back - exact).abs().max() < 1e-5
+    assert torch.equal(codec.encode(back).codes, codec.encode(exact.float()).codes)
 
 
 def test_fp16_is_the_plain_model_to_the_bit(model):

@@ -21,6 +21,7 @@ from kvq.calib.kinds.tops import Tops
 
 __all__ = [
     "KINDS",
+    "STORED",
     "Bins",
     "Histogram",
     "Massive",
@@ -59,8 +60,9 @@ KINDS: dict[str, type[Statistic]] = {
     "reservoir": Reservoir,
     "massive": Massive,
     "sinks": Sinks,
-    "bins": Bins,
 }
+# And those that only an unfinished run keeps on disk.
+STORED = KINDS | {"bins": Bins}
 
 
 def to_cpu(statistic: Statistic) -> Statistic:
