@@ -13,6 +13,7 @@ for the second and further groups of heads that a layer stores alike.
     transforms.*   what the transforms of the side need (``kvq.transforms.KINDS``), by their place in the chain.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -100,6 +101,16 @@ def needed_artefacts(recipe: Recipe, model: ModelSpec) -> dict[str, tuple[int, .
     return needed
 
 
+def stand_in_artefacts(recipe: Recipe, model: ModelSpec) -> dict[str, torch.Tensor]:
+    """Artefacts that fit a recipe without any statistics, for where bytes and speed matter and numbers do not."""
+    return stand_ins(needed_artefacts(recipe, model))
+
+
+def stand_ins(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
+    """Tensors of these shapes that pass ``check_artefacts``."""
+    return {name: _STAND_INS.get(name.rpartition(".")[2], torch.ones)(shape) for name, shape in shapes.items()}
+
+
 def fit_artefacts(
     recipe: Recipe, model: ModelSpec, stats: Stats, folder: Path | None = None
 ) -> dict[str, torch.Tensor]:
@@ -169,6 +180,14 @@ _CHECKS = {
     "levels": _not_ascending,
     "edges": _not_ascending,
     "order": _no_permutation,
+}
+
+
+_STAND_INS = {
+    "range": lambda shape: torch.tensor([4.0, 0.0], dtype=torch.float64).expand(shape).clone(),
+    "levels": lambda shape: torch.linspace(-1, 1, *shape, dtype=torch.float64),
+    "edges": lambda shape: midpoints(torch.linspace(-1, 1, shape[0] + 1, dtype=torch.float64)),
+    "order": lambda shape: torch.arange(math.prod(shape), dtype=torch.int32).view(shape),
 }
 
 

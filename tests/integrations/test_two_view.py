@@ -6,6 +6,7 @@ from transformers import Gemma2Config, GptOssConfig, SmolLM3Config
 
 from kvq.cache import make_plan
 from kvq.cache.two_view import TILE_SCORES
+from kvq.calib.artefacts import stand_in_artefacts
 from kvq.errors import CacheError, DataError
 from kvq.integrations import attention, runtime
 from kvq.integrations.two_view import NAME, two_view
@@ -58,6 +59,9 @@ RECIPES = {
     "nvfp4": load_recipe("nvfp4"),
     "gear": load_recipe("gear2").override({"value.group": 16, "tokens.sinks": 3}),
     "gear, pre-RoPE": load_recipe("gear4").override({"key.placement": "pre_rope"}),
+    "kvquant": load_recipe("kvquant3").override({"key.outliers": {"share": 0.1, "along": "token"}}),
+    "kvquant, dense": load_recipe("kvquant2-dense").override({"tokens.window": 21}),
+    "skvq": load_recipe("skvq2").override({"key.group": 16, "value.group": 16, "tokens.window": 32}),
     "bytes": recipe(CHANNEL2 | {"meta": "range8"}, TOKEN2 | {"meta": "zero8", "norm": {"over": "token"}}, window=32),
     "tiers": recipe({"codec": "tiers", "bits": [3], "group": 32}, TOKEN2, window=32, sinks=1),
     "by layer": recipe(CHANNEL2, TOKEN2, window=32, layers={"0": {"key": affine(8, "token", "head")}}),
@@ -83,7 +87,8 @@ def tokens_of(rows=1, length=LENGTH, seed=0):
 
 
 def plan_of(model, which):
-    return make_plan(RECIPES[which] if which in RECIPES else load_recipe(which), describe(model.config))
+    own, spec = RECIPES[which] if which in RECIPES else load_recipe(which), describe(model.config)
+    return make_plan(own, spec, stand_in_artefacts(own, spec))
 
 
 @torch.inference_mode()
