@@ -80,8 +80,8 @@ def distinct(names: list[str]) -> dict[str, CodecSpec]:
 
 def table(result: dict) -> str:
     lines = [
-        f"{result['device']}, {result['threads']} threads, {result['tokens']} tokens, bfloat16 in, float32 out, medians "
-        f"of {result['turns']} turns. Columns are the share of a copy's throughput, which is in the first one (GB/s).",
+        f"{result['device']}, {result['threads']} threads, {result['tokens']} tokens, bfloat16 in, float32 out; "
+        f"medians of {result['turns']} turns. Shares of a copy's throughput, which is in the third column (GB/s).",
     ]
     for shape, rows in result["shapes"].items():
         lines += ["", f"**{shape}**", "", "| codec | bits | copy | encode | decode | pack | unpack |"]

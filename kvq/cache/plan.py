@@ -122,7 +122,12 @@ def make_plan(
     Raises RecipeError for a pattern that matches nothing, a group that does not divide, a transform that this model
     does not undo, or missing artefacts.
     """
-    artefacts, folded = artefacts or {}, folded or {}
+    # While transformers loads a model, what is made without a device would be made on the meta device.
+    with torch.device("cpu"):
+        return _make_plan(recipe, model, artefacts or {}, folded or {})
+
+
+def _make_plan(recipe: Recipe, model: ModelSpec, artefacts, folded) -> CachePlan:
     count = len(model.layers)
     recipe.check_patterns(count, {layer.index: layer.kv_heads for layer in model.full_layers})
     layers, chains = {}, {}

@@ -170,7 +170,7 @@ def _not_ascending(tensor: torch.Tensor) -> str | None:
 
 
 def _no_permutation(tensor: torch.Tensor) -> str | None:
-    places = torch.arange(tensor.numel(), dtype=tensor.dtype)
+    places = torch.arange(tensor.numel(), dtype=tensor.dtype, device=tensor.device)
     return None if torch.equal(tensor.flatten().sort().values, places) else "something else than places of all channels"
 
 
