@@ -1,7 +1,7 @@
 """From recipe and model to what each layer stores: codecs, transforms, flush rules, page layouts, and their bytes."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -14,7 +14,7 @@ from kvq.kernels.spec import PageLayout
 from kvq.models.architecture import Attention, describe_attention
 from kvq.models.describe import LayerSpec, ModelSpec
 from kvq.models.rope import Rope, rope_of
-from kvq.quantizers import CODEC_TENSORS, Codec, build_codec, codec_tensors
+from kvq.quantizers import Codec, build_codec, codec_tensors
 from kvq.recipe import Recipe
 from kvq.specs import HeadSpec, Transforms
 from kvq.transforms import Chain, RopeBias, RopeOffset, build_chain
@@ -153,8 +153,9 @@ def _make_plan(recipe: Recipe, model: ModelSpec, artefacts, folded) -> CachePlan
                 for side in SIDES
             }
             layers[layer.index] = tuple(
-                _head_group(spec, heads, layer, number, artefacts, chains[layer.index], ropes)
-                for number, (spec, heads) in enumerate(groups)
+                _head_group(spec, heads, layer, codecs, chains[layer.index], ropes)
+                for number, (spec, alike) in enumerate(groups)
+                for heads, codecs in _stored_alike(spec, alike, layer, number, artefacts)
             )
     return CachePlan(recipe=recipe, model=model, layers=layers, chains=chains, folded=folded)
 
@@ -176,18 +177,44 @@ def _refuse_inexact(transforms: Transforms, model: ModelSpec, index: int) -> Non
             )
 
 
-def _head_group(
-    spec: HeadSpec, heads: tuple[int, ...], layer: LayerSpec, number: int, artefacts, chains, ropes
-) -> HeadGroup:
-    codecs = {}
+def _stored_alike(
+    spec: HeadSpec, alike: tuple[int, ...], layer: LayerSpec, number: int, artefacts: Mapping[str, torch.Tensor]
+) -> Iterator[tuple[tuple[int, ...], dict[str, Codec]]]:
+    """(heads, codecs by side) of what is stored together of the heads ``alike``, group ``number`` of the layer.
+
+    A codec has one static scale, so heads with scales of their own are stored as groups of one.
+    """
+    own = {side: _codec_artefacts(getattr(spec, side), side, alike, layer, number, artefacts) for side in SIDES}
+    if spec.has_head_scales and any("order" in tensors for tensors in own.values()):
+        raise RecipeError(
+            f"layer {layer.index} has one scale a head and places of channels of all its heads (permute), and heads "
+            "with scales of their own are stored apart: use granularity tensor."
+        )
+    parts = [(head,) for head in alike] if spec.has_head_scales else [alike]
+    for heads in parts:
+        places = [alike.index(head) for head in heads]
+        codecs = {}
+        for side in SIDES:
+            codec = getattr(spec, side)
+            of_heads = {"range"} | ({"scale"} if codec.granularity == "head" else set())
+            given = {what: tensor[places] if what in of_heads else tensor for what, tensor in own[side].items()}
+            codecs[side] = build_codec(codec, layer.head_dim, given, len(heads))
+        yield heads, codecs
+
+
+def _codec_artefacts(spec: CodecSpec, side: str, heads: tuple[int, ...], layer: LayerSpec, number: int, artefacts):
+    """What calibration made for the codec of these heads, by what it is."""
+    found = {}
+    for what in codec_tensors(spec, layer.head_dim, len(heads)):
+        name = artefact_name(layer.index, side, what, number)
+        if name not in artefacts:
+            raise RecipeError(_missing(spec, side, layer.index))
+        found[what] = artefacts[name]
+    return found
+
+
+def _head_group(spec: HeadSpec, heads: tuple[int, ...], layer: LayerSpec, codecs, chains, ropes) -> HeadGroup:
     chains = {side: chain.of_heads(heads) for side, chain in chains.items()}
-    for side in SIDES:
-        codec_spec = getattr(spec, side)
-        own = {what: artefacts.get(artefact_name(layer.index, side, what, number)) for what in CODEC_TENSORS}
-        for what in codec_tensors(codec_spec, layer.head_dim, len(heads)):
-            if own[what] is None:
-                raise RecipeError(_missing(codec_spec, side, layer.index))
-        codecs[side] = build_codec(codec_spec, layer.head_dim, own, len(heads))
     page_tokens = max(codec.page_tokens for codec in codecs.values())
     return HeadGroup(
         heads=heads,
@@ -231,9 +258,9 @@ def _of_side(artefacts: Mapping[str, torch.Tensor], layer: int, side: str) -> di
 
 def artefact_name(layer: int, side: str, what: str, group: int = 0) -> str:
     """Name of a codec's artefact: ``layers.{i}.key.{what}``, or ``layers.{i}.key.group1.{what}`` for the heads that are
-    the layer's second group. A scale is of the whole layer.
+    the layer's second group.
     """
-    own = f"group{group}." if group and what != "scale" else ""
+    own = f"group{group}." if group else ""
     return f"layers.{layer}.{side}.{own}{what}"
 
 

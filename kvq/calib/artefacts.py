@@ -1,11 +1,10 @@
 """Artefacts: the tensors that a recipe needs beside codes and sections, made of statistics and stored in exports.
 
 An artefact belongs to one layer and side and is named ``layers.{i}.{side}.{what}``, with ``group{n}.`` before ``what``
-for the second and further groups of heads that a layer stores alike.
+for the second and further groups of K heads that a recipe treats alike.
 
-    scale    [] float64: absmax over all heads and channels, after transforms, / 448 (float8) or / 2688 (float4), and
-             1.0 where the absolute maximum is 0. It is what a stored 1.0 stands for, one per layer and side: the
-             convention of serving engines.
+    scale    float64, [] or, with granularity head, [K]: what a stored 1.0 stands for, after transforms; the
+             convention of serving engines (``kvq.calib.scales``).
     range    [K, head_dim, 2] float64: half range and middle of every channel; with outliers, of all but their share.
     levels   [2^bits] float64: what the codes of a codebook stand for, ascending.
     edges    [2^bits - 1] float64: where one code ends and the next begins.

@@ -31,18 +31,26 @@ DEFAULT_NEEDS = frozenset(
 )
 
 
-def _ranges(spec: CodecSpec, side: str) -> Iterable[str]:
-    """A static scale, static ranges of channels (quantiles if outliers lie outside), places of channels."""
+def _codec_needs(spec: CodecSpec, side: str) -> Iterable[str]:
+    """Static scales (histograms if some numbers may be clipped), static ranges of channels (quantiles if outliers lie
+    outside), places of channels. What codebooks are learned from is no statistic of this kind
+    (``kvq.calib.codebooks``).
+    """
     tensor = "key_pre" if spec.placement == "pre_rope" else side
     if spec.is_calibrated:
         yield f"{tensor}.range"
     if spec.codec == "book" and spec.scale == "calibrated" and spec.outliers is not None:
         yield f"{tensor}.histogram"
+    if spec.method in ("percentile", "mse"):
+        yield f"{tensor}.histogram"
 
 
-# side is "key" or "value". What codebooks are learned from is no statistic of this kind (``kvq.calib.codebooks``).
+# All that is measured on sliding-window layers: kvq leaves them exact, and serving engines want their scales.
+WINDOW_NEEDS = frozenset(f"{side}.{kind}" for side in ("key", "value") for kind in ("range", "histogram"))
+
+# side is "key" or "value".
 CODEC_NEEDS: dict[str, Callable[[CodecSpec, str], Iterable[str]]] = dict.fromkeys(
-    ("affine", "book", "float4", "float8"), _ranges
+    ("affine", "book", "float4", "float8"), _codec_needs
 )
 _MOMENTS = {
     "key": ("key.range", "key.moments", "query.range", "query.moments"),
@@ -58,6 +66,7 @@ TRANSFORM_NEEDS: dict[str, Callable[[TransformSpec, str], Iterable[str]]] = {
     "shift": lambda spec, side: [f"{side}.range"],
     "spectral": lambda spec, side: ["query.range", "query.moments", *(["reservoir"] if side == "value" else [])],
     "balance": lambda spec, side: _MOMENTS[side],
+    "principal": lambda spec, side: _MOMENTS[side],
     "learned_pairs": lambda spec, side: ["reservoir"],
     "learned_scale": lambda spec, side: ["reservoir"],
     "learned_rotation": lambda spec, side: ["reservoir"],

@@ -1,14 +1,10 @@
 """Static tensors of codecs that follow from ranges and quantiles: scales, per-channel ranges, places of channels."""
 
-import math
-
 import torch
 
+from kvq.calib.scales import float4_scale, float8_scale
 from kvq.calib.stats import LayerStats
 from kvq.codec_specs import CodecSpec
-from kvq.errors import DataError
-from kvq.quantizers.float4 import E2M1_MAX
-from kvq.quantizers.meta import E4M3_MAX
 
 KMEANS_ROUNDS = 20
 
@@ -30,25 +26,19 @@ def static_tensors(
     tensor = "key_pre" if spec.placement == "pre_rope" else side
     found = {}
     if spec.scale == "calibrated" and spec.codec in ("float8", "float4"):
-        top = E4M3_MAX if spec.codec == "float8" else E2M1_MAX * E4M3_MAX
-        found["scale"] = tensor_scale(layer[f"{tensor}.range"].absmax if absmax is None else absmax, index, tensor, top)
+        # Histograms are of what the model computes, before transforms.
+        measured = layer if absmax is None else None
+        absmax = (layer[f"{tensor}.range"].absmax if absmax is None else absmax)[list(heads)]
+        if spec.codec == "float8":
+            found["scale"] = float8_scale(spec, absmax, index, tensor, measured, heads)
+        else:
+            found["scale"] = float4_scale(absmax, index, tensor)
     if spec.scale == "calibrated" and spec.codec == "book":
         found["range"] = channel_ranges(layer, tensor, spec.outliers.share if spec.outliers else 0.0)[list(heads)]
     if spec.permute is not None:
         ends = torch.stack([getattr(layer[f"{tensor}.range"], end)[list(heads)] for end in ("min", "max")], dim=-1)
         found["order"] = channel_order(ends.double().flatten(0, 1), spec.group_size(ends.shape[1])).view(ends.shape[:2])
     return found
-
-
-def tensor_scale(absmax: torch.Tensor, index: int, tensor: str, top: float) -> torch.Tensor:
-    """absmax over all heads and channels / ``top``, and 1 where the absolute maximum is 0; float64 []."""
-    absmax = float(absmax.max())
-    if not math.isfinite(absmax):
-        raise DataError(
-            f"the statistics of layer {index} hold a {tensor} maximum of {absmax}, and a scale must be finite: "
-            "calibrate again in float32 or bfloat16."
-        )
-    return torch.tensor(absmax / top if absmax else 1.0, dtype=torch.float64)
 
 
 def channel_ranges(layer: LayerStats, tensor: str, share: float) -> torch.Tensor:

@@ -27,7 +27,6 @@ from kvq.quantizers.tiers import TiersCodec
 
 __all__ = [
     "CODECS",
-    "CODEC_TENSORS",
     "AffineCodec",
     "BookCodec",
     "Codec",
@@ -51,15 +50,12 @@ CODECS = {
 }
 
 
-# What calibration may make for a codec.
-CODEC_TENSORS = ("scale", "range", "levels", "edges", "order")
-
-
 def codec_tensors(spec: CodecSpec, head_dim: int, heads: int) -> dict[str, tuple[int, ...]]:
     """Shapes by name of what calibration must make for a codec (``kvq.calib.artefacts`` says what each is)."""
     found: dict[str, tuple[int, ...]] = {}
     if spec.scale == "calibrated":
-        found |= {"range": (heads, head_dim, 2)} if spec.codec == "book" else {"scale": ()}
+        scales = (heads,) if spec.granularity == "head" else ()
+        found |= {"range": (heads, head_dim, 2)} if spec.codec == "book" else {"scale": scales}
     if spec.levels == "calibrated":
         found |= {"levels": (2**spec.bits,), "edges": (2**spec.bits - 1,)}
     if spec.permute is not None:
@@ -72,7 +68,7 @@ def build_codec(
 ) -> Codec:
     """Build the codec of a recipe's key or value for one head dimension.
 
-    artefacts   what calibration made for this codec, by name (``kvq.calib.artefacts``).
+    artefacts   what calibration made for this codec, by name (``kvq.calib.artefacts``); a codec has one scale.
     heads       KV heads that are stored together; some codecs share numbers among them.
     """
     codec = base = _base(spec, head_dim, artefacts or {})
