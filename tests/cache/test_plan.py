@@ -100,7 +100,8 @@ def test_scales_of_heads_stay_with_their_heads_in_a_layer_of_two_groups(tiny_con
     recipe = load_recipe("fp8").override({"key.granularity": "head", "layers.0/1.key.method": "mse"})
     spec = describe(tiny_config(layers=1, heads=3, kv_heads=3))
     shapes = needed_artefacts(recipe, spec)
-    assert shapes["layers.0.key.scale"] == (2,) and shapes["layers.0.key.group1.scale"] == (1,)
+    assert shapes["layers.0.key.scale"] == (2,)
+    assert shapes["layers.0.key.group1.scale"] == (1,)
     numbers = {"key.scale": [0.5, 0.125], "key.group1.scale": [0.25], "value.scale": 1.0, "value.group1.scale": 2.0}
     plan = make_plan(recipe, spec, {f"layers.0.{n}": torch.tensor(x, dtype=torch.float64) for n, x in numbers.items()})
     found = {group.heads: (group.codecs["key"].scale, group.codecs["value"].scale) for group in plan.layers[0]}
