@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from kvq.commands.common import Output, check_writable, json_option, progress_bar, quiet_transformers
+from kvq.commands.common import Output, check_writable, json_option, progress_bars, quiet_transformers
 
 USAGE_ERROR = 2
 DTYPES = ("float32", "bfloat16", "float16")
@@ -35,7 +35,9 @@ class Bytes(click.ParamType):
 @click.command("calibrate")
 @click.argument("model")
 @click.option("-o", "--output", "out", metavar="STATS", required=True, help="File to write, e.g. stats.safetensors.")
-@click.option("--for", "recipe", metavar="RECIPE", help="Measure only what this recipe (name or file) reads.")
+@click.option(
+    "--for", "recipe", metavar="RECIPE", help="Measure only what this recipe (name or file) reads; several: A,B."
+)
 @click.option("--full", is_flag=True, help="Measure everything, second moments and token vectors too.")
 @click.option("--data", default="builtin", show_default=True, metavar="builtin|FILE|HUB_ID", help="Calibration text.")
 @click.option("--field", metavar="COLUMN", help="Column of the text.  [default: messages, else text]")
@@ -92,6 +94,7 @@ def command(model: str, out: str, recipe: str | None, full: bool, output: Output
 def _calibrate(model: str, path: Path, recipe: str | None, full: bool, processes, output: Output, settings) -> None:
     from kvq.calib.calibrate import by_layer, calibrate
     from kvq.calib.data import load_documents
+    from kvq.calib.learn import learn_fits
     from kvq.calib.windows import token_windows
     from kvq.models.describe import describe
     from kvq.models.resolve import load_config, load_tokenizer, resolve_model
@@ -114,20 +117,24 @@ def _calibrate(model: str, path: Path, recipe: str | None, full: bool, processes
     )
     state_folder = path.with_name(f".{path.name}.partial")
     tokens_per_step = windows.identity.tokens / len(windows.tokens) * processes.world / sweeps
-    with progress_bar("Calibrating", tokens_per_step=tokens_per_step, silent=not processes.is_first) as step:
+    bars = {"tokens_per_step": tokens_per_step, "silent": not processes.is_first}
+    with progress_bars("Calibrating", "Learning codebooks", **bars) as (step, learning):
         stats = calibrate(
             folder,
             windows,
             options,
             state_folder=state_folder,
             progress=step,
+            learning=learning,
             ranks=processes,
             model_name=Path(model).name,
             tokenizer=tokenizer,
         )
     if stats is None:
         return
-    stats = _learn(stats, recipe, spec, folder, state_folder)
+    for own in options.recipes:
+        with progress_bars("Learning transforms") as (step,):
+            stats = learn_fits(own, spec, stats, folder, state_folder=state_folder, progress=step)
     stats.save(path)
     _remove(state_folder)
     data = stats.data
@@ -148,17 +155,6 @@ def _calibrate(model: str, path: Path, recipe: str | None, full: bool, processes
     )
 
 
-def _learn(stats, recipe: str | None, spec, folder: Path, state_folder: Path):
-    """The statistics with what the recipe's learned transforms learn on them."""
-    from kvq.calib.learn import learn_fits
-    from kvq.recipe import load_recipe
-
-    if not recipe:
-        return stats
-    with progress_bar("Learning") as step:
-        return learn_fits(load_recipe(recipe), spec, stats, folder, state_folder=state_folder, progress=step)
-
-
 def _options(recipe: str | None, full: bool, spec, settings):
     import torch
 
@@ -168,8 +164,9 @@ def _options(recipe: str | None, full: bool, spec, settings):
     from kvq.recipe import load_recipe
 
     needs = ALL_NEEDS if full else DEFAULT_NEEDS
-    if recipe:
-        needs = needs_of(load_recipe(recipe), spec)
+    recipes = tuple(load_recipe(name) for name in recipe.split(",")) if recipe else ()
+    if recipes:
+        needs = frozenset().union(*(needs_of(own, spec) for own in recipes))
         if not needs:
             raise RecipeError(f"recipe {recipe!r} reads no statistics: use it as it is, or calibrate without --for.")
     return Options(
@@ -182,6 +179,7 @@ def _options(recipe: str | None, full: bool, spec, settings):
         device_map=settings["device_map"],
         layer_by_layer=True if settings["layer_by_layer"] else None,
         memory_limit=settings["memory_limit"],
+        recipes=recipes,
     )
 
 

@@ -1,6 +1,7 @@
 """What the commands share: options, where results go, progress bars, and silence from the libraries."""
 
 import contextlib
+import functools
 import json
 import logging
 import math
@@ -179,3 +180,18 @@ def progress_bar(
     with Progress(*columns, console=console, disable=silent or not console.is_terminal, transient=True) as progress:
         task = progress.add_task(title, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+@contextlib.contextmanager
+def progress_bars(*titles: str, **settings) -> Iterator[list[Callable[[int, int], None]]]:
+    """One ``progress_bar`` after the other: each appears with its first step, in the place of the one before."""
+    with contextlib.ExitStack() as shown:
+        bars: dict[str, Callable[[int, int], None]] = {}
+
+        def step(title: str, done: int, total: int) -> None:
+            if title not in bars:
+                shown.close()
+                bars[title] = shown.enter_context(progress_bar(title, **settings))
+            bars[title](done, total)
+
+        yield [functools.partial(step, title) for title in titles]
