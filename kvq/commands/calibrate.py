@@ -35,7 +35,9 @@ class Bytes(click.ParamType):
 @click.command("calibrate")
 @click.argument("model")
 @click.option("-o", "--output", "out", metavar="STATS", required=True, help="File to write, e.g. stats.safetensors.")
-@click.option("--for", "recipe", metavar="RECIPE", help="Measure only what this recipe (name or file) reads.")
+@click.option(
+    "--for", "recipes", metavar="RECIPE,...", help="Measure only what these recipes (names or files) read, and learn."
+)
 @click.option("--full", is_flag=True, help="Measure everything, second moments and token vectors too.")
 @click.option("--data", default="builtin", show_default=True, metavar="builtin|FILE|HUB_ID", help="Calibration text.")
 @click.option("--field", metavar="COLUMN", help="Column of the text.  [default: messages, else text]")
@@ -54,11 +56,11 @@ class Bytes(click.ParamType):
     "--reservoir", default="512MB", show_default=True, type=Bytes(), help="Token vectors to keep, all layers together."
 )
 @json_option
-def command(model: str, out: str, recipe: str | None, full: bool, output: Output, **settings) -> None:
+def command(model: str, out: str, recipes: str | None, full: bool, output: Output, **settings) -> None:
     """Measure keys, values and queries of MODEL over text, and save the statistics.
 
-    Without --for or --full: ranges, quantiles, attention sinks and massive activations. An interrupted run continues
-    when the same command is given again.
+    Without --for or --full: ranges, quantiles, attention sinks and massive activations. With --for, transforms that are
+    learned are learned too, layer by layer. An interrupted run continues when the same command is given again.
 
     \b
     Examples:
@@ -66,13 +68,14 @@ def command(model: str, out: str, recipe: str | None, full: bool, output: Output
       kvq calibrate ./my-model -o stats.safetensors --data chats.jsonl --samples 128 --full
       kvq calibrate ./large-model -o stats.safetensors --memory-limit 16GB
       kvq calibrate builtin -o stats.safetensors --for fp8
+      kvq calibrate builtin -o stats.safetensors --for spinquant3,qoq4
 
     Several processes share the windows under torchrun:
 
     \b
       torchrun --nproc-per-node 2 -m kvq.cli calibrate ./my-model -o stats.safetensors
     """
-    if recipe and full:
+    if recipes and full:
         raise click.UsageError("--for and --full exclude each other: leave one of them out.")
     check_writable(out)
     quiet_transformers()
@@ -81,7 +84,7 @@ def command(model: str, out: str, recipe: str | None, full: bool, output: Output
 
     with ranks() as processes:
         try:
-            _calibrate(model, Path(out), recipe, full, processes, output, settings)
+            _calibrate(model, Path(out), _split(recipes), full, processes, output, settings)
         except KvqError:
             # All processes fail alike, and one of them says so.
             if processes.is_first:
@@ -89,7 +92,9 @@ def command(model: str, out: str, recipe: str | None, full: bool, output: Output
             sys.exit(USAGE_ERROR)
 
 
-def _calibrate(model: str, path: Path, recipe: str | None, full: bool, processes, output: Output, settings) -> None:
+def _calibrate(
+    model: str, path: Path, recipes: tuple[str, ...], full: bool, processes, output: Output, settings
+) -> None:
     from kvq.calib.calibrate import by_layer, calibrate
     from kvq.calib.data import load_documents
     from kvq.calib.windows import token_windows
@@ -99,7 +104,7 @@ def _calibrate(model: str, path: Path, recipe: str | None, full: bool, processes
 
     folder = resolve_model(model)
     spec = describe(load_config(folder))
-    options = _options(recipe, full, spec, settings)
+    options = _options(recipes, full, spec, settings)
     sweeps = len(spec.layers) if by_layer(folder, options, processes) else 1
     tokenizer = load_tokenizer(folder)
     windows = token_windows(
@@ -127,7 +132,7 @@ def _calibrate(model: str, path: Path, recipe: str | None, full: bool, processes
         )
     if stats is None:
         return
-    stats = _learn(stats, recipe, spec, folder, state_folder)
+    stats = _learn(stats, recipes, spec, folder, state_folder)
     stats.save(path)
     _remove(state_folder)
     data = stats.data
@@ -148,18 +153,22 @@ def _calibrate(model: str, path: Path, recipe: str | None, full: bool, processes
     )
 
 
-def _learn(stats, recipe: str | None, spec, folder: Path, state_folder: Path):
-    """The statistics with what the recipe's learned transforms learn on them."""
+def _split(text: str | None) -> tuple[str, ...]:
+    return tuple(name.strip() for name in (text or "").split(",") if name.strip())
+
+
+def _learn(stats, recipes: tuple[str, ...], spec, folder: Path, state_folder: Path):
+    """The statistics with what the recipes' learned transforms learn on them."""
     from kvq.calib.learn import learn_fits
     from kvq.recipe import load_recipe
 
-    if not recipe:
-        return stats
-    with progress_bar("Learning") as step:
-        return learn_fits(load_recipe(recipe), spec, stats, folder, state_folder=state_folder, progress=step)
+    for recipe in recipes:
+        with progress_bar("Learning") as step:
+            stats = learn_fits(load_recipe(recipe), spec, stats, folder, state_folder=state_folder, progress=step)
+    return stats
 
 
-def _options(recipe: str | None, full: bool, spec, settings):
+def _options(recipes: tuple[str, ...], full: bool, spec, settings):
     import torch
 
     from kvq.calib.calibrate import Options
@@ -168,13 +177,16 @@ def _options(recipe: str | None, full: bool, spec, settings):
     from kvq.recipe import load_recipe
 
     needs = ALL_NEEDS if full else DEFAULT_NEEDS
-    if recipe:
-        needs = needs_of(load_recipe(recipe), spec)
+    if recipes:
+        needs = frozenset().union(*(needs_of(load_recipe(recipe), spec) for recipe in recipes))
         if not needs:
-            raise RecipeError(f"recipe {recipe!r} reads no statistics: use it as it is, or calibrate without --for.")
+            raise RecipeError(
+                f"recipe {', '.join(map(repr, recipes))} reads no statistics: use it as it is, or calibrate without "
+                "--for."
+            )
     return Options(
         needs=needs,
-        strict=bool(recipe),
+        strict=bool(recipes),
         batch_size=settings["batch_size"],
         seed=settings["seed"],
         reservoir_bytes=settings["reservoir"],

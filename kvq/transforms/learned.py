@@ -27,7 +27,7 @@ from kvq.transforms.steps import Diagonal, Pairs
 
 DEFAULT_STEPS = 200
 # Tokens of a window and queries that one step sees.
-TOKENS, QUERIES = 1024, 64
+TOKENS, QUERIES = 512, 64
 TRIALS = 8
 
 
