@@ -38,6 +38,9 @@ class Bytes(click.ParamType):
 @click.option(
     "--for", "recipes", metavar="RECIPE,...", help="Measure only what these recipes (names or files) read, and learn."
 )
+@click.option(
+    "--end-to-end", is_flag=True, help="With --for: learn transforms further, on the logits of the whole model."
+)
 @click.option("--full", is_flag=True, help="Measure everything, second moments and token vectors too.")
 @click.option("--data", default="builtin", show_default=True, metavar="builtin|FILE|HUB_ID", help="Calibration text.")
 @click.option("--field", metavar="COLUMN", help="Column of the text.  [default: messages, else text]")
@@ -75,6 +78,8 @@ def command(model: str, out: str, recipes: str | None, full: bool, output: Outpu
     \b
       torchrun --nproc-per-node 2 -m kvq.cli calibrate ./my-model -o stats.safetensors
     """
+    if settings["end_to_end"] and not recipes:
+        raise click.UsageError("--end-to-end learns what a recipe asks for: name one with --for.")
     if recipes and full:
         raise click.UsageError("--for and --full exclude each other: leave one of them out.")
     check_writable(out)
@@ -132,7 +137,7 @@ def _calibrate(
         )
     if stats is None:
         return
-    stats = _learn(stats, recipes, spec, folder, state_folder)
+    stats = _learn(stats, recipes, spec, folder, state_folder, windows.tokens if settings["end_to_end"] else None)
     stats.save(path)
     _remove(state_folder)
     data = stats.data
@@ -157,14 +162,25 @@ def _split(text: str | None) -> tuple[str, ...]:
     return tuple(name.strip() for name in (text or "").split(",") if name.strip())
 
 
-def _learn(stats, recipes: tuple[str, ...], spec, folder: Path, state_folder: Path):
-    """The statistics with what the recipes' learned transforms learn on them."""
+def _learn(stats, recipes: tuple[str, ...], spec, folder: Path, state_folder: Path, tokens=None):
+    """The statistics with what the recipes' learned transforms learn on them; ``tokens`` [N, T] to learn end to end."""
     from kvq.calib.learn import learn_fits
     from kvq.recipe import load_recipe
 
     for recipe in recipes:
         with progress_bar("Learning") as step:
             stats = learn_fits(load_recipe(recipe), spec, stats, folder, state_folder=state_folder, progress=step)
+    if tokens is None:
+        return stats
+    from kvq.integrations.end_to_end import learn_end_to_end
+    from kvq.models.resolve import load_model
+
+    model = load_model(folder)
+    for recipe in recipes:
+        with progress_bar("Learning end to end") as step:
+            stats = learn_end_to_end(
+                model, load_recipe(recipe), stats, tokens, folder, state_folder=state_folder, progress=step
+            )
     return stats
 
 

@@ -37,8 +37,8 @@ class Probe:
         first, block = min(evidence.exact, tokens), evidence.codec.block_tokens
         packed = slice(first, first + (tokens - first) // block * block)
         column = torch.arange(tokens)
-        # Recent tokens are exact: a query reads what lies at least a window behind it.
-        read = column <= rows.unsqueeze(1) - evidence.window
+        # Recent tokens and the query's own are exact.
+        read = column < rows.unsqueeze(1) - evidence.window
         read &= (column >= packed.start) & (column < packed.stop)
         hidden = column > rows.unsqueeze(1)
         scores = _scores(evidence, query, key).masked_fill(hidden, -torch.inf)
