@@ -21,14 +21,20 @@ SCALES = {
     "book": ("unit", "absmax", "range", "moments", "calibrated"),
 }
 GROUPED_SCALES = ("absmax", "range", "moments")
-METADATA = {"affine": ("float16", "e4m3", "zero8", "range8"), "float4": ("e8m0", "e4m3")}
+TIER_BITS = (0, *AFFINE_BITS)
+METADATA = {
+    "affine": ("float16", "e4m3", "zero8", "range8"),
+    "tiers": ("float16", "e4m3", "zero8", "range8"),
+    "float4": ("e8m0", "e4m3"),
+}
 WRAPPERS = ("permute", "norm", "signs", "low_rank", "outliers")
 # Settings by codec: those that must be given, and those that may be.
 _CODEC_FIELDS = {
     "exact": ((), ()),
     "affine": (("bits", "axis", "group"), ("clip", "symmetric", "meta", "placement", *WRAPPERS)),
+    "tiers": (("bits", "group"), ("meta", "placement")),
     "book": (("bits", "levels", "scale"), ("axis", "group", "weights", "q_norm", "placement", *WRAPPERS)),
-    "float8": (("scale",), ("placement", *WRAPPERS)),
+    "float8": (("scale",), ("method", "percentile", "granularity", "placement", *WRAPPERS)),
     "float4": (("group", "meta"), ("scale", "placement", *WRAPPERS)),
     "sketch": (("bits",), ("seed", "outlier_channels", "outlier_bits", "group")),
 }
@@ -126,11 +132,13 @@ class CodecSpec:
     codec   ``exact``    kept in the model's dtype
             ``affine``   integer codes with a scale and a minimum
             ``book``     codes that name the levels of a static codebook, times a scale
-            ``float8``   E4M3 with one scale per tensor
+            ``tiers``    affine codes along the channel axis, with bits of their own for equal parts of the channels
+            ``float8``   E4M3 with one static scale per tensor, or per head
             ``float4``   E2M1 in blocks with a block scale (MXFP4, NVFP4)
             ``sketch``   signs of random projections, keys only (QJL)
 
-    bits    affine: 2, 3, 4, 8. book: 2, 3, 4. sketch: projections per channel, 2, 3, 4, 8.
+    bits    affine: 2, 3, 4, 8. book: 2, 3, 4. sketch: projections per channel, 2, 3, 4, 8. tiers: a list, one number
+            for each equal part of the channels, 0 for a part that is not stored.
     axis    ``token`` shares a scale among ``group`` channels of one token; ``channel`` shares it among ``group``
             consecutive tokens of one channel (KIVI keys).
     group   numbers that share a scale; ``head`` for the whole head dimension and ``token`` for all heads that are
@@ -143,9 +151,12 @@ class CodecSpec:
             (k-means over statistics).
     weights book with calibrated levels: ``fisher`` weights the k-means by squared gradients (KVQuant).
     q_norm  book with calibrated levels: decoded numbers keep the mean and deviation of calibration (KVQuant).
-    scale   float8: ``calibrated`` (absolute maximum from statistics / 448) or ``unit`` (a plain cast). float4 with
+    scale   float8: ``calibrated`` (from statistics, see method) or ``unit`` (a plain cast). float4 with
             meta e4m3: the global scale, likewise. book: ``unit``; ``absmax``, ``range`` (middle and half range) or
             ``moments`` (mean and deviation) of every group; or ``calibrated`` (a static range per channel).
+    method  float8 with scale calibrated: ``max`` (default), ``percentile`` or ``mse``; see ``kvq/calib/scales.py``.
+    percentile   of magnitudes that are not clipped, above 50 to 100; for method percentile.
+    granularity  float8 with scale calibrated: one scale a ``tensor`` (default) or one a ``head``.
     seed    sketch: of the projections.
     outlier_channels, outlier_bits   sketch: channels of a group of tokens that have a sketch of their own, and its
             projections per channel of the head.
@@ -155,7 +166,7 @@ class CodecSpec:
     """
 
     codec: str
-    bits: int | None = None
+    bits: int | tuple[int, ...] | None = None
     axis: str | None = None
     group: int | str | None = None
     clip: float | None = None
@@ -165,6 +176,9 @@ class CodecSpec:
     weights: str | None = None
     q_norm: bool | None = None
     scale: str | None = None
+    method: str | None = None
+    percentile: float | None = None
+    granularity: str | None = None
     seed: int | None = None
     outlier_channels: int | None = None
     outlier_bits: int | None = None
@@ -196,7 +210,15 @@ class CodecSpec:
         pass
 
     def _check_float8(self):
-        pass
+        check_choice("method", self.method, ("max", "percentile", "mse"))
+        check_choice("granularity", self.granularity, ("tensor", "head"))
+        for name in ("method", "granularity"):
+            if getattr(self, name) is not None and self.scale != "calibrated":
+                raise RecipeError(f"{name} says how a scale is calibrated, and scale={self.scale}: remove one of them.")
+        if (self.method == "percentile") != (self.percentile is not None):
+            raise RecipeError("method=percentile and percentile belong together, as in percentile: 99.99.")
+        if self.percentile is not None and (not is_number(self.percentile) or not 50 < self.percentile <= 100):
+            raise RecipeError(f"percentile={self.percentile!r} is no percentile: use a number above 50 to 100.")
 
     def _check_affine(self):
         self._check_bits(AFFINE_BITS)
@@ -210,6 +232,17 @@ class CodecSpec:
             raise RecipeError(
                 "meta=range8 stores minima relative to those of the other channels: use axis channel, or meta zero8."
             )
+
+    def _check_tiers(self):
+        if not isinstance(self.bits, list | tuple) or not self.bits:
+            raise RecipeError(f"bits={self.bits!r} are not tiers: give a list such as [4, 2, 2, 2].")
+        object.__setattr__(self, "bits", tuple(self.bits))
+        for width in self.bits:
+            if isinstance(width, bool) or width not in TIER_BITS:
+                raise RecipeError(f"bits={width!r} of a tier is not a packed width: use one of 0, 2, 3, 4, 8.")
+        if not any(self.bits):
+            raise RecipeError("every tier has 0 bits, so nothing would be stored: give one of them bits.")
+        check_choice("group", self.group, BLOCK_TOKENS, "a block of tokens")
 
     def _check_book(self):
         self._check_bits(BOOK_BITS)
@@ -292,7 +325,7 @@ class CodecSpec:
     def block_tokens(self) -> int:
         """The smallest number of consecutive tokens that can be encoded alone."""
         sizes = [1]
-        if self.axis == "channel" or self.codec == "sketch":
+        if self.axis == "channel" or self.codec in ("sketch", "tiers"):
             sizes.append(self.group or 1)
         if self.low_rank is not None:
             sizes.append(self.low_rank.block)

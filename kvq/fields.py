@@ -71,4 +71,6 @@ def plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value):
         parts = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
         return {name: plain(part) for name, part in parts.items() if part is not None}
+    if isinstance(value, tuple):
+        return [plain(part) for part in value]
     return value

@@ -83,6 +83,14 @@ def test_registered_as_soon_as_transformers_can_load(order):
     assert names == ["KvqQuantizer", "KvqConfig"]
 
 
+@pytest.mark.parametrize("name", sorted({module: name for name, module in kvq._LAZY.items()}.values()))
+def test_a_public_name_resolves_first_of_all(name):
+    """In a fresh process, one name of every module: whatever is asked for first must not run in a circle."""
+    code = f"import kvq; assert kvq.{name} is not None; from transformers.quantizers.auto import "
+    code += "AUTO_QUANTIZER_MAPPING as m; assert 'kvq' in m"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_public_names_resolve():
     for name in kvq.__all__:
         assert getattr(kvq, name) is not None

@@ -28,6 +28,7 @@ What a code c stands for depends on the format:
     book     level[c] * scale + offset, with a static table of 2^bits levels per side outside the page
     e4m3     the number, times one static scale per side outside the page
     signs    bits of a code are signs of random projections (``kvq/quantizers/sketch.py``)
+    sections no words: the codec keeps its codes in sections (``kvq/quantizers/tiers.py``)
 
 A side's other numbers are *sections*: each has one row for every ``tokens`` consecutive tokens. The section ``meta``
 holds the ``meta_terms`` numbers of every group, for 2 terms (scale, minimum or offset), for 1 the scale: rows
@@ -88,7 +89,8 @@ class Section:
 class SideLayout:
     """Layout of one side (K or V) of a page.
 
-    format        ``affine``, ``book`` and ``signs`` (planes of ``bits``-bit codes), or ``e4m3``.
+    format        ``affine``, ``book`` and ``signs`` (planes of ``bits``-bit codes), ``e4m3``, or ``sections`` (no
+                  words: everything lies in ``extras``).
     axis, group   numbers that share metadata: ``group`` channels of a token, or ``group`` tokens of a channel.
     meta_terms    numbers of metadata per group: 2, 1, or 0 for none.
     meta_format   a key of ``META_FORMATS``.
@@ -120,7 +122,7 @@ class SideLayout:
     @property
     def chunks(self) -> int:
         """Channel slices of one token, each ``width`` wide."""
-        return 1 if self.format == "e4m3" else math.gcd(self.head_dim // ATOM, FIELDS[self.bits])
+        return math.gcd(self.head_dim // ATOM, FIELDS[self.bits]) if self.format in PLANE_FORMATS else 1
 
     @property
     def width(self) -> int:
@@ -130,7 +132,7 @@ class SideLayout:
     @property
     def parts(self) -> int:
         """Tokens that share a row of containers."""
-        return 1 if self.format == "e4m3" else FIELDS[self.bits] // self.chunks
+        return FIELDS[self.bits] // self.chunks if self.format in PLANE_FORMATS else 1
 
     @property
     def rows(self) -> int:
@@ -141,6 +143,8 @@ class SideLayout:
         """Shape of a page's words as int16 (planes) or of its bytes (e4m3)."""
         if self.format == "e4m3":
             return (self.page_tokens, self.head_dim)
+        if self.format == "sections":
+            return (self.page_tokens, 0)
         return (self.rows, CONTAINER_WORDS[self.bits], self.width)
 
     @property
@@ -150,7 +154,7 @@ class SideLayout:
     @property
     def meta(self) -> Section | None:
         """The section of scales and minima; None where a codec has none."""
-        if self.format == "e4m3" or not self.meta_terms:
+        if self.format in ("e4m3", "sections") or not self.meta_terms:
             return None
         dtype = META_FORMATS[self.meta_format]
         if self.axis == "token":

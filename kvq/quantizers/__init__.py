@@ -23,6 +23,7 @@ from kvq.quantizers.packed import Codec, Encoded, PackedKV
 from kvq.quantizers.permute import PermutedCodec
 from kvq.quantizers.signs import SignedCodec
 from kvq.quantizers.sketch import SketchCodec
+from kvq.quantizers.tiers import TiersCodec
 
 __all__ = [
     "CODECS",
@@ -34,6 +35,7 @@ __all__ = [
     "Float8Codec",
     "PackedKV",
     "SketchCodec",
+    "TiersCodec",
     "build_codec",
 ]
 
@@ -43,6 +45,7 @@ CODECS = {
     "float8": Float8Codec,
     "float4": Float4Codec,
     "sketch": SketchCodec,
+    "tiers": TiersCodec,
 }
 
 
@@ -94,6 +97,8 @@ def _base(spec: CodecSpec, head_dim: int, artefacts: Mapping[str, torch.Tensor])
         )
     if spec.codec == "book":
         return _book(spec, head_dim, artefacts)
+    if spec.codec == "tiers":
+        return TiersCodec(bits=spec.bits, group=spec.group, head_dim=head_dim, meta=spec.meta or "float16")
     return AffineCodec(
         bits=spec.bits,
         axis=spec.axis,

@@ -146,7 +146,7 @@ def pack_pages(codes: torch.Tensor, layout: SideLayout) -> torch.Tensor:
     """Codes [..., P * page_tokens, head_dim] (uint8) to words [..., P, *layout.words_shape]."""
     lead = codes.shape[:-2]
     if layout.format not in PLANE_FORMATS:
-        return codes.view(*lead, -1, *layout.words_shape)
+        return codes.view(*lead, codes.shape[-2] // layout.page_tokens, *layout.words_shape)
     codes = codes.reshape(*lead, -1, layout.parts, layout.rows, layout.head_dim)
     return bits_ops.pack_rows(codes, layout)
 
@@ -154,6 +154,7 @@ def pack_pages(codes: torch.Tensor, layout: SideLayout) -> torch.Tensor:
 def unpack_pages(words: torch.Tensor, layout: SideLayout) -> torch.Tensor:
     """Inverse of ``pack_pages``."""
     if layout.format not in PLANE_FORMATS:
-        return words.reshape(*words.shape[:-3], -1, layout.head_dim)
+        # In format ``sections`` the last dimension is empty.
+        return words.flatten(-3, -2)
     codes = bits_ops.unpack_rows(words, layout)
     return codes.reshape(*codes.shape[:-4], -1, layout.head_dim)

@@ -32,6 +32,11 @@ def side(codec, **settings):
 GEAR = {"low_rank": {"rank": 2, "block": 64}, "outliers": {"share": 0.05, "along": "channel"}}
 TOKEN_OUTLIERS = {"outliers": {"share": 0.05, "along": "token"}}
 FAMILIES = {
+    "tiers": {
+        "key": side("tiers", bits=[4, 2], group=64),
+        "value": side("tiers", bits=[0, 3], group=128, meta="zero8"),
+        "tokens": {"sinks": 2, "window": 128},
+    },
     "sketch, codebook": {
         "key": side("sketch", bits=4, outlier_channels=3, outlier_bits=2, group=32),
         "value": side("book", bits=4, levels="normal_float", scale="absmax", axis="token", group=16),

@@ -59,6 +59,7 @@ RECIPES = {
     "gear": load_recipe("gear2").override({"value.group": 16, "tokens.sinks": 3}),
     "gear, pre-RoPE": load_recipe("gear4").override({"key.placement": "pre_rope"}),
     "bytes": recipe(CHANNEL2 | {"meta": "range8"}, TOKEN2 | {"meta": "zero8", "norm": {"over": "token"}}, window=32),
+    "tiers": recipe({"codec": "tiers", "bits": [3], "group": 32}, TOKEN2, window=32, sinks=1),
     "by layer": recipe(CHANNEL2, TOKEN2, window=32, layers={"0": {"key": affine(8, "token", "head")}}),
     "one layer exact": recipe(
         CHANNEL2, TOKEN2, window=32, layers={"1": {"key": {"codec": "exact"}, "value": {"codec": "exact"}}}

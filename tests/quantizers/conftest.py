@@ -21,6 +21,7 @@ NVFP4 = {"codec": "float4", "group": 16, "meta": "e4m3", "scale": "unit"}
 TOKEN_OUTLIERS = {"outliers": {"share": 0.04, "along": "token"}}
 CHANNEL_OUTLIERS = {"outliers": {"share": 0.1, "along": "channel"}}
 SPECS = {
+    "tiers": {"codec": "tiers", "bits": [4, 2], "group": 32, "meta": "range8"},
     "affine": affine(3, "token", "head"),
     "affine-channel": affine(2, "channel", 16),
     "flexgen": affine(4, "token", 32),
