@@ -12,6 +12,7 @@ import json
 import resource
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -34,7 +35,9 @@ from kvq.recipe import Recipe, list_recipes, load_recipe
 RESULTS = Path(__file__).parent / "results"
 RESERVOIR_BYTES = 1 << 30
 # Recipes that are measured beside those with transforms, for comparison.
-PLAIN = ("int4", "int3", "int2", "kivi4", "kivi2")
+PLAIN = ("int4", "int3", "int2", "kivi4", "kivi2", "sinks4")
+# Recipes that share one forward of the exact model.
+TOGETHER = 4
 
 
 def default_recipes() -> list[str]:
@@ -44,7 +47,9 @@ def default_recipes() -> list[str]:
 def statistics(folder: Path, model, ids: list[int], recipes: dict[str, Recipe], work: Path) -> tuple[Stats, dict]:
     """Statistics with all fits that the recipes need, and the seconds that learning took."""
     spec, path, times = describe(model.config), work / "stats.safetensors", work / "seconds.json"
-    needs = frozenset().union(*(needs_of(recipe, spec) for recipe in recipes.values()))
+    # Those of all recipes, so that every selection of them is calibrated alike.
+    every = [*recipes.values(), *map(load_recipe, default_recipes())]
+    needs = frozenset().union(*(needs_of(recipe, spec) for recipe in every))
     stats = Stats.load(path) if path.is_file() else None
     if stats is None or not needs <= stats.needs:
         windows = torch.tensor(ids[:CALIBRATION_TOKENS]).view(-1, SEQ_LEN)
@@ -81,6 +86,18 @@ def curve(recipe: Recipe, stats: Stats, spec) -> dict[str, dict[str, float]] | N
     } or None
 
 
+def score(recipes, model, spec, stats: Stats, folder: Path, windows, mode: str) -> Iterator[tuple[str, dict]]:
+    """Rows of some recipes, scored on one forward of the exact model."""
+    plans = {}
+    for name, recipe in recipes.items():
+        artefacts = fit_artefacts(recipe, spec, stats, folder) if needed_artefacts(recipe, spec) else {}
+        plans[name] = make_plan(recipe, spec, artefacts)
+    found = list(score_windows(model, plans, windows, mode))
+    for name, plan in plans.items():
+        folds = list(fold_lines(plan, plan_of_folds(plan, folder)))
+        yield name, row(plan, [window[name] for window in found], spec) | {"folds": folds}
+
+
 def measure(arguments: argparse.Namespace) -> dict:
     folder, work = resolve_model(arguments.model), Path(arguments.work)
     work.mkdir(parents=True, exist_ok=True)
@@ -90,22 +107,23 @@ def measure(arguments: argparse.Namespace) -> dict:
     recipes = {name: load_recipe(name) for name in arguments.recipes}
     stats, seconds = statistics(folder, model, ids, recipes, work)
     windows = cut_windows(ids[FIRST_TOKEN:], SEQ_LEN, limit=arguments.windows, mode=arguments.mode)
+    kept = {
+        name: work / f"row-{recipe.hash[:16]}-{arguments.mode}-{arguments.windows}.json"
+        for name, recipe in recipes.items()
+    }
+    pending = [name for name in recipes if not kept[name].is_file()]
+    for start in range(0, len(pending), TOGETHER):
+        names = pending[start : start + TOGETHER]
+        for name, found in score(
+            {name: recipes[name] for name in names}, model, spec, stats, folder, windows, arguments.mode
+        ):
+            kept[name].write_text(json.dumps(found))
+            print(f"{name:16} KL {found['kl']:.5f}  bits {found['asymptotic_bits']:.3f}", file=sys.stderr)
     rows = {}
     for name, recipe in recipes.items():
-        kept = work / f"row-{recipe.hash[:16]}-{arguments.mode}-{arguments.windows}.json"
-        if not kept.is_file():
-            artefacts = fit_artefacts(recipe, spec, stats, folder) if needed_artefacts(recipe, spec) else {}
-            plan = make_plan(recipe, spec, artefacts)
-            start = time.perf_counter()
-            scores = [found[name] for found in score_windows(model, {name: plan}, windows, arguments.mode)]
-            found = row(plan, scores, spec)
-            found["folds"] = list(fold_lines(plan, plan_of_folds(plan, folder)))
-            found["seconds"] = round(time.perf_counter() - start, 1)
-            kept.write_text(json.dumps(found))
-        rows[name] = json.loads(kept.read_text()) | {"summary": recipe.summary}
+        rows[name] = json.loads(kept[name].read_text()) | {"summary": recipe.summary}
         rows[name]["learned"] = curve(recipe, stats, spec)
         rows[name]["learning_seconds"] = seconds.get(name)
-        print(f"{name:16} KL {rows[name]['kl']:.5f}  bits {rows[name]['asymptotic_bits']:.3f}", file=sys.stderr)
     return {
         "benchmark": "transforms",
         "model": arguments.model,

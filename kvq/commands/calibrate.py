@@ -187,6 +187,7 @@ def _learn(stats, recipes: tuple[str, ...], spec, folder: Path, state_folder: Pa
 def _options(recipes: tuple[str, ...], full: bool, spec, settings):
     import torch
 
+    from kvq.cache.plan import check_transforms
     from kvq.calib.calibrate import Options
     from kvq.calib.needs import ALL_NEEDS, DEFAULT_NEEDS, needs_of
     from kvq.errors import RecipeError
@@ -194,7 +195,10 @@ def _options(recipes: tuple[str, ...], full: bool, spec, settings):
 
     needs = ALL_NEEDS if full else DEFAULT_NEEDS
     if recipes:
-        needs = frozenset().union(*(needs_of(load_recipe(recipe), spec) for recipe in recipes))
+        loaded = [load_recipe(recipe) for recipe in recipes]
+        for recipe in loaded:
+            check_transforms(recipe, spec)
+        needs = frozenset().union(*(needs_of(recipe, spec) for recipe in loaded))
         if not needs:
             raise RecipeError(
                 f"recipe {', '.join(map(repr, recipes))} reads no statistics: use it as it is, or calibrate without "
