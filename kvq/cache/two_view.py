@@ -18,6 +18,7 @@ from functools import lru_cache
 import torch
 
 from kvq.cache.attend import Options
+from kvq.cache.branches import Branches
 from kvq.cache.plan import SIDES, CachePlan, HeadGroup
 from kvq.cache.policy import FlushRule
 from kvq.errors import DataError, suggest
@@ -55,7 +56,7 @@ class Schedule:
         position = torch.arange(tokens)
         if self.mode == "chunked":
             position = position // self.chunk * self.chunk
-        found = _seen(rule, tokens)[position].unsqueeze(0)
+        found = _seen(rule, 1 << (tokens - 1).bit_length())[position].unsqueeze(0)
         if self.mode == "prefill":
             found = torch.where(position < self.contexts.unsqueeze(1), 0, found)
         return found
@@ -82,6 +83,22 @@ def reads_packed(
     return reads
 
 
+def can_share(plan: CachePlan, schedule: Schedule, context: int, longest: int) -> bool:
+    """True if several branches of up to ``longest`` tokens of one context are stored as each would be alone.
+
+    Where a scale spans tokens these are stored together, so all that a branch reads as stored must lie in the context.
+    """
+    for groups in plan.layers.values():
+        for group in groups:
+            for side in SIDES:
+                if group.codecs[side].block_tokens == 1:
+                    continue
+                last = int(schedule.packed(group.rules[side], context + longest).max()) + schedule.sinks(group)
+                if schedule.mode == "simulate" or last > context:
+                    return False
+    return True
+
+
 def two_view_attend(
     q: torch.Tensor,
     keys: torch.Tensor,
@@ -91,11 +108,13 @@ def two_view_attend(
     options: Options,
     mask: torch.Tensor | None = None,
     lengths: torch.Tensor | None = None,
+    branches: Branches | None = None,
 ) -> torch.Tensor:
     """Causal attention of q [B, K, G, T, D] over exact keys and values [B, K, T, D] and their stored form; like q.
 
     mask      [B or 1, 1, T, T], bool (True = attend) or additive: hides further keys; causality is always applied.
     lengths   [B] real tokens a row, the rest of the row being pads on the right; None: all. Pads touch no scale.
+    branches  how the rows fork into several continuations of one context; None: they do not.
 
     Scores are held for a tile of queries at a time. As in the packed cache, numbers are unpacked in float32, or in
     float64 for float64 models.
@@ -105,7 +124,8 @@ def two_view_attend(
     sinks = schedule.sinks(group)
     views = {}
     for side, exact in zip(SIDES, (keys, values)):
-        bounds = (schedule.packed(group.rules[side], T) + sinks).clamp(max=T)
+        bounds = schedule.packed(group.rules[side], T) + sinks
+        bounds = (bounds if branches is None else branches.columns(bounds)).clamp(max=T)
         stored = _stored(exact, group.codecs[side], sinks, bounds, schedule, lengths, dtype)
         views[side] = _Views(exact=exact.to(dtype), stored=stored, bounds=bounds)
     learned = None if options.sinks is None else options.sinks.to(dtype).view(1, K, G, 1, 1)
@@ -118,6 +138,8 @@ def two_view_attend(
         if options.softcap is not None:
             scores = options.softcap * torch.tanh(scores / options.softcap)
         _hide(scores, mask, start)
+        if branches is not None:
+            branches.hide(scores, start)
         if learned is not None:
             scores = torch.cat([scores, learned.expand(B, K, G, stop - start, 1)], dim=-1)
         weights = torch.softmax(scores, dim=-1)[..., :stop]

@@ -12,6 +12,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from kvq.cache import CachePlan, HeadGroup
 from kvq.cache.attend import Options
+from kvq.cache.branches import Branches
 from kvq.cache.two_view import MODES, Schedule, two_view_attend
 from kvq.errors import CacheError, DataError, UnsupportedModelError
 from kvq.integrations.attention import kvq_attention, options_of
@@ -28,19 +29,22 @@ _ACTIVE: "WeakKeyDictionary[torch.nn.Module, _State]" = WeakKeyDictionary()
 
 @dataclass
 class _State:
-    """One ``two_view`` block. ``real`` [B, T] marks the running forward's real tokens; None: no pads on the left."""
+    """One ``two_view`` block. ``real`` [B, T] marks the running forward's real tokens; None: no pads on the left.
+    ``wanted``: layers whose attention must pass here."""
 
-    plan: CachePlan
+    plan: CachePlan | None
     schedule: Schedule
     given_lengths: torch.Tensor | None
+    branches: Branches | None
+    wanted: frozenset[int]
     lengths: torch.Tensor | None = None
     real: torch.Tensor | None = None
     seen: set[int] = field(default_factory=set)
 
     def groups(self, module: torch.nn.Module, key: torch.Tensor) -> tuple[HeadGroup, ...]:
         index = getattr(module, "layer_idx", None)
-        if index in self.plan.layers:
-            self.seen.add(index)
+        self.seen.add(index)
+        if self.plan is not None and index in self.plan.layers:
             setattr(key, _GROUPS, self.plan.layers[index])
         return getattr(key, _GROUPS, ())
 
@@ -48,22 +52,26 @@ class _State:
 @contextmanager
 def two_view(
     model: PreTrainedModel,
-    plan: CachePlan,
+    plan: CachePlan | None,
     mode: str = "stream",
     *,
     chunk: int = 512,
     contexts: int | Sequence[int] | torch.Tensor | None = None,
     lengths: int | Sequence[int] | torch.Tensor | None = None,
+    branches: Branches | None = None,
 ) -> Iterator[PreTrainedModel]:
     """Inside the block, ``model(input_ids)`` scores as decoding through the packed cache of ``plan`` would.
 
         with two_view(model, plan, "stream"):
             logits = model(input_ids).logits
 
+    plan       what the cache would hold; None: exact keys and values.
     mode       how the tokens are taken to arrive; see ``kvq.cache.two_view``.
     chunk      tokens a chunk (mode chunked).
     contexts   tokens of each row's prompt (mode prefill): [B], or one number for all rows.
     lengths    real tokens of each row if rows are padded on the right without an attention mask: [B], or one number.
+    branches   rows that fork into several continuations; call the model with ``position_ids=branches.positions`` and no
+               attention mask. Only for models whose layers all attend to the whole past.
 
     No cache is kept. Left and right pads given by a 2-D ``attention_mask`` are understood. Layers outside the plan, and
     every layer of a recipe that quantizes nothing, run the model's ordinary attention. Leaving restores the model.
@@ -72,9 +80,22 @@ def two_view(
     forward with a cache, UnsupportedModelError if some planned layer's attention cannot be reached.
     """
     schedule = Schedule(mode=mode, chunk=chunk, contexts=_per_row(contexts, "contexts"))
-    if describe(model.config).fingerprint != plan.model.fingerprint:
+    spec = describe(model.config)
+    if plan is not None and spec.fingerprint != plan.model.fingerprint:
         raise CacheError("the plan was made for another model: make it again with kvq.make_plan for this one.")
-    state = _State(plan=plan, schedule=schedule, given_lengths=_per_row(lengths, "lengths"))
+    if branches is not None and len(spec.full_layers) < len(spec.layers):
+        raise UnsupportedModelError(
+            f"not every layer of {spec.model_type!r} attends to the whole past, so its rows cannot fork: score each "
+            "continuation in a row of its own."
+        )
+    wanted = (
+        frozenset(layer.index for layer in spec.layers)
+        if branches is not None
+        else frozenset(plan.layers if plan else ())
+    )
+    state = _State(
+        plan=plan, schedule=schedule, given_lengths=_per_row(lengths, "lengths"), branches=branches, wanted=wanted
+    )
     decoder = decoder_of(model)
     modules = [module for module in model.modules() if hasattr(module, "layer_idx")]
     previous = model.config._attn_implementation
@@ -83,7 +104,7 @@ def two_view(
     before = decoder.register_forward_pre_hook(functools.partial(_before, state), with_kwargs=True, prepend=True)
     after = decoder.register_forward_hook(functools.partial(_after, state))
     try:
-        if plan.layers:
+        if wanted:
             register()
             _ACTIVE.update(dict.fromkeys(modules, state))
             model.set_attn_implementation(NAME)
@@ -91,7 +112,7 @@ def two_view(
     finally:
         before.remove()
         after.remove()
-        if plan.layers:
+        if wanted:
             model.set_attn_implementation(previous)
             for module, held in outer.items():
                 _ACTIVE.pop(module, None)
@@ -118,6 +139,8 @@ def two_view_attention(
     """Attention of query [B, H, T, D] as the running ``two_view`` block says; returns [B, T, H, D] and no weights."""
     state = _ACTIVE.get(module)
     groups = state.groups(module, key) if state is not None else ()
+    if not groups and state is not None and state.branches is not None:
+        return _attend_branches(module, query, key, value, dropout, scaling, state.branches, kwargs), None
     if not groups:
         return kvq_attention(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
     options = options_of(module, query, scaling, kwargs)
@@ -131,22 +154,31 @@ def two_view_attention(
     return out.transpose(1, 2).contiguous(), None
 
 
+def _attend_branches(module, query, key, value, dropout, scaling, branches: Branches, kwargs) -> torch.Tensor:
+    """The model's ordinary attention [B, T, H, D] in rows that fork: first the common context, then what follows."""
+    fork = branches.fork
+    settings = {"dropout": dropout, "scaling": scaling, **kwargs}
+    parts = [(query[:, :, :fork], key[:, :, :fork], value[:, :, :fork], None)]
+    if fork < query.shape[2]:
+        parts.append((query[:, :, fork:], key, value, branches.mask().to(query.device)))
+    return torch.cat([kvq_attention(module, *part, **settings)[0] for part in parts], dim=1)
+
+
 def _attend_groups(query, key, value, groups, mask, options: Options, state: _State) -> torch.Tensor:
     """Every head group's attention, [B, H, T, D]; real tokens stand on the left."""
     B, H, T, D = query.shape
     heads = key.shape[1]
     grouped = query.view(B, heads, H // heads, T, D) if query.is_contiguous() else query.unflatten(1, (heads, -1))
     lengths = None if state.lengths is None else state.lengths.expand(B)
+    rest = (mask if state.branches is None else None, lengths, state.branches)
     if len(groups) == 1:
-        return two_view_attend(grouped, key, value, groups[0], state.schedule, options, mask, lengths).flatten(1, 2)
+        return two_view_attend(grouped, key, value, groups[0], state.schedule, options, *rest).flatten(1, 2)
     out = torch.empty_like(grouped)
     for group in groups:
         own = list(group.heads)
         sinks = None if options.sinks is None else options.sinks.view(heads, -1)[own].flatten()
         part = Options(scaling=options.scaling, softcap=options.softcap, sinks=sinks)
-        out[:, own] = two_view_attend(
-            grouped[:, own], key[:, own], value[:, own], group, state.schedule, part, mask, lengths
-        )
+        out[:, own] = two_view_attend(grouped[:, own], key[:, own], value[:, own], group, state.schedule, part, *rest)
     return out.flatten(1, 2)
 
 
@@ -174,6 +206,8 @@ def _before(state: _State, module, args, kwargs):
     kwargs["past_key_values"], kwargs["use_cache"] = None, False
     mask = kwargs.get("attention_mask")
     state.seen.clear()
+    if state.branches is not None:
+        _check_forks(state.branches, kwargs)
     state.lengths, state.real = state.given_lengths, None
     if isinstance(mask, torch.Tensor) and mask.ndim == 2 and not bool(mask.all()):
         real = mask.bool().cpu()
@@ -183,8 +217,19 @@ def _before(state: _State, module, args, kwargs):
     return args, kwargs
 
 
+def _check_forks(branches: Branches, kwargs) -> None:
+    positions = kwargs.get("position_ids")
+    if positions is None or not torch.equal(positions.cpu(), branches.positions):
+        raise DataError("rows that fork need position_ids=branches.positions: pass them to the model.")
+    mask = kwargs.get("attention_mask")
+    if mask is not None and not (mask.ndim == 2 and bool(mask.all())):
+        raise DataError("rows that fork take no attention_mask: leave it out.")
+    # transformers reads jumps of the positions as texts packed in one row, unless it is given a mask.
+    kwargs["attention_mask"] = torch.ones_like(positions)
+
+
 def _after(state: _State, module, args, output) -> None:
-    missed = state.plan.layers.keys() - state.seen
+    missed = state.wanted - state.seen
     if missed:
         raise UnsupportedModelError(
             f"layer {min(missed)} of this {type(module).__name__} does not use the attention interface of "
