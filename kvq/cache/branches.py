@@ -57,13 +57,13 @@ class Branches:
         context = self.contexts.unsqueeze(1)
         return torch.where(found > context, self.starts.clamp(min=context) + found - context, found)
 
-    def hide(self, scores: torch.Tensor, start: int) -> None:
-        """Hide the neighbours from queries at ``start``: scores [B, K, G, L, columns], in place."""
+    def hide(self, scores: torch.Tensor, start: int, first: int) -> None:
+        """Hide the neighbours from queries at ``start``: scores [B, K, G, L, columns from ``first``], in place."""
         stop = start + scores.shape[-2]
         if stop <= self.fork:
             return
-        hidden = self._neighbours(start, stop, scores.shape[-1]).to(scores.device)
-        scores[..., self.fork :].masked_fill_(hidden[:, None, None, :, self.fork :], torch.finfo(scores.dtype).min)
+        hidden = self._neighbours(start, stop, first + scores.shape[-1])[..., first:]
+        scores.masked_fill_(hidden[:, None, None].to(scores.device), torch.finfo(scores.dtype).min)
 
     def mask(self) -> torch.Tensor:
         """bool [B, 1, T - fork, T]: what the queries from the fork on see, causality included."""
