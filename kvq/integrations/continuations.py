@@ -3,7 +3,7 @@
 Continuations of one context share its computation wherever that changes nothing (``kvq.cache.branches``).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from weakref import WeakKeyDictionary
@@ -15,6 +15,7 @@ from kvq.cache import CachePlan
 from kvq.cache.branches import Branches
 from kvq.cache.two_view import Schedule, can_share, reads_packed
 from kvq.errors import DataError
+from kvq.integrations.answers import Answers, item_name, packed_tensor, unpacked_tensor
 from kvq.integrations.head import Hidden, blocks, hidden_states, logits_of
 from kvq.integrations.two_view import two_view
 from kvq.models.describe import describe
@@ -55,16 +56,31 @@ class TokenScores:
         """True if greedy decoding would have written exactly this continuation."""
         return bool(self.greedy.all())
 
+    def to_data(self) -> list:
+        return [packed_tensor(self.logprobs), packed_tensor(self.greedy), self.packed]
 
-def rows_of(questions: Sequence[Question], model: PreTrainedModel, plan: CachePlan | None, mode: str, chunk: int):
-    """Split what cannot share a row: a list of (index of the question, question of one row, first continuation)."""
+    @classmethod
+    def of_data(cls, data: list) -> "TokenScores":
+        return cls(logprobs=unpacked_tensor(data[0]), greedy=unpacked_tensor(data[1]), packed=data[2])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One row of a forward: a question, or one continuation of question ``index`` (its number: ``first``)."""
+
+    index: int
+    first: int
+    question: Question
+
+
+def rows_of(questions: Sequence[Question], model, plan: CachePlan | None, mode: str, chunk: int) -> list[Row]:
+    """Rows of the questions, in their order; continuations that cannot share their context get a row each."""
     rows = []
     for index, question in enumerate(questions):
+        parts = [question]
         if len(question.continuations) > 1 and not _shares(question, model, plan, mode, chunk):
-            for first, own in enumerate(question.continuations):
-                rows.append((index, Question(context=question.context, continuations=(own,)), first))
-        else:
-            rows.append((index, question, 0))
+            parts = [Question(context=question.context, continuations=(own,)) for own in question.continuations]
+        rows += [Row(index=index, first=first, question=part) for first, part in enumerate(parts)]
     return rows
 
 
@@ -76,12 +92,17 @@ def score_continuations(
     *,
     chunk: int = 512,
     batch_size: int = 1,
+    answers: Answers | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> list[list[TokenScores]]:
     """Scores of every continuation of every question. ``plan`` None: the model without quantization.
 
     mode        as ``kvq.cache.two_view``; in mode prefill the context is the exact prompt.
     batch_size  rows a forward. Rows of like length share one, the longest first, so that memory runs out at once or
                 never.
+    answers     scores that an earlier run left are taken from here, a whole batch at a time so that they are the same
+                to the bit, and new ones are kept here.
+    progress    called with (continuations done, continuations in all).
 
     Raises DataError if a forward gives logits that are NaN or infinite.
     """
@@ -89,13 +110,34 @@ def score_continuations(
         if not question.context or not question.continuations or not all(question.continuations):
             raise DataError("a question needs a context of one token or more, and continuations that are not empty.")
     rows = rows_of(questions, model, plan, mode, chunk)
+    rows.sort(key=lambda row: -row.question.columns)
     found: list[list[TokenScores | None]] = [[None] * len(question.continuations) for question in questions]
-    order = sorted(range(len(rows)), key=lambda i: -rows[i][1].columns)
-    for start in range(0, len(order), batch_size):
-        own = [rows[i] for i in order[start : start + batch_size]]
-        for (index, _, first), scores in zip(own, _score([row for _, row, _ in own], model, plan, mode, chunk)):
-            found[index][first : first + len(scores)] = scores
+    done, total = 0, sum(len(question.continuations) for question in questions)
+    for start in range(0, len(rows), batch_size):
+        batch = rows[start : start + batch_size]
+        names = [name for row in batch for name in _names(row.question)]
+        scores = _kept(answers, names)
+        if scores is None:
+            scores = [own for row in _score([row.question for row in batch], model, plan, mode, chunk) for own in row]
+            if answers is not None:
+                answers.put(zip(names, [own.to_data() for own in scores]))
+        done += len(scores)
+        for row in batch:
+            own, scores = scores[: len(row.question.continuations)], scores[len(row.question.continuations) :]
+            found[row.index][row.first : row.first + len(own)] = own
+        if progress:
+            progress(done, total)
     return found
+
+
+def _names(question: Question) -> list[str]:
+    context = item_name("context", question.context)
+    return [item_name("continuation", context, own) for own in question.continuations]
+
+
+def _kept(answers: Answers | None, names: list[str]) -> list[TokenScores] | None:
+    kept = None if answers is None else answers.get(names)
+    return None if kept is None else [TokenScores.of_data(own) for own in kept]
 
 
 def _score(rows: Sequence[Question], model, plan, mode: str, chunk: int) -> list[list[TokenScores]]:

@@ -9,7 +9,8 @@ from transformers import Gemma2Config
 from kvq.cache import make_plan
 from kvq.cache.branches import Branches
 from kvq.errors import DataError, UnsupportedModelError
-from kvq.integrations import runtime
+from kvq.integrations import continuations, runtime
+from kvq.integrations.answers import Answers
 from kvq.integrations.continuations import Question, can_fork, rows_of, score_continuations
 from kvq.integrations.two_view import two_view
 from kvq.models.describe import describe
@@ -71,7 +72,7 @@ def test_sharing_a_context_changes_nothing(model, name, mode):
 
 def test_scales_that_would_span_two_continuations_are_not_shared(model):
     rows = rows_of(QUESTIONS, model, plan_of(model, "kivi2"), "stream", 50)
-    assert [index for index, _, _ in rows] == [0, 1, 2, 3, 3, 3, 4]
+    assert [(row.index, row.first) for row in rows] == [(0, 0), (1, 0), (2, 0), (3, 0), (3, 1), (3, 2), (4, 0)]
     assert len(rows_of(QUESTIONS, model, plan_of(model, "int4"), "stream", 50)) == 5
     assert len(rows_of(QUESTIONS, model, plan_of(model, "kivi2"), "simulate", 50)) == 15
 
@@ -115,6 +116,23 @@ def test_decoding_through_the_cache_agrees(model, name, mode):
             logprobs, greedy = through_cache(model, plan, question.context, own, one_prompt=mode == "prefill")
             assert float((scores.logprobs - logprobs).abs().max()) < TOLERANCE
             assert torch.equal(scores.greedy, greedy)
+
+
+def test_kept_scores_are_used_and_are_the_same_to_the_bit(model, tmp_path, monkeypatch):
+    plan, seen = plan_of(model, "kivi2"), []
+    settings = {"batch_size": 2, "answers": Answers(tmp_path, {"of": "kivi2"})}
+    expected = score_continuations(model, plan, QUESTIONS, **settings)
+    progress = lambda done, total: seen.append((done, total))  # noqa: E731
+    monkeypatch.setattr(continuations, "hidden_states", None)
+    found = score_continuations(model, plan, QUESTIONS, **settings, progress=progress)
+    assert gap(found, expected) == 0
+    assert [s.packed for row in found for s in row] == [s.packed for row in expected for s in row]
+    assert seen[-1] == (15, 15)
+    # A batch of which one score is missing is computed again, whole.
+    other = Answers(None, {})
+    other.put((name, settings["answers"].get([name])[0]) for q in QUESTIONS[:4] for name in continuations._names(q))
+    with pytest.raises(TypeError, match="not callable"):
+        score_continuations(model, plan, QUESTIONS, batch_size=2, answers=other)
 
 
 def test_a_greedy_continuation_is_what_generate_writes(model):
