@@ -210,7 +210,7 @@ class _Views:
     bounds: torch.Tensor
 
     def _strip(self, start: int, stop: int, first: int) -> tuple[int, int, torch.Tensor]:
-        """Columns [low, high), not before ``first``, that only some queries of [start, stop) read as stored, and which."""
+        """Columns [low, high) from ``first`` on that not all queries of [start, stop) read alike, and who as stored."""
         bounds = self.bounds[:, start:stop].clamp(min=first, max=stop)
         low, high = int(bounds.min()), int(bounds.max())
         reads = torch.arange(low, high) < bounds.unsqueeze(-1)

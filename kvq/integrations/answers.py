@@ -1,7 +1,7 @@
 """Answers of a model, kept on disk while an evaluation runs, so that an interrupted run continues.
 
-One SQLite file a key. The key says everything that decides an answer (weights, recipe, mode, task, code, ...), so answers
-of different recipes never lie in the same file. SQLite commits whole transactions: after a kill, what is there is whole.
+One SQLite file a key. The key says everything that decides an answer (weights, recipe, mode, task, code, ...), so
+answers of different recipes never lie in one file. SQLite commits whole transactions, so what a kill leaves is whole.
 """
 
 import base64
