@@ -127,8 +127,8 @@ SAME, WORSE, BETTER, UNCLEAR = "same", "worse", "better", "too few samples to te
 
 
 def verdict(difference: Difference, higher_is_better: bool) -> str:
-    """``same`` if two units or more gave the same numbers throughout; ``worse`` or ``better`` if the 95% interval leaves
-    out 0; else ``too few samples to tell``."""
+    """``same`` if two units or more gave equal numbers throughout; ``worse`` or ``better`` if the 95% interval excludes
+    0; else ``too few samples to tell``."""
     if difference.identical and difference.units > 1:
         return SAME
     low, high = difference.interval()

@@ -18,9 +18,11 @@ from kvq.recipe import Recipe, load_recipe
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """name: for people, never a folder of this machine. cache_dtype: of the checkpoint, which exact tokens take."""
+    """name: for people, never a folder of this machine. folder: the checkpoint's. cache_dtype: of the checkpoint, which
+    exact tokens take."""
 
     name: str
+    folder: Path
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     plan: CachePlan
@@ -55,7 +57,9 @@ def load_subject(
     else:
         plan = make_plan(load_recipe(recipe or "fp16"), spec, _scales(stats, spec, folder))
         loaded = load_model(folder, dtype=dtype)
-    return Subject(name=name, model=loaded, tokenizer=load_tokenizer(folder), plan=plan, cache_dtype=spec.dtype)
+    return Subject(
+        name=name, folder=folder, model=loaded, tokenizer=load_tokenizer(folder), plan=plan, cache_dtype=spec.dtype
+    )
 
 
 def _scales(stats: Stats | str | Path | None, spec, folder: Path) -> dict[str, float] | None:

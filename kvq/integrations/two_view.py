@@ -1,7 +1,7 @@
 """Faithful log-likelihood scoring: a model's single, cache-less forward that reads what a packed cache would hold."""
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary
@@ -30,13 +30,14 @@ _ACTIVE: "WeakKeyDictionary[torch.nn.Module, _State]" = WeakKeyDictionary()
 @dataclass
 class _State:
     """One ``two_view`` block. ``real`` [B, T] marks the running forward's real tokens; None: no pads on the left.
-    ``wanted``: layers whose attention must pass here."""
+    ``wanted``: layers whose attention must pass here. ``watch``: see ``two_view``."""
 
     plan: CachePlan | None
     schedule: Schedule
     given_lengths: torch.Tensor | None
     branches: Branches | None
     wanted: frozenset[int]
+    watch: Callable[[int, torch.Tensor, torch.Tensor], None] | None
     lengths: torch.Tensor | None = None
     real: torch.Tensor | None = None
     seen: set[int] = field(default_factory=set)
@@ -59,6 +60,7 @@ def two_view(
     contexts: int | Sequence[int] | torch.Tensor | None = None,
     lengths: int | Sequence[int] | torch.Tensor | None = None,
     branches: Branches | None = None,
+    watch: Callable[[int, torch.Tensor, torch.Tensor], None] | None = None,
 ) -> Iterator[PreTrainedModel]:
     """Inside the block, ``model(input_ids)`` scores as decoding through the packed cache of ``plan`` would.
 
@@ -72,6 +74,8 @@ def two_view(
     lengths    real tokens of each row if rows are padded on the right without an attention mask: [B], or one number.
     branches   rows that fork into several continuations; call the model with ``position_ids=branches.positions`` and no
                attention mask. Only for models whose layers all attend to the whole past.
+    watch      called in every planned layer with its index, its attention's output, and what exact attention gives for
+               the same input, both [B, T, H, D].
 
     No cache is kept. Left and right pads given by a 2-D ``attention_mask`` are understood. Layers outside the plan, and
     every layer of a recipe that quantizes nothing, run the model's ordinary attention. Leaving restores the model.
@@ -94,7 +98,12 @@ def two_view(
         else frozenset(plan.layers if plan else ())
     )
     state = _State(
-        plan=plan, schedule=schedule, given_lengths=_per_row(lengths, "lengths"), branches=branches, wanted=wanted
+        plan=plan,
+        schedule=schedule,
+        given_lengths=_per_row(lengths, "lengths"),
+        branches=branches,
+        wanted=wanted,
+        watch=watch,
     )
     decoder = decoder_of(model)
     modules = [module for module in model.modules() if hasattr(module, "layer_idx")]
@@ -151,7 +160,11 @@ def two_view_attention(
         out = _attend_groups(query, key, value, groups, attention_mask, options, state)
     else:
         out = _attend_padded(query, key, value, groups, attention_mask, options, state)
-    return out.transpose(1, 2).contiguous(), None
+    out = out.transpose(1, 2).contiguous()
+    if state.watch is not None:
+        exact, _ = kvq_attention(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+        state.watch(module.layer_idx, out, exact)
+    return out, None
 
 
 def _attend_branches(module, query, key, value, dropout, scaling, branches: Branches, kwargs) -> torch.Tensor:
