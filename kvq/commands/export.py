@@ -55,7 +55,6 @@ def command(
 
 
 def _dry_run(model: str, recipe, stats, output: Output) -> None:
-    from kvq.calib.scales import static_scales
     from kvq.export.memory import memory_plan
     from kvq.models.describe import describe
     from kvq.models.resolve import load_config, resolve_model
@@ -64,7 +63,7 @@ def _dry_run(model: str, recipe, stats, output: Output) -> None:
     spec = describe(load_config(resolve_model(model)))
     if stats is not None:
         stats.check_model(spec)
-    plan = memory_plan(spec, recipe, static_scales(stats) if stats else None).to_dict()
+    plan = memory_plan(spec, recipe).to_dict()
     output.show(memory_table(plan), "Dry run: nothing was written.")
     output.write({"dry_run": True, "model": model, "recipe": recipe.to_dict(), "memory": plan})
 

@@ -8,7 +8,7 @@ from kvq.errors import RecipeError
 def load_with_cache(name: str, recipe, stats: str | None):
     """Load ``name`` and its tokenizer; a recipe is installed on a plain model for good."""
     from kvq.cache import make_plan
-    from kvq.calib.scales import static_scales
+    from kvq.calib.artefacts import fit_artefacts
     from kvq.calib.stats import Stats
     from kvq.export.exporter import is_export
     from kvq.integrations.runtime import install
@@ -34,7 +34,7 @@ def load_with_cache(name: str, recipe, stats: str | None):
     statistics = Stats.load(stats) if stats else None
     if statistics is not None:
         statistics.check_model(spec, weights_fingerprint(folder))
-    plan = make_plan(recipe, spec, static_scales(statistics) if statistics else None)
+    plan = make_plan(recipe, spec, fit_artefacts(recipe, spec, statistics) if statistics else None)
     model = load_model(folder)
     install(model, plan)
     return model, load_tokenizer(folder)
@@ -52,7 +52,7 @@ def _load_export(folder):
 
 def cache_report(model, cache) -> dict[str, Any]:
     """What a filled cache holds: measured bytes, the same with 16-bit exact numbers, a 16-bit cache, and what ran."""
-    from kvq.cache import CachePlan, cache_nbytes
+    from kvq.cache import CachePlan, cache_nbytes, implementations
     from kvq.models.describe import describe
     from kvq.recipe import load_recipe
 
@@ -67,5 +67,11 @@ def cache_report(model, cache) -> dict[str, Any]:
         "fp16_bytes": plain.predicted_bytes(tokens, itemsize=2),
         "recipe": plan.recipe.name,
         "exact_dtype": str(model.dtype).removeprefix("torch."),
-        "implementation": f"{runtime.attention} attention, torch reference" if runtime else "DynamicCache",
+        "implementation": _implementation(runtime, implementations(cache)),
     }
+
+
+def _implementation(runtime, ran: list[str]) -> str:
+    if runtime is None:
+        return "DynamicCache"
+    return f"{runtime.attention} attention, {' and '.join(ran) or 'the prompt alone'}"

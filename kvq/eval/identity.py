@@ -84,7 +84,7 @@ def _feed(digest, value: Any) -> None:
             _feed(digest, own)
     elif is_dataclass(value):
         _feed(digest, {field.name: getattr(value, field.name) for field in fields(value)})
-    elif hasattr(value, "__dict__"):
+    elif hasattr(value, "__dict__") and not callable(value):
         _feed(digest, vars(value))
     else:
         raise TypeError(f"{type(value).__name__} in a plan cannot be hashed")

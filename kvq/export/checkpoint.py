@@ -3,7 +3,7 @@
     DIR/config.json                     the model's own, with ``quantization_config`` (FIELDS below)
     DIR/*.safetensors, index            the model's own weights, unchanged
     DIR/recipe.yaml                     the recipe, for people
-    DIR/kvq/artefacts.safetensors       tensors that the recipe needs: static scales (float64, [])
+    DIR/kvq/artefacts.safetensors       tensors that the recipe needs (``kvq.calib.artefacts``)
     DIR/kvq/provenance.json             where all this came from
 
 ``quantization_config`` is complete: codecs, hashes of the side files, and the identity of model and weights. The side
@@ -13,7 +13,6 @@ depends on the clock, on the machine, or on the release of transformers.
 
 import hashlib
 import json
-import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -28,7 +27,7 @@ from transformers import PretrainedConfig
 
 from kvq import __version__
 from kvq.cache import CachePlan, make_plan
-from kvq.calib.scales import needed_scales
+from kvq.calib.artefacts import check_artefacts, needed_artefacts
 from kvq.errors import CheckpointError
 from kvq.models.describe import ModelSpec, describe
 from kvq.models.resolve import INDEX_FILE, check_weights, read_header
@@ -57,10 +56,11 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 _EXPORT_AGAIN = "copy the whole folder again, or repeat 'kvq export'"
 
 
-def side_files(plan: CachePlan, scales: Mapping[str, float], provenance: Mapping[str, Any]) -> dict[str, bytes]:
-    """The contents of the side files by name; only the scales that the recipe reads are kept."""
-    wanted = needed_scales(plan.recipe, plan.model)
-    tensors = {name: torch.tensor(scales[name], dtype=torch.float64) for name in wanted}
+def side_files(
+    plan: CachePlan, artefacts: Mapping[str, torch.Tensor], provenance: Mapping[str, Any]
+) -> dict[str, bytes]:
+    """The contents of the side files by name; only the artefacts that the recipe reads are kept."""
+    tensors = {name: artefacts[name].clone().contiguous() for name in needed_artefacts(plan.recipe, plan.model)}
     return {
         ARTEFACTS: save(tensors, metadata={"format": "pt"}),
         PROVENANCE: to_json(dict(sorted(provenance.items()))),
@@ -202,7 +202,7 @@ def plan_of(config: Mapping[str, Any], files: Mapping[str, bytes], spec: ModelSp
             f"this export was made for a model of another shape than this {spec.model_type!r}: take the config.json "
             "that was exported with it, or export this model."
         )
-    return make_plan(recipe, spec, _read_scales(files[ARTEFACTS], needed_scales(recipe, spec)))
+    return make_plan(recipe, spec, _read_artefacts(files[ARTEFACTS], needed_artefacts(recipe, spec)))
 
 
 def _own_spec(config: Mapping[str, Any], folder: Path, model_config: PretrainedConfig) -> ModelSpec:
@@ -218,24 +218,15 @@ def _own_spec(config: Mapping[str, Any], folder: Path, model_config: PretrainedC
     return spec
 
 
-def _read_scales(content: bytes, wanted: Iterable[str]) -> dict[str, float]:
+def _read_artefacts(content: bytes, needed: Mapping[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
     try:
         tensors = load(content)
     except (SafetensorError, ValueError, KeyError, TypeError):
         raise CheckpointError(f"{ARTEFACTS!r} is not a safetensors file: {_EXPORT_AGAIN}.") from None
-    if set(tensors) != set(wanted):
-        name = sorted(set(tensors) ^ set(wanted))[0]
-        what = "lacks" if name in wanted else "holds the unknown tensor"
-        raise CheckpointError(f"{ARTEFACTS!r} {what} {name!r}: {_EXPORT_AGAIN}.")
-    scales = {}
-    for name, tensor in tensors.items():
-        scales[name] = value = float(tensor) if tensor.numel() == 1 else math.nan
-        if not (math.isfinite(value) and value > 0):
-            raise CheckpointError(
-                f"{name!r} in {ARTEFACTS!r} is {tensor.tolist()}, and a scale is one finite positive number: calibrate "
-                "and export again."
-            )
-    return scales
+    wrong = check_artefacts(tensors, needed)
+    if wrong:
+        raise CheckpointError(f"{ARTEFACTS!r} {wrong}: calibrate and export again.")
+    return tensors
 
 
 def shard_index(folder: Path) -> bytes:

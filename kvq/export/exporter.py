@@ -16,8 +16,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from kvq.cache import CachePlan, make_plan
-from kvq.calib.scales import needed_scales, static_scales
+from kvq.calib.artefacts import fit_artefacts, needed_artefacts
 from kvq.calib.stats import Stats
 from kvq.errors import CheckpointError
 from kvq.export.atomic import recover, whole_folder
@@ -81,15 +83,15 @@ def export(
     config = _source_config(source)
     spec = describe(load_config(source))
     fingerprint = weights_fingerprint(source)
-    scales, origin = _scales(stats, recipe, spec, fingerprint)
-    plan = make_plan(recipe, spec, scales)
+    artefacts, origin = _artefacts(stats, recipe, spec, fingerprint)
+    plan = make_plan(recipe, spec, artefacts)
     provenance = provenance_of(
         plan, base_name=base_name or _base_name(model, source), weights_fingerprint=fingerprint, stats=origin
     )
     try:
         recover(target)
         _check_target(target, source, force)
-        contents = _contents(source, config, plan, scales, provenance)
+        contents = _contents(source, config, plan, artefacts, provenance)
         with whole_folder(target, replace=force) as work:
             linked, copied = _place_weights(source, work)
             for name, content in contents.items():
@@ -157,15 +159,15 @@ def _check_target(target: Path, source: Path, force: bool) -> None:
         )
 
 
-def _scales(
+def _artefacts(
     stats: Stats | str | Path | None, recipe: Recipe, spec: ModelSpec, fingerprint: str
-) -> tuple[dict[str, float], dict[str, Any] | None]:
-    """Static scales and the identity of the statistics they come from; neither if the recipe reads none."""
+) -> tuple[dict[str, torch.Tensor], dict[str, Any] | None]:
+    """Artefacts and the identity of the statistics they come from; neither if the recipe needs none."""
     if stats is None:
         return {}, None
     loaded = stats if isinstance(stats, Stats) else Stats.load(stats)
     loaded.check_model(spec, fingerprint)
-    if not needed_scales(recipe, spec):
+    if not needed_artefacts(recipe, spec):
         return {}, None
     if isinstance(stats, Stats):
         with tempfile.TemporaryDirectory() as folder:
@@ -174,7 +176,7 @@ def _scales(
             digest = hashlib.sha256(file.read_bytes()).hexdigest()
     else:
         digest = hashlib.sha256(Path(stats).read_bytes()).hexdigest()
-    return static_scales(loaded), {**loaded.provenance(), "sha256": digest}
+    return fit_artefacts(recipe, spec, loaded), {**loaded.provenance(), "sha256": digest}
 
 
 def _base_name(model: str | Path, source: Path) -> str:
@@ -190,7 +192,7 @@ def _contents(
     source: Path,
     config: Mapping[str, Any],
     plan: CachePlan,
-    scales: Mapping[str, float],
+    artefacts: Mapping[str, torch.Tensor],
     provenance: dict[str, Any],
 ) -> dict[str, bytes]:
     """Every file of the export except the weights, by name."""
@@ -201,12 +203,12 @@ def _contents(
                 contents[str(file.relative_to(source))] = file.read_bytes()
     if "generation_config.json" in contents:
         contents["generation_config.json"] = _own_cache(contents["generation_config.json"])
-    side = side_files(plan, scales, provenance)
+    side = side_files(plan, artefacts, provenance)
     ours = build_config(plan, weights_fingerprint=provenance["weights_fingerprint"], files=side, copied=tuple(contents))
     plain = {key: value for key, value in config.items() if key != "cache_implementation"}
     contents["config.json"] = to_json({**plain, "quantization_config": ours})
     contents[INDEX_FILE] = shard_index(source)
-    card = model_card(plan, memory_plan(plan.model, plan.recipe, scales), provenance, licence_of(source))
+    card = model_card(plan, memory_plan(plan.model, plan.recipe), provenance, licence_of(source))
     return contents | side | {"README.md": card.encode()}
 
 

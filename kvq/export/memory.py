@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from kvq.cache import CachePlan, make_plan
-from kvq.calib.scales import needed_scales
+from kvq.calib.artefacts import needed_artefacts
 from kvq.models.describe import ModelSpec
 from kvq.recipe import Recipe
 
@@ -58,14 +58,14 @@ class MemoryPlan:
         return asdict(self)
 
 
-def memory_plan(spec: ModelSpec, recipe: Recipe, scales=None) -> MemoryPlan:
-    """Predict cache bytes of ``recipe`` on ``spec``; needs no weights.
+def memory_plan(spec: ModelSpec, recipe: Recipe) -> MemoryPlan:
+    """Predict cache bytes of ``recipe`` on ``spec``; needs no weights and no statistics, since no byte depends on them.
 
-    scales   static scales by name; a calibrated recipe is planned without them too, since no byte depends on them.
     Raises RecipeError as ``make_plan`` does.
     """
     model = replace(spec, dtype=torch.float16)
-    plan = make_plan(recipe, model, dict.fromkeys(needed_scales(recipe, model), 1.0) | dict(scales or {}))
+    stand_ins = {name: torch.ones(shape) for name, shape in needed_artefacts(recipe, model).items()}
+    plan = make_plan(recipe, model, stand_ins)
     plain = CachePlan(recipe=recipe, model=model, layers={})
     lengths = []
     for tokens in LENGTHS:

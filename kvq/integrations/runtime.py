@@ -10,7 +10,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.utils import logging
 
 from kvq.cache import CachePlan, make_plan, pack_cache, packed_layers
-from kvq.errors import CacheError
+from kvq.errors import CacheError, UnsupportedModelError
 from kvq.integrations import attention
 from kvq.models.describe import describe, text_config
 from kvq.recipe import Recipe, load_recipe
@@ -69,15 +69,15 @@ def uninstall(model: PreTrainedModel) -> None:
 
 
 @contextmanager
-def quantized_cache(model: PreTrainedModel, recipe: "Recipe | str", scales=None) -> Iterator[PreTrainedModel]:
+def quantized_cache(model: PreTrainedModel, recipe: "Recipe | str", artefacts=None) -> Iterator[PreTrainedModel]:
     """Run a model with a recipe's packed cache inside a ``with`` block, without an export.
 
         with kvq.quantized_cache(model, "kivi2"):
             model.generate(...)
 
-    scales: static scales for recipes that need statistics (``kvq.calib.scales.static_scales``).
+    artefacts: tensors for recipes that need statistics (``kvq.calib.artefacts.fit_artefacts``).
     """
-    install(model, make_plan(load_recipe(recipe), describe(model.config), scales))
+    install(model, make_plan(load_recipe(recipe), describe(model.config), artefacts))
     try:
         yield model
     finally:
@@ -120,6 +120,32 @@ def _prompt_columns(generation_config, model_kwargs) -> int | None:
     return getattr(generation_config, "_mask_length", None)
 
 
+def positions_of(kwargs, plan: CachePlan) -> torch.Tensor | None:
+    """Rotary positions [B or 1, L] that a forward was given, on the CPU; None if it was given none or nobody asks."""
+    given = kwargs.get("position_ids")
+    if given is None or not plan.needs_positions:
+        return None
+    if given.ndim != 2:
+        raise UnsupportedModelError(
+            f"position_ids of {given.ndim} dimensions: keys that are stored before RoPE need one position a token; use "
+            "a recipe that stores them after RoPE."
+        )
+    return given.cpu()
+
+
+def _running_positions(cache, args, kwargs, plan: CachePlan) -> torch.Tensor | None:
+    """Positions of this forward's tokens; without ``position_ids`` models count columns, pads included."""
+    if not plan.needs_positions:
+        return None
+    given = positions_of(kwargs, plan)
+    if given is not None:
+        return given
+    tokens = kwargs.get("input_ids") if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
+    tokens = args[0] if tokens is None else tokens
+    start = cache.get_seq_length()
+    return torch.arange(start, start + tokens.shape[1]).unsqueeze(0)
+
+
 def _before_forward(plan: CachePlan, module, args, kwargs):
     """Give a forward without a cache a packed one, and tell packed layers which columns are pads."""
     cache = kwargs.get("past_key_values")
@@ -131,6 +157,7 @@ def _before_forward(plan: CachePlan, module, args, kwargs):
         kwargs["past_key_values"] = cache
     layers = packed_layers(cache)
     if layers:
+        layers[0].padding.positions = _running_positions(cache, args, kwargs, plan)
         mask = kwargs.get("attention_mask")
         two_dimensional = isinstance(mask, torch.Tensor) and mask.ndim == 2
         layers[0].padding.mask = mask.bool() if two_dimensional else None

@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvq.cache import CachePlan, make_plan
-from kvq.calib.scales import static_scales
+from kvq.calib.artefacts import fit_artefacts
 from kvq.calib.stats import Stats
 from kvq.errors import RecipeError
 from kvq.export.exporter import is_export
@@ -38,7 +38,7 @@ def load_subject(
 ) -> Subject:
     """Load an export with its own recipe, or any model with ``recipe`` (None: fp16, nothing quantized).
 
-    stats   statistics of this model, or their file, for a recipe with static scales.
+    stats   statistics of this model, or their file, for a recipe that needs them.
     dtype   as ``kvq.models.resolve.load_model`` takes it.
 
     Raises RecipeError for a second recipe on an export and for missing scales, ModelNotFoundError, CheckpointError or
@@ -55,16 +55,17 @@ def load_subject(
         loaded = load_model(folder, dtype=dtype)
         plan = loaded.kvq.plan
     else:
-        plan = make_plan(load_recipe(recipe or "fp16"), spec, _scales(stats, spec, folder))
+        chosen = load_recipe(recipe or "fp16")
+        plan = make_plan(chosen, spec, _artefacts(chosen, stats, spec, folder))
         loaded = load_model(folder, dtype=dtype)
     return Subject(
         name=name, folder=folder, model=loaded, tokenizer=load_tokenizer(folder), plan=plan, cache_dtype=spec.dtype
     )
 
 
-def _scales(stats: Stats | str | Path | None, spec, folder: Path) -> dict[str, float] | None:
+def _artefacts(recipe: Recipe, stats: Stats | str | Path | None, spec, folder: Path) -> dict[str, torch.Tensor] | None:
     if stats is None:
         return None
     stats = stats if isinstance(stats, Stats) else Stats.load(stats)
     stats.check_model(spec, weights_fingerprint(folder))
-    return static_scales(stats)
+    return fit_artefacts(recipe, spec, stats)

@@ -16,7 +16,7 @@ from kvq.cache.branches import Branches
 from kvq.cache.two_view import MODES, Schedule, two_view_attend
 from kvq.errors import CacheError, DataError, UnsupportedModelError
 from kvq.integrations.attention import kvq_attention, options_of
-from kvq.integrations.runtime import decoder_of
+from kvq.integrations.runtime import decoder_of, positions_of
 from kvq.models.describe import describe
 
 __all__ = ["MODES", "NAME", "two_view"]
@@ -30,7 +30,10 @@ _ACTIVE: "WeakKeyDictionary[torch.nn.Module, _State]" = WeakKeyDictionary()
 @dataclass
 class _State:
     """One ``two_view`` block. ``real`` [B, T] marks the running forward's real tokens; None: no pads on the left.
-    ``wanted``: layers whose attention must pass here. ``watch``: see ``two_view``."""
+
+    ``positions`` [B or 1, T]: rotary positions that the running forward was given; None: 0, 1, 2, ...
+    ``wanted``: layers whose attention must pass here. ``watch``: see ``two_view``.
+    """
 
     plan: CachePlan | None
     schedule: Schedule
@@ -40,6 +43,7 @@ class _State:
     watch: Callable[[int, torch.Tensor, torch.Tensor], None] | None
     lengths: torch.Tensor | None = None
     real: torch.Tensor | None = None
+    positions: torch.Tensor | None = None
     seen: set[int] = field(default_factory=set)
 
     def groups(self, module: torch.nn.Module, key: torch.Tensor) -> tuple[HeadGroup, ...]:
@@ -157,7 +161,7 @@ def two_view_attention(
         if rows is not None and len(rows) not in (1, query.shape[0]):
             raise DataError(f"{name} has {len(rows)} entries for a batch of {query.shape[0]}: give one for each row.")
     if state.real is None:
-        out = _attend_groups(query, key, value, groups, attention_mask, options, state)
+        out = _attend_groups(query, key, value, groups, attention_mask, options, state, state.positions)
     else:
         out = _attend_padded(query, key, value, groups, attention_mask, options, state)
     out = out.transpose(1, 2).contiguous()
@@ -177,13 +181,13 @@ def _attend_branches(module, query, key, value, dropout, scaling, branches: Bran
     return torch.cat([kvq_attention(module, *part, **settings)[0] for part in parts], dim=1)
 
 
-def _attend_groups(query, key, value, groups, mask, options: Options, state: _State) -> torch.Tensor:
+def _attend_groups(query, key, value, groups, mask, options: Options, state: _State, positions) -> torch.Tensor:
     """Every head group's attention, [B, H, T, D]; real tokens stand on the left."""
     B, H, T, D = query.shape
     heads = key.shape[1]
     grouped = query.view(B, heads, H // heads, T, D) if query.is_contiguous() else query.unflatten(1, (heads, -1))
     lengths = None if state.lengths is None else state.lengths.expand(B)
-    rest = (mask if state.branches is None else None, lengths, state.branches)
+    rest = (mask if state.branches is None else None, lengths, positions, state.branches)
     if len(groups) == 1:
         return two_view_attend(grouped, key, value, groups[0], state.schedule, options, *rest).flatten(1, 2)
     out = torch.empty_like(grouped)
@@ -205,7 +209,10 @@ def _attend_padded(query, key, value, groups, mask, options: Options, state: _St
         mask = mask.expand(len(order), -1, -1, -1)
         mask = mask.gather(2, index.expand(-1, mask.shape[1], -1, mask.shape[3]))
         mask = mask.gather(3, order[:, None, None].expand_as(mask))
-    out = _attend_groups(query, key, value, groups, mask, options, state)
+    # Without positions of its own, the forward numbered every column, pads included.
+    positions = torch.arange(order.shape[1]).unsqueeze(0) if state.positions is None else state.positions
+    positions = positions.expand(len(order), -1).gather(1, order.cpu())
+    out = _attend_groups(query, key, value, groups, mask, options, state, positions)
     return torch.empty_like(out).scatter_(2, index.expand_as(out), out)
 
 
@@ -222,6 +229,7 @@ def _before(state: _State, module, args, kwargs):
     if state.branches is not None:
         _check_forks(state.branches, kwargs)
     state.lengths, state.real = state.given_lengths, None
+    state.positions = None if state.plan is None else positions_of(kwargs, state.plan)
     if isinstance(mask, torch.Tensor) and mask.ndim == 2 and not bool(mask.all()):
         real = mask.bool().cpu()
         state.lengths = real.sum(1)

@@ -19,12 +19,18 @@ from kvq.kernels.spec import SideLayout
 Partial = tuple[torch.Tensor, torch.Tensor]
 
 
+def has_products(layout: SideLayout) -> bool:
+    """True if the two products below serve a layout; others are dequantized tile by tile."""
+    return layout.format in ("affine", "e4m3") and not layout.extras
+
+
 def page_scores(
-    q_BKMD: torch.Tensor, words: torch.Tensor, meta: torch.Tensor, layout: SideLayout, scale: float = 1.0
+    q_BKMD: torch.Tensor, words: torch.Tensor, meta: torch.Tensor | None, layout: SideLayout, scale: float = 1.0
 ) -> torch.Tensor:
     """Return q . k for every token of the pages, [B, K, M, T], in the dtype of q.
 
-    words [B, K, P, *layout.words_shape], meta [B, K, P, *layout.meta_shape] (fp16), scale: static scale (e4m3).
+    words [B, K, P, *layout.words_shape], meta [B, K, P, rows, *layout.meta.shape] (fp16; None for e4m3), scale: static
+    scale (e4m3).
     """
     tile, factors = float_tile(words, layout, q_BKMD.dtype)
     weight = (scale / factors).view(-1, 1, 1, 1, layout.head_dim)
@@ -45,7 +51,7 @@ def page_scores(
 
 
 def page_weighted_sum(
-    p_BKMT: torch.Tensor, words: torch.Tensor, meta: torch.Tensor, layout: SideLayout, scale: float = 1.0
+    p_BKMT: torch.Tensor, words: torch.Tensor, meta: torch.Tensor | None, layout: SideLayout, scale: float = 1.0
 ) -> torch.Tensor:
     """Return sum_t p_t v_t, [B, K, M, D], in the dtype of p. Arguments as for ``page_scores``."""
     tile, factors = float_tile(words, layout, p_BKMT.dtype)

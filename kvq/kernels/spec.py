@@ -22,20 +22,47 @@ Fields within a word (little-endian):
     2 bits   bits 2f, 2f+1
     e4m3     not a plane layout: bytes in channel order, as hardware converts adjacent pairs
 
-Metadata is one (scale, minimum) pair of fp16 numbers per group: ``[tokens, groups, 2]`` for axis token and
-``[token groups, head_dim, 2]`` for axis channel. A code c stands for ``c * scale + minimum``. The scale of e4m3 is one
-static number per tensor and lives outside the page.
+A side's other numbers are *sections*: each has one row for every ``tokens`` consecutive tokens. Affine codes have the
+section ``meta``, one (scale, minimum) pair of fp16 numbers per group: rows ``[groups, 2]`` of one token for axis token,
+rows ``[head_dim, 2]`` of a token group for axis channel. A code c stands for ``c * scale + minimum``. The scale of e4m3
+is one static number per tensor and lives outside the page. Further sections follow the four of the record, keys before
+values, each aligned alike. A section that all heads share lies in a second record per page, beside the heads' records.
 """
 
+import itertools
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 ATOM = 16
 SECTION_ALIGNMENT = 128
 DEFAULT_PAGE_TOKENS = 64
-META_BYTES = 4
 FIELDS = {2: 8, 3: 16, 4: 4, 8: 2}
 CONTAINER_WORDS = {2: 1, 3: 3, 4: 1, 8: 1}
+SECTION_BYTES = {"float16": 2, "uint8": 1, "int16": 2}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Section:
+    """Numbers beside the codes: ``page_tokens / tokens`` rows of ``shape`` in every page.
+
+    name     unique on its side, for example ``meta``.
+    dtype    a key of ``SECTION_BYTES``.
+    tokens   consecutive tokens that share a row.
+    shared   one copy for all heads instead of one per head.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str = "float16"
+    tokens: int = 1
+    shared: bool = False
+
+    def page_shape(self, page_tokens: int) -> tuple[int, ...]:
+        return (page_tokens // self.tokens, *self.shape)
+
+    def page_bytes(self, page_tokens: int) -> int:
+        return math.prod(self.page_shape(page_tokens)) * SECTION_BYTES[self.dtype]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +71,7 @@ class SideLayout:
 
     format   ``affine`` (planes of ``bits``-bit codes) or ``e4m3``.
     axis     ``token`` or ``channel`` (affine), group: numbers that share a scale.
+    extras   sections beside ``meta``.
     """
 
     format: str
@@ -52,9 +80,11 @@ class SideLayout:
     page_tokens: int
     axis: str = "token"
     group: int = 0
+    extras: tuple[Section, ...] = ()
 
     def __post_init__(self):
         assert self.head_dim % ATOM == 0, self
+        assert all(self.page_tokens % section.tokens == 0 for section in self.extras), self
         if self.format == "affine":
             assert self.page_tokens % self.parts == 0, self
             assert (self.head_dim if self.axis == "token" else self.page_tokens) % self.group == 0, self
@@ -90,22 +120,28 @@ class SideLayout:
         return math.prod(self.words_shape) * (1 if self.format == "e4m3" else 2)
 
     @property
-    def meta_shape(self) -> tuple[int, ...]:
-        """Shape of a page's metadata as fp16; the last dimension is (scale, minimum)."""
+    def meta(self) -> Section | None:
+        """The section of scales and minima; None for e4m3."""
         if self.format == "e4m3":
-            return (0,)
+            return None
         if self.axis == "token":
-            return (self.page_tokens, self.head_dim // self.group, 2)
-        return (self.page_tokens // self.group, self.head_dim, 2)
+            return Section(name="meta", shape=(self.head_dim // self.group, 2))
+        return Section(name="meta", shape=(self.head_dim, 2), tokens=self.group)
+
+    @property
+    def sections(self) -> tuple[Section, ...]:
+        return (self.meta, *self.extras) if self.meta else self.extras
 
     @property
     def meta_bytes(self) -> int:
-        return math.prod(self.meta_shape) * 2
+        return self.meta.page_bytes(self.page_tokens) if self.meta else 0
 
-    @property
-    def bits_per_element(self) -> float:
-        """Codes and metadata, in bits per stored number, without alignment."""
-        return 8 * (self.words_bytes + self.meta_bytes) / (self.page_tokens * self.head_dim)
+    def bits_per_element(self, heads: int = 1) -> float:
+        """Codes and sections, in bits per stored number, without alignment; ``heads`` divide what they share."""
+        total = self.words_bytes
+        for section in self.sections:
+            total += section.page_bytes(self.page_tokens) / (heads if section.shared else 1)
+        return 8 * total / (self.page_tokens * self.head_dim)
 
 
 def _aligned(size: int) -> int:
@@ -129,13 +165,42 @@ class PageLayout:
     def side(self, name: str) -> SideLayout:
         return self.key if name == "key" else self.value
 
-    @property
+    @cached_property
     def offsets(self) -> dict[str, int]:
-        value_words = _aligned(self.key.words_bytes)
-        key_meta = value_words + _aligned(self.value.words_bytes)
-        value_meta = key_meta + _aligned(self.key.meta_bytes)
-        return {"key_words": 0, "value_words": value_words, "key_meta": key_meta, "value_meta": value_meta}
+        """Where each part of a head's record starts, in bytes: ``key_words``, ``value_words``, ``key_meta``, ..."""
+        return _starts(
+            [("key_words", self.key.words_bytes), ("value_words", self.value.words_bytes)], self._sections(False)
+        )
 
-    @property
+    @cached_property
     def record_bytes(self) -> int:
-        return self.offsets["value_meta"] + _aligned(self.value.meta_bytes)
+        return self.offsets["end"]
+
+    @cached_property
+    def shared_offsets(self) -> dict[str, int]:
+        """The same for the record that the heads of a page share."""
+        return _starts([], self._sections(True))
+
+    @cached_property
+    def shared_bytes(self) -> int:
+        """Bytes of a page's shared record, 0 if there is none."""
+        return self.shared_offsets["end"]
+
+    def _sections(self, shared: bool) -> list[tuple[str, int]]:
+        """Names and sizes of sections in the order in which they lie: metadata of both sides, then the others."""
+        found = [
+            (section.name != "meta", f"{name}_{section.name}", section.page_bytes(self.page_tokens))
+            for name, side in (("key", self.key), ("value", self.value))
+            for section in side.sections
+            if section.shared == shared
+        ]
+        return [(name, size) for _, name, size in sorted(found, key=lambda part: part[0])]
+
+
+def _starts(*parts: list[tuple[str, int]]) -> dict[str, int]:
+    """Aligned start of each part, and of what follows the last one under ``end``."""
+    starts, end = {}, 0
+    for name, size in itertools.chain(*parts):
+        starts[name] = end
+        end += _aligned(size)
+    return starts | {"end": end}

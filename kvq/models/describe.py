@@ -6,7 +6,7 @@ per-layer head counts follow the installed release instead of a list kept here.
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from transformers import DynamicCache, PretrainedConfig
@@ -41,7 +41,10 @@ class LayerSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec:
-    """A model's cache geometry. ``fingerprint`` is a hash of everything here except the dtype."""
+    """A model's cache geometry. ``fingerprint`` is a hash of everything here except the dtype.
+
+    config   the model's own, for what only some recipes need to know.
+    """
 
     model_type: str
     layers: tuple[LayerSpec, ...]
@@ -50,6 +53,7 @@ class ModelSpec:
     vocab_size: int
     max_length: int
     dtype: torch.dtype
+    config: PretrainedConfig | None = field(default=None, repr=False, compare=False)
 
     @property
     def full_layers(self) -> tuple[LayerSpec, ...]:
@@ -97,6 +101,7 @@ def describe(config: PretrainedConfig) -> ModelSpec:
         vocab_size=text.vocab_size,
         max_length=getattr(text, "max_position_embeddings", None) or 2048,
         dtype=getattr(config, "dtype", None) or getattr(text, "dtype", None) or torch.float32,
+        config=text,
     )
     _refuse_unquantizable(spec)
     return spec

@@ -10,6 +10,7 @@ import torch
 
 from kvq.errors import DataError
 from kvq.kernels.spec import DEFAULT_PAGE_TOKENS, SideLayout
+from kvq.quantizers.packed import Encoded
 
 E4M3_MAX = 448.0
 
@@ -28,16 +29,16 @@ class Float8Codec:
     def layout(self, page_tokens: int) -> SideLayout:
         return SideLayout(format="e4m3", bits=8, head_dim=self.head_dim, page_tokens=page_tokens)
 
-    def encode(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Encode x [..., T, head_dim]: bytes [..., T, head_dim] (uint8) and empty metadata [..., 0] (fp16)."""
+    def encode(self, x: torch.Tensor) -> Encoded:
+        """Encode x [..., T, head_dim]: bytes [..., T, head_dim] (uint8) and no sections."""
         codes = (x / self.scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
         if x.device.type == "cpu" and not bool(x.isfinite().all()):
             raise DataError(
                 "keys or values hold NaN or infinity: these cannot be quantized; check the checkpoint, and run it in "
                 "float32 or bfloat16."
             )
-        return codes.view(torch.uint8), x.new_empty(*x.shape[:-2], 0, dtype=torch.float16)
+        return Encoded(codes=codes.view(torch.uint8), sections={})
 
-    def decode(self, codes: torch.Tensor, meta: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    def decode(self, encoded: Encoded, dtype: torch.dtype) -> torch.Tensor:
         """Return the numbers that the bytes stand for, [..., T, head_dim]."""
-        return codes.view(torch.float8_e4m3fn).to(dtype) * self.scale
+        return encoded.codes.view(torch.float8_e4m3fn).to(dtype) * self.scale

@@ -32,7 +32,7 @@ def test_a_plain_model_takes_a_recipe(report, tiny_checkpoint):
     assert plain["text"] == exact["text"]
     assert plain["cache"]["recipe"] == exact["cache"]["recipe"] == "fp16"
     assert packed["cache"]["recipe"] == "kivi4"
-    assert "torch reference" in packed["cache"]["implementation"]
+    assert "kvq attention" in packed["cache"]["implementation"]
 
 
 def test_the_text_is_printed_once_and_as_reported(run, tiny_checkpoint, tmp_path):

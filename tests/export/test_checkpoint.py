@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save
 
 from kvq.cache import make_plan
-from kvq.calib.scales import needed_scales
+from kvq.calib.artefacts import needed_artefacts
 from kvq.errors import CheckpointError, RecipeError
 from kvq.export.checkpoint import (
     ARTEFACTS,
@@ -26,6 +26,13 @@ from kvq.models.describe import describe
 from kvq.recipe import load_recipe
 
 
+def made_up(needed):
+    """Artefacts with a number of their own each."""
+    return {
+        name: torch.full(shape, 0.1 * (i + 1), dtype=torch.float64) for i, (name, shape) in enumerate(needed.items())
+    }
+
+
 @pytest.fixture
 def written(tmp_path, tiny_config):
     """Factory ``written(recipe="kivi2") -> (folder, quantization_config, model_config)``: the side files of a plan."""
@@ -34,10 +41,10 @@ def written(tmp_path, tiny_config):
         config = tiny_config(layers=3, head_dim=32)
         spec = describe(config)
         recipe = load_recipe(recipe)
-        scales = {name: 0.1 * (i + 1) for i, name in enumerate(needed_scales(recipe, spec))}
-        plan = make_plan(recipe, spec, scales)
+        artefacts = made_up(needed_artefacts(recipe, spec))
+        plan = make_plan(recipe, spec, artefacts)
         provenance = provenance_of(plan, base_name="tiny", weights_fingerprint="0" * 64, stats=None)
-        files = side_files(plan, scales, provenance)
+        files = side_files(plan, artefacts, provenance)
         (tmp_path / "kvq").mkdir()
         for name, content in files.items():
             (tmp_path / name).write_bytes(content)
@@ -60,8 +67,8 @@ def test_round_trip(written, name):
     folder, fields, config = written(name)
     plan = load_plan(folder, fields, config)
     recipe = load_recipe(name)
-    scales = {n: 0.1 * (i + 1) for i, n in enumerate(needed_scales(recipe, describe(config)))}
-    assert plan == make_plan(recipe, describe(config), scales)
+    artefacts = made_up(needed_artefacts(recipe, describe(config)))
+    assert plan == make_plan(recipe, describe(config), artefacts)
     assert set(fields) == set(FIELDS)
 
 
@@ -76,13 +83,14 @@ def test_order_of_layer_patterns_survives_sorted_keys(written):
 
 
 def test_same_input_same_bytes(tiny_config):
-    plan = make_plan(load_recipe("fp8"), describe(tiny_config()), dict.fromkeys(_names(tiny_config()), 0.5))
-    once, again = (side_files(plan, dict.fromkeys(_names(tiny_config()), 0.5), {"b": 1, "a": 2}) for _ in range(2))
+    artefacts = dict.fromkeys(_names(tiny_config()), torch.tensor(0.5, dtype=torch.float64))
+    plan = make_plan(load_recipe("fp8"), describe(tiny_config()), artefacts)
+    once, again = (side_files(plan, artefacts, {"b": 1, "a": 2}) for _ in range(2))
     assert once == again
 
 
 def _names(config):
-    return needed_scales(load_recipe("fp8"), describe(config))
+    return tuple(needed_artefacts(load_recipe("fp8"), describe(config)))
 
 
 @pytest.mark.parametrize("name", [ARTEFACTS, PROVENANCE, RECIPE])
@@ -152,7 +160,7 @@ def test_scales_must_be_finite_positive_scalars(written, value):
     load_plan(folder, fields, config)
     bad = {n: torch.tensor(value if n == names[2] else 0.5, dtype=torch.float64) for n in names}
     replace_artefacts(folder, fields, bad)
-    with pytest.raises(CheckpointError, match="finite positive"):
+    with pytest.raises(CheckpointError, match=r"NaN or infinity|not positive|of shape"):
         load_plan(folder, fields, config)
 
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from kvq.calib.artefacts import fit_artefacts
 from kvq.calib.observers import ChannelStats
-from kvq.calib.scales import static_scales
 from kvq.calib.stats import LayerStats, Stats
 from kvq.errors import CheckpointError, DataError, RecipeError, UnsupportedModelError
 from kvq.export import exporter
@@ -22,6 +22,7 @@ from kvq.export.checkpoint import ARTEFACTS, load_plan
 from kvq.export.exporter import export
 from kvq.models.describe import describe
 from kvq.models.resolve import load_config, weights_fingerprint
+from kvq.recipe import load_recipe
 
 
 @pytest.fixture
@@ -151,9 +152,10 @@ def test_calibrated_scales_are_absmax_over_448(source, tmp_path):
 
 
 def test_scales_of_odd_statistics(source):
-    assert set(static_scales(make_stats(source, absmax=0.0)).values()) == {1.0}
+    recipe, spec = load_recipe("fp8"), describe(load_config(source))
+    assert {float(s) for s in fit_artefacts(recipe, spec, make_stats(source, absmax=0.0)).values()} == {1.0}
     with pytest.raises(DataError, match="must be finite"):
-        static_scales(make_stats(source, absmax=float("inf")))
+        fit_artefacts(recipe, spec, make_stats(source, absmax=float("inf")))
 
 
 def test_statistics_are_needed_and_must_be_this_models(source, tmp_path, tiny_checkpoint):

@@ -10,14 +10,24 @@ from transformers import DynamicCache
 from kvq.cache import PackedLayer, cache_nbytes, packed_layers
 from kvq.errors import CacheError
 from kvq.integrations.runtime import new_cache, quantized_cache
+from kvq.kernels import cpu
+from kvq.recipe import load_recipe
 
-RECIPES = ["kivi2", "kivi4", "int4"]
+RECIPES = {
+    "kivi2": load_recipe("kivi2"),
+    "kivi4": load_recipe("kivi4"),
+    "int4": load_recipe("int4"),
+    "rotated": load_recipe("int4").override(
+        {"transforms.key": [{"kind": "hadamard"}], "transforms.value": [{"kind": "hadamard", "seed": 2}]}
+    ),
+    "pre-RoPE": load_recipe("kivi2").override({"key.placement": "pre_rope", "tokens.sinks": 2}),
+}
 GREEDY = {"max_new_tokens": 150, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
 
 @pytest.fixture(scope="module", params=RECIPES)
 def recipe(request):
-    return request.param
+    return RECIPES[request.param]
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +63,32 @@ def test_greedy_equals_stepping_through_the_cache_and_differs_from_the_exact_cac
     plain = DynamicCache(config=model.config)
     model(found.sequences[:, :-1], past_key_values=plain)
     assert cache_nbytes(found.past_key_values) < cache_nbytes(plain)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_the_compiled_kernel_and_the_torch_reference_give_the_same_logits(model, recipe, rows, monkeypatch):
+    """Steps through a left-padded batch; the recipes that the kernel does not serve are the control."""
+    pytest.importorskip("numba", reason="the compiled kernel needs numba")
+    ids, mask = prompt(150).repeat(rows, 1), torch.ones(rows, 150, dtype=torch.long)
+    mask[-1, :31] = 0
+    found, calls, decode_row = {}, [], cpu.decode_row
+    monkeypatch.setattr(cpu, "decode_row", lambda *a, **k: calls.append(1) or decode_row(*a, **k))
+    for which in ("compiled", "reference"):
+        if which == "reference":
+            monkeypatch.setattr(cpu, "unavailable", lambda: "asked for the reference")
+            before = len(calls)
+        with quantized_cache(model, recipe), torch.no_grad():
+            cache = new_cache(model)
+            model(ids, attention_mask=mask, past_key_values=cache)
+            steps = []
+            for t in range(140):
+                own = torch.cat([mask, torch.ones(rows, t + 1, dtype=torch.long)], dim=1)
+                token = torch.full((rows, 1), 3 + t % 100)
+                steps.append(model(token, attention_mask=own, past_key_values=cache).logits)
+        found[which] = torch.cat(steps, dim=1)
+    assert len(calls) == before
+    assert bool(calls) == (recipe.key.placement is None)
+    assert torch.allclose(found["compiled"], found["reference"], rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("mode", ["prompt_lookup", "assisted"])

@@ -22,11 +22,9 @@ def affine(bits, axis, group):
     return {"codec": "affine", "bits": bits, "axis": axis, "group": group}
 
 
-def recipe(key, value, window=0, sinks=0, layers=None):
+def recipe(key, value, window=0, sinks=0, **more):
     tokens = {"sinks": sinks, "window": window}
-    return parse_recipe(
-        {"name": "test", "key": key, "value": value, "tokens": tokens, "layers": layers or {}}, source="test"
-    )
+    return parse_recipe({"name": "test", "key": key, "value": value, "tokens": tokens} | more, source="test")
 
 
 CHANNEL2, TOKEN2 = affine(2, "channel", 32), affine(2, "token", 16)
@@ -42,6 +40,16 @@ RECIPES = {
     "sinks": recipe(CHANNEL2, TOKEN2, window=32, sinks=5),
     "sinks and a large window": recipe(CHANNEL2, TOKEN2, window=128, sinks=3),
     "axes swapped": recipe(affine(3, "token", 16), affine(3, "channel", 16), window=64),
+    "rotated": recipe(
+        TOKEN2, TOKEN2, window=20, transforms={"key": [{"kind": "hadamard"}], "value": [{"kind": "hadamard"}]}
+    ),
+    "rotated by layer": recipe(
+        TOKEN2, CHANNEL2, layers={"1": {"transforms": {"value": [{"kind": "hadamard", "block": 16, "seed": 1}]}}}
+    ),
+    "pre-RoPE": recipe(CHANNEL2 | {"placement": "pre_rope"}, TOKEN2, window=32, sinks=2),
+    "pre-RoPE, rotated values": recipe(
+        TOKEN2 | {"placement": "pre_rope"}, TOKEN2, transforms={"value": [{"kind": "hadamard"}]}
+    ),
     "by layer": recipe(CHANNEL2, TOKEN2, window=32, layers={"0": {"key": affine(8, "token", "head")}}),
     "one layer exact": recipe(
         CHANNEL2, TOKEN2, window=32, layers={"1": {"key": {"codec": "exact"}, "value": {"codec": "exact"}}}
@@ -103,7 +111,7 @@ def test_stream_equals_decoding_token_by_token(model, which):
     assert gap(other, expected) > DIFFERENT
 
 
-@pytest.mark.parametrize("which", ["kivi2", "int8", "sinks", "by head", "axes swapped"])
+@pytest.mark.parametrize("which", ["kivi2", "int8", "sinks", "by head", "axes swapped", "rotated", "pre-RoPE"])
 def test_prefill_equals_a_prompt_and_then_decoding(model, which):
     plan, tokens, context = plan_of(model, which), tokens_of(length=LONG, seed=1), 197
     expected = through_cache(model, plan, tokens, range(context, LONG))
@@ -123,7 +131,7 @@ def test_prefill_takes_one_context_per_row(model):
         assert gap(wrong, expected) > DIFFERENT
 
 
-@pytest.mark.parametrize("which", ["kivi2", "int4", "sinks", "by head"])
+@pytest.mark.parametrize("which", ["kivi2", "int4", "sinks", "by head", "rotated by layer", "pre-RoPE"])
 @pytest.mark.parametrize("chunk", [50, 64])
 def test_chunked_equals_feeding_chunks(model, which, chunk):
     plan, tokens = plan_of(model, which), tokens_of(length=LONG, seed=3)
@@ -138,7 +146,7 @@ def test_chunks_of_one_token_are_the_stream(model):
     assert gap(one_forward(model, plan, tokens, "chunked", chunk=1), stream) < TOLERANCE
 
 
-@pytest.mark.parametrize("which", ["kivi2", "sinks", "by head"])
+@pytest.mark.parametrize("which", ["kivi2", "sinks", "by head", "rotated by layer", "pre-RoPE"])
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padded_rows_equal_rows_alone(model, which, side):
     plan, lengths = plan_of(model, which), [LONG, 130, 223]
@@ -188,7 +196,7 @@ def _blocks(x, codec):
     for block in x.split(codec.block_tokens, dim=2):
         missing = codec.block_tokens - block.shape[2]
         filled = torch.cat([block, block[:, :, :1].expand(-1, -1, missing, -1)], dim=2)
-        done.append(codec.decode(*codec.encode(filled), torch.float64)[:, :, : block.shape[2]])
+        done.append(codec.decode(codec.encode(filled), torch.float64)[:, :, : block.shape[2]])
     return torch.cat(done, dim=2)
 
 

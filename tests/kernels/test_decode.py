@@ -57,7 +57,7 @@ def test_a_wrong_scale_is_seen():
     packed, generator = packed_case(codec)
     q = torch.randn(2, 3, 5, codec.head_dim, generator=generator, dtype=torch.float64)
     good = packed.scores(q)
-    packed.meta[..., 0] *= 1.01
+    packed.sections["meta"][..., 0] *= 1.01
     assert ((packed.scores(q) - good).abs().amax() / good.abs().amax()) > 1e-3
 
 

@@ -2,11 +2,13 @@
 
 import pytest
 
-from kvq.kernels.spec import PageLayout, SideLayout
+from kvq.kernels.spec import PageLayout, Section, SideLayout
 
 
-def side(bits, head_dim=128, axis="token", group=128, page_tokens=64, form="affine"):
-    return SideLayout(format=form, bits=bits, head_dim=head_dim, page_tokens=page_tokens, axis=axis, group=group)
+def side(bits, head_dim=128, axis="token", group=128, page_tokens=64, form="affine", extras=()):
+    return SideLayout(
+        format=form, bits=bits, head_dim=head_dim, page_tokens=page_tokens, axis=axis, group=group, extras=extras
+    )
 
 
 @pytest.mark.parametrize(("bits", "record"), [(8, 16896), (4, 8704), (3, 6656), (2, 4608)])
@@ -33,7 +35,29 @@ def test_sections_are_aligned_and_disjoint(bits, head_dim):
 
 
 def test_bits_per_element_count_codes_and_metadata():
-    assert side(2, 64, group=32).bits_per_element == 3.0
-    assert side(2, 64, axis="channel", group=32).bits_per_element == 3.0
-    assert side(4, 64, group=64).bits_per_element == 4.5
-    assert side(8, 64, form="e4m3").bits_per_element == 8.0
+    assert side(2, 64, group=32).bits_per_element() == 3.0
+    assert side(2, 64, axis="channel", group=32).bits_per_element() == 3.0
+    assert side(4, 64, group=64).bits_per_element() == 4.5
+    assert side(8, 64, form="e4m3").bits_per_element() == 8.0
+
+
+def test_further_sections_follow_and_shared_ones_lie_apart():
+    own = Section(name="outliers", shape=(3,), dtype="int16")
+    shared = Section(name="norm", shape=(), tokens=1, shared=True)
+    plain = PageLayout(key=side(2, 64, group=32), value=side(2, 64, group=32))
+    more = PageLayout(key=side(2, 64, group=32, extras=(own, shared)), value=side(2, 64, group=32, extras=(own,)))
+    assert {name: more.offsets[name] for name in plain.offsets if name != "end"} == {
+        name: start for name, start in plain.offsets.items() if name != "end"
+    }
+    assert more.offsets["key_outliers"] == plain.record_bytes
+    # 64 tokens of three int16 numbers fill three times 128 bytes.
+    assert more.record_bytes == plain.record_bytes + 2 * 384
+    assert (plain.shared_bytes, more.shared_bytes) == (0, 128)
+    assert more.shared_offsets["key_norm"] == 0
+
+
+def test_shared_sections_count_once_for_all_heads():
+    norm = Section(name="norm", shape=(), shared=True)
+    layout = side(2, 64, group=32, extras=(norm,))
+    assert layout.bits_per_element(1) == 3.25
+    assert layout.bits_per_element(4) == 3.0625

@@ -31,7 +31,7 @@ def reference_group(numbers: list[float], bits: int) -> list[float]:
 def test_decode_of_encode_equals_loops_over_the_definition(bits, axis):
     c = codec(bits, axis, group=16, head_dim=48)
     x = normal(48, 48) * 3 + 0.7
-    decoded = c.decode(*c.encode(x), torch.float64)
+    decoded = c.decode(c.encode(x), torch.float64)
     expected = torch.empty_like(x)
     for i in range(0, 48, 16):
         for j in range(48):
@@ -45,7 +45,7 @@ def test_two_bit_error_on_gaussian_numbers_is_the_known_one(group, mse):
     """Mean squared error of asymmetric min-max rounding on N(0, 1), from 400,000 groups of the plain formula."""
     c = codec(2, "token", group, head_dim=128)
     x = normal(4096, 128)
-    error = (c.decode(*c.encode(x), torch.float64) - x).square().mean().item()
+    error = (c.decode(c.encode(x), torch.float64) - x).square().mean().item()
     assert error == pytest.approx(mse, rel=0.01)
 
 
@@ -53,11 +53,11 @@ def test_two_bit_error_on_gaussian_numbers_is_the_known_one(group, mse):
 def test_error_is_at_most_half_a_step_where_nothing_is_clipped(bits):
     c = codec(bits, group=64)
     x = normal(257, 64)
-    codes, meta = c.encode(x)
-    scale, minimum = meta.double().unbind(-1)
+    encoded = c.encode(x)
+    scale, minimum = encoded.sections["meta"].double().unbind(-1)
     # fp16 rounding of scale and minimum moves the ends of the grid; only numbers inside it are covered by the law.
     inside = (x >= minimum) & (x <= minimum + scale * (2**bits - 1))
-    error = (c.decode(codes, meta, torch.float64) - x).abs()
+    error = (c.decode(encoded, torch.float64) - x).abs()
     assert (error <= scale / 2 + 1e-12)[inside].all()
     assert inside.double().mean() > 0.9
 
@@ -67,39 +67,39 @@ def test_error_is_at_most_half_a_step_where_nothing_is_clipped(bits):
 def test_a_constant_block_decodes_to_its_constant(axis, constant):
     c = codec(2, axis)
     x = torch.full((64, 64), constant, dtype=torch.float64)
-    codes, meta = c.encode(x)
-    assert torch.equal(c.decode(codes, meta, torch.float64), x)
-    assert not codes.any()
+    encoded = c.encode(x)
+    assert torch.equal(c.decode(encoded, torch.float64), x)
+    assert not encoded.codes.any()
 
 
 def test_one_outlier_keeps_its_value_and_no_code_leaves_the_range():
     c = codec(2, group=32)
     x = torch.zeros(1, 64)
     x[0, 5] = 900.0
-    codes, meta = c.encode(x)
-    assert codes.max() == 3
-    assert c.decode(codes, meta, torch.float32)[0, 5] == 900.0
+    encoded = c.encode(x)
+    assert encoded.codes.max() == 3
+    assert c.decode(encoded, torch.float32)[0, 5] == 900.0
 
 
 @pytest.mark.parametrize("axis", ["token", "channel"])
 def test_rows_and_heads_quantized_alone_give_the_same_codes_as_together(axis):
     c = codec(3, axis)
     x = normal(2, 3, 96, 64)
-    codes, meta = c.encode(x)
+    together = c.encode(x)
     for b in range(2):
         for h in range(3):
-            alone_codes, alone_meta = c.encode(x[b, h])
-            assert torch.equal(alone_codes, codes[b, h])
-            assert torch.equal(alone_meta, meta[b, h])
+            alone = c.encode(x[b, h])
+            assert torch.equal(alone.codes, together.codes[b, h])
+            assert torch.equal(alone.sections["meta"], together.sections["meta"][b, h])
 
 
 def test_quantizing_decoded_numbers_again_changes_nothing_but_quantizing_others_does():
     c = codec(4, group=64)
     x = normal(33, 64).float()
-    once = c.decode(*c.encode(x), torch.float32)
-    codes, _ = c.encode(once)
-    assert torch.equal(codes, c.encode(x)[0])
-    assert not torch.equal(codes, c.encode(x + 0.3 * normal(33, 64, seed=1).float())[0])
+    once = c.decode(c.encode(x), torch.float32)
+    codes = c.encode(once).codes
+    assert torch.equal(codes, c.encode(x).codes)
+    assert not torch.equal(codes, c.encode(x + 0.3 * normal(33, 64, seed=1).float()).codes)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e6])
@@ -108,3 +108,18 @@ def test_numbers_that_cannot_be_stored_are_refused(bad):
     x[0, 3] = bad
     with pytest.raises(DataError, match="cannot be quantized"):
         codec().encode(x)
+
+
+@pytest.mark.parametrize("axis", ["token", "channel"])
+def test_clip_narrows_the_range_about_its_middle(axis):
+    """Codes span clip * (max - min), and what lies outside goes to the nearer end."""
+    c = AffineCodec(bits=2, axis=axis, group=32, head_dim=64, clip=0.8)
+    x = normal(64, 64)
+    encoded = c.encode(x)
+    grouped = x.view(64, 2, 32) if axis == "token" else x.view(2, 32, 64)
+    dim = 2 if axis == "token" else 1
+    low, high = grouped.amin(dim), grouped.amax(dim)
+    scale, minimum = encoded.sections["meta"].double().unbind(-1)
+    assert torch.allclose(scale, 0.8 * (high - low) / 3, rtol=1e-3)
+    assert torch.allclose(minimum, low + 0.1 * (high - low), rtol=1e-3, atol=1e-3)
+    assert not torch.equal(encoded.codes, codec(2, axis, 32).encode(x).codes)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kvq.quantizers import CODECS, AffineCodec, Float8Codec, PackedKV, build_codec
-from kvq.recipe import CodecSpec
+from kvq.specs import CodecSpec
 
 SPECS = {
     "affine": CodecSpec(codec="affine", bits=3, axis="token", group="head"),
@@ -18,9 +18,9 @@ def test_every_registered_codec_packs_and_unpacks_its_own_codes(name):
     assert isinstance(codec, CODECS[name])
     x = torch.randn(2, 3, 2 * codec.page_tokens, 48, generator=torch.Generator().manual_seed(0))
     packed = PackedKV.pack(x, codec)
-    codes, meta = codec.encode(x)
-    assert torch.equal(packed.codes(), codes)
-    assert torch.equal(packed.dequantize(), codec.decode(codes, meta, torch.float32))
+    encoded = codec.encode(x)
+    assert torch.equal(packed.codes(), encoded.codes)
+    assert torch.equal(packed.dequantize(), codec.decode(encoded, torch.float32))
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])

@@ -1,0 +1,50 @@
+"""Rotary positions of stored tokens, kept as runs: nearly always one run a row, whatever the length."""
+
+import torch
+
+
+class Positions:
+    """Positions of every row's stored tokens, for keys that are stored before RoPE.
+
+    A row is a list of runs (index of the first token, its position); positions go up by one within a run. So left pads,
+    packed sequences and gaps are exact, and a row without any costs one pair.
+    """
+
+    def __init__(self, rows: int):
+        self.runs: list[list[tuple[int, int]]] = [[] for _ in range(rows)]
+        self.counts = [0] * rows
+
+    def extend(self, positions: torch.Tensor, valid: torch.Tensor | None) -> None:
+        """Append positions [B or 1, L]; ``valid`` [B, L] marks tokens that exist (None: all)."""
+        positions = positions.expand(len(self.runs), -1).cpu()
+        for row, runs in enumerate(self.runs):
+            own = positions[row] if valid is None else positions[row][valid[row].cpu()]
+            if not len(own):
+                continue
+            breaks = (own.diff() != 1).nonzero().squeeze(1) + 1
+            for start in [0, *breaks.tolist()]:
+                index, position = self.counts[row] + start, int(own[start])
+                if not runs or position - runs[-1][1] != index - runs[-1][0]:
+                    runs.append((index, position))
+            self.counts[row] += len(own)
+
+    def of(self, rows: list[int], start: int, stop: int) -> torch.Tensor:
+        """Positions of tokens [start, stop) of some rows, int64 [len(rows), stop - start]."""
+        found = torch.empty(len(rows), stop - start, dtype=torch.long)
+        for i, row in enumerate(rows):
+            for j, (index, position) in enumerate(self.runs[row]):
+                end = self.runs[row][j + 1][0] if j + 1 < len(self.runs[row]) else stop
+                first, last = max(index, start), min(end, stop)
+                if last > first:
+                    found[i, first - start : last - start] = torch.arange(first, last) - index + position
+        return found
+
+    def crop(self, count: int) -> None:
+        """Forget the newest ``count`` tokens of every row."""
+        self.counts = [max(0, held - count) for held in self.counts]
+        self.runs = [[run for run in runs if run[0] < held] for runs, held in zip(self.runs, self.counts)]
+
+    def select(self, order: list[int]) -> None:
+        """Take rows by index."""
+        self.runs = [list(self.runs[i]) for i in order]
+        self.counts = [self.counts[i] for i in order]
