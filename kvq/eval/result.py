@@ -203,7 +203,7 @@ class TaskResult:
 @dataclass(frozen=True, kw_only=True)
 class SpeedResult:
     """Decoding beside an ordinary cache, alternating: tokens a second (median over turns), and the ratio of paired
-    turns with its lowest and highest. context: tokens in the cache at the start."""
+    turns with its lowest and highest. context: tokens in the cache at the start. implementation: what attended."""
 
     context: int
     tokens_per_second: float
@@ -213,6 +213,7 @@ class SpeedResult:
     ratio_high: float
     turns: int
     threads: int
+    implementation: str
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -4,8 +4,7 @@ lm-eval's own Hugging Face model scores with one cache-less forward, which never
 forward is a two-view one (``kvq.integrations.two_view``), and generation runs on the packed cache.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from kvq.cache.two_view import Schedule, reads_packed
 from kvq.errors import DataError
 from kvq.integrations.answers import Answers, item_name
 from kvq.integrations.continuations import Question, score_continuations
-from kvq.integrations.runtime import install, uninstall
+from kvq.integrations.runtime import running
 from kvq.integrations.subject import load_subject
 
 Request = tuple[tuple[str, str] | None, list[int], list[int]]
@@ -156,7 +155,7 @@ class KvqLM(HFLM):
         """Greedy or sampled continuations through the packed cache, in the given order."""
         generate = super().generate_until
         kept = self.answers is not None and not any(request.args[1].get("do_sample") for request in requests)
-        with _cache_of(self.model, self.plan):
+        with running(self.model, self.plan):
             if not kept:
                 found = generate(requests, disable_tqdm=disable_tqdm)
             else:
@@ -219,23 +218,3 @@ def _positions(requests: list[Request], collator: Collator, size: int) -> list[l
     for i, request in enumerate(requests):
         places.setdefault(id(request), []).append(i)
     return [[places[id(request)].pop(0) for request in batch] for batch in collator.get_batched(n=size)]
-
-
-@contextmanager
-def _cache_of(model: PreTrainedModel, plan: CachePlan | None) -> Iterator[None]:
-    """Run ``model`` on exactly this plan's cache, whatever is installed on it, and put that back afterwards."""
-    runtime = getattr(model, "kvq", None)
-    if runtime is not None and runtime.plan is plan:
-        yield
-        return
-    if runtime is not None:
-        uninstall(model)
-    try:
-        if plan is not None and plan.layers:
-            install(model, plan)
-        yield
-    finally:
-        if getattr(model, "kvq", None) is not None:
-            uninstall(model)
-        if runtime is not None:
-            install(model, runtime.plan)

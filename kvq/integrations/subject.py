@@ -1,6 +1,7 @@
 """What an evaluation works on: a loaded model, its tokenizer, and the plan of its cache."""
 
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ from kvq.cache import CachePlan, make_plan
 from kvq.calib.artefacts import fit_artefacts
 from kvq.calib.stats import Stats
 from kvq.errors import RecipeError
+from kvq.export.checkpoint import PROVENANCE
 from kvq.export.exporter import is_export
 from kvq.models.describe import describe
 from kvq.models.resolve import load_config, load_model, load_tokenizer, resolve_model, weights_fingerprint
@@ -27,6 +29,23 @@ class Subject:
     tokenizer: PreTrainedTokenizerBase
     plan: CachePlan
     cache_dtype: torch.dtype
+
+    @property
+    def source(self) -> str:
+        """Fingerprint of the weights that this model, or the model that it is an export of, has."""
+        if not is_export(self.folder):
+            return weights_fingerprint(self.folder)
+        return json.loads((self.folder / PROVENANCE).read_bytes())["weights_fingerprint"]
+
+    def plan_for(self, recipe: Recipe | str | Path, stats: Stats | str | Path | None = None) -> CachePlan:
+        """The plan of another recipe on this model, which must not be an export."""
+        chosen = load_recipe(recipe)
+        spec = self.plan.model
+        return make_plan(chosen, spec, _artefacts(chosen, stats, spec, self.folder))
+
+    def sharing(self, other: "Subject") -> "Subject":
+        """This subject with the loaded model of another one that has the same weights."""
+        return self if other is self else replace(self, model=other.model)
 
 
 def load_subject(

@@ -85,7 +85,7 @@ class Setting:
     longest: int
     generate: Callable[[list[Tokens], int], list[Tokens]]
 
-    def random(self, *names: Any) -> random.Random:
+    def draws(self, *names: Any) -> random.Random:
         return random.Random("/".join(map(str, (self.seed, *names))))
 
     def fit(self, length: int, question: int) -> int:

@@ -23,7 +23,7 @@ def build_copies(setting: Setting, probe: str, record: Callable) -> list[Passage
 
 
 def _passage(setting: Setting, probe: str, record: Callable, length: int, number: int) -> Passage:
-    draw, encode = setting.random(probe, length, number), setting.encode
+    draw, encode = setting.draws(probe, length, number), setting.encode
     gap = encode(BREAK)
     parts = [_split(*record(draw, name), encode) for name in distinct_names(draw, RECORDS)]
     question = len(gap) + max(len(begin) + len(rest) for begin, rest in parts)

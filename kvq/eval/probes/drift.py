@@ -14,7 +14,7 @@ def build(setting: Setting) -> list[Passage]:
     passages = []
     for length in setting.lengths or (min(PROMPT, setting.longest // 2),):
         written = min(WRITTEN, setting.longest - length)
-        draws = [setting.random("drift", length, number) for number in range(setting.count or COUNT)]
+        draws = [setting.draws("drift", length, number) for number in range(setting.count or COUNT)]
         prompts = [tuple(setting.cut(draw, length)) for draw in draws]
         for prompt, own in zip(prompts, setting.generate(prompts, written)):
             ask = Ask(prompt=(), candidates=(own,), right=0, labels={"length": length})

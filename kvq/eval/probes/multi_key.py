@@ -18,7 +18,7 @@ def build(setting: Setting) -> list[Passage]:
 
 
 def _passage(setting: Setting, length: int, number: int) -> Passage:
-    draw, encode = setting.random("multi_key", length, number), setting.encode
+    draw, encode = setting.draws("multi_key", length, number), setting.encode
     # A line takes five tokens at least.
     keys = distinct_names(draw, min(length // 5, 1500))
     values = distinct_numbers(draw, len(keys))

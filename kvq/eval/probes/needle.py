@@ -29,7 +29,7 @@ def build(setting: Setting) -> list[Passage]:
 
 
 def _passage(setting: Setting, length: int, number: int) -> Passage:
-    draw, encode = setting.random("needle", length, number), setting.encode
+    draw, encode = setting.draws("needle", length, number), setting.encode
     cities, keys = draw.sample(CITIES, len(DEPTHS)), distinct_numbers(draw, len(DEPTHS))
     needles = [
         encode(f"\n\nThe pass key of {city} is {key}. Remember it: {key} is the pass key of {city}.\n\n")

@@ -19,7 +19,7 @@ def build(setting: Setting) -> list[Passage]:
 
 
 def _passage(setting: Setting, length: int, number: int) -> Passage:
-    draw, encode = setting.random("variable_tracking", length, number), setting.encode
+    draw, encode = setting.draws("variable_tracking", length, number), setting.encode
     names, values = distinct_names(draw, CHAINS * HOPS), distinct_numbers(draw, CHAINS)
     chains = [names[i * HOPS : (i + 1) * HOPS] for i in range(CHAINS)]
     pieces, depths = [], []
