@@ -47,7 +47,7 @@ class Output:
             self.stdout.write(text)
             self.stdout.flush()
         else:
-            _write_atomically(Path(self.target), text)
+            write_atomically(Path(self.target), text)
 
 
 def _finite(value: Any) -> Any:
@@ -59,7 +59,7 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.write_text(text, encoding="utf-8")
@@ -160,7 +160,8 @@ def quiet_transformers() -> None:
 def progress_bar(title: str, tokens_per_step: int | None = None) -> Iterator[Callable[[int, int], None]]:
     """A bar with tokens/s and time left, on stderr; silent when stderr is not a terminal.
 
-    Yields ``step(done, total)``, to be called first with what was done before this run.
+    Yields ``step(done, total, what="")``, to be called first with what was done before this run; ``what`` names the
+    part of the work that is running.
     """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
@@ -176,4 +177,14 @@ def progress_bar(title: str, tokens_per_step: int | None = None) -> Iterator[Cal
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Speed(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
         task = progress.add_task(title, total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+        def step(done: int, total: int, what: str = "") -> None:
+            # Another task starts its own bar, and with it its own estimate.
+            nonlocal running
+            if what != running:
+                running = what
+                progress.reset(task)
+            progress.update(task, completed=done, total=total, description=f"{title} {what}".rstrip())
+
+        running = ""
+        yield step
