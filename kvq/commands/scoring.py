@@ -57,9 +57,7 @@ _OPTIONS = (
         show_default=True,
         help="What the scored tokens attend to.",
     ),
-    click.option(
-        "--chunk", default=512, show_default=True, type=click.IntRange(1), help="Tokens a chunk, mode chunked."
-    ),
+    click.option("--chunk", default=512, show_default=True, type=click.IntRange(1), help="Tokens a chunk (chunked)."),
     click.option("--baseline", metavar="MODEL", help="Model to compare with, instead of the same weights unquantized."),
     click.option("--stats", metavar="STATS", help="Statistics of 'kvq calibrate', for recipes that need them."),
     click.option(

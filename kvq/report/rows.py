@@ -38,11 +38,12 @@ MODES = {
 class Row:
     """One measure: numbers as text, and the numbers behind the difference for charts.
 
-    scale      what difference and interval are multiplied with for display (100: points).
+    name       of the metric, short. measure: what it says, for people.
     verdict    worse, better, same, too few samples to tell, or empty.
     """
 
     task: str
+    name: str
     measure: str
     baseline: str
     value: str
@@ -68,7 +69,7 @@ def _rows(task: str, found: Mapping[str, Any]) -> Iterator[Row]:
     elif task == "speed":
         yield _speed(found)
     elif found.get("refused"):
-        yield Row(task=task, measure="not measured", baseline="", value="", note=found["refused"])
+        yield Row(task=task, name="", measure="not measured", baseline="", value="-", note=found["refused"])
     else:
         yield from _task(task, found)
 
@@ -76,6 +77,7 @@ def _rows(task: str, found: Mapping[str, Any]) -> Iterator[Row]:
 def _perplexity(found: Mapping[str, Any]) -> Row:
     return Row(
         task="perplexity",
+        name="",
         measure="perplexity",
         baseline=number(found["baseline"], 3),
         value=number(found["value"], 3),
@@ -93,18 +95,20 @@ def _divergence(found: Mapping[str, Any]) -> Iterator[Row]:
     for name, measure in (("kl", "KL from baseline"), ("reverse_kl", "KL to baseline")):
         error = found[f"{name}_stderr"]
         value = number(found[name], 4) + (f" ± {number(error, 4)}" if error is not None else "")
-        yield Row(task="divergence", measure=measure, baseline="0", value=value, note="nats a token")
-    tail = f"{number(found['kl_p99'], 3)} / {number(found['kl_max'], 3)}"
-    yield Row(task="divergence", measure="KL: worst 1% begins at / worst", baseline="0", value=tail, note="nats")
+        yield Row(task="divergence", name=name, measure=measure, baseline="0", value=value, note="nats a token")
+    tail = f"{number(found['kl_p99'], 2)} / {number(found['kl_max'], 2)}"
+    measure = "KL: worst 1% begins at / worst token"
+    yield Row(task="divergence", name="kl_p99 / max", measure=measure, baseline="0", value=tail, note="nats")
     for name, measure in (("top1", "same most likely token"), ("top5", "baseline's token among the first five")):
         error = found[f"{name}_stderr"]
-        value = f"{found[name]:.2%}" + (f" ± {100 * error:.2f}" if error is not None else "")
-        yield Row(task="divergence", measure=measure, baseline="100%", value=value)
+        value = f"{found[name]:.1%}" + (f" ± {100 * error:.1f}" if error is not None else "")
+        yield Row(task="divergence", name=name, measure=measure, baseline="100%", value=value)
 
 
 def _speed(found: Mapping[str, Any]) -> Row:
     return Row(
         task="speed",
+        name="tokens/s",
         measure=f"decoding, tokens a second at {found['context']:,} tokens",
         baseline=number(found["baseline"], 1),
         value=number(found["tokens_per_second"], 1),
@@ -120,6 +124,7 @@ def _task(task: str, found: Mapping[str, Any]) -> Iterator[Row]:
         show = (lambda value: f"{value:.1%}") if share else (lambda value: number(value, 3))
         yield Row(
             task=task,
+            name=name,
             measure=LABELS.get(name, name),
             baseline=show(metric["baseline"]),
             value=show(metric["value"]),
