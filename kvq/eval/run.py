@@ -102,6 +102,17 @@ class Run:
             baseline = None if self.baseline is None or self.baseline is subject else self.baseline
             answers = {index: self._text_answers(index, baseline) for index in members}
             self.progress(0, total, "text")
+            # First, so that a text that is interrupted has them, too.
+            if "divergence" in settings.text_tasks:
+                for index in members:
+                    self.scores[index].layers = errors_by_layer(
+                        self.text,
+                        subject.model,
+                        self.candidates[index].plan,
+                        answers[index],
+                        mode=settings.mode,
+                        chunk=settings.chunk,
+                    )
             scored = score_text(
                 self.text,
                 subject.model,
@@ -115,12 +126,6 @@ class Run:
             )
             for done in scored:
                 self.progress(done, total, "text")
-            if "divergence" in settings.text_tasks:
-                for index in members:
-                    self.scores[index].layers = errors_by_layer(
-                        self.text, subject.model, self.candidates[index].plan, answers[index],
-                        mode=settings.mode, chunk=settings.chunk,
-                    )  # fmt: skip
 
     def _text_answers(self, index: int, baseline: Subject | None) -> Answers:
         candidate = self.candidates[index]

@@ -126,23 +126,27 @@ def by_position(names: Sequence[str], results: Sequence[Result]) -> Chart | None
     if not rows:
         return None
     every = [row for own in rows.values() for row in own]
-    # The middle of a bucket that doubles, on a logarithmic axis.
-    middle = lambda row: (row["first"] * (row["last"] + 1)) ** 0.5  # noqa: E731
-    ends = sorted({row["last"] + 1 for row in every} | {min(row["first"] for row in every)})
+    buckets = sorted({row["last"] for row in every})
+    place = {last: i for i, last in enumerate(buckets)}
     plot = Plot(
-        Axis(low=ends[0], high=ends[-1], label="position in the window, tokens", log=True, text=lambda v: f"{v:.0f}"),
+        Axis(
+            low=-0.5,
+            high=len(buckets) - 0.5,
+            label="position in the window, tokens",
+            text=lambda place: f"<{buckets[round(place)] + 1}",
+        ),
         Axis.around([row["kl"] for row in every], "KL, nats a token", log=True),
         "KL by position",
-        x_ticks=ends[-6:],
+        x_ticks=range(len(buckets)),
     )
     for series, own in rows.items():
-        plot.line([(middle(row), row["kl"]) for row in own], series)
+        plot.line([(place[row["last"]], row["kl"]) for row in own], series)
         for row in own:
             if row["kl_stderr"] is not None:
                 low, high = row["kl"] - 2 * row["kl_stderr"], row["kl"] + 2 * row["kl_stderr"]
-                plot.interval(middle(row), max(low, 1e-12), high, series)
+                plot.interval(place[row["last"]], max(low, 1e-12), high, series)
             hint = f"{names[series]}, tokens {row['first']} to {row['last']}: KL {row['kl']:.4f}"
-            plot.point(middle(row), row["kl"], series, f"{hint}, {row['cached']:.0%} read quantized tokens")
+            plot.point(place[row["last"]], row["kl"], series, f"{hint}, {row['cached']:.0%} read quantized tokens")
     return Chart(
         title="Error by position",
         svg=plot.svg(),

@@ -29,7 +29,8 @@ def html_report(results: Sequence[Mapping[str, Any]]) -> str:
         .get_template("report.html.j2")
         .render(
             css=Markup(resources.files("kvq.report.templates").joinpath("report.css").read_text()),
-            title=f"{names[0]} on {results[0]['model']}" if len(results) == 1 else f"{len(results)} runs compared",
+            title=_title(names, results),
+            summary=_summary(names, coloured, results) if len(results) > 1 else None,
             runs=[_run(name, colour, result) for name, colour, result in zip(names, coloured, results)],
             notes=differences(results),
             charts=[_drawn(chart) for chart in charts_of(names, results)],
@@ -42,6 +43,11 @@ def html_report(results: Sequence[Mapping[str, Any]]) -> str:
             version=__version__,
         )
     )
+
+
+def _title(names: Sequence[str], results: Sequence[Mapping[str, Any]]) -> str:
+    models = list(dict.fromkeys(result["model"] for result in results))
+    return f"{', '.join(names)} on {models[0]}" if len(models) == 1 else ", ".join(names)
 
 
 def _environment() -> Environment:
@@ -99,6 +105,20 @@ def _tiles(result: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         ratio = memory["plain_bytes"] / memory["recipe_bytes"]
         tiles.append((f"{ratio:.1f}x", "less cache memory", f"at {memory['tokens']:,} tokens"))
     return tiles
+
+
+def _summary(
+    names: Sequence[str], colours: Sequence[int], results: Sequence[Mapping[str, Any]]
+) -> dict[str, Sequence[Any]]:
+    """The numbers that come first, a line a run."""
+    columns = list(dict.fromkeys(what for result in results for _, what, _ in _tiles(result)))
+    lines = []
+    for name, colour, result in zip(names, colours, results):
+        tiles = {what: value for value, what, _ in _tiles(result)}
+        grade = verdict_of(result).grade
+        cells = [tiles.get(column, "-") for column in columns]
+        lines.append({"name": name, "colour": colour, "grade": grade, "cells": cells})
+    return {"columns": columns, "lines": lines}
 
 
 def _facts(result: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -25,7 +25,7 @@ def eval_table(result: Mapping[str, Any]) -> Group:
         verdict = _WORDS.get(row.verdict, row.verdict)
         table.add_row(_label(row), row.baseline, row.value, row.difference, verdict)
     bits = number(result["bits_per_element"], 2)
-    table.add_row(f"bits per element at {result['bits_tokens']:,} tokens", "16", bits, "", "")
+    table.add_row(f"bits at {result['bits_tokens']:,} tokens", "16", bits, "", "")
     legend = ["unclear: too few samples to tell."] if any(row.verdict == UNCLEAR for row in rows) else []
     return Group(table, *_notes(rows), *legend, *_sentences(result))
 
@@ -42,14 +42,14 @@ def compare_table(results: Sequence[Mapping[str, Any]]) -> Group:
         cells = [_marked(found[name]) if name in found else "-" for name in names]
         table.add_row(label, next(iter(found.values())).baseline, *cells)
     bits = [number(result["bits_per_element"], 2) for result in results]
-    table.add_row(f"bits per element at {results[0]['bits_tokens']:,} tokens", "16", *bits)
+    table.add_row(f"bits at {results[0]['bits_tokens']:,} tokens", "16", *bits)
     legend = "Paired differences: v worse, ^ better, = the same; without a mark: too few samples to tell."
     sentences = [verdict_of(result).headline for result in results]
     return Group(table, legend, *dict.fromkeys(sentences), *dict.fromkeys(question(result) for result in results))
 
 
 def _label(row: Row) -> str:
-    return f"{row.task} {row.name}".rstrip()
+    return row.name if row.task == "divergence" else f"{row.task} {row.name}".rstrip()
 
 
 def _marked(row: Row) -> str:
@@ -67,9 +67,10 @@ def _notes(rows: Sequence[Row]) -> list[str]:
 
 def _table(title: str, columns: Sequence[str]) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("measure", overflow="fold")
+    table.add_column("measure", overflow="fold", min_width=18)
     for column in columns:
-        table.add_column(column, justify="right" if column else "left", no_wrap=True)
+        wide = column.startswith("difference")
+        table.add_column(column, justify="right" if column else "left", no_wrap=not wide)
     return table
 
 

@@ -81,9 +81,9 @@ def _perplexity(found: Mapping[str, Any]) -> Row:
         measure="perplexity",
         baseline=number(found["baseline"], 3),
         value=number(found["value"], 3),
-        difference=with_interval(found["delta_nll"], found["low"], found["high"], 4) + " nats",
+        difference=with_interval(found["delta_nll"], found["low"], found["high"], 4),
         verdict=found["verdict"],
-        note=f"{found['windows']} windows",
+        note=f"loss, nats a token; {found['windows']} windows",
         estimate=found["delta_nll"],
         low=found["low"],
         high=found["high"],
@@ -92,17 +92,19 @@ def _perplexity(found: Mapping[str, Any]) -> Row:
 
 
 def _divergence(found: Mapping[str, Any]) -> Iterator[Row]:
-    for name, measure in (("kl", "KL from baseline"), ("reverse_kl", "KL to baseline")):
-        error = found[f"{name}_stderr"]
-        value = number(found[name], 4) + (f" ± {number(error, 4)}" if error is not None else "")
-        yield Row(task="divergence", name=name, measure=measure, baseline="0", value=value, note="nats a token")
-    tail = f"{number(found['kl_p99'], 2)} / {number(found['kl_max'], 2)}"
-    measure = "KL: worst 1% begins at / worst token"
-    yield Row(task="divergence", name="kl_p99 / max", measure=measure, baseline="0", value=tail, note="nats")
-    for name, measure in (("top1", "same most likely token"), ("top5", "baseline's token among the first five")):
-        error = found[f"{name}_stderr"]
-        value = f"{found[name]:.1%}" + (f" ± {100 * error:.1f}" if error is not None else "")
-        yield Row(task="divergence", name=name, measure=measure, baseline="100%", value=value)
+    def row(name: str, measure: str, baseline: str, value: str, note: str = "") -> Row:
+        return Row(task="divergence", name=name, measure=measure, baseline=baseline, value=value, note=note)
+
+    for key, measure in (("kl", "KL from baseline"), ("reverse_kl", "KL to baseline")):
+        error = found[f"{key}_stderr"]
+        value = number(found[key], 4) + (f" ± {number(error, 4)}" if error is not None else "")
+        yield row(key.replace("_", " "), measure, "0", value, "nats a token")
+    tail = f"{number(found['kl_p99'], 3)} / {number(found['kl_max'], 3)}"
+    yield row("kl p99 / max", "KL: worst 1% begins at / worst token", "0", tail, "nats")
+    for key, measure in (("top1", "same most likely token"), ("top5", "baseline's token among the first five")):
+        error = found[f"{key}_stderr"]
+        value = f"{found[key]:.1%}" + (f" ± {100 * error:.1f}" if error is not None else "")
+        yield row(key, measure, "100%", value)
 
 
 def _speed(found: Mapping[str, Any]) -> Row:

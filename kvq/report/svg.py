@@ -53,7 +53,7 @@ class Axis:
 
     def _log_ticks(self, most: int) -> list[float]:
         low, high = math.floor(math.log10(self.low)), math.ceil(math.log10(self.high))
-        for factors in ((1, 2, 5), (1, 3), (1,)):
+        for factors in ((1, 1.5, 2, 3, 4, 5, 6, 8), (1, 2, 5), (1, 3), (1,)):
             found = [factor * 10.0**power for power in range(low, high + 1) for factor in factors]
             found = [value for value in found if self.low <= value <= self.high]
             if len(found) <= most:
