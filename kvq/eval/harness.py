@@ -1,6 +1,7 @@
 """lm-eval tasks for recipes and their baseline, on the same requests."""
 
 import contextlib
+import functools
 import logging
 import math
 import tempfile
@@ -13,7 +14,7 @@ from kvq.cache import CachePlan
 from kvq.errors import DataError, suggest
 from kvq.eval.identity import answers_key
 from kvq.eval.local import LocalTask, local_names, local_task
-from kvq.eval.paired import flips, jackknife_difference, mean_difference, share_difference
+from kvq.eval.paired import flips, jackknife, jackknife_difference, mean_difference, mean_of, share_difference
 from kvq.eval.result import MetricResult, TaskResult
 from kvq.integrations.answers import Answers
 from kvq.integrations.subject import Subject
@@ -136,17 +137,19 @@ class Harness:
         settings = self.settings
         kinds = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
         try:
-            return lm_eval.simple_evaluate(
-                model,
-                tasks=[name],
-                task_manager=self.tasks.manager,
-                limit=settings.limit,
-                num_fewshot=settings.fewshot,
-                apply_chat_template=settings.chat,
-                bootstrap_iters=1000,
-                log_samples=True,
-                **dict.fromkeys(kinds, settings.seed),
-            )
+            with _without_bars():
+                return lm_eval.simple_evaluate(
+                    model,
+                    tasks=[name],
+                    task_manager=self.tasks.manager,
+                    limit=settings.limit,
+                    num_fewshot=settings.fewshot,
+                    apply_chat_template=settings.chat,
+                    # Errors are computed here, paired and by the same rule for every metric.
+                    bootstrap_iters=0,
+                    log_samples=True,
+                    **dict.fromkeys(kinds, settings.seed),
+                )
         except DataError:
             raise
         except (FileNotFoundError, ConnectionError, KeyError, ValueError) as error:
@@ -202,6 +205,18 @@ class Harness:
         )
 
 
+@contextlib.contextmanager
+def _without_bars() -> Iterator[None]:
+    """lm-eval draws a bar for every task it sets up, and has no switch for that."""
+    import lm_eval.api.task as module
+
+    drawn, module.tqdm = module.tqdm, functools.partial(module.tqdm, disable=True)
+    try:
+        yield
+    finally:
+        module.tqdm = drawn
+
+
 @dataclass(frozen=True, kw_only=True)
 class TaskRun:
     """What lm-eval returned, or why the task was refused."""
@@ -237,7 +252,7 @@ def _metrics(
             logger.warning("metric %s of task %s has no number a document and is left out.", metric, name)
             continue
         difference, own_flips = _difference(*columns, statistic)
-        errors = [_number(row.get(f"{metric}_stderr,{kind}")) for row in (scores, base)]
+        errors = [_error(column, statistic) for column in columns]
         found[metric if kind == "none" else f"{metric},{kind}"] = MetricResult.of(
             float(value),
             float(base[key]),
@@ -271,5 +286,9 @@ def _gives(statistic: Callable[[list], float], values: list, expected: float) ->
         return False
 
 
-def _number(value: Any) -> float | None:
-    return float(value) if isinstance(value, int | float) and not math.isnan(value) else None
+def _error(values: list, statistic: Callable[[list], float]) -> float | None:
+    """Standard error of one score by itself."""
+    plain = all(isinstance(value, int | float) for value in values)
+    if plain and _gives(_mean, values, statistic(values)):
+        return mean_of(values).stderr
+    return jackknife(values, statistic).stderr

@@ -17,6 +17,7 @@ from kvq.calib.data import tokenizer_hash
 from kvq.eval.result import installed_versions
 from kvq.integrations.subject import Subject
 from kvq.models.resolve import weight_files
+from kvq.models.rope import Rope
 
 # Parts of the package that decide answers. What is asked is in their names, and what is made of them is made anew.
 _DECIDING = ("cache", "integrations", "kernels", "models", "quantizers", "transforms")
@@ -70,6 +71,9 @@ def plan_hash(plan: CachePlan | None) -> str:
 def _feed(digest, value: Any) -> None:
     """Hash plain data, tensors, and objects by their fields; refuses what it cannot look into."""
     digest.update(f"<{type(value).__name__}>".encode())
+    if isinstance(value, Rope):
+        # It follows from the model's config, and its table grows as it is used.
+        return
     if isinstance(value, torch.Tensor):
         digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
         digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())

@@ -7,7 +7,7 @@ to one question differ much less than two questions do: a paired error is far be
 import functools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import NormalDist, fmean
 from typing import Any
 
@@ -76,20 +76,24 @@ def flips(right: Sequence[bool], baseline: Sequence[bool]) -> tuple[int, int]:
 def jackknife_difference(
     values: Sequence[Any], baseline: Sequence[Any], statistic: Callable[[list[Any]], float]
 ) -> Difference:
-    """Difference of a statistic that is no mean, such as a perplexity: the units (blocks of them where there are many)
-    are left out of both sides in turn (Quenouille 1956; Tukey 1958)."""
-    count, identical = len(values), list(values) == list(baseline)
-    whole = statistic(list(values)) - statistic(list(baseline))
+    """Difference of a statistic that is no mean, such as a perplexity: the units are left out of both sides in turn."""
+    pairs = list(zip(values, baseline, strict=True))
+    found = jackknife(pairs, lambda kept: statistic([a for a, _ in kept]) - statistic([b for _, b in kept]))
+    return replace(found, identical=all(a == b for a, b in pairs))
+
+
+def jackknife(values: Sequence[Any], statistic: Callable[[list[Any]], float]) -> Difference:
+    """Any statistic of the units with its standard error: they (blocks of them, where there are many) are left out in
+    turn (Quenouille 1956; Tukey 1958)."""
+    count = len(values)
+    whole = statistic(list(values))
     if count < 2:
-        return Difference(value=whole, stderr=None, units=count, identical=identical)
+        return Difference(value=whole, stderr=None, units=count)
     blocks = min(count, BLOCKS)
-    found = []
-    for block in range(blocks):
-        kept = [i for i in range(count) if i % blocks != block]
-        found.append(statistic([values[i] for i in kept]) - statistic([baseline[i] for i in kept]))
+    found = [statistic([value for i, value in enumerate(values) if i % blocks != block]) for block in range(blocks)]
     mean = fmean(found)
     variance = (blocks - 1) / blocks * math.fsum((value - mean) ** 2 for value in found)
-    return Difference(value=whole, stderr=math.sqrt(variance), units=blocks, identical=identical)
+    return Difference(value=whole, stderr=math.sqrt(variance), units=blocks)
 
 
 @functools.lru_cache(maxsize=256)

@@ -40,7 +40,7 @@ class KvqLM(HFLM):
                  packed cache.
     answers      answers of an earlier run, used a whole batch at a time, and where new ones are kept. They must be of
                  this model, plan and mode. lm-eval's ``use_cache`` is refused: its keys know nothing of a recipe.
-    progress     called with (requests done, requests in all) of the running call.
+    progress     called with (requests done, requests in all) of the running call; lm-eval's own bars are off.
 
     A plan that quantizes nothing is scored by lm-eval's own code, to the bit. ``packed_share`` says how many of the
     scored tokens read any quantized token at all.
@@ -98,7 +98,7 @@ class KvqLM(HFLM):
         self.scored_tokens += sum(len(continuation) for _, _, continuation in requests)
         score = super()._loglikelihood_tokens
         if self.answers is None:
-            return score(requests, disable_tqdm=disable_tqdm, override_bs=override_bs)
+            return score(requests, disable_tqdm=True, override_bs=override_bs)
         batches = _likelihood_batches(requests, override_bs or self.batch_size, self.logits_cache)
         names = [item_name("likelihood", context, continuation) for _, context, continuation in requests]
         found = self._kept(names, batches, lambda own: score([requests[i] for i in own], disable_tqdm=True))
@@ -151,7 +151,13 @@ class KvqLM(HFLM):
             "(--num-fewshot), or take a task with longer texts."
         )
 
-    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
+        return super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm)
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
         """Greedy or sampled continuations through the packed cache, in the given order."""
         generate = super().generate_until
         kept = self.answers is not None and not any(request.args[1].get("do_sample") for request in requests)

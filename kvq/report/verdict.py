@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from kvq.eval.paired import BETTER, SAME, UNCLEAR, WORSE
 from kvq.report.rows import LABELS, SHARES, metrics_of, name_of, question_of, with_interval
 
 # KL from the baseline in nats a token: rules of thumb, said as such. At 0.005 about one token in a hundred changes its
@@ -32,12 +33,11 @@ def verdict_of(result: Mapping[str, Any]) -> Verdict:
     if result["asymptotic_bits"] >= 16:
         return Verdict(grade="exact", headline=f"{recipe} quantizes nothing: this is the control.", points=points)
     found = results.get("divergence")
+    worse = _with(results, WORSE)
     if found is None:
-        worse = [task for task, own in results.items() if _main(own) and _main(own)[1]["verdict"] == "worse"]
-        what = f"is shown to be worse on {_list(worse)}" if worse else "is not shown to be worse on any task here"
-        return Verdict(grade="poor" if worse else "none", headline=f"{recipe} {what}, at {saved}.", points=points)
+        headline = _by_tasks(recipe, results, worse, saved)
+        return Verdict(grade="poor" if worse else "none", headline=headline, points=points)
     grade, what = next((grade, what) for limit, grade, what in GRADES if found["kl"] < limit)
-    worse = [task for task, own in results.items() if _main(own) and _main(own)[1]["verdict"] == "worse"]
     if worse and grade == "good":
         grade = "fair"
         what += f" in the next token, but is shown to be worse on {_list(worse)}"
@@ -46,6 +46,24 @@ def verdict_of(result: Mapping[str, Any]) -> Verdict:
         f"time, at {saved}."
     )
     return Verdict(grade=grade, headline=headline, points=points)
+
+
+def _by_tasks(recipe: str, results: Mapping[str, Any], worse: Sequence[str], saved: str) -> str:
+    """The headline where there is no divergence to judge by."""
+    unclear, same = _with(results, UNCLEAR), _with(results, SAME, BETTER)
+    if worse:
+        return f"{recipe} is shown to be worse on {_list(worse)}, at {saved}."
+    if unclear:
+        return f"Too few samples to tell whether {recipe} is worse on {_list(unclear)}, at {saved}."
+    if same:
+        return f"{recipe} answers as the baseline does on {_list(same)}, at {saved}."
+    return f"{recipe}: nothing here measures its quality, at {saved}."
+
+
+def _with(results: Mapping[str, Any], *verdicts: str) -> list[str]:
+    """Tasks whose main metric got one of these verdicts."""
+    mains = {task: _main(found) for task, found in results.items()}
+    return [task for task, main in mains.items() if main and main[1]["verdict"] in verdicts]
 
 
 def _main(found: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]] | None:
@@ -76,10 +94,10 @@ def _tasks(results: Mapping[str, Any]) -> list[str]:
     said = [
         f"{what}: {'; '.join(groups[verdict])}."
         for verdict, what in (
-            ("worse", "Shown to be worse"),
-            ("better", "Shown to be better"),
-            ("same", "Every answer the same"),
-            ("too few samples to tell", "Too few samples to tell"),
+            (WORSE, "Shown to be worse"),
+            (BETTER, "Shown to be better"),
+            (SAME, "Every answer the same"),
+            (UNCLEAR, "Too few samples to tell"),
         )
         if verdict in groups
     ]
