@@ -91,7 +91,7 @@ class Setting:
     def fit(self, length: int, question: int) -> int:
         """Tokens of a passage of about ``length`` tokens that leaves room for ``question`` more."""
         whole = length // UNIT * UNIT + LANDING
-        if whole + question > self.longest:
+        while whole + question > self.longest:
             whole -= UNIT
         fits = min(length, self.longest - question)
         return whole if whole >= 2 * UNIT else fits
