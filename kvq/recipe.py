@@ -18,17 +18,10 @@ from typing import Any
 
 import yaml
 
+from kvq.codec_specs import CodecSpec
 from kvq.errors import RecipeError, suggest
-from kvq.specs import (
-    CodecSpec,
-    HeadSpec,
-    TokenPolicy,
-    Transforms,
-    build,
-    build_transforms,
-    merge_codec,
-    refuse_unknown,
-)
+from kvq.fields import build, refuse_unknown
+from kvq.specs import HeadSpec, TokenPolicy, Transforms, build_transforms, merge_codec
 
 _LAYER_PATTERN = re.compile(r"^[-\d,]+(/[\d,-]+)?$")
 _PARTS = ("key", "value", "tokens", "transforms")

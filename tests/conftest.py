@@ -6,6 +6,7 @@ Everything here is offline. The factories are fixtures that return functions, so
 """
 
 import os
+import shutil
 
 # Set before transformers is imported: no test may reach the network by accident.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -115,6 +116,44 @@ def tiny_checkpoint(tmp_path):
 def _own_answers(tmp_path, monkeypatch):
     """Answers of evaluations stay with their test."""
     monkeypatch.setattr("kvq.eval.settings.cache_root", lambda: tmp_path / "kvq-cache")
+
+
+@pytest.fixture(scope="session")
+def stats_of():
+    """Factory ``stats_of(folder, windows=None) -> Stats``: over windows of tokens, by default random ones."""
+    from kvq.calib.collect import collect
+    from kvq.models.resolve import load_model, weights_fingerprint
+
+    def measure(folder: Path, windows: torch.Tensor | None = None):
+        if windows is None:
+            windows = torch.randint(3, 100, (4, 64), generator=torch.Generator().manual_seed(0))
+        return collect(load_model(folder), windows, weights_fingerprint=weights_fingerprint(folder))
+
+    return measure
+
+
+@pytest.fixture(scope="session")
+def large_keys():
+    """Factory ``large_keys(folder, out, factor) -> Path``: the same Llama with keys ``factor`` times as large.
+
+    Key projections are scaled and query projections inversely, so every score, and every logit, stays as it was; with a
+    power of two not a bit of the weights' digits changes.
+    """
+    from safetensors.torch import load_file, save_file
+
+    def make(folder: Path, out: Path, factor: float) -> Path:
+        shutil.copytree(folder, out)
+        for file in out.glob("*.safetensors"):
+            tensors = load_file(file)
+            for name, tensor in tensors.items():
+                if ".k_proj." in name:
+                    tensors[name] = tensor * factor
+                elif ".q_proj." in name:
+                    tensors[name] = tensor / factor
+            save_file(tensors, file, metadata={"format": "pt"})
+        return out
+
+    return make
 
 
 @pytest.fixture(scope="session")

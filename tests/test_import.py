@@ -11,7 +11,7 @@ import kvq
 
 PACKAGE = Path(kvq.__file__).parent
 FLOORS = (
-    ("errors", "specs", "recipe", "recipes", "models", "kernels"),
+    ("errors", "fields", "codec_specs", "transform_specs", "specs", "recipe", "recipes", "models", "kernels"),
     ("quantizers",),
     ("transforms", "calib", "cache"),
     ("export",),
@@ -81,6 +81,14 @@ def test_registered_as_soon_as_transformers_can_load(order):
     maps = "auto.AUTO_QUANTIZER_MAPPING", "auto.AUTO_QUANTIZATION_CONFIG_MAPPING"
     names = run(f"{code}; print({maps[0]}['kvq'].__name__, {maps[1]}['kvq'].__name__)").split()
     assert names == ["KvqQuantizer", "KvqConfig"]
+
+
+@pytest.mark.parametrize("name", sorted({module: name for name, module in kvq._LAZY.items()}.values()))
+def test_a_public_name_resolves_first_of_all(name):
+    """In a fresh process, one name of every module: whatever is asked for first must not run in a circle."""
+    code = f"import kvq; assert kvq.{name} is not None; from transformers.quantizers.auto import "
+    code += "AUTO_QUANTIZER_MAPPING as m; assert 'kvq' in m"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_public_names_resolve():

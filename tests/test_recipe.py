@@ -7,12 +7,18 @@ import sys
 import pytest
 import yaml
 
+from kvq.codec_specs import CodecSpec
 from kvq.errors import RecipeError
 from kvq.recipe import Recipe, list_recipes, load_recipe, parse_recipe
-from kvq.specs import CodecSpec, HeadSpec, TokenPolicy
+from kvq.specs import HeadSpec, TokenPolicy
 
 AFFINE = {"codec": "affine", "bits": 2, "axis": "token", "group": 32}
 CHANNEL = {"codec": "affine", "bits": 2, "axis": "channel", "group": 32}
+UNIT8 = {"codec": "float8", "scale": "unit"}
+BOOK = {"codec": "book", "bits": 3, "levels": "lloyd_max", "scale": "unit"}
+CALIBRATED_KEY = {"codec": "book", "bits": 3, "levels": "calibrated", "scale": "calibrated"}
+SKETCH = {"codec": "sketch", "bits": 2}
+ROTATED = {"key": [{"kind": "hadamard"}]}
 BASE = {"name": "mine", "tokens": {"sinks": 0, "window": 128}, "key": CHANNEL, "value": AFFINE}
 
 
@@ -122,6 +128,19 @@ def test_settings_override_like_the_command_line():
     assert recipe().override({}) == recipe()
 
 
+def test_parts_that_wrap_a_codec_are_data_too():
+    mine = recipe(key=CHANNEL | {"outliers": {"share": 0.02, "along": "channel"}, "norm": {"over": "token"}})
+    assert mine.key.outliers.share == 0.02
+    again = parse_recipe(yaml.safe_load(mine.to_yaml()), source="again")
+    assert again == mine
+    assert again.hash == mine.hash != recipe().hash
+    assert mine.override({"key.outliers": None}).key.outliers is None
+    assert mine.override({"key.norm": {"over": "head"}}).key.norm.over == "head"
+    layered = recipe(layers={"1": {"key": {"low_rank": {"rank": 2, "block": 64}}}})
+    assert layered.for_head(1, 0, 2).key.low_rank.block == 64
+    assert layered.for_head(0, 0, 2).key.low_rank is None
+
+
 def test_overriding_the_codec_drops_the_old_codecs_settings():
     mine = load_recipe("fp8").override({"key.scale": "unit", "value.scale": "unit"})
     assert mine.for_head(0, 0, 1).key.scale == "unit"
@@ -191,6 +210,40 @@ BAD_DATA = [
     ({"name": 3}, "name is 3, not text"),
     ({"summary": ["a"]}, "not text"),
     ({"keys": AFFINE}, "has no setting 'keys'"),
+    ({"key": BOOK | {"bits": 8}}, "bits=8 is not a packed width: use one of 2, 3, 4"),
+    ({"key": BOOK | {"levels": "k_means"}}, "levels='k_means' is not known: use 'lloyd_max'"),
+    ({"key": BOOK | {"scale": "max"}}, "scale='max' is not a book scale"),
+    ({"key": BOOK | {"scale": "range"}}, "scale=range is taken over groups and needs 'axis'"),
+    ({"key": BOOK | {"axis": "token", "group": 16}}, "scale=unit is static and has no groups"),
+    ({"key": BOOK | {"levels": "uniform"}}, "levels=uniform go from -1 to 1"),
+    ({"key": BOOK | {"levels": "calibrated"}}, "levels=calibrated are learned between the ends of a range"),
+    ({"key": BOOK | {"q_norm": True}}, "weights and q_norm belong to calibrated levels"),
+    ({"key": BOOK | {"norm": {"over": "layer"}}}, "norm.over='layer'"),
+    ({"key": BOOK | {"norm": "head"}}, "norm is 'head', not a mapping"),
+    ({"key": BOOK | {"norm": {}}}, "norm is incomplete"),
+    ({"key": AFFINE | {"meta": "int8"}}, "meta='int8' is not metadata of affine"),
+    ({"key": AFFINE | {"meta": "range8"}}, "use axis channel, or meta zero8"),
+    ({"key": AFFINE | {"meta": "zero8", "symmetric": True}}, "symmetric codes have no minimum"),
+    ({"key": AFFINE | {"symmetric": "yes"}}, "symmetric='yes' is neither true nor false"),
+    ({"key": AFFINE | {"clip": 2}}, "clip=2 is not a share of the range"),
+    ({"key": CHANNEL | {"permute": {"by": "range"}}}, "axis channel has groups of tokens"),
+    ({"key": AFFINE | {"group": "head", "permute": {"by": "range"}}}, "permute does nothing to group='head'"),
+    ({"key": BOOK | {"permute": {"by": "range"}}}, "scale=unit has none: remove it"),
+    ({"key": UNIT8 | {"permute": {"by": "range"}}}, "float8 has no groups"),
+    ({"key": AFFINE | {"outliers": {"share": 0.01, "along": "channel"}}}, "this codec has none"),
+    ({"key": AFFINE | {"outliers": {"share": 0, "along": "token"}}}, "outliers.share=0 is not a share"),
+    ({"key": AFFINE | {"low_rank": {"rank": 2, "block": 20}}}, "low_rank.block=20"),
+    ({"key": AFFINE | {"low_rank": {"rank": 0, "block": 64}}}, "low_rank.rank=0 is not a rank"),
+    ({"key": AFFINE | {"low_rank": {"rank": 2, "block": 256}}}, "no multiple of key.low_rank.block=256"),
+    ({"key": CALIBRATED_KEY | {"norm": {"over": "head"}}}, "norm changes the numbers that scale=calibrated"),
+    ({"key": CALIBRATED_KEY, "transforms": ROTATED}, "what calibration made for the codec is of keys without"),
+    ({"key": {"codec": "float4", "group": 64, "meta": "e8m0"}}, "group=64 is not a block of float4"),
+    ({"key": {"codec": "float4", "group": 16, "meta": "e4m3"}}, "meta=e4m3 needs scale=unit"),
+    ({"key": SKETCH | {"outlier_channels": 4}}, "outlier_channels, outlier_bits and group belong together"),
+    ({"key": SKETCH | {"outlier_channels": 0, "outlier_bits": 1, "group": 32}}, "outlier_channels=0 is not a count"),
+    ({"key": SKETCH | {"low_rank": {"rank": 2, "block": 64}}}, "codec 'sketch' has no setting 'low_rank'"),
+    ({"value": SKETCH}, "use it for keys only"),
+    ({"value": AFFINE | {"placement": "pre_rope"}}, "values have no rotary embedding"),
 ]
 
 
@@ -253,7 +306,7 @@ def test_an_unreadable_file_is_one_sentence(tmp_path, content, reason):
 
 def test_unknown_names_suggest_the_nearest():
     assert refusal(load_recipe, "kivi3").startswith("unknown recipe 'kivi3'. Did you mean 'kivi")
-    assert "Known: fp16, fp8" in refusal(load_recipe, "zzzzzzzz")
+    assert f"Known: {', '.join(list_recipes())}." in refusal(load_recipe, "zzzzzzzz")
     assert "does not exist: check the path" in refusal(load_recipe, "none/at/all.yaml")
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from kvq.kernels import bits as bits_ops
-from kvq.kernels.spec import PageLayout, Section, SideLayout
+from kvq.kernels.spec import PLANE_FORMATS, PageLayout, Section, SideLayout
 from kvq.quantizers import Codec, Encoded, PackedKV
 from kvq.quantizers.packed import pack_pages
 
@@ -95,7 +95,7 @@ class Arena:
         layout = self.layout.side(side)
         start = self.layout.offsets[f"{side}_words"]
         section = views[0][..., start : start + layout.words_bytes]
-        section = section if layout.format == "e4m3" else section.view(torch.int16)
+        section = section.view(torch.int16) if layout.format in PLANE_FORMATS else section
         return section.unflatten(-1, layout.words_shape)
 
     def section(self, views: Views, side: str, section: Section) -> torch.Tensor:
@@ -162,7 +162,7 @@ class Arena:
         layout, views = self.layout.side(side), self._view([page])
         count = encoded.codes.shape[-2]
         words = self.words(views, side)[0]
-        if layout.format == "e4m3":
+        if layout.format not in PLANE_FORMATS:
             words[:, start : start + count] = encoded.codes
         else:
             _merge_words(words, layout, start, encoded.codes)

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -10,12 +10,13 @@ from kvq.cache.policy import FlushRule
 from kvq.cache.tail import HEADROOM
 from kvq.errors import RecipeError
 from kvq.kernels.spec import PageLayout
+from kvq.models.architecture import Attention, describe_attention
 from kvq.models.describe import LayerSpec, ModelSpec
 from kvq.models.rope import Rope, rope_of
 from kvq.quantizers import Codec, build_codec
 from kvq.recipe import Recipe
-from kvq.specs import HeadSpec
-from kvq.transforms import Chain, build_chain
+from kvq.specs import HeadSpec, Transforms
+from kvq.transforms import Chain, RopeBias, RopeOffset, build_chain
 
 SIDES = ("key", "value")
 
@@ -25,7 +26,8 @@ class HeadGroup:
     """KV heads of one layer that are stored alike: their indices, codecs, rules and page layout.
 
     chains   transforms of keys and values; everything that is stored, exact tokens included, is in their basis.
-    rope     set if keys are quantized before the rotary embedding; exact keys are stored after it.
+    rope     set if the codec sees keys elsewhere than where exact ones are stored: before the rotary embedding, or
+             without the rotated bias of their projection. ``undo`` leads to the codec, ``rotate`` back from it.
     """
 
     heads: tuple[int, ...]
@@ -35,7 +37,7 @@ class HeadGroup:
     rules: Mapping[str, FlushRule]
     layout: PageLayout
     chains: Mapping[str, Chain]
-    rope: Rope | None = None
+    rope: Rope | RopeOffset | None = None
 
     def predicted_bytes(self, tokens: int, itemsize: int) -> int:
         """Bytes of one sequence of ``tokens`` tokens: whole pages, exact tokens and their headroom.
@@ -59,11 +61,17 @@ class HeadGroup:
 
 @dataclass(frozen=True, kw_only=True)
 class CachePlan:
-    """What a recipe does to a model: head groups by layer index; a layer that is absent keeps its plain cache."""
+    """What a recipe does to a model: head groups by layer index; a layer that is absent keeps its plain cache.
+
+    chains   by layer and side, the transforms of all KV heads of the layer.
+    folded   likewise, how many of the first transforms the model's weights have taken over; what is absent is 0.
+    """
 
     recipe: Recipe
     model: ModelSpec
     layers: Mapping[int, tuple[HeadGroup, ...]]
+    chains: Mapping[int, Mapping[str, Chain]] = field(default_factory=dict)
+    folded: Mapping[int, Mapping[str, int]] = field(default_factory=dict)
 
     def predicted_bytes(self, tokens: int, itemsize: int | None = None) -> int:
         """Cache bytes of one sequence of ``tokens`` tokens over all layers, plain and sliding ones included."""
@@ -99,15 +107,24 @@ class CachePlan:
         return total / numbers
 
 
-def make_plan(recipe: Recipe, model: ModelSpec, artefacts: Mapping[str, torch.Tensor] | None = None) -> CachePlan:
+def make_plan(
+    recipe: Recipe,
+    model: ModelSpec,
+    artefacts: Mapping[str, torch.Tensor] | None = None,
+    folded: Mapping[int, Mapping[str, int]] | None = None,
+) -> CachePlan:
     """Resolve a recipe against a model.
 
     artefacts   tensors by name that calibration made for the recipe (see ``kvq.calib.artefacts``).
-    Raises RecipeError for a pattern that matches nothing, a group that does not divide, or missing artefacts.
+    folded      transforms that the model's weights have taken over, as ``kvq.transforms.plan`` decided.
+
+    Raises RecipeError for a pattern that matches nothing, a group that does not divide, a transform that this model
+    does not undo, or missing artefacts.
     """
+    artefacts, folded = artefacts or {}, folded or {}
     count = len(model.layers)
     recipe.check_patterns(count, {layer.index: layer.kv_heads for layer in model.full_layers})
-    layers = {}
+    layers, chains = {}, {}
     ropes = functools.cache(lambda: rope_of(model.config))
     for layer in model.full_layers:
         specs: dict[HeadSpec, list[int]] = {}
@@ -119,14 +136,45 @@ def make_plan(recipe: Recipe, model: ModelSpec, artefacts: Mapping[str, torch.Te
                 "8 bits."
             )
         if not next(iter(specs)).is_exact:
+            # The heads of a layer share their transforms.
+            transforms = next(iter(specs)).transforms
+            _refuse_inexact(transforms, model, layer.index)
+            chains[layer.index] = {
+                side: build_chain(
+                    getattr(transforms, side),
+                    layer.head_dim,
+                    _of_side(artefacts, layer.index, side),
+                    folded.get(layer.index, {}).get(side, 0),
+                )
+                for side in SIDES
+            }
             layers[layer.index] = tuple(
-                _head_group(spec, tuple(heads), layer, artefacts or {}, ropes) for spec, heads in specs.items()
+                _head_group(spec, tuple(heads), layer, artefacts, chains[layer.index], ropes)
+                for spec, heads in specs.items()
             )
-    return CachePlan(recipe=recipe, model=model, layers=layers)
+    return CachePlan(recipe=recipe, model=model, layers=layers, chains=chains, folded=folded)
 
 
-def _head_group(spec: HeadSpec, heads: tuple[int, ...], layer: LayerSpec, artefacts, ropes) -> HeadGroup:
-    codecs, chains = {}, {}
+def _refuse_inexact(transforms: Transforms, model: ModelSpec, index: int) -> None:
+    """Refuse a shift where attention does not undo it."""
+    for side in SIDES:
+        if all(step.kind != "shift" for step in getattr(transforms, side)):
+            continue
+        layer = describe_attention(model.config).get(index) or Attention(index=index)
+        reasons = {
+            "learned sinks, which take a share of every softmax": layer.sinks,
+            "a logit softcap, which bends what a shift of keys adds": side == "key" and layer.softcap is not None,
+        }
+        for reason in (reason for reason, applies in reasons.items() if applies):
+            raise RecipeError(
+                f"transform 'shift' of {side}s is not exact for {model.model_type!r}, whose layer {index} has "
+                f"{reason}: remove it from the recipe."
+            )
+
+
+def _head_group(spec: HeadSpec, heads: tuple[int, ...], layer: LayerSpec, artefacts, chains, ropes) -> HeadGroup:
+    codecs = {}
+    chains = {side: chain.of_heads(heads) for side, chain in chains.items()}
     for side in SIDES:
         codec_spec = getattr(spec, side)
         own = _of_side(artefacts, layer.index, side)
@@ -135,8 +183,7 @@ def _head_group(spec: HeadSpec, heads: tuple[int, ...], layer: LayerSpec, artefa
                 f"{side}.scale=calibrated needs statistics of this model, and layer {layer.index} has none: run 'kvq "
                 "calibrate MODEL -o STATS' and pass --stats STATS, or set key.scale=unit value.scale=unit."
             )
-        codecs[side] = build_codec(codec_spec, layer.head_dim, own)
-        chains[side] = build_chain(getattr(spec.transforms, side), layer.head_dim)
+        codecs[side] = build_codec(codec_spec, layer.head_dim, own, len(heads))
     page_tokens = max(codec.page_tokens for codec in codecs.values())
     return HeadGroup(
         heads=heads,
@@ -146,8 +193,15 @@ def _head_group(spec: HeadSpec, heads: tuple[int, ...], layer: LayerSpec, artefa
         rules={side: FlushRule.of(getattr(spec, side), spec.tokens) for side in SIDES},
         layout=PageLayout(key=codecs["key"].layout(page_tokens), value=codecs["value"].layout(page_tokens)),
         chains=chains,
-        rope=ropes() if spec.key.placement == "pre_rope" else None,
+        rope=_key_rope(spec, chains["key"], ropes),
     )
+
+
+def _key_rope(spec: HeadSpec, chain: Chain, ropes) -> Rope | RopeOffset | None:
+    if spec.key.placement == "pre_rope":
+        return ropes()
+    biases = [step.bias for step in chain.steps if isinstance(step, RopeBias)]
+    return RopeOffset(ropes(), chain, biases[0]) if biases else None
 
 
 def _of_side(artefacts: Mapping[str, torch.Tensor], layer: int, side: str) -> dict[str, torch.Tensor]:

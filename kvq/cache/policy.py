@@ -2,15 +2,16 @@
 
 Counts exclude the sinks. With ``n`` tokens stored, a side (keys or values) has packed
 
-    axis channel   unit * floor(n / unit),  unit = window, or the group if the window is 0     (KIVI keys)
-    axis token     max(0, n - window)                                                           (KIVI values)
+    blocks of tokens   unit * floor(n / unit),  unit = window, or the block if the window is 0     (KIVI keys, GEAR)
+    single tokens      max(0, n - window)                                                           (KIVI values)
 
 A query that is itself token n sees the state after the n - 1 tokens before it: KIVI packs after the step's attention.
 """
 
 from dataclasses import dataclass
 
-from kvq.specs import CodecSpec, TokenPolicy
+from kvq.codec_specs import CodecSpec
+from kvq.specs import TokenPolicy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +24,7 @@ class FlushRule:
 
     @classmethod
     def of(cls, spec: CodecSpec, tokens: TokenPolicy) -> "FlushRule":
-        unit = (tokens.window or spec.group) if spec.axis == "channel" else 1
+        unit = (tokens.window or spec.block_tokens) if spec.block_tokens > 1 else 1
         return cls(sinks=tokens.sinks, window=tokens.window, unit=unit)
 
     def packed(self, stored: int) -> int:

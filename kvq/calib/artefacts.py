@@ -3,20 +3,29 @@
 An artefact belongs to one layer and side and is named ``layers.{i}.{side}.{what}``; ``what`` starts with the part that
 reads it, such as ``scale`` of calibrated float8.
 
-    scale   [] float64: absmax over all heads and channels / 448, and 1.0 where the absolute maximum is 0. It is what a
-            stored 1.0 stands for, one per layer and side: the convention of serving engines.
+    scale          [] float64: absmax over all heads and channels, after transforms, / 448, and 1.0 where the absolute
+                   maximum is 0. It is what a stored 1.0 stands for, one per layer and side: the convention of engines.
+    transforms.*   what the transforms of the side need (``kvq.transforms.KINDS``), by their place in the chain.
 """
 
 import math
 from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
 
 import torch
 
-from kvq.calib.stats import LayerStats, Stats
+from kvq.calib.evidence import Source
+from kvq.calib.learn import find_learned
+from kvq.calib.stats import Stats
 from kvq.errors import DataError
-from kvq.models.describe import ModelSpec
+from kvq.models.describe import LayerSpec, ModelSpec
+from kvq.quantizers import build_codec
 from kvq.quantizers.float8 import E4M3_MAX
 from kvq.recipe import Recipe
+from kvq.specs import TransformSpec
+from kvq.transforms import needed_tensors
+from kvq.transforms.fit import fit_steps
 
 SIDES = ("key", "value")
 
@@ -28,22 +37,51 @@ def artefact_name(layer: int, side: str, what: str) -> str:
 
 def needed_artefacts(recipe: Recipe, model: ModelSpec) -> dict[str, tuple[int, ...]]:
     """Shapes by name of the artefacts that a recipe reads on this model; empty for a recipe without calibration."""
-    return {artefact_name(layer.index, side, what): shape for layer, side, what, shape, _ in _needed(recipe, model)}
+    needed = {artefact_name(layer.index, side, what): shape for layer, side, what, shape, _ in _needed(recipe, model)}
+    for layer, side, specs in _transforms(recipe, model):
+        for what, shape in needed_tensors(specs, layer.kv_heads, layer.head_dim).items():
+            needed[artefact_name(layer.index, side, what)] = shape
+    return needed
 
 
-def fit_artefacts(recipe: Recipe, model: ModelSpec, stats: Stats) -> dict[str, torch.Tensor]:
+def fit_artefacts(
+    recipe: Recipe, model: ModelSpec, stats: Stats, folder: Path | None = None
+) -> dict[str, torch.Tensor]:
     """Artefacts of a recipe by name, for ``kvq.cache.make_plan``.
 
-    Raises DataError if the statistics are not finite or lack what the recipe needs.
+    folder   the model's checkpoint, for transforms that read weights.
+
+    Raises DataError if the statistics are not finite or lack what the recipe needs, and RecipeError for a learned
+    transform that was not learned for this recipe.
     """
-    found = {}
+    found, fitted = {}, {}
+    chains = list(_transforms(recipe, model))
+    source = Source(model, stats, folder) if chains else None
+    for layer, side, specs in chains:
+        spec = recipe.for_head(layer.index, 0, len(model.layers))
+        codec = build_codec(getattr(spec, side), layer.head_dim, {"scale": torch.ones(())})
+        evidence = source.evidence(layer, side, spec, codec)
+        learned = partial(find_learned, stats, recipe, spec, layer.index, side)
+        numbers, fitted[layer.index, side] = fit_steps(specs, evidence, learned)
+        found |= {artefact_name(layer.index, side, what): tensor for what, tensor in numbers.items()}
     for layer, side, what, _, fit in _needed(recipe, model):
         if layer.index not in stats.layers:
             raise DataError(
                 f"the statistics of {stats.model!r} have no layer {layer.index}: run 'kvq calibrate' on this model."
             )
-        found[artefact_name(layer.index, side, what)] = fit(stats.layers[layer.index], layer.index, side)
+        after = fitted.get((layer.index, side))
+        absmax = after.absmax(side) if after else stats.layers[layer.index][f"{side}.range"].absmax
+        found[artefact_name(layer.index, side, what)] = fit(absmax, layer.index, side)
     return found
+
+
+def _transforms(recipe: Recipe, model: ModelSpec) -> Iterator[tuple[LayerSpec, str, tuple[TransformSpec, ...]]]:
+    """(layer, side, steps) of every chain; the heads of a layer share theirs."""
+    for layer in model.full_layers:
+        spec = recipe.for_head(layer.index, 0, len(model.layers))
+        for side in SIDES:
+            if not spec.is_exact and getattr(spec.transforms, side):
+                yield layer, side, getattr(spec.transforms, side)
 
 
 def check_artefacts(tensors: Mapping[str, torch.Tensor], needed: Mapping[str, tuple[int, ...]]) -> str | None:
@@ -69,8 +107,8 @@ def _needed(recipe: Recipe, model: ModelSpec) -> Iterator[tuple]:
                 yield layer, side, "scale", (), _float8_scale
 
 
-def _float8_scale(layer: LayerStats, index: int, side: str) -> torch.Tensor:
-    absmax = float(getattr(layer, side).absmax.max())
+def _float8_scale(absmax: torch.Tensor, index: int, side: str) -> torch.Tensor:
+    absmax = float(absmax.max())
     if not math.isfinite(absmax):
         raise DataError(
             f"the statistics of layer {index} hold a {side} maximum of {absmax}, and a scale must be finite: "

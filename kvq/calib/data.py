@@ -1,18 +1,15 @@
-"""Calibration text and the token windows cut from it.
+"""Calibration text: the Python installation's own (``builtin``), a file, or a data set of the hub.
 
-Text comes from the Python installation itself (``builtin``), a file, or a data set of the hub. Windows are packed: the
-texts are joined, tokenised once without special tokens, and cut end to end, so that no position is padding.
+A document is a text, or a conversation: a list of messages, each a mapping with ``role`` and ``content``.
 """
 
 import functools
 import hashlib
 import json
 import re
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from kvq.errors import DataError, ModelNotFoundError
@@ -23,6 +20,10 @@ SEPARATOR = "\n\n"
 # Characters read from a hub data set, in its own order: about five million tokens, far more than calibration uses.
 HUB_CHARACTERS = 20_000_000
 _READERS = (".txt", ".jsonl", ".parquet")
+# The column of conversations, by the custom of the hub.
+MESSAGES = "messages"
+
+Document = str | list[dict[str, str]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,11 +31,14 @@ class DataIdentity:
     """What the tokens were: equal identities are equal tokens.
 
     source            ``builtin``, a file's name without its folder, or a hub id.
-    text_sha256       of the joined text (UTF-8).
+    text_sha256       of the documents that were read (UTF-8).
     tokenizer_sha256  of the tokenizer's vocabulary and rules.
-    samples, seq_len  windows, and tokens per window.
+    samples, seq_len  windows, and tokens per window, padding included.
     seed              of the choice of windows.
-    tokens            tokens in the whole text, of which ``samples * seq_len`` were taken.
+    tokens            tokens in all windows, without padding.
+    form              ``packed`` or ``documents``.
+    chat_template     SHA-256 of the chat template, empty if none was applied.
+    windows_sha256    of the windows themselves: token ids and padding.
     """
 
     source: str
@@ -44,9 +48,35 @@ class DataIdentity:
     seq_len: int
     seed: int
     tokens: int
+    form: str = "packed"
+    chat_template: str = ""
+    windows_sha256: str = ""
 
     def to_dict(self) -> dict[str, str | int]:
         return asdict(self)
+
+    def join(self, other: "DataIdentity") -> "DataIdentity":
+        """Identity of both sets of windows together; hashes are of both hashes. Raises DataError for the same windows.
+
+        seed and form are the first's, seq_len is the longest.
+        """
+        if self.tokenizer_sha256 != other.tokenizer_sha256:
+            raise DataError("statistics of different tokenizers cannot be joined: calibrate again.")
+        if self.windows_sha256 == other.windows_sha256:
+            raise DataError("both statistics are of the same windows, which would count twice: join others.")
+
+        def both(name: str) -> str:
+            return hashlib.sha256((getattr(self, name) + getattr(other, name)).encode()).hexdigest()
+
+        return replace(
+            self,
+            source=f"{self.source} + {other.source}",
+            text_sha256=both("text_sha256"),
+            windows_sha256=both("windows_sha256"),
+            samples=self.samples + other.samples,
+            seq_len=max(self.seq_len, other.seq_len),
+            tokens=self.tokens + other.tokens,
+        )
 
 
 def builtin_text(part: str) -> str:
@@ -87,22 +117,39 @@ def load_texts(
 
     Raises ModelNotFoundError if there is no such source or it cannot be fetched, DataError if it holds no usable text.
     """
+    texts = load_documents(source, part=part, field=field, split=split)
+    for number, text in enumerate(texts, start=1):
+        if not isinstance(text, str):
+            raise DataError(
+                f"row {number} of {source_name(source)!r}: field {field!r} is {type(text).__name__}, not text: name "
+                "another field."
+            )
+    return texts
+
+
+def load_documents(
+    source: str | Path, *, part: str = "calibration", field: str | None = None, split: str = "train"
+) -> list[Document]:
+    """Read the documents of a source as ``load_texts`` does; rows may be conversations.
+
+    field   the column that holds texts or conversations; None: ``messages`` where a row has it, else ``text``.
+    """
     if source == BUILTIN_TEXT:
         return [builtin_text(part)]
     path = Path(source).expanduser()
     if path.is_dir():
         raise DataError(f"data {str(source)!r} is a folder: give one of its files ({', '.join(_READERS)}).")
     if path.exists():
-        texts = _read_file(path, field)
+        documents = _read_file(path, field)
     elif isinstance(source, Path) or looks_like_path(source) or path.suffix in _READERS:
         raise ModelNotFoundError(
             f"data file {str(source)!r} does not exist: check the path, or use {BUILTIN_TEXT!r} or a hub id."
         )
     else:
-        texts = _read_hub(source, field, split)
-    if not any(text.strip() for text in texts):
+        documents = _read_hub(source, field, split)
+    if not any(not isinstance(document, str) or document.strip() for document in documents):
         raise DataError(f"data {str(source)!r} holds no text: give a file or a field with text in it.")
-    return texts
+    return documents
 
 
 def source_name(source: str | Path) -> str:
@@ -110,7 +157,7 @@ def source_name(source: str | Path) -> str:
     return Path(source).name if Path(source).expanduser().exists() else str(source)
 
 
-def _read_file(path: Path, field: str) -> list[str]:
+def _read_file(path: Path, field: str | None) -> list[Document]:
     if path.suffix not in _READERS:
         raise DataError(f"data file {path.name!r} is of no known kind: use one of {', '.join(_READERS)}.")
     try:
@@ -124,7 +171,7 @@ def _read_file(path: Path, field: str) -> list[str]:
     return [text] if path.suffix == ".txt" else _json_rows(path.name, text, field)
 
 
-def _json_rows(name: str, text: str, field: str) -> list[str]:
+def _json_rows(name: str, text: str, field: str | None) -> list[Document]:
     rows = []
     # Not splitlines(): JSON strings may hold U+2028 and the like unescaped.
     for number, line in enumerate(text.split("\n"), start=1):
@@ -133,21 +180,34 @@ def _json_rows(name: str, text: str, field: str) -> list[str]:
                 row = json.loads(line)
             except ValueError:
                 raise DataError(f"line {number} of {name!r} is not JSON: write one object a line.") from None
-            rows.append(_field(row, field, f"line {number} of {name!r}"))
+            rows.append(_document(row, field, f"line {number} of {name!r}"))
     return rows
 
 
-def _field(row: object, field: str, where: str) -> str:
+def _document(row: object, field: str | None, where: str) -> Document:
+    """The document of one row. Raises DataError naming the columns that exist."""
     if not isinstance(row, dict):
-        raise DataError(f"{where} is not a JSON object: write one object a line, with a field {field!r}.")
+        raise DataError(f"{where} is not a JSON object: write one object a line, with a field {field or 'text'!r}.")
+    if field is None:
+        field = MESSAGES if MESSAGES in row else "text"
     if field not in row:
         raise DataError(f"{where} has no field {field!r} (it has {', '.join(map(str, row)) or 'none'}): name another.")
-    if not isinstance(row[field], str):
-        raise DataError(f"{where}: field {field!r} is {type(row[field]).__name__}, not text: name another field.")
-    return row[field]
+    found = row[field]
+    if isinstance(found, str):
+        return found
+    if isinstance(found, list) and found and all(map(_is_message, found)):
+        return [{"role": message["role"], "content": message["content"]} for message in found]
+    raise DataError(
+        f"{where}: field {field!r} is {type(found).__name__}, not text and no list of messages with 'role' and "
+        "'content': name another field."
+    )
 
 
-def _parquet_rows(path: Path, field: str) -> list[str]:
+def _is_message(message: object) -> bool:
+    return isinstance(message, dict) and all(isinstance(message.get(name), str) for name in ("role", "content"))
+
+
+def _parquet_rows(path: Path, field: str | None) -> list[Document]:
     try:
         from pyarrow import ArrowException, parquet
     except ImportError:
@@ -155,25 +215,27 @@ def _parquet_rows(path: Path, field: str) -> list[str]:
     try:
         file = parquet.ParquetFile(path)
         columns = file.schema_arrow.names
+        if field is None:
+            field = MESSAGES if MESSAGES in columns else "text"
         rows = file.read(columns=[field]).column(0).to_pylist() if field in columns else None
     except ArrowException as error:
         raise DataError(f"data file {path.name!r} is not readable parquet ({str(error)[:100]}): mend it.") from None
     if rows is None:
         raise DataError(f"data file {path.name!r} has no field {field!r} (it has {', '.join(columns)}): name another.")
-    return [_field({field: row}, field, f"row {i} of {path.name!r}") for i, row in enumerate(rows)]
+    return [_document({field: row}, field, f"row {i} of {path.name!r}") for i, row in enumerate(rows)]
 
 
-def _read_hub(name: str, field: str, split: str) -> list[str]:
+def _read_hub(name: str, field: str | None, split: str) -> list[Document]:
     try:
         import datasets
     except ImportError:
         raise _no_extra(f"hub data set {name!r}") from None
     repository, _, config = name.partition(":")
-    texts, characters = [], 0
+    documents, characters = [], 0
     try:
         for row in datasets.load_dataset(repository, config or None, split=split, streaming=True):
-            texts.append(_field(row, field, f"data set {name!r}"))
-            characters += len(texts[-1])
+            documents.append(_document(row, field, f"data set {name!r}"))
+            characters += len(documents[-1]) if isinstance(documents[-1], str) else len(str(documents[-1]))
             if characters > HUB_CHARACTERS:
                 break
     except DataError:
@@ -185,54 +247,11 @@ def _read_hub(name: str, field: str, split: str) -> list[str]:
             f"data set {name!r} is neither a file nor to be had from the hub ({why}): give a .txt, .jsonl or .parquet "
             f"file, or {BUILTIN_TEXT!r}."
         ) from None
-    return texts
+    return documents
 
 
 def _no_extra(what: str) -> DataError:
     return DataError(f"{what} cannot be read without the package 'datasets': run 'pip install 'kvq-toolkit[data]''.")
-
-
-def token_windows(
-    tokenizer: PreTrainedTokenizerBase,
-    texts: Sequence[str],
-    *,
-    samples: int,
-    seq_len: int,
-    seed: int = 0,
-    source: str | Path = "text",
-) -> tuple[torch.Tensor, DataIdentity]:
-    """Cut ``samples`` windows of ``seq_len`` tokens out of the texts: int64 [samples, seq_len], and what they are.
-
-    The texts are joined with a blank line, tokenised once without special tokens, and cut into windows end to end; a
-    seeded choice of them is returned in order of position, without repetition.
-
-    Raises DataError if the text is too short.
-    """
-    if samples < 1 or seq_len < 2:
-        raise DataError(f"samples={samples}, seq_len={seq_len} give no tokens: use at least 1 sample of 2 tokens.")
-    text = SEPARATOR.join(texts)
-    # verbose=False: a text longer than the model's context is the rule here, not a mistake.
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    windows = len(ids) // seq_len
-    if windows < samples:
-        way = f"use at most {windows} samples, or more text" if windows else "use shorter windows, or more text"
-        raise DataError(
-            f"samples={samples} of seq_len={seq_len} need {samples * seq_len:,} tokens and the text has {len(ids):,}: "
-            f"{way}."
-        )
-    order = torch.randperm(windows, generator=torch.Generator().manual_seed(seed))
-    chosen = order[:samples].sort().values
-    tokens = torch.tensor(ids[: windows * seq_len], dtype=torch.int64).view(windows, seq_len)[chosen]
-    identity = DataIdentity(
-        source=source_name(source),
-        text_sha256=hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest(),
-        tokenizer_sha256=tokenizer_hash(tokenizer),
-        samples=samples,
-        seq_len=seq_len,
-        seed=seed,
-        tokens=len(ids),
-    )
-    return tokens, identity
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:

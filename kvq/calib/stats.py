@@ -1,45 +1,73 @@
 """The statistics file: one safetensors file with what calibration measured and where it came from.
 
-Tensors are named ``layers.{i}.key.{min,max,absmax,sum,sum_squares}`` and ``layers.{i}.value...``, [kv_heads, head_dim].
-``absmax`` follows from min and max and is written for other readers. The metadata holds the format version
-(``kvq_stats``), the provenance and a SHA-256 over everything else, so an altered file is noticed. The same statistics
-give the same bytes.
+Tensors are named ``layers.{i}.{need}.{tensor}``, such as ``layers.3.key.range.absmax`` ([kv_heads, head_dim]); needs
+are those of ``kvq/calib/needs.py``, tensors those of ``kvq/calib/kinds``. What other modules learned is stored beside
+them as ``fits.{name}.{tensor}``. The metadata holds the format version (``kvq_stats``), the provenance and a SHA-256
+over everything else, so an altered file is noticed. The same statistics give the same bytes.
 """
 
-import contextlib
-import hashlib
 import json
-import os
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
-import safetensors
 import torch
-from safetensors.torch import save
+from transformers import AutoConfig, PretrainedConfig
 
 from kvq.calib.data import DataIdentity
-from kvq.calib.observers import ChannelStats
-from kvq.errors import CheckpointError
-from kvq.models.describe import ModelSpec
-from kvq.models.resolve import read_header
+from kvq.calib.file import read_file, write_file
+from kvq.calib.kinds import KINDS, Statistic, to_cpu
+from kvq.errors import CheckpointError, DataError
+from kvq.models.describe import ModelSpec, describe
 
-STATS_VERSION = "1"
-_STORED = ("min", "max", "sum", "sum_squares")
+STATS_VERSION = "2"
 
 
 @dataclass(frozen=True)
-class LayerStats:
-    """One layer's statistics: keys after RoPE, and values, as the cache sees them."""
+class LayerStats(Mapping[str, Statistic]):
+    """One layer's statistics by need: ``layer["key.range"].absmax``."""
 
-    key: ChannelStats
-    value: ChannelStats
+    parts: Mapping[str, Statistic]
+
+    def __getitem__(self, need: str) -> Statistic:
+        if need not in self.parts:
+            raise DataError(
+                f"the statistics hold no {need!r}: run 'kvq calibrate' again with --for RECIPE, or with --full."
+            )
+        return self.parts[need]
+
+    def get(self, need: str, default: Any = None) -> Statistic | Any:
+        return self.parts.get(need, default)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.parts)
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    def __contains__(self, need: object) -> bool:
+        return need in self.parts
 
     def merge(self, other: "LayerStats") -> "LayerStats":
-        return LayerStats(self.key.merge(other.key), self.value.merge(other.value))
+        if self.parts.keys() != other.parts.keys():
+            odd = min(self.parts.keys() ^ other.parts.keys())
+            raise DataError(f"only one of two statistics holds {odd!r}, so they cannot be joined: calibrate again.")
+        return LayerStats({need: part.merge(other.parts[need]) for need, part in self.parts.items()})
 
     def cpu(self) -> "LayerStats":
-        return LayerStats(self.key.cpu(), self.value.cpu())
+        return LayerStats({need: to_cpu(part) for need, part in self.parts.items()})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fit:
+    """What another module learned for this model, such as rotations found by gradients.
+
+    tensors   by name.  facts   plain JSON data: how it was made.
+    """
+
+    tensors: Mapping[str, torch.Tensor]
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,22 +77,45 @@ class Stats:
     layers                by layer index; only layers with a full cache.
     model                 name for people; no folder of a machine.
     model_fingerprint     ``describe(config).fingerprint``.
+    config                the model's config as plain data, so that a file can be read without the model.
     weights_fingerprint   ``kvq.models.resolve.weights_fingerprint``; empty if unknown.
     data                  what the tokens were; None if the caller brought its own.
     versions              package name -> version, of the run that measured.
+    missing               need -> why this model cannot give it.
+    token_texts           token id -> its text, for tokens that the statistics name.
+    fits                  name -> what other modules learned; empty after a calibration.
     """
 
     layers: Mapping[int, LayerStats]
     model: str
     model_fingerprint: str
+    config: Mapping[str, Any] = field(default_factory=dict)
     weights_fingerprint: str = ""
     data: DataIdentity | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
+    missing: Mapping[str, str] = field(default_factory=dict)
+    token_texts: Mapping[int, str] = field(default_factory=dict)
+    fits: Mapping[str, Fit] = field(default_factory=dict)
 
-    def check_model(self, spec: ModelSpec, weights_fingerprint: str | None = None) -> None:
+    @property
+    def needs(self) -> frozenset[str]:
+        """What every layer holds."""
+        held = [set(layer.parts) for layer in self.layers.values()]
+        return frozenset(set.intersection(*held)) if held else frozenset()
+
+    def spec(self) -> ModelSpec:
+        """The model's description, from its stored config. Raises CheckpointError if none was stored."""
+        if not self.config:
+            raise CheckpointError(f"the statistics of {self.model!r} hold no config: run 'kvq calibrate' again.")
+        settings = dict(self.config)
+        return describe(AutoConfig.for_model(settings.pop("model_type"), **settings))
+
+    def check_model(
+        self, spec: ModelSpec, weights_fingerprint: str | None = None, tokenizer_sha256: str | None = None
+    ) -> None:
         """Raise CheckpointError if these are another model's statistics.
 
-        The weights are compared only where both fingerprints are known.
+        Weights and tokenizer are compared only where both are known.
         """
         if self.model_fingerprint != spec.fingerprint:
             raise CheckpointError(
@@ -75,9 +126,45 @@ class Stats:
             raise CheckpointError(
                 f"the statistics are of {self.model!r} with other weights than this model's: run 'kvq calibrate' on it."
             )
+        if tokenizer_sha256 and self.data and self.data.tokenizer_sha256 != tokenizer_sha256:
+            raise CheckpointError(
+                f"the statistics of {self.model!r} were measured with another tokenizer than this model's: run 'kvq "
+                "calibrate' on it."
+            )
+
+    def with_fit(self, name: str, fit: Fit) -> "Stats":
+        """The same statistics with one more fit; a fit of the same name is replaced."""
+        if not name or "." in name:
+            raise DataError(f"{name!r} is no name of a fit: use one word without dots.")
+        return replace(self, fits={**self.fits, name: fit})
+
+    def merge(self, other: "Stats") -> "Stats":
+        """Statistics of both runs together, which must be of one model and of different text.
+
+        Raises CheckpointError if they are of different models, and DataError for what cannot be joined.
+        """
+        alike = ("model_fingerprint", "weights_fingerprint")
+        if (
+            any(getattr(self, name) != getattr(other, name) for name in alike)
+            or self.layers.keys() != other.layers.keys()
+        ):
+            raise CheckpointError(
+                f"statistics of {self.model!r} and of {other.model!r} are of different models and cannot be joined."
+            )
+        for name in sorted({*self.fits, *other.fits}):
+            raise DataError(f"fit {name!r} was learned from one run and cannot be joined: join first, then learn.")
+        layers = {i: layer.merge(other.layers[i]) for i, layer in self.layers.items()}
+        data = self.data.join(other.data) if self.data and other.data else None
+        return replace(
+            self,
+            layers=layers,
+            data=data,
+            missing={**self.missing, **other.missing},
+            token_texts={**self.token_texts, **other.token_texts},
+        )
 
     def provenance(self) -> dict[str, object]:
-        """Everything but the tensors, as plain data."""
+        """Where the statistics come from, as plain data."""
         return {
             "model": self.model,
             "model_fingerprint": self.model_fingerprint,
@@ -91,22 +178,27 @@ class Stats:
 
         Raises CheckpointError if it cannot be written.
         """
-        counts = {str(i): [layer.key.count, layer.value.count] for i, layer in sorted(self.layers.items())}
+        write_file(Path(path), *self.to_parts(extra))
+
+    def to_parts(self, extra: Mapping[str, str] | None = None) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+        """Tensors and metadata of the file."""
+        tensors, facts = {}, {}
+        for index, layer in sorted(self.layers.items()):
+            for need, part in sorted(layer.items()):
+                facts.setdefault(str(index), {})[need] = part.facts()
+                tensors |= {f"layers.{index}.{need}.{name}": x for name, x in part.tensors().items()}
+        for fit_name, fit in self.fits.items():
+            tensors |= {f"fits.{fit_name}.{name}": x for name, x in fit.tensors.items()}
         metadata = {
             "kvq_stats": STATS_VERSION,
             "provenance": json.dumps(self.provenance(), sort_keys=True),
-            "counts": json.dumps(counts),
-            **(extra or {}),
+            "config": json.dumps(dict(self.config), sort_keys=True),
+            "layers": json.dumps(facts, sort_keys=True),
+            "missing": json.dumps(dict(self.missing), sort_keys=True),
+            "token_texts": json.dumps({str(i): text for i, text in sorted(self.token_texts.items())}),
+            "fits": json.dumps({name: dict(fit.facts) for name, fit in self.fits.items()}, sort_keys=True),
         }
-        _write_atomically(Path(path), _serialize(self._tensors(), metadata))
-
-    def _tensors(self) -> dict[str, torch.Tensor]:
-        return {
-            f"layers.{i}.{side}.{name}": getattr(getattr(layer, side), name).contiguous().cpu()
-            for i, layer in self.layers.items()
-            for side in ("key", "value")
-            for name in (*_STORED, "absmax")
-        }
+        return tensors, {**metadata, **(extra or {})}
 
     @classmethod
     def load(cls, path: str | Path) -> "Stats":
@@ -119,74 +211,49 @@ class Stats:
     @classmethod
     def load_with_metadata(cls, path: str | Path) -> tuple["Stats", dict[str, str]]:
         """Read a statistics file and all of its metadata; raises as ``load`` does."""
-        path = Path(path)
-        if not path.is_file():
-            raise CheckpointError(f"statistics file {str(path)!r} does not exist: make it with 'kvq calibrate'.")
-        metadata = read_header(path).get("__metadata__", {})
-        version = metadata.get("kvq_stats")
-        if version is None:
-            raise CheckpointError(f"{path.name!r} is not a statistics file: make one with 'kvq calibrate'.")
-        if version != STATS_VERSION:
-            raise CheckpointError(
-                f"statistics file {path.name!r} has format {version!r} and this kvq reads {STATS_VERSION!r}: run "
-                "'kvq calibrate' again, or install the kvq that wrote it."
-            )
-        altered = CheckpointError(f"statistics file {path.name!r} has been altered: run 'kvq calibrate' again.")
+        tensors, metadata = read_file(Path(path), STATS_VERSION)
         try:
-            with safetensors.safe_open(path, framework="pt") as file:
-                tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
-            if metadata.pop("sha256") != _digest(tensors, metadata):
-                raise altered
-            return cls._from_parts(tensors, metadata), metadata
-        except (KeyError, TypeError, ValueError, OSError, safetensors.SafetensorError):
-            raise altered from None
+            return cls.from_parts(tensors, metadata), metadata
+        except (KeyError, TypeError, ValueError):
+            raise CheckpointError(
+                f"statistics file {Path(path).name!r} cannot be understood: calibrate again."
+            ) from None
 
     @classmethod
-    def _from_parts(cls, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> "Stats":
-        layers = {}
-        for index, counts in json.loads(metadata["counts"]).items():
-            sides = [
-                ChannelStats(count=count, **{name: tensors[f"layers.{index}.{side}.{name}"] for name in _STORED})
-                for side, count in zip(("key", "value"), counts)
-            ]
-            layers[int(index)] = LayerStats(*sides)
+    def from_parts(cls, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> "Stats":
+        """Inverse of ``to_parts``."""
         provenance = json.loads(metadata["provenance"])
         data = provenance.pop("data")
-        return cls(layers=layers, data=DataIdentity(**data) if data else None, **provenance)
+        layers = {
+            int(index): LayerStats(
+                {
+                    need: KINDS[need.rpartition(".")[2]].restore(_named(tensors, f"layers.{index}.{need}."), facts)
+                    for need, facts in parts.items()
+                }
+            )
+            for index, parts in json.loads(metadata["layers"]).items()
+        }
+        return cls(
+            layers=dict(sorted(layers.items())),
+            data=DataIdentity(**data) if data else None,
+            config=json.loads(metadata["config"]),
+            missing=json.loads(metadata["missing"]),
+            token_texts={int(i): text for i, text in json.loads(metadata["token_texts"]).items()},
+            fits={
+                name: Fit(tensors=_named(tensors, f"fits.{name}."), facts=facts)
+                for name, facts in json.loads(metadata["fits"]).items()
+            },
+            **provenance,
+        )
 
 
-def _digest(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> str:
-    digest = hashlib.sha256(json.dumps(dict(metadata), sort_keys=True).encode())
-    for name in sorted(tensors):
-        digest.update(name.encode() + tensors[name].numpy().tobytes())
-    return digest.hexdigest()
+def config_data(config: PretrainedConfig) -> dict[str, Any]:
+    """A config as plain data, without names of folders of this machine."""
+    data = json.loads(config.to_json_string(use_diff=False))
+    for name in ("_name_or_path", "name_or_path", "transformers_version", "dtype", "torch_dtype"):
+        data.pop(name, None)
+    return {"model_type": config.model_type} | data
 
 
-def _serialize(tensors: Mapping[str, torch.Tensor], metadata: dict[str, str]) -> bytes:
-    """A safetensors file with its metadata in a fixed order; the library's own order changes from run to run."""
-    metadata = metadata | {"sha256": _digest(tensors, metadata)}
-    plain = save(dict(tensors))
-    end = 8 + int.from_bytes(plain[:8], "little")
-    header = {"__metadata__": dict(sorted(metadata.items()))} | json.loads(plain[8:end])
-    head = json.dumps(header, separators=(",", ":")).encode()
-    # The format wants the data to begin at a multiple of 8 bytes.
-    head += b" " * (-len(head) % 8)
-    return len(head).to_bytes(8, "little") + head + plain[end:]
-
-
-def _write_atomically(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise CheckpointError(
-            f"statistics file {str(path)!r} cannot be written ({error.strerror or error}): free space or choose "
-            "another place."
-        ) from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+def _named(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    return {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}

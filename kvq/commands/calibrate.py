@@ -1,60 +1,199 @@
-"""``kvq calibrate``: run a model over text and save statistics of its keys and values."""
+"""``kvq calibrate``: run a model over text and save statistics of its attention."""
 
+import sys
 from pathlib import Path
 
 import click
 
 from kvq.commands.common import Output, check_writable, json_option, progress_bar, quiet_transformers
 
+USAGE_ERROR = 2
+DTYPES = ("float32", "bfloat16", "float16")
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+
+
+class Bytes(click.ParamType):
+    """A size such as 8GB, 500MB or 6GiB."""
+
+    name = "SIZE"
+
+    def convert(self, value, parameter, context):
+        if isinstance(value, int):
+            return value
+        text = value.strip().lower().removesuffix("b")
+        digits = text.rstrip("kmgti")
+        unit = text[len(digits) :]
+        try:
+            size = float(digits) * _UNITS[unit]
+        except (ValueError, KeyError):
+            self.fail(f"{value!r} is no size: write it as 8GB, 500MB or 6GiB", parameter, context)
+        if size <= 0:
+            self.fail(f"{value!r} is no size: it must be above 0", parameter, context)
+        return int(size)
+
 
 @click.command("calibrate")
 @click.argument("model")
 @click.option("-o", "--output", "out", metavar="STATS", required=True, help="File to write, e.g. stats.safetensors.")
+@click.option("--for", "recipe", metavar="RECIPE", help="Measure only what this recipe (name or file) reads.")
+@click.option("--full", is_flag=True, help="Measure everything, second moments and token vectors too.")
 @click.option("--data", default="builtin", show_default=True, metavar="builtin|FILE|HUB_ID", help="Calibration text.")
+@click.option("--field", metavar="COLUMN", help="Column of the text.  [default: messages, else text]")
+@click.option("--split", default="train", show_default=True, help="Split of a hub data set.")
+@click.option("--chat-template", is_flag=True, help="Put texts into the model's chat template, as a user's messages.")
+@click.option("--per-document", is_flag=True, help="A window for each document, instead of packed windows.")
 @click.option("--samples", default=64, show_default=True, type=click.IntRange(1), help="Windows of text.")
 @click.option("--seq-len", default=512, show_default=True, type=click.IntRange(2), help="Tokens per window.")
 @click.option("--seed", default=0, show_default=True, help="Seed of the choice of windows.")
 @click.option("--batch-size", default=8, show_default=True, type=click.IntRange(1), help="Windows per forward.")
+@click.option("--dtype", type=click.Choice(DTYPES), help="Of the weights.  [default: float32 on the CPU]")
+@click.option("--device-map", metavar="auto|...", help="Spread the model over several GPUs, as from_pretrained does.")
+@click.option("--layer-by-layer", is_flag=True, help="Hold one decoder layer at a time, for models beyond memory.")
+@click.option("--memory-limit", type=Bytes(), help="Go layer by layer if the model takes more, e.g. 8GB.")
+@click.option(
+    "--reservoir", default="512MB", show_default=True, type=Bytes(), help="Token vectors to keep, all layers together."
+)
 @json_option
-def command(
-    model: str, out: str, data: str, samples: int, seq_len: int, seed: int, batch_size: int, output: Output
-) -> None:
-    """Measure the keys and values of MODEL over text, and save the statistics.
+def command(model: str, out: str, recipe: str | None, full: bool, output: Output, **settings) -> None:
+    """Measure keys, values and queries of MODEL over text, and save the statistics.
 
-    Only recipes with static scales (fp8) need statistics. An interrupted run continues when the same command is
-    given again.
+    Without --for or --full: ranges, quantiles, attention sinks and massive activations. An interrupted run continues
+    when the same command is given again.
 
     \b
     Examples:
       kvq calibrate builtin -o stats.safetensors
-      kvq calibrate ./my-model -o stats.safetensors --data corpus.txt --samples 128
+      kvq calibrate ./my-model -o stats.safetensors --data chats.jsonl --samples 128 --full
+      kvq calibrate ./large-model -o stats.safetensors --memory-limit 16GB
+      kvq calibrate builtin -o stats.safetensors --for fp8
+
+    Several processes share the windows under torchrun:
+
+    \b
+      torchrun --nproc-per-node 2 -m kvq.cli calibrate ./my-model -o stats.safetensors
     """
+    if recipe and full:
+        raise click.UsageError("--for and --full exclude each other: leave one of them out.")
     check_writable(out)
     quiet_transformers()
-    from kvq.calib.collect import collect
-    from kvq.calib.data import load_texts, token_windows
-    from kvq.commands.inspect import stats_rows
+    from kvq.calib.ranks import ranks
+    from kvq.errors import KvqError
+
+    with ranks() as processes:
+        try:
+            _calibrate(model, Path(out), recipe, full, processes, output, settings)
+        except KvqError:
+            # All processes fail alike, and one of them says so.
+            if processes.is_first:
+                raise
+            sys.exit(USAGE_ERROR)
+
+
+def _calibrate(model: str, path: Path, recipe: str | None, full: bool, processes, output: Output, settings) -> None:
+    from kvq.calib.calibrate import by_layer, calibrate
+    from kvq.calib.data import load_documents
+    from kvq.calib.windows import token_windows
     from kvq.models.describe import describe
-    from kvq.models.resolve import load_config, load_model, load_tokenizer, resolve_model, weights_fingerprint
-    from kvq.report.tables import stats_table
+    from kvq.models.resolve import load_config, load_tokenizer, resolve_model
+    from kvq.report.stats_tables import stats_rows, stats_table
 
     folder = resolve_model(model)
-    describe(load_config(folder))
-    windows, identity = token_windows(
-        load_tokenizer(folder), load_texts(data), samples=samples, seq_len=seq_len, seed=seed, source=data
+    spec = describe(load_config(folder))
+    options = _options(recipe, full, spec, settings)
+    sweeps = len(spec.layers) if by_layer(folder, options, processes) else 1
+    tokenizer = load_tokenizer(folder)
+    windows = token_windows(
+        tokenizer,
+        load_documents(settings["data"], field=settings["field"], split=settings["split"]),
+        samples=settings["samples"],
+        seq_len=settings["seq_len"],
+        seed=settings["seed"],
+        source=settings["data"],
+        packed=not settings["per_document"],
+        chat_template=settings["chat_template"],
     )
-    path = Path(out)
-    with progress_bar("Calibrating", tokens_per_step=seq_len) as step:
-        stats = collect(
-            load_model(folder),
+    state_folder = path.with_name(f".{path.name}.partial")
+    tokens_per_step = windows.identity.tokens / len(windows.tokens) * processes.world / sweeps
+    with progress_bar("Calibrating", tokens_per_step=tokens_per_step, silent=not processes.is_first) as step:
+        stats = calibrate(
+            folder,
             windows,
-            batch_size=batch_size,
+            options,
+            state_folder=state_folder,
             progress=step,
-            resume_path=path.with_name(f".{path.name}.partial"),
+            ranks=processes,
             model_name=Path(model).name,
-            weights_fingerprint=weights_fingerprint(folder),
-            data=identity,
+            tokenizer=tokenizer,
         )
+    if stats is None:
+        return
+    stats = _learn(stats, recipe, spec, folder, state_folder)
     stats.save(path)
-    output.show(stats_table(stats_rows(stats)), f"Statistics of {samples} x {seq_len} tokens written to {out}.")
-    output.write({"stats": out, "layers": len(stats.layers), "tokens": samples * seq_len, **stats.provenance()})
+    _remove(state_folder)
+    data = stats.data
+    output.show(stats_table(stats_rows(stats)), *_notes(stats))
+    output.show(f"Statistics of {data.samples} windows, {data.tokens:,} tokens, written to {path}.")
+    output.write(
+        {
+            "stats": str(path),
+            "layers": len(stats.layers),
+            "tokens": data.tokens,
+            "needs": sorted(stats.needs),
+            "fits": {name: fit.facts for name, fit in stats.fits.items()},
+            "missing": dict(stats.missing),
+            "processes": processes.world,
+            "layer_by_layer": sweeps > 1,
+            **stats.provenance(),
+        }
+    )
+
+
+def _learn(stats, recipe: str | None, spec, folder: Path, state_folder: Path):
+    """The statistics with what the recipe's learned transforms learn on them."""
+    from kvq.calib.learn import learn_fits
+    from kvq.recipe import load_recipe
+
+    if not recipe:
+        return stats
+    with progress_bar("Learning") as step:
+        return learn_fits(load_recipe(recipe), spec, stats, folder, state_folder=state_folder, progress=step)
+
+
+def _options(recipe: str | None, full: bool, spec, settings):
+    import torch
+
+    from kvq.calib.calibrate import Options
+    from kvq.calib.needs import ALL_NEEDS, DEFAULT_NEEDS, needs_of
+    from kvq.errors import RecipeError
+    from kvq.recipe import load_recipe
+
+    needs = ALL_NEEDS if full else DEFAULT_NEEDS
+    if recipe:
+        needs = needs_of(load_recipe(recipe), spec)
+        if not needs:
+            raise RecipeError(f"recipe {recipe!r} reads no statistics: use it as it is, or calibrate without --for.")
+    return Options(
+        needs=needs,
+        strict=bool(recipe),
+        batch_size=settings["batch_size"],
+        seed=settings["seed"],
+        reservoir_bytes=settings["reservoir"],
+        dtype=getattr(torch, settings["dtype"]) if settings["dtype"] else None,
+        device_map=settings["device_map"],
+        layer_by_layer=True if settings["layer_by_layer"] else None,
+        memory_limit=settings["memory_limit"],
+    )
+
+
+def _notes(stats) -> list[str]:
+    """What could not be measured, a line for each reason."""
+    reasons: dict[str, list[str]] = {}
+    for need, why in sorted(stats.missing.items()):
+        reasons.setdefault(why, []).append(need)
+    return [f"Not measured: {', '.join(needs)}, because {why}" for why, needs in reasons.items()]
+
+
+def _remove(folder: Path) -> None:
+    import shutil
+
+    shutil.rmtree(folder, ignore_errors=True)

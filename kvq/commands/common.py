@@ -157,8 +157,10 @@ def quiet_transformers() -> None:
 
 
 @contextlib.contextmanager
-def progress_bar(title: str, tokens_per_step: int | None = None) -> Iterator[Callable[[int, int], None]]:
-    """A bar with tokens/s and time left, on stderr; silent when stderr is not a terminal.
+def progress_bar(
+    title: str, tokens_per_step: float | None = None, silent: bool = False
+) -> Iterator[Callable[[int, int], None]]:
+    """A bar with tokens/s and time left, on stderr; silent when asked to be or when stderr is not a terminal.
 
     Yields ``step(done, total, what="")``, to be called first with what was done before this run; ``what`` names the
     part of the work that is running.
@@ -175,7 +177,7 @@ def progress_bar(title: str, tokens_per_step: int | None = None) -> Iterator[Cal
 
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Speed(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
+    with Progress(*columns, console=console, disable=silent or not console.is_terminal, transient=True) as progress:
         task = progress.add_task(title, total=None)
 
         def step(done: int, total: int, what: str = "") -> None:

@@ -6,33 +6,61 @@ from kvq.commands.common import (
     Output,
     chosen_recipe,
     json_option,
+    progress_bar,
     quiet_transformers,
     settings_option,
 )
+
+
+def _list_targets(context: click.Context, parameter: click.Parameter, value: bool) -> None:
+    if not value:
+        return
+    from kvq.export.targets import TARGETS
+
+    for target in TARGETS.values():
+        click.echo(f"{target.name:20}{target.summary}")
+    context.exit()
 
 
 @click.command("export")
 @click.argument("model")
 @click.option("--recipe", required=True, metavar="NAME|FILE", help="A shipped recipe, or a YAML file.")
 @click.option("--stats", metavar="STATS", help="Statistics of 'kvq calibrate'; recipes with static scales need them.")
+@click.option("--target", default="kvq", show_default=True, metavar="NAME", help="For whom; see --list-targets.")
+@click.option("--other-weights", is_flag=True, help="Take statistics of other weights, such as the unquantized base's.")
+@click.option(
+    "--fold/--no-fold", default=True, show_default=True, help="Put transforms into the weights where that is exact."
+)
 @click.option("-o", "--output", "out", metavar="DIR", help="Folder to write.")
 @settings_option
 @click.option("--dry-run", is_flag=True, help="Print the memory plan and write nothing.")
 @click.option("--force", is_flag=True, help="Replace DIR if it exists.")
+@click.option(
+    "--list-targets",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_list_targets,
+    help="List the targets, and exit.",
+)
 @json_option
 def command(
     model: str,
     recipe: str,
     stats: str | None,
+    target: str,
+    other_weights: bool,
+    fold: bool,
     out: str | None,
     settings: dict,
     dry_run: bool,
     force: bool,
     output: Output,
 ) -> None:
-    """Export MODEL with a recipe, as a folder that from_pretrained loads.
+    """Export MODEL with a recipe, as a folder that from_pretrained or a serving engine loads.
 
-    Weight files are linked or copied unchanged. DIR appears whole or not at all.
+    Weight files are linked or copied unchanged, or rewritten where they take over transforms of the recipe; the logits
+    are then compared with the original's before anything is written. DIR appears whole or not at all.
 
     \b
     Examples:
@@ -40,6 +68,8 @@ def command(
       kvq export builtin --recipe kivi2 -o smollm2-kivi2
       kvq export ./my-model --recipe kivi2 --set key.bits=4 --set layers.0-1.value.bits=4 -o out
       kvq export ./my-model --recipe fp8 --stats stats.safetensors -o out
+      kvq export ./my-model --recipe fp8 --stats stats.safetensors --target vllm -o out-vllm
+      kvq export ./my-model --recipe qoq4 --stats stats.safetensors --target plain -o easier-to-quantize
     """
     chosen = chosen_recipe(recipe, settings)
     if not dry_run and out is None:
@@ -51,7 +81,9 @@ def command(
     if dry_run:
         _dry_run(model, chosen, statistics, output)
     else:
-        _export(model, chosen, statistics, out, force, output)
+        _export(
+            model, chosen, statistics, out, output, target=target, other_weights=other_weights, fold=fold, force=force
+        )
 
 
 def _dry_run(model: str, recipe, stats, output: Output) -> None:
@@ -68,12 +100,25 @@ def _dry_run(model: str, recipe, stats, output: Output) -> None:
     output.write({"dry_run": True, "model": model, "recipe": recipe.to_dict(), "memory": plan})
 
 
-def _export(model: str, recipe, stats, out: str, force: bool, output: Output) -> None:
+def _export(model: str, recipe, stats, out: str, output: Output, **settings) -> None:
     from kvq.export.exporter import export
 
-    result = export(model, recipe, out, stats=stats, force=force).to_dict()
-    output.show(
-        f"{model} with recipe {recipe.name!r} written to {out} ({result['bits_per_element']:.2f} bits per element).",
-        f"Try it: kvq generate {out} --prompt 'Hello'",
-    )
+    with progress_bar("Hashing") as step:
+        result = export(model, recipe, out, stats=stats, progress=step, **settings).to_dict()
+    ours = result["target"] == "kvq"
+    output.show(f"{model} with recipe {recipe.name!r} written to {out} ({_what(result)}).")
+    output.show(*(f"Transforms: {line}." for line in result["folds"]))
+    if result["check"]:
+        check = result["check"]
+        output.show(
+            f"Checked on {check['tokens']} tokens: logits differ by {check['error']:.1e} of the largest; with rounded "
+            f"weights KL {check['kl']:.1e} nats a token."
+        )
+    output.show(f"Try it: kvq generate {out} --prompt 'Hello'" if ours else f"See what loads it: kvq check {out}")
     output.write(result)
+
+
+def _what(result: dict) -> str:
+    if result["target"] == "plain":
+        return "transforms in the weights, the cache is the engine's"
+    return f"{result['bits_per_element']:.2f} bits per element"

@@ -22,19 +22,22 @@ def command(thing: str, output: Output) -> None:
       kvq inspect smollm2-kivi2 --json -
     """
     quiet_transformers()
-    from kvq.export.exporter import is_export
+    from kvq.export.exporter import is_engine_export, is_export
 
     if Path(thing).expanduser().is_file():
         _inspect_stats(Path(thing).expanduser(), output)
     elif is_export(Path(thing).expanduser()):
         _inspect_export(Path(thing).expanduser(), output)
+    elif is_engine_export(Path(thing).expanduser()):
+        _inspect_engine_export(Path(thing).expanduser(), output)
     else:
         _inspect_model(thing, output)
 
 
 def _inspect_stats(path: Path, output: Output) -> None:
     from kvq.calib.stats import Stats
-    from kvq.report.tables import facts_table, stats_table
+    from kvq.report.stats_tables import stats_rows, stats_table
+    from kvq.report.tables import facts_table
 
     stats = Stats.load(path)
     data = stats.data.to_dict() if stats.data else {}
@@ -46,17 +49,6 @@ def _inspect_stats(path: Path, output: Output) -> None:
     } | {f"{package} version": text for package, text in stats.versions.items()}
     output.show(facts_table(f"Statistics {path.name}", facts), stats_table(stats_rows(stats)))
     output.write({"kind": "statistics"} | stats.provenance() | {"layers": stats_rows(stats)})
-
-
-def stats_rows(stats) -> list[dict[str, Any]]:
-    rows = []
-    for index, layer in stats.layers.items():
-        row: dict[str, Any] = {"layer": index, "tokens": layer.key.count}
-        for side in ("key", "value"):
-            channel = getattr(layer, side)
-            row[side] = {"absmax": channel.absmax.max().item(), "rms": channel.rms.square().mean().sqrt().item()}
-        rows.append(row)
-    return rows
 
 
 def _inspect_model(name: str, output: Output) -> None:
@@ -125,3 +117,29 @@ def _inspect_export(folder: Path, output: Output) -> None:
     }
     output.show(facts_table(f"Export {folder.name}", facts), memory_table(memory))
     output.write({"kind": "export", "recipe": plan.recipe.to_dict(), "memory": memory, "provenance": provenance})
+
+
+def _inspect_engine_export(folder: Path, output: Output) -> None:
+    from kvq.export.checkpoint import PROVENANCE
+    from kvq.export.manifest import read_manifest
+    from kvq.export.served import served_plan
+    from kvq.report.tables import facts_table
+
+    plan = served_plan(folder)
+    provenance = json.loads((folder / PROVENANCE).read_bytes())
+    scales = {
+        side: [group.codecs[side].scale for groups in plan.layers.values() for group in groups]
+        for side in ("key", "value")
+    }
+    facts = {
+        "target": provenance["target"],
+        "base model": provenance["base_model"],
+        "recipe": f"{plan.recipe.name}: {plan.recipe.summary}",
+        "scales": f"{2 * len(plan.layers)} in {len(plan.layers)} layers",
+        **{f"{side} scales": f"{min(found):.4g} to {max(found):.4g}" for side, found in scales.items()},
+        "statistics": (provenance["statistics"] or {}).get("sha256", "none needed"),
+        "written by": f"kvq {provenance['kvq_version']}",
+        "files": f"{len(read_manifest(folder)['files'])} in the manifest; 'kvq check' compares them",
+    }
+    output.show(facts_table(f"Engine export {folder.name}", facts))
+    output.write({"kind": "engine export", "recipe": plan.recipe.to_dict(), "scales": scales, "provenance": provenance})

@@ -11,6 +11,7 @@ def load_with_cache(name: str, recipe, stats: str | None):
     from kvq.calib.artefacts import fit_artefacts
     from kvq.calib.stats import Stats
     from kvq.export.exporter import is_export
+    from kvq.export.served import is_served, served_config, served_plan
     from kvq.integrations.runtime import install
     from kvq.models.describe import describe
     from kvq.models.resolve import (
@@ -28,13 +29,17 @@ def load_with_cache(name: str, recipe, stats: str | None):
             raise RecipeError(f"{name!r} is an export and brings its own recipe: leave --recipe out, or name its base.")
         check_weights(folder)
         return _load_export(folder), load_tokenizer(folder)
+    if recipe is None and is_served(folder):
+        model = load_model(folder, config=served_config(folder))
+        install(model, served_plan(folder))
+        return model, load_tokenizer(folder)
     spec = describe(load_config(folder))
     if recipe is None:
         return load_model(folder), load_tokenizer(folder)
     statistics = Stats.load(stats) if stats else None
     if statistics is not None:
         statistics.check_model(spec, weights_fingerprint(folder))
-    plan = make_plan(recipe, spec, fit_artefacts(recipe, spec, statistics) if statistics else None)
+    plan = make_plan(recipe, spec, fit_artefacts(recipe, spec, statistics, folder) if statistics else None)
     model = load_model(folder)
     install(model, plan)
     return model, load_tokenizer(folder)

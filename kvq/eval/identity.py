@@ -21,7 +21,7 @@ from kvq.models.rope import Rope
 
 # Parts of the package that decide answers. What is asked is in their names, and what is made of them is made anew.
 _DECIDING = ("cache", "integrations", "kernels", "models", "quantizers", "transforms")
-_DECIDING += ("recipe.py", "eval/likelihood.py")
+_DECIDING += ("fields.py", "codec_specs.py", "transform_specs.py", "specs.py", "recipe.py", "eval/likelihood.py")
 # What says how a folder came to be, and not what its model computes.
 _HISTORY = ("quantization_config", "transformers_version", "_name_or_path", "name_or_path")
 

@@ -1,5 +1,6 @@
 """The model card of an export: README.md with front matter."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ inputs = tokenizer("The KV cache", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0]))
 ```
 
-The weights are those of `{base}`, unchanged. What is quantized is the cache of keys and values, with the recipe
+The weights are those of `{base}`, {weights}. What is quantized is the cache of keys and values, with the recipe
 `{recipe}`{summary}.
 
 ## Recipe
@@ -49,28 +50,81 @@ Predicted bytes, exact tokens at 2 bytes a number, metadata included; {bits:.2f}
 loaded.
 """
 
+_PLAIN = """
+# {base}, with the transforms of {recipe} in its weights
 
-def model_card(plan: CachePlan, memory: MemoryPlan, provenance: dict[str, Any], licence: dict[str, str]) -> str:
+An ordinary checkpoint: it loads in any engine that runs `{base}`, without kvq, and gives the same outputs up to the
+rounding of its weights. Its keys and values are easier to quantize, so an engine's own 4- or 8-bit KV cache loses less.
+
+```python
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("...")  # this folder, or its id on the hub
+```
+
+## What changed
+
+{transforms_table}
+
+Checked when it was exported, against `{base}` on {tokens} tokens: with weights in float32 the logits differ by at most
+{error:.1e} of the largest; rounded to {dtype}, KL {kl:.1e} nats a token, and {top1:.1%} of the tokens have the same
+most likely successor.
+
+## Provenance
+
+{provenance_table}
+"""
+
+
+def plain_card(plan: CachePlan, check, provenance: Mapping[str, Any], licence: Mapping[str, str]) -> str:
+    """The card of a plain export. ``check``: a ``kvq.export.fold_check.FoldCheck``."""
+    base = provenance["base_model"]
+    front = front_matter(base, licence, ["kvq", "kv-cache", plan.recipe.name]) | {"base_model_relation": "finetune"}
+    rows = [
+        (side, " then ".join(step.kind for step in getattr(plan.recipe.transforms, side)) or "none")
+        for side in ("key", "value")
+    ]
+    body = _PLAIN.format(
+        base=base,
+        recipe=plan.recipe.name,
+        transforms_table=_table(("side", "transforms"), rows),
+        tokens=check.tokens,
+        error=check.error,
+        dtype=str(plan.model.dtype).removeprefix("torch."),
+        kl=check.kl,
+        top1=check.top1,
+        provenance_table=provenance_table(provenance),
+    )
+    return f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---\n{body}"
+
+
+def model_card(plan: CachePlan, memory: MemoryPlan, provenance: Mapping[str, Any], licence: Mapping[str, str]) -> str:
     """Write the card. ``licence``: front matter from ``licence_of``."""
     base = provenance["base_model"]
-    front = {
+    front = front_matter(base, licence, ["kvq", "kv-cache", "quantized", plan.recipe.name])
+    body = _BODY.format(
+        base=base,
+        recipe=plan.recipe.name,
+        summary=f" ({plan.recipe.summary})" if plan.recipe.summary else "",
+        weights="with exact transforms folded in" if plan.folded else "unchanged",
+        recipe_table=recipe_table(plan),
+        memory_table=_memory_table(memory),
+        bits=memory.bits_per_element,
+        provenance_table=provenance_table(provenance),
+    )
+    return f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---\n{body}"
+
+
+def front_matter(base: str, licence: Mapping[str, str], tags: list[str]) -> dict[str, Any]:
+    """The front matter of a card, as the hub reads it."""
+    return {
         "base_model": base,
         "base_model_relation": "quantized",
         "library_name": "transformers",
         **licence,
         "pipeline_tag": "text-generation",
-        "tags": ["kvq", "kv-cache", "quantized", plan.recipe.name],
+        "tags": tags,
     }
-    body = _BODY.format(
-        base=base,
-        recipe=plan.recipe.name,
-        summary=f" ({plan.recipe.summary})" if plan.recipe.summary else "",
-        recipe_table=_recipe_table(plan),
-        memory_table=_memory_table(memory),
-        bits=memory.bits_per_element,
-        provenance_table=_provenance_table(provenance),
-    )
-    return f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---\n{body}"
 
 
 def licence_of(folder: Path) -> dict[str, str]:
@@ -91,9 +145,12 @@ def _table(head: tuple[str, ...], rows: list[tuple]) -> str:
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
 
 
-def _recipe_table(plan: CachePlan) -> str:
+def recipe_table(plan: CachePlan) -> str:
+    """The recipe as a table of the card."""
     recipe = plan.recipe
     rows = [(side, _settings(getattr(recipe, side).to_dict())) for side in ("key", "value")]
+    for side, steps in recipe.transforms.to_dict().items():
+        rows.append((f"{side} transforms", " then ".join(_settings(step).removeprefix("kind ") for step in steps)))
     rows.append(("exact tokens", f"first {recipe.tokens.sinks}, last {recipe.tokens.window}"))
     rows += [(f"layers {pattern}", _override(override)) for pattern, override in recipe.layers.items()]
     if recipe.paper:
@@ -122,7 +179,8 @@ def _memory_table(memory: MemoryPlan) -> str:
     return _table(("tokens", "16-bit cache", memory.recipe, "smaller by"), rows)
 
 
-def _provenance_table(provenance: dict[str, Any]) -> str:
+def provenance_table(provenance: Mapping[str, Any]) -> str:
+    """Where an export comes from, as a table of the card."""
     stats = provenance["statistics"]
     rows = [
         ("base model", provenance["base_model"]),

@@ -1,7 +1,7 @@
 """The on-disk contract of an export: what is written beside the weights, and how it is read back.
 
     DIR/config.json                     the model's own, with ``quantization_config`` (FIELDS below)
-    DIR/*.safetensors, index            the model's own weights, unchanged
+    DIR/*.safetensors, index            the model's own weights, unchanged or with transforms folded in (``folded``)
     DIR/recipe.yaml                     the recipe, for people
     DIR/kvq/artefacts.safetensors       tensors that the recipe needs (``kvq.calib.artefacts``)
     DIR/kvq/provenance.json             where all this came from
@@ -52,6 +52,8 @@ FIELDS = {
     "files": dict,
     "copied": list,
 }
+# Only where there is something to say: by layer and side, how many transforms the weights have taken over.
+OPTIONAL_FIELDS = {"folded": dict}
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _EXPORT_AGAIN = "copy the whole folder again, or repeat 'kvq export'"
 
@@ -110,7 +112,13 @@ def build_config(
         "weights_fingerprint": weights_fingerprint,
         "files": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
         "copied": sorted(copied),
+        **_folded_field(plan),
     }
+
+
+def _folded_field(plan: CachePlan) -> dict[str, Any]:
+    folded = {str(index): dict(sides) for index, sides in sorted(plan.folded.items())}
+    return {"folded": folded} if folded else {}
 
 
 def check_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -131,12 +139,12 @@ def check_config(config: Mapping[str, Any]) -> dict[str, Any]:
             f"{SCHEMA_VERSION}: install the kvq that wrote it, or export again."
         )
     for name in config:
-        if name not in FIELDS:
+        if name not in FIELDS | OPTIONAL_FIELDS:
             raise CheckpointError(
                 f"quantization_config has the unknown field {name!r}, written by kvq {writer} (this is {__version__}): "
                 "install the kvq that wrote it, or export again."
             )
-    for name, kind in FIELDS.items():
+    for name, kind in (FIELDS | {k: v for k, v in OPTIONAL_FIELDS.items() if k in config}).items():
         if type(config.get(name)) is not kind:
             what = "lacks" if name not in config else f"has {config[name]!r} as"
             raise CheckpointError(f"quantization_config {what} {name!r}, a {kind.__name__}: {_EXPORT_AGAIN}.")
@@ -202,7 +210,26 @@ def plan_of(config: Mapping[str, Any], files: Mapping[str, bytes], spec: ModelSp
             f"this export was made for a model of another shape than this {spec.model_type!r}: take the config.json "
             "that was exported with it, or export this model."
         )
-    return make_plan(recipe, spec, _read_artefacts(files[ARTEFACTS], needed_artefacts(recipe, spec)))
+    artefacts = _read_artefacts(files[ARTEFACTS], needed_artefacts(recipe, spec))
+    return make_plan(recipe, spec, artefacts, _folded(config.get("folded", {}), recipe, spec))
+
+
+def _folded(data: Mapping[str, Any], recipe: Recipe, spec: ModelSpec) -> dict[int, dict[str, int]]:
+    """Steps that the weights have taken over, by layer and side, checked against the recipe."""
+    found = {}
+    for index, sides in data.items():
+        steps = {"key": 0, "value": 0}
+        if index.isdigit() and int(index) < len(spec.layers):
+            transforms = recipe.for_head(int(index), 0, len(spec.layers)).transforms
+            steps = {side: len(getattr(transforms, side)) for side in steps}
+        counts = sides if isinstance(sides, dict) else {}
+        if not counts or any(type(n) is not int or not 1 <= n <= steps.get(side, 0) for side, n in counts.items()):
+            raise CheckpointError(
+                f"quantization_config says that layer {index!r} has folded {sides!r}, which its recipe does not have: "
+                f"{_EXPORT_AGAIN}."
+            )
+        found[int(index)] = dict(counts)
+    return found
 
 
 def _own_spec(config: Mapping[str, Any], folder: Path, model_config: PretrainedConfig) -> ModelSpec:

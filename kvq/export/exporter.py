@@ -1,51 +1,66 @@
-"""Write an export: the model's own weights, untouched, beside what kvq adds.
+"""Write an export: the model's weights, beside what kvq adds for one target.
 
-No weight is read into memory: shards are hard-linked where the file system can, else copied. The folder appears whole
-or not at all (``kvq.export.atomic``), and the same inputs give the same bytes.
+Weights are untouched, or have taken over the first transforms of the recipe (``kvq.transforms.plan``). Untouched files
+are hard-linked where the file system can, else copied; changed ones are streamed (``kvq.export.shards``). The folder
+appears whole or not at all (``kvq.export.atomic``), and the same inputs give the same bytes.
 """
 
 import errno
 import hashlib
 import json
-import os
 import re
-import shutil
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from kvq.cache import CachePlan, make_plan
+from kvq.cache import make_plan
 from kvq.calib.artefacts import fit_artefacts, needed_artefacts
 from kvq.calib.stats import Stats
 from kvq.errors import CheckpointError
 from kvq.export.atomic import recover, whole_folder
-from kvq.export.card import licence_of, model_card
-from kvq.export.checkpoint import QUANT_METHOD, build_config, provenance_of, shard_index, side_files, to_json
-from kvq.export.memory import memory_plan
+from kvq.export.card import licence_of
+from kvq.export.checkpoint import QUANT_METHOD, provenance_of, to_json
+from kvq.export.engines import find_release
+from kvq.export.fold_check import check_folds
+from kvq.export.folding import fold_lines, plan_of_folds, refuse_second_fold
+from kvq.export.manifest import MANIFEST, Progress, build_manifest
+from kvq.export.shards import place_weights
+from kvq.export.targets import TARGETS, Job, Target, find_target
+from kvq.export.targets.scheme import engine_view
 from kvq.models.builtin import BUILTIN, MODEL_NAME
 from kvq.models.describe import ModelSpec, describe
-from kvq.models.resolve import INDEX_FILE, check_weights, load_config, resolve_model, weights_fingerprint
+from kvq.models.resolve import load_config, resolve_model, weights_fingerprint
 from kvq.recipe import Recipe, load_recipe
+from kvq.transforms.plan import FoldPlan
 
 # Files of the base model that belong to it beside the weights. Everything else in a folder (other formats, code,
 # training state) stays behind.
 _COMPANIONS = (
     "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
     "tekken.json", "*.model", "*.tiktoken", "chat_template*", "additional_chat_templates/*", "*processor*.json",
-    "LICENSE*", "NOTICE*", "USE_POLICY*",
+    "LICENSE*", "NOTICE*", "USE_POLICY*", "hf_quant_config.json",
 )  # fmt: skip
+KVQ_TARGET = "kvq"
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportResult:
-    """What an export wrote. ``path``: the folder; ``linked``/``copied``: weight files by how they came there."""
+    """What an export wrote.
+
+    path                     the folder.
+    linked, copied, folded   weight files by how they came there.
+    folds                    what became of the transforms, one line for layers that are alike.
+    check                    original and folded logits compared (``kvq.export.fold_check``); None without folds.
+    """
 
     path: str
+    target: str
     recipe: str
     recipe_hash: str
     model_fingerprint: str
@@ -53,6 +68,9 @@ class ExportResult:
     bits_per_element: float
     linked: int
     copied: int
+    folded: int
+    folds: tuple[str, ...]
+    check: dict[str, Any] | None
     files: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
@@ -64,51 +82,92 @@ def export(
     recipe: Recipe | str | Path,
     out: str | Path,
     *,
+    target: str = "kvq",
     stats: Stats | str | Path | None = None,
+    other_weights: bool = False,
     force: bool = False,
     base_name: str | None = None,
+    fold: bool = True,
+    progress: Progress | None = None,
 ) -> ExportResult:
     """Write ``model`` with ``recipe`` to the new folder ``out``.
 
-    model       ``builtin``, a folder or a hub id, as ``kvq.models.resolve.resolve_model`` takes it.
-    stats       statistics or their file; needed by calibrated float8 only.
-    force       replace an export that is already there; nothing else is ever replaced.
-    base_name   name of the base model in card and provenance; by default the hub id or the folder's name.
+    model           ``builtin``, a folder or a hub id, as ``kvq.models.resolve.resolve_model`` takes it.
+    target          for whom: a name of ``kvq.export.targets.TARGETS``.
+    stats           statistics or their file, for recipes that need them.
+    other_weights   take statistics of other weights of the same shape, such as those of the base model of a checkpoint
+                    with quantized weights.
+    force           replace an export that is already there; nothing else is ever replaced.
+    base_name       name of the base model in card and provenance; by default the hub id or the folder's name.
+    fold            False leaves the weights alone; transforms are then applied while the model runs.
+    progress        called with (bytes hashed, bytes in all) while a manifest is made.
 
-    Raises CheckpointError for a target or source that cannot be used and if writing fails (nothing is left then),
-    RecipeError, UnsupportedModelError or ModelNotFoundError as recipe, model and plan demand.
+    Raises CheckpointError for a target or source that cannot be used, for folds that change the model's logits, and if
+    writing fails (nothing is left then), RecipeError, UnsupportedModelError or ModelNotFoundError as recipe, model and
+    plan demand.
     """
-    recipe = load_recipe(recipe)
-    source, target = resolve_model(model).resolve(), Path(out).expanduser().resolve()
-    config = _source_config(source)
+    recipe, to = load_recipe(recipe), find_target(target)
+    source, folder = resolve_model(model).resolve(), Path(out).expanduser().resolve()
+    config = _source_config(source, to)
     spec = describe(load_config(source))
     fingerprint = weights_fingerprint(source)
-    artefacts, origin = _artefacts(stats, recipe, spec, fingerprint)
-    plan = make_plan(recipe, spec, artefacts)
+    loaded = stats if stats is None or isinstance(stats, Stats) else Stats.load(stats)
+    if loaded is not None:
+        loaded.check_model(spec, None if other_weights else fingerprint)
+    view = _view(to, spec, loaded)
+    artefacts, origin = _artefacts(loaded, stats, recipe, view, source)
+    plan = make_plan(recipe, view, artefacts)
+    folds = plan_of_folds(plan, source) if fold else FoldPlan()
+    refuse_second_fold(config, folds)
+    plan = make_plan(recipe, view, artefacts, folds.folded)
     provenance = provenance_of(
         plan, base_name=base_name or _base_name(model, source), weights_fingerprint=fingerprint, stats=origin
-    )
+    ) | {"model_fingerprint": spec.fingerprint}
     try:
-        recover(target)
-        _check_target(target, source, force)
-        contents = _contents(source, config, plan, artefacts, provenance)
-        with whole_folder(target, replace=force) as work:
-            linked, copied = _place_weights(source, work)
+        recover(folder)
+        _check_target(folder, source, force)
+        check = check_folds(source, folds.operations, spec.dtype) if folds.operations else None
+        job = Job(
+            source=source,
+            config=config,
+            model=spec,
+            plan=plan,
+            artefacts=artefacts,
+            companions=_companions(source),
+            provenance=provenance,
+            licence=licence_of(source),
+            folder=folder.name,
+            weights=fingerprint,
+            folds=folds,
+            check=check,
+        )
+        contents = {**job.companions, **to.contents(to, job)}
+        with whole_folder(folder, replace=force) as work:
+            counts = place_weights(to.weights(source), work, folds.operations)
+            if folds.operations:
+                # Only now are the weights known that the config names.
+                job = replace(job, weights=weights_fingerprint(work))
+                contents = {**job.companions, **to.contents(to, job)}
             for name, content in contents.items():
                 (work / name).parent.mkdir(exist_ok=True)
                 (work / name).write_bytes(content)
+            if to.manifest:
+                known = _known_hashes(to.weights(source))
+                (work / MANIFEST).write_bytes(build_manifest(work, to.name, known, progress))
             files = tuple(sorted(str(path.relative_to(work)) for path in work.rglob("*") if path.is_file()))
     except OSError as error:
         raise _write_error(error, out) from None
     return ExportResult(
         path=str(out),
+        target=to.name,
         recipe=recipe.name,
         recipe_hash=recipe.hash,
         model_fingerprint=spec.fingerprint,
-        weights_fingerprint=fingerprint,
+        weights_fingerprint=job.weights,
         bits_per_element=plan.bits_per_element,
-        linked=linked,
-        copied=copied,
+        **counts,
+        folds=tuple(fold_lines(plan, folds)),
+        check=check.to_dict() if check else None,
         files=files,
     )
 
@@ -122,8 +181,13 @@ def is_export(folder: Path) -> bool:
         return False
 
 
-def _source_config(source: Path) -> dict[str, Any]:
-    """The source's config.json as plain data; refuses weights or caches that are quantized already."""
+def is_engine_export(folder: Path) -> bool:
+    """True if kvq exported a folder for serving engines."""
+    return (folder / MANIFEST).is_file()
+
+
+def _source_config(source: Path, target: Target) -> dict[str, Any]:
+    """The source's config.json as plain data; refuses caches, and weights, that the target cannot take as they are."""
     try:
         config = json.loads((source / "config.json").read_bytes())
         nested = config.get("text_config") or {}
@@ -135,12 +199,29 @@ def _source_config(source: Path) -> dict[str, Any]:
         ) from None
     if method == QUANT_METHOD:
         raise CheckpointError(f"model {source.name!r} is a kvq export already: export its base model instead.")
-    if quantized:
-        raise CheckpointError(
+    if quantized and method not in target.formats:
+        raise CheckpointError(_refused_weights(source, method, target))
+    # A cache_implementation there would make generate build another cache than the one that is exported.
+    return {key: value for key, value in config.items() if key != "cache_implementation"}
+
+
+def _refused_weights(source: Path, method: str, target: Target) -> str:
+    takes = [name for name, other in TARGETS.items() if method in other.formats]
+    if target.name == KVQ_TARGET:
+        way = f"use --target {takes[0]}" if takes else "run it with kvq.quantized_cache"
+        return (
             f"model {source.name!r} has weights quantized by {method!r}, and an export has room for one quant_method: "
-            "export the unquantized base model, or run this one with kvq.quantized_cache."
+            f"export the unquantized base model, or {way}."
         )
-    return config
+    if not target.formats:
+        return (
+            f"model {source.name!r} has weights quantized by {method!r}, and transforms fold into unquantized weights "
+            "only: export the base model and quantize its weights afterwards."
+        )
+    release = find_release(target.engines[0])
+    why = release.refused.get(method, f"the target {target.name!r} stores KV scales in another format")
+    way = f"use --target {takes[0]}" if takes else "quantize the weights to compressed-tensors instead"
+    return f"model {source.name!r} has weights quantized by {method!r}: {release.title}: {why}; {way}."
 
 
 def _check_target(target: Path, source: Path, force: bool) -> None:
@@ -152,22 +233,26 @@ def _check_target(target: Path, source: Path, force: bool) -> None:
         return
     if not force:
         raise CheckpointError(f"output {str(target)!r} exists: choose another folder, or replace it with --force.")
-    if not target.is_dir() or (any(target.iterdir()) and not is_export(target)):
+    ours = target.is_dir() and (is_export(target) or is_engine_export(target))
+    if not target.is_dir() or (any(target.iterdir()) and not ours):
         raise CheckpointError(
             f"output {str(target)!r} exists and is no kvq export, so --force does not replace it: choose another "
             "folder, or remove it yourself."
         )
 
 
+def _view(target: Target, spec: ModelSpec, stats: Stats | None) -> ModelSpec:
+    """The model as the target sees it: with its sliding-window layers if those are quantized and were measured."""
+    view = engine_view(spec) if target.sliding else spec
+    measured = stats is None or all(layer.index in stats.layers for layer in view.full_layers)
+    return view if measured else spec
+
+
 def _artefacts(
-    stats: Stats | str | Path | None, recipe: Recipe, spec: ModelSpec, fingerprint: str
+    loaded: Stats | None, stats: Stats | str | Path | None, recipe: Recipe, spec: ModelSpec, source: Path
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any] | None]:
     """Artefacts and the identity of the statistics they come from; neither if the recipe needs none."""
-    if stats is None:
-        return {}, None
-    loaded = stats if isinstance(stats, Stats) else Stats.load(stats)
-    loaded.check_model(spec, fingerprint)
-    if not needed_artefacts(recipe, spec):
+    if loaded is None or not needed_artefacts(recipe, spec):
         return {}, None
     if isinstance(stats, Stats):
         with tempfile.TemporaryDirectory() as folder:
@@ -176,7 +261,7 @@ def _artefacts(
             digest = hashlib.sha256(file.read_bytes()).hexdigest()
     else:
         digest = hashlib.sha256(Path(stats).read_bytes()).hexdigest()
-    return fit_artefacts(recipe, spec, loaded), {**loaded.provenance(), "sha256": digest}
+    return fit_artefacts(recipe, spec, loaded, source), {**loaded.provenance(), "sha256": digest}
 
 
 def _base_name(model: str | Path, source: Path) -> str:
@@ -188,28 +273,16 @@ def _base_name(model: str | Path, source: Path) -> str:
     return text if is_hub_id else source.name
 
 
-def _contents(
-    source: Path,
-    config: Mapping[str, Any],
-    plan: CachePlan,
-    artefacts: Mapping[str, torch.Tensor],
-    provenance: dict[str, Any],
-) -> dict[str, bytes]:
-    """Every file of the export except the weights, by name."""
-    contents = {}
+def _companions(source: Path) -> dict[str, bytes]:
+    """Files of the base model that belong to an export beside the weights, by name."""
+    found = {}
     for pattern in _COMPANIONS:
         for file in sorted(source.glob(pattern)):
             if file.is_file():
-                contents[str(file.relative_to(source))] = file.read_bytes()
-    if "generation_config.json" in contents:
-        contents["generation_config.json"] = _own_cache(contents["generation_config.json"])
-    side = side_files(plan, artefacts, provenance)
-    ours = build_config(plan, weights_fingerprint=provenance["weights_fingerprint"], files=side, copied=tuple(contents))
-    plain = {key: value for key, value in config.items() if key != "cache_implementation"}
-    contents["config.json"] = to_json({**plain, "quantization_config": ours})
-    contents[INDEX_FILE] = shard_index(source)
-    card = model_card(plan, memory_plan(plan.model, plan.recipe), provenance, licence_of(source))
-    return contents | side | {"README.md": card.encode()}
+                found[str(file.relative_to(source))] = file.read_bytes()
+    if "generation_config.json" in found:
+        found["generation_config.json"] = _own_cache(found["generation_config.json"])
+    return found
 
 
 def _own_cache(content: bytes) -> bytes:
@@ -225,19 +298,10 @@ def _own_cache(content: bytes) -> bytes:
     return to_json({k: v for k, v in data.items() if k not in ("cache_implementation", "cache_config")})
 
 
-def _place_weights(source: Path, work: Path) -> tuple[int, int]:
-    """Link or copy the shards; returns how many of each."""
-    linked = copied = 0
-    for file in check_weights(source):
-        # The hub cache holds symbolic links, and a hard link to one of those would not outlive the cache.
-        real = file.resolve()
-        try:
-            os.link(real, work / file.name)
-            linked += 1
-        except OSError:
-            shutil.copyfile(real, work / file.name)
-            copied += 1
-    return linked, copied
+def _known_hashes(files: Mapping[str, Path]) -> dict[str, str]:
+    """SHA-256 of shards that come from the hub cache, which names its files by it."""
+    real = {name: file.resolve() for name, file in files.items()}
+    return {n: p.name for n, p in real.items() if p.parent.name == "blobs" and _SHA256.fullmatch(p.name)}
 
 
 def _write_error(error: OSError, out: str | Path) -> CheckpointError:

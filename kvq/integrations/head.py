@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from kvq.integrations.runtime import decoder_of
+from kvq.models.decoder import decoder_of
 
 # Logits held at once.
 BLOCK_NUMBERS = 1 << 24

@@ -42,4 +42,7 @@ class _AfterImport(MetaPathFinder):
 
 
 def _register() -> None:
-    importlib.import_module("kvq.integrations.transformers").register()
+    module = importlib.import_module("kvq.integrations.transformers")
+    # ``kvq.load`` imports that module first, and transformers in the middle of it: it then registers itself at its end.
+    if hasattr(module, "register"):
+        module.register()

@@ -12,6 +12,7 @@ from transformers.utils import logging
 from kvq.cache import CachePlan, make_plan, pack_cache, packed_layers
 from kvq.errors import CacheError, UnsupportedModelError
 from kvq.integrations import attention
+from kvq.models.decoder import decoder_of
 from kvq.models.describe import describe, text_config
 from kvq.recipe import Recipe, load_recipe
 
@@ -109,12 +110,6 @@ def new_cache(model: PreTrainedModel) -> DynamicCache:
     cache = DynamicCache(config=text_config(model.config))
     pack_cache(cache, model.kvq.plan)
     return cache
-
-
-def decoder_of(model: PreTrainedModel) -> torch.nn.Module:
-    """The module that owns the decoder layers and builds a cache if it is given none."""
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
-    return decoder if decoder is not None and decoder is not model else model.base_model
 
 
 def _prepare_cache(model, generation_config, model_kwargs, *args, **kwargs):

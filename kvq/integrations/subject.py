@@ -13,6 +13,7 @@ from kvq.calib.stats import Stats
 from kvq.errors import RecipeError
 from kvq.export.checkpoint import PROVENANCE
 from kvq.export.exporter import is_export
+from kvq.export.served import is_served, served_config, served_plan
 from kvq.models.describe import describe
 from kvq.models.resolve import load_config, load_model, load_tokenizer, resolve_model, weights_fingerprint
 from kvq.recipe import Recipe, load_recipe
@@ -57,6 +58,8 @@ def load_subject(
 ) -> Subject:
     """Load an export with its own recipe, or any model with ``recipe`` (None: fp16, nothing quantized).
 
+    An export for a serving engine is loaded with the FP8 cache that the engine would keep.
+
     stats   statistics of this model, or their file, for a recipe that needs them.
     dtype   as ``kvq.models.resolve.load_model`` takes it.
 
@@ -73,6 +76,9 @@ def load_subject(
             )
         loaded = load_model(folder, dtype=dtype)
         plan = loaded.kvq.plan
+    elif recipe is None and is_served(folder):
+        loaded = load_model(folder, dtype=dtype, config=served_config(folder))
+        plan = served_plan(folder)
     else:
         chosen = load_recipe(recipe or "fp16")
         plan = make_plan(chosen, spec, _artefacts(chosen, stats, spec, folder))
@@ -87,4 +93,4 @@ def _artefacts(recipe: Recipe, stats: Stats | str | Path | None, spec, folder: P
         return None
     stats = stats if isinstance(stats, Stats) else Stats.load(stats)
     stats.check_model(spec, weights_fingerprint(folder))
-    return fit_artefacts(recipe, spec, stats)
+    return fit_artefacts(recipe, spec, stats, folder)

@@ -227,3 +227,6 @@ def write_saved(folder: Path, model) -> None:
     work = folder / ".config.json.kvq-tmp"
     work.write_bytes(to_json(config))
     os.replace(work, folder / "config.json")
+
+
+register()

@@ -16,7 +16,8 @@ from kvq.cache.branches import Branches
 from kvq.cache.two_view import MODES, Schedule, two_view_attend
 from kvq.errors import CacheError, DataError, UnsupportedModelError
 from kvq.integrations.attention import kvq_attention, options_of
-from kvq.integrations.runtime import decoder_of, positions_of
+from kvq.integrations.runtime import positions_of
+from kvq.models.decoder import decoder_of
 from kvq.models.describe import describe
 
 __all__ = ["MODES", "NAME", "two_view"]

@@ -57,12 +57,15 @@ def _unpack_field(words: torch.Tensor, f: int, bits: int) -> torch.Tensor:
     return word >> bits * f & (1 << bits) - 1
 
 
-def float_tile(words: torch.Tensor, layout: SideLayout, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def float_tile(
+    words: torch.Tensor, layout: SideLayout, dtype: torch.dtype, levels: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Unpack pages for attention, tokens innermost: (tile, factors).
 
-    words    [B, K, P, rows, container words, width] int16 for affine, [B, K, P, tokens, head_dim] uint8 for e4m3.
-    tile     [parts, B, K, head_dim, P * rows] in ``dtype``: code times ``factors``. Token (part, page, row) is token
-             ``part * rows + row`` of its page.
+    words    [B, K, P, rows, container words, width] int16 for planes, [B, K, P, tokens, head_dim] uint8 for e4m3.
+    levels   book: what the codes name, [2^bits].
+    tile     [parts, B, K, head_dim, P * rows] in ``dtype``: code (book: its level) times ``factors``. Token (part,
+             page, row) is token ``part * rows + row`` of its page.
     factors  [parts, head_dim] powers of two: every field is left where its mask finds it, which saves the shifts.
     """
     if layout.format == "e4m3":
@@ -75,7 +78,21 @@ def float_tile(words: torch.Tensor, layout: SideLayout, dtype: torch.dtype) -> t
     fields = torch.empty(shape, dtype=torch.int16, device=words.device)
     for f in range(FIELDS[layout.bits]):
         _mask_field(words, f, layout.bits, fields[f // layout.chunks, :, :, f % layout.chunks])
-    return fields.to(dtype).flatten(3, 4), _factors(layout, dtype, words.device)
+    factors = _factors(layout, dtype, words.device)
+    if layout.format == "book":
+        return _named(fields, layout, levels.to(dtype)).flatten(3, 4), torch.ones_like(factors)
+    return fields.to(dtype).flatten(3, 4), factors
+
+
+def _named(fields: torch.Tensor, layout: SideLayout, levels: torch.Tensor) -> torch.Tensor:
+    """Levels of masked fields [parts, B, K, chunks, width, tokens], one lookup a field."""
+    out = torch.empty(fields.shape, dtype=levels.dtype, device=fields.device)
+    for f in range(FIELDS[layout.bits]):
+        where = f // layout.chunks, slice(None), slice(None), f % layout.chunks
+        codes = fields[where].to(torch.int32)
+        shift = 0 if _shifted_down(f, layout.bits) else _lowest_bit(f, layout.bits)
+        out[where] = levels[codes >> shift if shift else codes]
+    return out
 
 
 @lru_cache(maxsize=256)

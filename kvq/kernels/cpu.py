@@ -30,7 +30,7 @@ def unavailable() -> str | None:
 @lru_cache(maxsize=256)
 def supports(layout: PageLayout) -> bool:
     """True for layouts whose numbers are code * scale + minimum, or e4m3 bytes."""
-    return all(side.format in ("affine", "e4m3") and not side.extras for side in (layout.key, layout.value))
+    return layout.key.is_plain and layout.value.is_plain
 
 
 @lru_cache(maxsize=2)

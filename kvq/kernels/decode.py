@@ -5,7 +5,8 @@ Scale and minimum are folded as far as the algebra allows (quantizer c*s + m, qu
     axis token     score_t = s_t * (q . c_t) + m_t * sum(q)          out = sum_t (p_t s_t) c_t + sum_t p_t m_t
     axis channel   codes are scaled in place, the minimum is one dot per token group
 
-so a page is never expanded beyond one tile of planes. Shapes: B rows, K KV heads, M queries that share a KV head
+so a page is never expanded beyond one tile of planes. A codebook is the same with levels in the place of codes, and may
+have no metadata at all. Shapes: B rows, K KV heads, M queries that share a KV head
 (group x query tokens), P pages, T = P * page_tokens, D head_dim.
 """
 
@@ -19,29 +20,31 @@ from kvq.kernels.spec import SideLayout
 Partial = tuple[torch.Tensor, torch.Tensor]
 
 
-def has_products(layout: SideLayout) -> bool:
-    """True if the two products below serve a layout; others are dequantized tile by tile."""
-    return layout.format in ("affine", "e4m3") and not layout.extras
-
-
 def page_scores(
-    q_BKMD: torch.Tensor, words: torch.Tensor, meta: torch.Tensor | None, layout: SideLayout, scale: float = 1.0
+    q_BKMD: torch.Tensor,
+    words: torch.Tensor,
+    meta: torch.Tensor | None,
+    layout: SideLayout,
+    scale: float = 1.0,
+    levels: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return q . k for every token of the pages, [B, K, M, T], in the dtype of q.
 
-    words [B, K, P, *layout.words_shape], meta [B, K, P, rows, *layout.meta.shape] (fp16; None for e4m3), scale: static
-    scale (e4m3).
+    words    [B, K, P, *layout.words_shape]
+    meta     (scale, minimum or offset) of every group, [B, K, P, rows, groups or channels, 2]; None for none
+    scale    static scale (e4m3)
+    levels   book: what the codes name, [2^bits]
     """
-    tile, factors = float_tile(words, layout, q_BKMD.dtype)
+    tile, factors = float_tile(words, layout, q_BKMD.dtype, levels)
     weight = (scale / factors).view(-1, 1, 1, 1, layout.head_dim)
-    if _by_channel(layout):
+    if meta is None:
+        return _token_order((q_BKMD * weight) @ tile, layout)
+    if layout.axis == "channel":
         _scale_channels(tile, meta, factors, layout)
         scores = _token_order(q_BKMD @ tile, layout)
         minimum = meta[..., 1].to(q_BKMD.dtype).flatten(2, 3)
         scores.unflatten(-1, (-1, layout.group)).add_((q_BKMD @ minimum.transpose(-1, -2)).unsqueeze(-1))
         return scores
-    if layout.format == "e4m3":
-        return _token_order((q_BKMD * weight) @ tile, layout)
     groups = (layout.head_dim // layout.group, layout.group)
     query = (q_BKMD * weight).unflatten(-1, groups).transpose(-3, -2)
     raw = _token_order(query @ tile.unflatten(-2, groups), layout)  # [B, K, groups, M, T]
@@ -51,18 +54,23 @@ def page_scores(
 
 
 def page_weighted_sum(
-    p_BKMT: torch.Tensor, words: torch.Tensor, meta: torch.Tensor | None, layout: SideLayout, scale: float = 1.0
+    p_BKMT: torch.Tensor,
+    words: torch.Tensor,
+    meta: torch.Tensor | None,
+    layout: SideLayout,
+    scale: float = 1.0,
+    levels: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return sum_t p_t v_t, [B, K, M, D], in the dtype of p. Arguments as for ``page_scores``."""
-    tile, factors = float_tile(words, layout, p_BKMT.dtype)
+    tile, factors = float_tile(words, layout, p_BKMT.dtype, levels)
     weight = (scale / factors).view(-1, 1, 1, 1, layout.head_dim)
-    if _by_channel(layout):
+    if meta is None:
+        return ((_part_order(p_BKMT, layout) @ tile.transpose(-1, -2)) * weight).sum(0)
+    if layout.axis == "channel":
         _scale_channels(tile, meta, factors, layout)
         out = (_part_order(p_BKMT, layout) @ tile.transpose(-1, -2)).sum(0)
         minimum = meta[..., 1].to(p_BKMT.dtype).flatten(2, 3)
         return out + p_BKMT.unflatten(-1, (-1, layout.group)).sum(-1) @ minimum
-    if layout.format == "e4m3":
-        return ((_part_order(p_BKMT, layout) @ tile.transpose(-1, -2)) * weight).sum(0)
     step, minimum = _token_meta(meta, p_BKMT.dtype)
     groups = (layout.head_dim // layout.group, layout.group)
     weights = _part_order(p_BKMT.unsqueeze(2) * step.unsqueeze(3), layout)  # [parts, B, K, groups, M, P * rows]
@@ -94,10 +102,6 @@ def merge_partials(partials: list[Partial]) -> torch.Tensor:
         return outputs[0]
     share = torch.softmax(torch.stack(lses), dim=0)
     return sum(o * w.unsqueeze(-1) for o, w in zip(outputs, share))
-
-
-def _by_channel(layout: SideLayout) -> bool:
-    return layout.format == "affine" and layout.axis == "channel"
 
 
 def _token_order(scores: torch.Tensor, layout: SideLayout) -> torch.Tensor:

@@ -22,11 +22,28 @@ Fields within a word (little-endian):
     2 bits   bits 2f, 2f+1
     e4m3     not a plane layout: bytes in channel order, as hardware converts adjacent pairs
 
-A side's other numbers are *sections*: each has one row for every ``tokens`` consecutive tokens. Affine codes have the
-section ``meta``, one (scale, minimum) pair of fp16 numbers per group: rows ``[groups, 2]`` of one token for axis token,
-rows ``[head_dim, 2]`` of a token group for axis channel. A code c stands for ``c * scale + minimum``. The scale of e4m3
-is one static number per tensor and lives outside the page. Further sections follow the four of the record, keys before
-values, each aligned alike. A section that all heads share lies in a second record per page, beside the heads' records.
+What a code c stands for depends on the format:
+
+    affine   c * scale + minimum
+    book     level[c] * scale + offset, with a static table of 2^bits levels per side outside the page
+    e4m3     the number, times one static scale per side outside the page
+    signs    bits of a code are signs of random projections (``kvq/quantizers/sketch.py``)
+    sections no words: the codec keeps its codes in sections (``kvq/quantizers/tiers.py``)
+
+A side's other numbers are *sections*: each has one row for every ``tokens`` consecutive tokens. The section ``meta``
+holds the ``meta_terms`` numbers of every group, for 2 terms (scale, minimum or offset), for 1 the scale: rows
+``[groups, terms]`` of one token for axis token, rows ``[head_dim, terms]`` of a token group for axis channel. They are
+fp16 numbers, or bytes as ``META_FORMATS`` says (``kvq/quantizers/meta.py`` turns them into numbers). A codec without
+metadata has no such section. Further sections follow the four of the record, keys before values, each aligned alike. A
+section that all heads share lies in a second record per page, beside the heads' records.
+
+Codecs that are wrapped add sections of these names, on the side that they wrap (``kvq/quantizers``):
+
+    norm                            token lengths: the decoded token is multiplied by it
+    sign_bits, sign_norm            a one-bit sketch of what the codec left over
+    length, outlier_signs, outlier_channels   of sketches (``sketch.py``)
+    low_rank_token, low_rank_block  factors A [tokens, rank] and B [head_dim, rank] of a block: A B^T is added
+    outlier_index, outlier_value    numbers that are added at their index, after everything else
 """
 
 import itertools
@@ -40,6 +57,9 @@ DEFAULT_PAGE_TOKENS = 64
 FIELDS = {2: 8, 3: 16, 4: 4, 8: 2}
 CONTAINER_WORDS = {2: 1, 3: 3, 4: 1, 8: 1}
 SECTION_BYTES = {"float16": 2, "uint8": 1, "int16": 2}
+PLANE_FORMATS = ("affine", "book", "signs")
+# dtype of the section ``meta``: numbers, or bytes that stand for them.
+META_FORMATS = {"float16": "float16", "e4m3": "uint8", "e8m0": "uint8", "zero8": "uint8", "range8": "uint8"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,9 +89,14 @@ class Section:
 class SideLayout:
     """Layout of one side (K or V) of a page.
 
-    format   ``affine`` (planes of ``bits``-bit codes) or ``e4m3``.
-    axis     ``token`` or ``channel`` (affine), group: numbers that share a scale.
-    extras   sections beside ``meta``.
+    format        ``affine``, ``book`` and ``signs`` (planes of ``bits``-bit codes), ``e4m3``, or ``sections`` (no
+                  words: everything lies in ``extras``).
+    axis, group   numbers that share metadata: ``group`` channels of a token, or ``group`` tokens of a channel.
+    meta_terms    numbers of metadata per group: 2, 1, or 0 for none.
+    meta_format   a key of ``META_FORMATS``.
+    meta_shared   the group is all heads' numbers of a token, and ``group`` is head_dim.
+    permuted      stored channels are not the model's: they have changed places among the heads.
+    extras        sections beside ``meta``.
     """
 
     format: str
@@ -80,19 +105,24 @@ class SideLayout:
     page_tokens: int
     axis: str = "token"
     group: int = 0
+    meta_terms: int = 2
+    meta_format: str = "float16"
+    meta_shared: bool = False
+    permuted: bool = False
     extras: tuple[Section, ...] = ()
 
     def __post_init__(self):
         assert self.head_dim % ATOM == 0, self
         assert all(self.page_tokens % section.tokens == 0 for section in self.extras), self
-        if self.format == "affine":
+        if self.format in PLANE_FORMATS:
             assert self.page_tokens % self.parts == 0, self
+        if self.meta is not None:
             assert (self.head_dim if self.axis == "token" else self.page_tokens) % self.group == 0, self
 
     @property
     def chunks(self) -> int:
         """Channel slices of one token, each ``width`` wide."""
-        return 1 if self.format == "e4m3" else math.gcd(self.head_dim // ATOM, FIELDS[self.bits])
+        return math.gcd(self.head_dim // ATOM, FIELDS[self.bits]) if self.format in PLANE_FORMATS else 1
 
     @property
     def width(self) -> int:
@@ -102,7 +132,7 @@ class SideLayout:
     @property
     def parts(self) -> int:
         """Tokens that share a row of containers."""
-        return 1 if self.format == "e4m3" else FIELDS[self.bits] // self.chunks
+        return FIELDS[self.bits] // self.chunks if self.format in PLANE_FORMATS else 1
 
     @property
     def rows(self) -> int:
@@ -110,9 +140,11 @@ class SideLayout:
 
     @property
     def words_shape(self) -> tuple[int, ...]:
-        """Shape of a page's words as int16 (affine) or of its bytes (e4m3)."""
+        """Shape of a page's words as int16 (planes) or of its bytes (e4m3)."""
         if self.format == "e4m3":
             return (self.page_tokens, self.head_dim)
+        if self.format == "sections":
+            return (self.page_tokens, 0)
         return (self.rows, CONTAINER_WORDS[self.bits], self.width)
 
     @property
@@ -121,12 +153,22 @@ class SideLayout:
 
     @property
     def meta(self) -> Section | None:
-        """The section of scales and minima; None for e4m3."""
-        if self.format == "e4m3":
+        """The section of scales and minima; None where a codec has none."""
+        if self.format in ("e4m3", "sections") or not self.meta_terms:
             return None
+        dtype = META_FORMATS[self.meta_format]
         if self.axis == "token":
-            return Section(name="meta", shape=(self.head_dim // self.group, 2))
-        return Section(name="meta", shape=(self.head_dim, 2), tokens=self.group)
+            shape = (self.head_dim // self.group, self.meta_terms)
+            return Section(name="meta", shape=shape, dtype=dtype, shared=self.meta_shared)
+        return Section(name="meta", shape=(self.head_dim, self.meta_terms), dtype=dtype, tokens=self.group)
+
+    @property
+    def is_plain(self) -> bool:
+        """True for the layouts that need no more than codes and fp16 pairs: what the basic kernels serve."""
+        if self.extras or self.permuted:
+            return False
+        plain_meta = (self.meta_terms, self.meta_format, self.meta_shared) == (2, "float16", False)
+        return self.format == "e4m3" or (self.format == "affine" and plain_meta)
 
     @property
     def sections(self) -> tuple[Section, ...]:

@@ -239,10 +239,14 @@ def load_model(
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
     attn_implementation: str | None = None,
+    device_map: str | dict | None = None,
+    config: PretrainedConfig | None = None,
 ):
     """Load a causal model in eval mode.
 
+    config   instead of the folder's own.
     device   None takes the GPU if there is one.
+    device_map   spreads the model over several devices instead, as ``from_pretrained`` does (needs accelerate).
     dtype    None takes float32 on the CPU, where half precision is slow, and the checkpoint's dtype elsewhere.
 
     Raises CheckpointError for truncated, missing or mismatched weights.
@@ -252,7 +256,8 @@ def load_model(
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if dtype is None:
         dtype = torch.float32 if device.type == "cpu" else "auto"
-    settings = {"attn_implementation": attn_implementation} if attn_implementation else {}
+    given = {"attn_implementation": attn_implementation, "device_map": device_map, "config": config}
+    settings = {name: value for name, value in given.items() if value is not None}
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -273,7 +278,7 @@ def load_model(
         raise CheckpointError(
             f"model {folder.name!r} lacks {len(missing)} of its weights, first {missing[0]!r}: download it again."
         )
-    return model.to(device).eval()
+    return (model if device_map is not None else model.to(device)).eval()
 
 
 def _line(error: BaseException) -> str:

@@ -50,6 +50,23 @@ class Rope:
             out = torch.cat([out[..., : self.channels] / self.factor, out[..., self.channels :]], dim=-1)
         return out
 
+    def partners(self, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The rotary pairs, as the model's code turns them: (other channel of the pair [D] int64, the channel itself if
+        it does not turn; whether it is the second of its pair [D] bool)."""
+        unit = torch.eye(head_dim, dtype=torch.float64)[None, None]
+        # Slow pairs hardly turn at position 1, and a fast one may be back where it was at a later position.
+        turned = [self.rotate(unit, torch.full((1, head_dim), p))[0, 0] for p in (0, 1, 1001)]
+        partner, second = torch.arange(head_dim), torch.zeros(head_dim, dtype=torch.bool)
+        moves = (turned[1] != 0) | (turned[2] != 0)
+        moves.fill_diagonal_(False)
+        if not torch.allclose(turned[0], unit[0, 0] * turned[0].diagonal()) or bool((moves.sum(1) > 1).any()):
+            return partner, second
+        has = moves.any(1)
+        partner = torch.where(has, moves.to(torch.int64).argmax(1), partner)
+        # e_a turns towards +e_b, e_b towards -e_a.
+        second = has & (turned[1].gather(1, partner.unsqueeze(1)).squeeze(1) < 0)
+        return partner, second
+
     def _applied(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         if self.channels == x.shape[-1]:
             return _apply(self.apply, x, cos, sin)
@@ -113,12 +130,22 @@ def _tabulate(module, arguments: dict[str, Any], count: int, dtype: torch.dtype)
 
 
 def _probed(module, apply, arguments, cos: torch.Tensor, sin: torch.Tensor) -> Rope:
-    channels = cos.shape[-1]
+    channels = _rotated_channels(apply, cos, sin)
     x = torch.randn(1, 2, len(cos), channels, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     out = _apply(apply, x, cos[None], sin[None])
     factor = float(out.square().sum() / x.square().sum())
     factor = 1.0 if abs(factor - 1) < 1e-6 else factor
     return Rope(module=module, apply=apply, arguments=arguments, channels=channels, factor=factor, table={})
+
+
+def _rotated_channels(apply, cos: torch.Tensor, sin: torch.Tensor) -> int:
+    """As many as cos has, or twice as many in families whose cos has one number a pair."""
+    width = cos.shape[-1]
+    try:
+        _apply(apply, cos.new_zeros(1, 2, len(cos), width), cos[None], sin[None])
+        return width
+    except RuntimeError:
+        return 2 * width
 
 
 def _check_inverse(rope: Rope, name: str) -> None:
@@ -133,7 +160,8 @@ def _apply(apply, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torc
     """The model's function on keys alone; it takes queries and keys, or one tensor."""
     first = list(inspect.signature(apply).parameters)[:2]
     if first[1] in ("k", "key", "key_states"):
-        return apply(x, x, cos, sin)[1]
+        # One head stands for the queries, whose result is not wanted.
+        return apply(x[:, :1], x, cos, sin)[1]
     return apply(x, cos, sin)
 
 

@@ -8,7 +8,7 @@ from rich.console import Group
 from rich.table import Table
 
 
-def _table(title: str, *columns: str) -> Table:
+def plain_table(title: str, *columns: str) -> Table:
     """A table whose first column is text and whose other columns are numbers."""
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
     for i, column in enumerate(columns):
@@ -84,16 +84,6 @@ def layers_table(layers: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
-def stats_table(rows: Iterable[Mapping[str, Any]]) -> Table:
-    table = _table(
-        "Keys (after RoPE) and values by layer", "layer", "tokens", "key max", "key rms", "value max", "value rms"
-    )
-    for row in rows:
-        sides = [number(row[side][name], 2) for side in ("key", "value") for name in ("absmax", "rms")]
-        table.add_row(str(row["layer"]), number(row["tokens"]), *sides)
-    return table
-
-
 def generation_table(result: Mapping[str, Any]) -> Table:
     cache = result["cache"]
     speed = f"{result['tokens_per_second']:.1f} tokens/s" if result["tokens_per_second"] else "not measured"
@@ -122,11 +112,11 @@ MEMORY_KINDS = {
 def memory_table(plan: Mapping[str, Any]) -> Group:
     """A MemoryPlan: growth by kind of layer, and the cache of one sequence at a few lengths."""
     recipe = plan["recipe"]
-    kinds = _table(f"Layers of {plan['model_type']} with {recipe}", "kind", "layers", "bytes per token")
+    kinds = plain_table(f"Layers of {plan['model_type']} with {recipe}", "kind", "layers", "bytes per token")
     for row in plan["layer_kinds"]:
         kinds.add_row(MEMORY_KINDS[row["kind"]], number(row["layers"]), f"{row['bytes_per_token']:,.1f}")
     kinds.add_row("all", "", f"{plan['bytes_per_token']:,.1f} (fp16: {plan['plain_bytes_per_token']:,})")
-    lengths = _table("Cache of one sequence", "tokens", "fp16", recipe, "smaller by")
+    lengths = plain_table("Cache of one sequence", "tokens", "fp16", recipe, "smaller by")
     for row in plan["lengths"]:
         lengths.add_row(
             number(row["tokens"]), size(row["plain_bytes"]), size(row["recipe_bytes"]), f"{row['ratio']:.2f}x"

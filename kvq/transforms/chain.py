@@ -5,11 +5,12 @@ A step maps stored numbers, and its *dual* maps what reads them:
     keys     k' = write(k),  q' = dual(q),   q' . k' = q . k  up to a number that is the same for all keys of a query
     values   v' = write(v),  the attention output o' of v' gives o = undo(o')
 
-Every step can be applied while the model runs; what folds into weights is decided at export.
+Every step can be applied while the model runs. An export may fold the first steps of a chain into weights
+(``plan.py``, ``fold.py``): the model then gives k' and q' of those steps itself, and only the others remain.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -27,27 +28,45 @@ class Step(Protocol):
     def undo(self, x: torch.Tensor) -> torch.Tensor:
         """Inverse of ``write``; for values, also what the attention output needs."""
 
+    def of_heads(self, heads: Sequence[int]) -> "Step":
+        """The same step for some of the layer's KV heads."""
+
 
 @dataclass(frozen=True)
 class Chain:
-    """Steps in the order in which they are written; an empty chain changes nothing.
+    """Steps in the order in which they are written; without steps that are left to apply it changes nothing.
+
+    folded   how many of the first steps the model's weights have taken over.
 
     Numbers of 16 bits are transformed in float32 and rounded once.
     """
 
     steps: Sequence[Step] = ()
+    folded: int = 0
 
     def __bool__(self) -> bool:
-        return bool(self.steps)
+        return len(self.steps) > self.folded
 
     def write(self, x: torch.Tensor) -> torch.Tensor:
-        return self._through(x, [step.write for step in self.steps])
+        return self._through(x, [step.write for step in self.steps[self.folded :]])
 
     def dual(self, q: torch.Tensor) -> torch.Tensor:
-        return self._through(q, [step.dual for step in self.steps])
+        return self._through(q, [step.dual for step in self.steps[self.folded :]])
 
     def undo(self, x: torch.Tensor) -> torch.Tensor:
-        return self._through(x, [step.undo for step in reversed(self.steps)])
+        return self._through(x, [step.undo for step in reversed(self.steps[self.folded :])])
+
+    @property
+    def whole(self) -> "Chain":
+        """All steps, as if nothing were folded."""
+        return replace(self, folded=0)
+
+    def first(self, count: int) -> "Chain":
+        """The first ``count`` steps, none of them folded."""
+        return Chain(tuple(self.steps[:count]))
+
+    def of_heads(self, heads: Sequence[int]) -> "Chain":
+        return replace(self, steps=tuple(step.of_heads(heads) for step in self.steps))
 
     def _through(self, x: torch.Tensor, functions) -> torch.Tensor:
         if not functions:

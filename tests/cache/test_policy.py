@@ -52,3 +52,13 @@ def test_sinks_never_count_as_packed():
     recipe = load_recipe("int4").override({"tokens.sinks": 4, "tokens.window": 8})
     rule = FlushRule.of(recipe.key, recipe.tokens)
     assert [rule.packed(n) for n in (0, 4, 12, 13, 20)] == [0, 0, 0, 1, 8]
+
+
+@pytest.mark.parametrize(("window", "unit"), [(0, 64), (64, 64), (128, 128)])
+def test_gear_flushes_both_sides_in_blocks(window, unit):
+    """The streaming buffer: g * floor((n-1)/g) tokens are read from pages by the n-th token."""
+    recipe = load_recipe("gear2").override({"tokens.window": window})
+    for side in (recipe.key, recipe.value):
+        rule = FlushRule.of(side, recipe.tokens)
+        for n in (1, 64, 65, 128, 129, 500):
+            assert rule.seen(n - 1) == unit * ((n - 1) // unit)

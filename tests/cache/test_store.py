@@ -9,7 +9,7 @@ from kvq.cache.plan import make_plan
 from kvq.cache.store import HeadStore
 from kvq.errors import CacheError
 from kvq.models.describe import describe
-from kvq.recipe import load_recipe
+from kvq.recipe import load_recipe, parse_recipe
 
 RECIPES = {
     "kivi2": {},
@@ -25,9 +25,52 @@ RECIPES = {
 }
 
 
-@pytest.fixture(params=sorted(RECIPES))
+def side(codec, **settings):
+    return {"codec": codec} | settings
+
+
+GEAR = {"low_rank": {"rank": 2, "block": 64}, "outliers": {"share": 0.05, "along": "channel"}}
+TOKEN_OUTLIERS = {"outliers": {"share": 0.05, "along": "token"}}
+FAMILIES = {
+    "tiers": {
+        "key": side("tiers", bits=[4, 2], group=64),
+        "value": side("tiers", bits=[0, 3], group=128, meta="zero8"),
+        "tokens": {"sinks": 2, "window": 128},
+    },
+    "sketch, codebook": {
+        "key": side("sketch", bits=4, outlier_channels=3, outlier_bits=2, group=32),
+        "value": side("book", bits=4, levels="normal_float", scale="absmax", axis="token", group=16),
+        "tokens": {"window": 64},
+    },
+    "gear": {
+        "key": side("affine", bits=2, axis="channel", group=64, **GEAR),
+        "value": side("affine", bits=2, axis="token", group=16, low_rank={"rank": 1, "block": 128}, **TOKEN_OUTLIERS),
+        "tokens": {"sinks": 3},
+    },
+    "block floats, shared scale": {
+        "key": side("float4", group=32, meta="e8m0", norm={"over": "token"}),
+        "value": side("affine", bits=8, axis="token", group="token", symmetric=True),
+        "tokens": {"sinks": 1},
+    },
+    "lengths, signs, outliers": {
+        "key": side("book", bits=2, levels="lloyd_max", scale="unit", norm={"over": "head"}, signs={"seed": 1}),
+        "value": side("book", bits=3, levels="lloyd_max", scale="unit", norm={"over": "head"}, **TOKEN_OUTLIERS),
+        "tokens": {"window": 17},
+    },
+    "metadata of 8 bits": {
+        "key": side("affine", bits=2, axis="channel", group=32, meta="range8"),
+        "value": side("affine", bits=2, axis="token", group=16, meta="zero8"),
+        "tokens": {"window": 32, "sinks": 5},
+    },
+}
+
+
+@pytest.fixture(params=[*sorted(RECIPES), *FAMILIES])
 def group(request, tiny_config):
-    recipe = load_recipe(request.param.split("-")[0]).override(RECIPES[request.param])
+    if request.param in FAMILIES:
+        recipe = parse_recipe({"name": "test"} | FAMILIES[request.param], source="test")
+    else:
+        recipe = load_recipe(request.param.split("-")[0]).override(RECIPES[request.param])
     return make_plan(recipe, describe(tiny_config(head_dim=32))).layers[0][0]
 
 

@@ -1,14 +1,14 @@
-"""Text sources are read or refused with a sentence; windows are packed, seeded and identified."""
+"""Text sources are read or refused with a sentence."""
 
 import copy
 import hashlib
 import json
 import re
+from dataclasses import replace
 
 import pytest
-import torch
 
-from kvq.calib.data import DataIdentity, builtin_text, load_texts, token_windows, tokenizer_hash
+from kvq.calib.data import DataIdentity, builtin_text, load_documents, load_texts, tokenizer_hash
 from kvq.errors import DataError, ModelNotFoundError
 
 
@@ -53,7 +53,7 @@ def test_every_kind_of_file_gives_the_same_texts(tmp_path):
     assert load_texts(tmp_path / "rows.parquet") == texts
     with pytest.raises(DataError, match=r"no field 'body' \(it has text, n\)"):
         load_texts(tmp_path / "rows.parquet", field="body")
-    with pytest.raises(DataError, match="field 'n' is int, not text"):
+    with pytest.raises(DataError, match=r"row 0 of 'rows\.parquet': field 'n' is int, not text"):
         load_texts(tmp_path / "rows.parquet", field="n")
 
 
@@ -98,64 +98,63 @@ def test_no_network_for_a_hub_data_set_is_one_sentence():
     assert "\n" not in str(error.value)
 
 
-def test_windows_are_consecutive_pieces_of_the_joined_text(tiny_tokenizer):
-    texts = ["abcdefg", "hijklmnopqrstuvwxyz"]
-    windows, identity = token_windows(tiny_tokenizer, texts, samples=4, seq_len=7, seed=3, source="builtin")
-    text = "abcdefg\n\nhijklmnopqrstuvwxyz"
-    assert windows.dtype == torch.int64
-    # One token is one character here, so the four whole windows are the text's first 28 characters.
-    assert [tiny_tokenizer.decode(row) for row in windows] == [text[i : i + 7] for i in range(0, 28, 7)]
-    assert identity == DataIdentity(
-        source="builtin",
-        text_sha256=hashlib.sha256(text.encode()).hexdigest(),
-        tokenizer_sha256=tokenizer_hash(tiny_tokenizer),
-        samples=4,
-        seq_len=7,
-        seed=3,
-        tokens=28,
-    )
-
-
-def test_the_choice_is_seeded_ordered_and_without_repetition(tiny_tokenizer):
-    text = "".join(chr(97 + i // 5 % 26) * 5 for i in range(0, 650, 5))
-
-    def choose(seed):
-        return token_windows(tiny_tokenizer, [text[:130]], samples=9, seq_len=5, seed=seed)[0]
-
-    assert torch.equal(choose(1), choose(1))
-    assert not torch.equal(choose(1), choose(2))
-    first = choose(1)[:, 0]
-    assert (first.diff() > 0).all()
-
-
-def test_identity_follows_text_and_tokenizer(tiny_tokenizer):
+def test_a_tokenizers_hash_follows_its_rules(tiny_tokenizer):
     other = copy.deepcopy(tiny_tokenizer)
     assert tokenizer_hash(other) == tokenizer_hash(tiny_tokenizer)
     other(["a", "bcd"], padding=True)
     assert tokenizer_hash(other) == tokenizer_hash(tiny_tokenizer)
     other.add_tokens(["new"])
     assert tokenizer_hash(other) != tokenizer_hash(tiny_tokenizer)
-    one = token_windows(tiny_tokenizer, ["abcd"], samples=1, seq_len=2)[1]
-    two = token_windows(tiny_tokenizer, ["abce"], samples=1, seq_len=2)[1]
-    assert one.text_sha256 != two.text_sha256
 
 
-def test_the_source_is_recorded_without_its_folder(tiny_tokenizer, tmp_path):
-    file = tmp_path / "text.txt"
-    file.write_text("abcdef")
-    identity = token_windows(tiny_tokenizer, load_texts(file), samples=1, seq_len=3, source=file)[1]
-    assert identity.source == "text.txt"
+CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
 
 
-@pytest.mark.parametrize(
-    ("samples", "seq_len", "reason"),
-    [
-        (5, 10, "need 50 tokens and the text has 49: use at most 4 samples, or more text"),
-        (1, 50, "need 50 tokens and the text has 49: use shorter windows, or more text"),
-        (0, 10, "samples=0"),
-        (1, 1, "seq_len=1"),
-    ],
+def test_conversations_are_read_from_every_kind_of_file(tmp_path):
+    rows = tmp_path / "chat.jsonl"
+    row = {"messages": [message | {"weight": 1} for message in CHAT], "text": "other"}
+    rows.write_text(json.dumps(row) + "\n" + json.dumps({"text": "plain"}) + "\n")
+    # Rows with messages are conversations, others texts; what a message has beside role and content is left out.
+    assert load_documents(rows) == [CHAT, "plain"]
+    assert load_documents(rows, field="text") == ["other", "plain"]
+    only = tmp_path / "only.jsonl"
+    only.write_text(json.dumps({"messages": CHAT}))
+    with pytest.raises(DataError, match=r"row 1 of 'only\.jsonl': field 'messages' is list, not text"):
+        load_texts(only, field="messages")
+    pyarrow = pytest.importorskip("pyarrow", reason="parquet needs the extra 'data'")
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.table({"messages": [CHAT, CHAT]}), tmp_path / "chat.parquet")
+    assert load_documents(tmp_path / "chat.parquet") == [CHAT, CHAT]
+
+
+@pytest.mark.parametrize("messages", [[], [{"role": "user"}], ["Hi"], [{"role": "user", "content": 3}], 7, None])
+def test_what_is_no_conversation_is_refused(tmp_path, messages):
+    rows = tmp_path / "chat.jsonl"
+    rows.write_text(json.dumps({"messages": messages}))
+    with pytest.raises(DataError, match=r"line 1 of 'chat\.jsonl': field 'messages' is .*'role' and 'content'"):
+        load_documents(rows)
+
+
+IDENTITY = DataIdentity(
+    source="a.txt",
+    text_sha256="aa",
+    tokenizer_sha256="tt",
+    samples=3,
+    seq_len=5,
+    seed=0,
+    tokens=15,
+    windows_sha256="w1",
 )
-def test_too_little_text_gives_the_numbers(tiny_tokenizer, samples, seq_len, reason):
-    with pytest.raises(DataError, match=reason):
-        token_windows(tiny_tokenizer, ["a" * 49], samples=samples, seq_len=seq_len)
+
+
+def test_identities_join():
+    other = replace(IDENTITY, source="b.txt", text_sha256="bb", samples=2, seq_len=9, tokens=18, windows_sha256="w2")
+    both = IDENTITY.join(other)
+    assert (both.source, both.samples, both.seq_len, both.tokens) == ("a.txt + b.txt", 5, 9, 33)
+    assert both.text_sha256 not in ("aa", "bb")
+    assert both.windows_sha256 != other.join(IDENTITY).windows_sha256
+    with pytest.raises(DataError, match="same windows"):
+        IDENTITY.join(IDENTITY)
+    with pytest.raises(DataError, match="different tokenizers"):
+        IDENTITY.join(replace(other, tokenizer_sha256="uu"))

@@ -2,10 +2,14 @@
 
 import errno
 import json
+from dataclasses import replace
 
+import pytest
 import torch
 
-from kvq.calib.stats import Stats
+from kvq.calib.needs import ALL_NEEDS, DEFAULT_NEEDS
+from kvq.calib.stats import LayerStats, Stats
+from kvq.commands.calibrate import Bytes
 
 
 def test_calibrate_writes_statistics_of_the_model(run, tiny_checkpoint, text, tmp_path):
@@ -16,8 +20,8 @@ def test_calibrate_writes_statistics_of_the_model(run, tiny_checkpoint, text, tm
     assert (report["layers"], report["tokens"], report["data"]["source"]) == (3, 128, "text.txt")
     stats = Stats.load(out)
     assert sorted(stats.layers) == [0, 1, 2]
-    assert stats.layers[0].key.count == 128
-    assert "4 x 32 tokens" in result.stderr
+    assert stats.layers[0]["key.range"].count == 128
+    assert "4 windows, 128 tokens" in result.stderr
     assert sorted(p.name for p in tmp_path.iterdir()) == ["stats.safetensors", "text.txt", "tiny"]
 
 
@@ -55,3 +59,117 @@ def test_a_full_disk_leaves_nothing(refuse, tiny_checkpoint, text, tmp_path, mon
     args = ("-o", tmp_path / "stats.safetensors", "--data", text, "--samples", 2, "--seq-len", 32)
     refuse("calibrate", model, *args, says=("No space left on device",))
     assert sorted(tmp_path.iterdir()) == before
+    monkeypatch.setattr("os.posix_fallocate", full)
+    refuse("calibrate", model, *args, "--layer-by-layer", says=("the disk is full",))
+    assert not (tmp_path / "stats.safetensors").exists()
+
+
+def calibrated(run, model, out, *args) -> Stats:
+    result = run("calibrate", model, "-o", out, "--samples", 4, "--seq-len", 32, *args)
+    assert result.exit_code == 0, result.output
+    return Stats.load(out)
+
+
+def test_full_default_and_for_a_recipe(run, refuse, tiny_checkpoint, text, tmp_path):
+    model, out = tiny_checkpoint(), tmp_path / "stats"
+    assert calibrated(run, model, out, "--data", text).needs == DEFAULT_NEEDS
+    assert calibrated(run, model, out, "--data", text, "--full").needs == ALL_NEEDS
+    assert calibrated(run, model, out, "--data", text, "--for", "fp8").needs == {"key.range", "value.range"}
+    refuse("calibrate", model, "-o", out, "--for", "kivi2", says=("'kivi2'", "reads no statistics"))
+    refuse("calibrate", model, "-o", out, "--for", "fp8", "--full", says=("exclude each other",))
+
+
+def test_small_statistics_serve_the_recipe_they_were_made_for(run, refuse, tiny_checkpoint, text, tmp_path):
+    model, out = tiny_checkpoint(head_dim=32), tmp_path / "stats"
+    calibrated(run, model, out, "--data", text, "--for", "fp8")
+    result = run("export", model, "--recipe", "fp8", "-o", tmp_path / "export", "--stats", out)
+    assert result.exit_code == 0, result.output
+    stats = Stats.load(out)
+    less = {i: LayerStats({"key.range": layer["key.range"]}) for i, layer in stats.layers.items()}
+    replace(stats, layers=less).save(out)
+    refuse(
+        "export", model, "--recipe", "fp8", "-o", tmp_path / "other", "--stats", out, says=("'value.range'", "--for")
+    )
+
+
+@pytest.mark.parametrize("mode", ["flag", "limit"])
+def test_layer_by_layer_writes_the_same_file(run, tiny_checkpoint, text, tmp_path, mode):
+    model = tiny_checkpoint(layers=3)
+    size = (model / "model.safetensors").stat().st_size
+    args = ("--layer-by-layer",) if mode == "flag" else ("--memory-limit", f"{size // 2}")
+    result = run("calibrate", model, "-o", tmp_path / "a", "--data", text, "--samples", 4, *args, "--json", "-")
+    assert json.loads(result.stdout)["layer_by_layer"] is True
+    # A limit with room for the model changes nothing.
+    args = ("--memory-limit", "1GB", "--json", "-")
+    result = run("calibrate", model, "-o", tmp_path / "b", "--data", text, "--samples", 4, *args)
+    assert json.loads(result.stdout)["layer_by_layer"] is False
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b", "text.txt", "tiny"]
+
+
+def test_a_device_map_spreads_the_model(run, refuse, tiny_checkpoint, text, tmp_path):
+    """Here over the CPU and the disk, through the same hooks that several GPUs have."""
+    from kvq.calib.calibrate import Options, calibrate
+    from kvq.calib.windows import token_windows
+    from kvq.models.resolve import load_tokenizer
+
+    model = tiny_checkpoint(layers=3)
+    whole = calibrated(run, model, tmp_path / "stats", "--data", text)
+    windows = token_windows(load_tokenizer(model), [text.read_text()], samples=4, seq_len=32)
+    parts = ("model.embed_tokens", "model.layers.0", "model.layers.2", "model.norm", "model.rotary_emb", "lm_head")
+    spread = Options(device_map=dict.fromkeys(parts, "cpu") | {"model.layers.1": "disk"})
+    stats = calibrate(model, windows, spread, state_folder=tmp_path / "state")
+    for index, layer in whole.layers.items():
+        assert torch.equal(layer["key.range"].sum, stats.layers[index]["key.range"].sum)
+    assert calibrated(run, model, tmp_path / "auto", "--data", text, "--device-map", "auto").needs == DEFAULT_NEEDS
+    args = ("--device-map", "auto", "--layer-by-layer")
+    refuse("calibrate", model, "-o", tmp_path / "no", "--data", text, *args, says=("device_map='auto'", "excludes"))
+
+
+def test_conversations_and_documents(run, refuse, tiny_checkpoint, tmp_path):
+    model, out, rows = tiny_checkpoint(), tmp_path / "stats", tmp_path / "rows.jsonl"
+    chat = [{"role": "user", "content": "Hello there"}, {"role": "assistant", "content": "General"}]
+    rows.write_text("".join(json.dumps({"messages": chat, "n": i}) + "\n" for i in range(9)))
+    data = calibrated(run, model, out, "--data", rows).data
+    assert (data.form, data.source) == ("packed", "rows.jsonl")
+    assert data.chat_template
+    documents = calibrated(run, model, out, "--data", rows, "--per-document").data
+    assert documents.form == "documents"
+    assert documents.windows_sha256 != data.windows_sha256
+    refuse("calibrate", model, "-o", out, "--data", rows, "--field", "body", says=("'body'", "messages, n"))
+    plain = tmp_path / "plain.jsonl"
+    plain.write_text("".join(json.dumps({"text": f"text {i} " * 9}) + "\n" for i in range(9)))
+    assert not calibrated(run, model, out, "--data", plain).data.chat_template
+    assert calibrated(run, model, out, "--data", plain, "--chat-template").data.chat_template
+
+
+def test_tokens_that_the_statistics_name_are_spelled(run, tiny_checkpoint, text, tmp_path):
+    stats = calibrated(run, tiny_checkpoint(), tmp_path / "stats", "--data", text)
+    named = set(stats.layers[0]["sinks"].tops.token.flatten().tolist())
+    assert named <= stats.token_texts.keys()
+    assert all(len(text) == 1 for text in stats.token_texts.values())
+
+
+def test_what_a_model_cannot_give_is_said(run, refuse, tiny_checkpoint, tiny_model, text, tmp_path):
+    from transformers import FalconConfig
+
+    config = FalconConfig(vocab_size=128, hidden_size=64, num_hidden_layers=2, num_attention_heads=4)
+    folder = tiny_checkpoint(tiny_model(config))
+    result = run("calibrate", folder, "-o", tmp_path / "stats", "--data", text, "--samples", 2, "--seq-len", 32)
+    lines = [line for line in result.stdout.splitlines() if line.startswith("Not measured: ")]
+    assert len(lines) == 1
+    assert "query.range" in lines[0]
+    assert "attention interface" in lines[0]
+
+
+@pytest.mark.parametrize("size", ["8XB", "", "-1GB", "GB", "0"])
+def test_a_size_that_is_none_is_refused(refuse, tmp_path, size):
+    args = ("./no-model", "-o", tmp_path / "stats", "--memory-limit", size)
+    refuse("calibrate", *args, says=("--memory-limit", "is no size"))
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("8GB", 8 * 10**9), ("1.5GiB", 1610612736), ("500mb", 5 * 10**8), ("77", 77), ("2k", 2000)]
+)
+def test_sizes(text, size):
+    assert Bytes().convert(text, None, None) == size

@@ -71,7 +71,7 @@ def test_inspect_a_model(run, tiny_checkpoint):
 
 def test_inspect_statistics(run, tiny_checkpoint, stats):
     file = stats(tiny_checkpoint())
-    assert "key max" in run("inspect", file).stdout
+    assert "Keys and queries (after RoPE)" in run("inspect", file).stdout
     report = json.loads(run("inspect", file, "--json", "-").stdout)
     assert report["kind"] == "statistics"
     assert [row["layer"] for row in report["layers"]] == [0, 1]

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from kvq.calib.artefacts import fit_artefacts
-from kvq.calib.observers import ChannelStats
+from kvq.calib.kinds import Range
 from kvq.calib.stats import LayerStats, Stats
 from kvq.errors import CheckpointError, DataError, RecipeError, UnsupportedModelError
 from kvq.export import exporter
@@ -43,10 +43,10 @@ def make_stats(folder: Path, absmax: float = 4.48) -> Stats:
 
     def channel():
         x = torch.full((1, 32), absmax)
-        return ChannelStats(count=8, min=-x, max=x / 2, sum=0 * x, sum_squares=(x * x).double())
+        return Range(count=8, min=-x, max=x / 2, sum=0 * x, sum_squares=(x * x).double())
 
     return Stats(
-        layers={la.index: LayerStats(channel(), channel()) for la in spec.full_layers},
+        layers={la.index: LayerStats({"key.range": channel(), "value.range": channel()}) for la in spec.full_layers},
         model="tiny",
         model_fingerprint=spec.fingerprint,
         weights_fingerprint=weights_fingerprint(folder),
@@ -241,7 +241,7 @@ def test_a_failed_write_leaves_nothing(source, tmp_path, monkeypatch, number):
 
 
 def test_an_interrupted_export_leaves_nothing(source, tmp_path, monkeypatch):
-    monkeypatch.setattr(exporter, "_place_weights", _raise(KeyboardInterrupt()))
+    monkeypatch.setattr(exporter, "place_weights", _raise(KeyboardInterrupt()))
     with pytest.raises(KeyboardInterrupt):
         export(source, "kivi2", tmp_path / "out")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["tiny"]

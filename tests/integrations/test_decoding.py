@@ -7,11 +7,12 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from kvq.cache import PackedLayer, cache_nbytes, packed_layers
+from kvq.cache import PackedLayer, cache_nbytes, make_plan, packed_layers
 from kvq.errors import CacheError
 from kvq.integrations.runtime import new_cache, quantized_cache
 from kvq.kernels import cpu
-from kvq.recipe import load_recipe
+from kvq.models.describe import describe
+from kvq.recipe import load_recipe, parse_recipe
 
 RECIPES = {
     "kivi2": load_recipe("kivi2"),
@@ -21,6 +22,25 @@ RECIPES = {
         {"transforms.key": [{"kind": "hadamard"}], "transforms.value": [{"kind": "hadamard", "seed": 2}]}
     ),
     "pre-RoPE": load_recipe("kivi2").override({"key.placement": "pre_rope", "tokens.sinks": 2}),
+    "gear keys before RoPE, NVFP4 values": parse_recipe(
+        {
+            "name": "test",
+            "key": load_recipe("gear2").key.to_dict() | {"placement": "pre_rope"},
+            "value": load_recipe("nvfp4").value.to_dict() | {"outliers": {"share": 0.05, "along": "token"}},
+            "tokens": {"window": 64},
+        },
+        source="test",
+    ),
+    "qjl keys, turboquant values": parse_recipe(
+        {
+            "name": "test",
+            "key": load_recipe("qjl").key.to_dict(),
+            "value": load_recipe("turboquant3").value.to_dict(),
+            "tokens": {"window": 32, "sinks": 2},
+            "transforms": {"value": [{"kind": "hadamard", "seed": 2}]},
+        },
+        source="test",
+    ),
 }
 GREEDY = {"max_new_tokens": 150, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
@@ -87,7 +107,8 @@ def test_the_compiled_kernel_and_the_torch_reference_give_the_same_logits(model,
                 steps.append(model(token, attention_mask=own, past_key_values=cache).logits)
         found[which] = torch.cat(steps, dim=1)
     assert len(calls) == before
-    assert bool(calls) == (recipe.key.placement is None)
+    layout = make_plan(recipe, describe(model.config)).layers[0][0].layout
+    assert bool(calls) == (recipe.key.placement is None and layout.key.is_plain and layout.value.is_plain)
     assert torch.allclose(found["compiled"], found["reference"], rtol=0, atol=1e-9)
 
 

@@ -11,7 +11,8 @@ from transformers import AutoConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from kvq.cache import PackedLayer, packed_layers
-from kvq.integrations.runtime import decoder_of, new_cache, quantized_cache
+from kvq.integrations.runtime import new_cache, quantized_cache
+from kvq.models.decoder import decoder_of
 from kvq.recipe import load_recipe
 
 COMMON = {

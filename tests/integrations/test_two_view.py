@@ -50,6 +50,16 @@ RECIPES = {
     "pre-RoPE, rotated values": recipe(
         TOKEN2 | {"placement": "pre_rope"}, TOKEN2, transforms={"value": [{"kind": "hadamard"}]}
     ),
+    "turboquant": load_recipe("turboquant3").override({"tokens.sinks": 2}),
+    "turboquant, signs": load_recipe("turboquant2").override({"key.signs": {"seed": 1}, "tokens.window": 9}),
+    "qjl": load_recipe("qjl").override({"tokens.window": 32, "value.group": 16}),
+    "zeroquant": load_recipe("zeroquant8").override({"key.bits": 4, "value.bits": 4}),
+    "nf4, pre-RoPE": load_recipe("nf4").override({"key.placement": "pre_rope", "tokens.sinks": 1}),
+    "nvfp4": load_recipe("nvfp4"),
+    "gear": load_recipe("gear2").override({"value.group": 16, "tokens.sinks": 3}),
+    "gear, pre-RoPE": load_recipe("gear4").override({"key.placement": "pre_rope"}),
+    "bytes": recipe(CHANNEL2 | {"meta": "range8"}, TOKEN2 | {"meta": "zero8", "norm": {"over": "token"}}, window=32),
+    "tiers": recipe({"codec": "tiers", "bits": [3], "group": 32}, TOKEN2, window=32, sinks=1),
     "by layer": recipe(CHANNEL2, TOKEN2, window=32, layers={"0": {"key": affine(8, "token", "head")}}),
     "one layer exact": recipe(
         CHANNEL2, TOKEN2, window=32, layers={"1": {"key": {"codec": "exact"}, "value": {"codec": "exact"}}}
@@ -111,7 +121,9 @@ def test_stream_equals_decoding_token_by_token(model, which):
     assert gap(other, expected) > DIFFERENT
 
 
-@pytest.mark.parametrize("which", ["kivi2", "int8", "sinks", "by head", "axes swapped", "rotated", "pre-RoPE"])
+@pytest.mark.parametrize(
+    "which", ["kivi2", "int8", "sinks", "by head", "axes swapped", "rotated", "pre-RoPE", "gear", "turboquant"]
+)
 def test_prefill_equals_a_prompt_and_then_decoding(model, which):
     plan, tokens, context = plan_of(model, which), tokens_of(length=LONG, seed=1), 197
     expected = through_cache(model, plan, tokens, range(context, LONG))
@@ -131,7 +143,7 @@ def test_prefill_takes_one_context_per_row(model):
         assert gap(wrong, expected) > DIFFERENT
 
 
-@pytest.mark.parametrize("which", ["kivi2", "int4", "sinks", "by head", "rotated by layer", "pre-RoPE"])
+@pytest.mark.parametrize("which", ["kivi2", "int4", "sinks", "by head", "rotated by layer", "pre-RoPE", "gear", "qjl"])
 @pytest.mark.parametrize("chunk", [50, 64])
 def test_chunked_equals_feeding_chunks(model, which, chunk):
     plan, tokens = plan_of(model, which), tokens_of(length=LONG, seed=3)
@@ -146,7 +158,7 @@ def test_chunks_of_one_token_are_the_stream(model):
     assert gap(one_forward(model, plan, tokens, "chunked", chunk=1), stream) < TOLERANCE
 
 
-@pytest.mark.parametrize("which", ["kivi2", "sinks", "by head", "rotated by layer", "pre-RoPE"])
+@pytest.mark.parametrize("which", ["kivi2", "sinks", "by head", "rotated by layer", "pre-RoPE", "gear, pre-RoPE"])
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padded_rows_equal_rows_alone(model, which, side):
     plan, lengths = plan_of(model, which), [LONG, 130, 223]

@@ -20,11 +20,13 @@ def keys(channels=32, tokens=9, dtype=torch.float64):
     return torch.randn(2, 2, tokens, channels, generator=generator, dtype=torch.float64).to(dtype)
 
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen3", "gemma3_text", "mistral", "olmo2"])
+@pytest.mark.parametrize("model_type", ["llama", "qwen3", "gemma3_text", "mistral", "olmo2", "gpt_oss"])
 def test_halves_rotate_by_position_times_frequency(model_type):
     """Against the definition: the pair (j, j + d/2) turns by t * theta^(-2j/d)."""
     layers = {"layer_types": ["sliding_attention", "full_attention"]} if model_type == "gemma3_text" else {}
-    own = config(model_type, head_dim=32, **layers)
+    # gpt_oss, whose cos has one number a pair, comes with YaRN.
+    plain = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}} if model_type == "gpt_oss" else {}
+    own = config(model_type, head_dim=32, **layers, **plain)
     found = rope_of(own)
     theta = own.rope_parameters
     theta = (theta.get("full_attention") or theta)["rope_theta"]

@@ -123,3 +123,60 @@ def test_clip_narrows_the_range_about_its_middle(axis):
     assert torch.allclose(scale, 0.8 * (high - low) / 3, rtol=1e-3)
     assert torch.allclose(minimum, low + 0.1 * (high - low), rtol=1e-3, atol=1e-3)
     assert not torch.equal(encoded.codes, codec(2, axis, 32).encode(x).codes)
+
+
+def test_zeroquant_is_deepspeeds_symmetric_formula_over_a_whole_token():
+    """scale = 2 max|x| / 2^b over all heads, code = clamp(round(x / scale), -2^(b-1), 2^(b-1) - 1)."""
+    c = AffineCodec(bits=8, axis="token", group=32, head_dim=32, symmetric=True, shared=True)
+    x = normal(2, 3, 11, 32) * 4 + 1
+    decoded = c.decode(c.encode(x), torch.float64)
+    for b in range(2):
+        for t in range(11):
+            token = x[b, :, t].flatten().tolist()
+            scale = torch.tensor(2 * max(map(abs, token)) / 256).half().double().item()
+            expected = [min(max(round(v / scale), -128), 127) * scale for v in token]
+            assert decoded[b, :, t].flatten().tolist() == pytest.approx(expected, abs=1e-12)
+
+
+def test_flexgen_is_groups_of_64_channels_with_an_inverse_step():
+    """FlexGen keeps fp16 15 / (max - min); its rounding and ours differ by at most one part in 2^10 of a step."""
+    c = AffineCodec(bits=4, axis="token", group=64, head_dim=128)
+    x = normal(50, 128) * 2
+    decoded = c.decode(c.encode(x), torch.float64).view(50, 2, 64)
+    grouped = x.view(50, 2, 64)
+    low = grouped.amin(-1, keepdim=True).half().double()
+    inverse = (15 / (grouped.amax(-1, keepdim=True) - grouped.amin(-1, keepdim=True))).half().double()
+    expected = ((grouped - low) * inverse).clamp(0, 15).round() / inverse + low
+    gap = (decoded - expected).abs() * inverse
+    assert (gap > 0.02).double().mean() < 0.01
+    assert gap.max() < 1.02
+
+
+def test_skvq_metadata_is_e4m3_of_clipped_ends():
+    """step = clip (max - min) / 3 and offset, both rounded to E4M3 before encoding; clipping keeps the middle."""
+    c = AffineCodec(bits=2, axis="token", group=16, head_dim=32, meta="e4m3", clip=0.92)
+    x = normal(9, 32)
+    encoded = c.encode(x)
+    step, offset = encoded.sections["meta"].view(torch.float8_e4m3fn).double().unbind(-1)
+    grouped = x.view(9, 2, 16)
+    low, high = grouped.amin(-1), grouped.amax(-1)
+    assert torch.equal(step, (0.92 * (high - low) / 3).to(torch.float8_e4m3fn).double())
+    codes = ((grouped - offset.unsqueeze(-1)) / step.unsqueeze(-1)).round().clamp(0, 3)
+    assert torch.equal(encoded.codes.double().view(9, 2, 16), codes)
+    assert torch.equal(
+        c.decode(encoded, torch.float64).view(9, 2, 16), codes * step.unsqueeze(-1) + offset.unsqueeze(-1)
+    )
+
+
+def test_eight_bit_metadata_stays_near_fp16():
+    """Error of 2-bit codes in groups of 32: a few percent more for half of the metadata."""
+    x = normal(1, 2, 512, 64) * torch.linspace(0.2, 5, 64, dtype=torch.float64)
+
+    def error(axis, meta):
+        c = AffineCodec(bits=2, axis=axis, group=32, head_dim=64, meta=meta)
+        return ((c.decode(c.encode(x), torch.float64) - x) / x.std(-2, keepdim=True)).square().mean()
+
+    assert error("token", "zero8") < 1.05 * error("token", "float16")
+    assert error("channel", "range8") < 1.05 * error("channel", "float16")
+    assert error("token", "e4m3") < 1.05 * error("token", "float16")
+    assert error("token", "zero8") != error("token", "float16")

@@ -33,3 +33,14 @@ def test_numbers_beyond_the_range_saturate():
 def test_nan_is_refused():
     with pytest.raises(DataError, match="NaN"):
         Float8Codec(head_dim=16).encode(torch.full((1, 16), torch.nan))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_rounding_toward_zero_takes_the_largest_number_not_beyond(dtype):
+    """As a conversion does that cuts bits off: subnormal numbers and numbers beyond the range included."""
+    x = torch.cat([torch.randn(4, 16) * scale for scale in (1e-3, 1e-2, 1.0, 200.0)]).to(dtype)
+    codec = Float8Codec(head_dim=16, rounding="toward_zero")
+    decoded = codec.decode(codec.encode(x), torch.float64)
+    numbers = e4m3_numbers()
+    wanted = torch.stack([numbers[numbers <= abs(float(v))].max() * (1 if v >= 0 else -1) for v in x.flatten()])
+    assert torch.equal(decoded.flatten(), wanted)

@@ -3,9 +3,14 @@
 import pytest
 import torch
 
-from kvq.calib.observers import observe
+from kvq.calib.kinds.range import Range
+from kvq.calib.kinds.tokens import real_tokens
 
-FIELDS = ("min", "max", "sum", "sum_squares", "absmax", "mean", "rms")
+FIELDS = ("min", "max", "sum", "sum_squares", "absmax", "mean", "rms", "std")
+
+
+def observe(x: torch.Tensor, valid: torch.Tensor | None = None) -> Range:
+    return Range.observe(real_tokens(x, valid))
 
 
 def draw(*shape: int, dtype=torch.float32, seed: int = 0) -> torch.Tensor:
@@ -26,6 +31,7 @@ def reference(tokens: torch.Tensor) -> dict[str, torch.Tensor]:
         "sum_squares": (x**2).sum(1),
         "mean": x.mean(1),
         "rms": (x**2).mean(1).sqrt(),
+        "std": x.std(1, correction=0),
     }
 
 
@@ -36,6 +42,11 @@ def assert_is(stats, tokens: torch.Tensor, tolerance: float = 1e-5):
         if name in ("min", "max", "absmax"):
             assert torch.equal(got, expected), name
         else:
+            if name == "std":
+                # A difference of two means of squares is as good as these are.
+                got, expected = got**2, expected**2
+                assert ((got - expected).abs() <= 3 * tolerance * (tokens.double() ** 2).mean(1)).all(), name
+                continue
             # Sums are judged against the sum of magnitudes, which cancellation does not shrink.
             weight = tokens.double().abs().sum(1) if name in ("sum", "mean") else expected
             weight = weight / (tokens.shape[1] if name == "mean" else 1)
@@ -64,7 +75,7 @@ def test_layout_in_memory_does_not_matter():
 def test_large_tensors_are_measured_alike(monkeypatch):
     x = draw(2, 3, 65, 16)
     small = observe(x)
-    monkeypatch.setattr("kvq.calib.observers.SERIAL_NUMBERS", 0)
+    monkeypatch.setattr("kvq.calib.kinds.tokens.SERIAL_NUMBERS", 0)
     large = observe(x)
     for name in FIELDS:
         torch.testing.assert_close(getattr(small, name), getattr(large, name), rtol=1e-6, atol=0)
@@ -131,3 +142,21 @@ def test_one_large_offset_does_not_lose_the_small_numbers():
     for _ in range(3):
         stats = stats.merge(observe(small))
     assert (stats.sum == 2.0**24 + 3).all()
+
+
+def test_query_heads_of_a_group_count_as_tokens_of_their_kv_head():
+    """With 2 KV heads, query heads 0-2 read KV head 0 and heads 3-5 read KV head 1; padding is left out in all."""
+    query, valid = draw(2, 6, 5, 16), torch.ones(2, 5, dtype=torch.bool)
+    valid[1, 3:] = False
+    got = observe(query, valid).grouped(2)
+    for head, group in enumerate((query[:, :3], query[:, 3:])):
+        real = torch.cat([group[0].flatten(0, 1), group[1, :, :3].flatten(0, 1)])
+        assert torch.equal(got.max[head], real.amax(0))
+        assert got.count == len(real) == 3 * 5 + 3 * 3
+
+
+def test_what_is_stored_is_restored():
+    stats = observe(draw(1, 2, 9, 16))
+    again = Range.restore(stats.tensors(), stats.facts())
+    assert all(torch.equal(getattr(stats, name), getattr(again, name)) for name in FIELDS)
+    assert again.count == 9

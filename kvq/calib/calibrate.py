@@ -1,0 +1,131 @@
+"""From a checkpoint folder and token windows to statistics, in the way that the model's size asks for."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from kvq.calib.collect import ALONE, RESERVOIR_BYTES, collect
+from kvq.calib.job import Job
+from kvq.calib.kinds import Massive, Sinks
+from kvq.calib.layerwise import collect_by_layer
+from kvq.calib.needs import DEFAULT_NEEDS
+from kvq.calib.ranks import Ranks
+from kvq.calib.shell import Shell
+from kvq.calib.stats import Stats
+from kvq.calib.windows import Windows
+from kvq.errors import DataError
+from kvq.models.describe import describe
+from kvq.models.resolve import check_weights, load_config, load_model, read_header, weights_fingerprint
+
+Progress = Callable[[int, int], None]
+# Memory beside the weights that a limit leaves for: one batch's activations and the statistics.
+_ROOM = 1.25
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How to calibrate.
+
+    needs, strict    what to measure, and whether to refuse what the model cannot give.
+    batch_size       windows of a forward.  seed  of the windows that the reservoir keeps.
+    reservoir_bytes  bytes of all reservoirs together.
+    dtype            of the weights; None: float32 on the CPU, the checkpoint's on a GPU.
+    device_map       as ``from_pretrained`` takes it, such as ``auto`` for several GPUs; None: one device.
+    layer_by_layer   one layer at a time. None: if the weights do not fit in ``memory_limit``.
+    memory_limit     bytes that the model may take, or None for no limit.
+    """
+
+    needs: frozenset[str] = DEFAULT_NEEDS
+    strict: bool = False
+    batch_size: int = 8
+    seed: int = 0
+    reservoir_bytes: int = RESERVOIR_BYTES
+    dtype: torch.dtype | None = None
+    device_map: str | None = None
+    layer_by_layer: bool | None = None
+    memory_limit: int | None = None
+
+
+def calibrate(
+    folder: Path,
+    windows: Windows,
+    options: Options,
+    *,
+    state_folder: Path,
+    progress: Progress | None = None,
+    ranks: Ranks = ALONE,
+    model_name: str = "",
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> Stats | None:
+    """Statistics of the model in ``folder``; None in all processes but the first.
+
+    state_folder   to continue from if interrupted; remove it when the statistics are saved.
+    progress       called with (steps done, steps in all): a step is a window, layer by layer a window through a layer.
+    tokenizer      to name the tokens that the statistics name.
+
+    Raises DataError, UnsupportedModelError or CheckpointError as data, model and disk demand.
+    """
+    facts = {
+        "strict": options.strict,
+        "progress": progress,
+        "ranks": ranks,
+        "model_name": model_name,
+        "weights_fingerprint": weights_fingerprint(folder),
+        "data": windows.identity,
+        "state_folder": state_folder,
+    }
+    settings = {name: getattr(options, name) for name in ("batch_size", "seed", "reservoir_bytes")}
+    if by_layer(folder, options, ranks):
+        dtype, device = _place(folder, options, ranks)
+        shell = Shell(folder, dtype, device)
+        spec = describe(load_config(folder))
+        job = Job.of(spec, windows.tokens, windows.valid, options.needs, dtype=dtype, **settings)
+        stats = collect_by_layer(shell, job, **facts)
+    else:
+        model = load_model(folder, dtype=options.dtype, device=ranks.device, device_map=options.device_map)
+        stats = collect(model, windows.tokens, valid=windows.valid, needs=options.needs, **settings, **facts)
+    return replace(stats, token_texts=_texts(stats, tokenizer)) if stats and tokenizer else stats
+
+
+def by_layer(folder: Path, options: Options, ranks: Ranks = ALONE) -> bool:
+    """Whether the model will be calibrated layer by layer. Raises DataError for options that exclude each other."""
+    if options.device_map and (ranks.world > 1 or options.layer_by_layer or options.memory_limit):
+        raise DataError(
+            f"device_map={options.device_map!r} spreads the whole model, which excludes torchrun and layer by layer: "
+            "leave one of them out."
+        )
+    if options.layer_by_layer is not None:
+        return options.layer_by_layer
+    if options.memory_limit is None:
+        return False
+    dtype, _ = _place(folder, options, ranks)
+    return weight_bytes(folder, dtype) * _ROOM > options.memory_limit
+
+
+def weight_bytes(folder: Path, dtype: torch.dtype) -> int:
+    """Bytes of all weights in a dtype, from the headers."""
+    numbers = 0
+    for file in check_weights(folder):
+        for name, entry in read_header(file).items():
+            if name != "__metadata__":
+                numbers += torch.Size(entry["shape"]).numel()
+    return numbers * dtype.itemsize
+
+
+def _place(folder: Path, options: Options, ranks: Ranks) -> tuple[torch.dtype, str]:
+    """Dtype and device as ``load_model`` would choose them."""
+    device = ranks.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    own = describe(load_config(folder)).dtype
+    return options.dtype or (torch.float32 if device == "cpu" else own), device
+
+
+def _texts(stats: Stats, tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
+    ids: set[int] = set()
+    for layer in stats.layers.values():
+        for part in layer.values():
+            if isinstance(part, Massive | Sinks):
+                ids |= set(part.tops.token.flatten().tolist())
+    return {i: tokenizer.decode([i]) for i in sorted(ids)}

@@ -1,0 +1,100 @@
+"""From a statistics file and a checkpoint to the evidence that transforms are fitted on."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from kvq.calib.stats import LayerStats, Stats
+from kvq.errors import DataError, UnsupportedModelError
+from kvq.models.architecture import Attention, Projection, describe_attention
+from kvq.models.describe import LayerSpec, ModelSpec
+from kvq.models.rope import rope_of
+from kvq.models.weights import Weights
+from kvq.quantizers import Codec
+from kvq.specs import HeadSpec
+from kvq.transforms.evidence import Evidence, Measured, Window
+
+
+class Source:
+    """Evidence of any layer and side of one model.
+
+    folder   the model's checkpoint; without it, whatever needs weights is refused.
+    """
+
+    def __init__(self, model: ModelSpec, stats: Stats, folder: Path | None):
+        self.model, self.stats = model, stats
+        self.weights = Weights(folder) if folder is not None else None
+        self.attention = describe_attention(model.config)
+        try:
+            self.rope = rope_of(model.config)
+        except UnsupportedModelError:
+            self.rope = None
+
+    def evidence(self, layer: LayerSpec, side: str, spec: HeadSpec, codec: Codec) -> Evidence:
+        """What the first transform of a layer's side is fitted on. Raises DataError if the layer was not measured."""
+        if layer.index not in self.stats.layers:
+            raise DataError(
+                f"the statistics of {self.stats.model!r} have no layer {layer.index}: run 'kvq calibrate' on this "
+                "model."
+            )
+        measured = self.stats.layers[layer.index]
+        attention = self.attention.get(layer.index) or Attention(index=layer.index, scaling=layer.head_dim**-0.5)
+        reservoir = measured.parts.get("reservoir")
+        partner, second = self._partners(layer, attention)
+        return Evidence(
+            side=side,
+            heads=layer.kv_heads,
+            windows=tuple(Window(*window) for window in reservoir.windows()) if reservoir else (),
+            codec=codec,
+            scaling=reservoir.scaling if reservoir else attention.scaling,
+            softcap=attention.softcap,
+            partner=partner,
+            second=second,
+            given={name: given_of(measured, name) for name in ("query", "key", "value")},
+            output=self._output(attention, layer),
+            bias=self._bias(attention, layer) if side == "key" else None,
+            shared=side == "key" and attention.key_norm is not None and attention.key_norm.shared,
+            exact=spec.tokens.sinks,
+            window=spec.tokens.window,
+        )
+
+    def _partners(self, layer: LayerSpec, attention: Attention) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.rope is not None and attention.rotary:
+            return self.rope.partners(layer.head_dim)
+        return torch.arange(layer.head_dim), torch.zeros(layer.head_dim, dtype=torch.bool)
+
+    def _read(self, name: str | None) -> torch.Tensor | None:
+        return None if self.weights is None or name is None else self.weights.read(name)
+
+    def _output(self, attention: Attention, layer: LayerSpec) -> torch.Tensor | None:
+        """Blocks of the output projection, [query heads, hidden, head_dim]."""
+        projection = attention.output.get(layer.index)
+        weight = self._read(projection.weight) if projection else None
+        return None if weight is None else torch.stack([weight[:, span] for span in projection.heads])
+
+    def _bias(self, attention: Attention, layer: LayerSpec) -> torch.Tensor | None:
+        """Bias of the key projection as keys get it, [KV heads, head_dim]; None if there is none, or a norm follows."""
+        projection: Projection | None = attention.key if attention.key_norm is None else None
+        bias = self._read(projection.bias) if projection else None
+        return None if bias is None else torch.stack([bias[span] for span in projection.heads])
+
+
+def given_of(measured: LayerStats, name: str) -> Measured:
+    """What a layer's statistics say of ``query``, ``key`` or ``value`` over all calibration text."""
+    found: dict[str, torch.Tensor] = {}
+    if f"{name}.range" in measured:
+        spread = measured[f"{name}.range"]
+        found |= {"absmax": spread.absmax.double(), "mean": spread.sum / spread.count}
+    if f"{name}.moments" in measured and "mean" in found:
+        mean = found["mean"]
+        found["covariance"] = measured[f"{name}.moments"].second - mean.unsqueeze(-1) * mean.unsqueeze(-2)
+    refuse_infinite(found, name)
+    return found
+
+
+def refuse_infinite(found: Mapping[str, torch.Tensor], name: str) -> None:
+    if not all(bool(tensor.isfinite().all()) for tensor in found.values()):
+        raise DataError(
+            f"the statistics hold a {name} that is NaN or infinite: calibrate again in float32 or bfloat16."
+        )

@@ -1,0 +1,72 @@
+"""Attention sinks: tokens that take a large share of everyone's attention (arXiv 2309.17453).
+
+Attention is that of a few probing queries of each window (``kvq.calib.attention.probe_weights``).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from kvq.calib.kinds.tops import Tops
+
+PROBES = 8
+# Positions whose attention is kept by head; later ones are summed up.
+POSITIONS = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sinks:
+    """mass     [H, POSITIONS] float64: attention given to each of the first positions, summed over the probes.
+    probes   probing queries of each head.
+    tops     the tokens that take most of a window's attention; ``strength`` is the mean share over heads and probes.
+    """
+
+    mass: torch.Tensor
+    probes: int
+    tops: Tops
+
+    @classmethod
+    def observe(
+        cls,
+        weights: torch.Tensor,
+        tokens: torch.Tensor,
+        valid: torch.Tensor | None,
+        priority: torch.Tensor,
+        counts: torch.Tensor,
+    ) -> "Sinks":
+        """weights [B, H, PROBES, T] of probing queries, tokens [B, T]; counts int [B]: probes of each row."""
+        share = weights.float().sum(2)  # [B, H, T]
+        # Real tokens to the left, so that a column is a position.
+        if valid is not None:
+            order = torch.argsort((~valid).to(torch.int8), dim=1, stable=True)
+            left = share.gather(2, order[:, None].expand_as(share))
+        else:
+            left = share
+        mass = left[..., :POSITIONS].double().sum(0)
+        mass = torch.nn.functional.pad(mass, (0, POSITIONS - mass.shape[-1]))
+        strength = share.mean(1) / counts.clamp(min=1)[:, None]
+        return cls(mass=mass, probes=int(counts.sum()), tops=Tops.observe(strength, tokens, valid, priority))
+
+    @property
+    def share(self) -> torch.Tensor:
+        """Share of attention on each of the first positions by query head, [H, POSITIONS] float32."""
+        return (self.mass / (self.probes or float("nan"))).float()
+
+    @property
+    def is_finite(self) -> bool:
+        return bool(self.mass.isfinite().all())
+
+    def merge(self, other: "Sinks") -> "Sinks":
+        return Sinks(mass=self.mass + other.mass, probes=self.probes + other.probes, tops=self.tops.merge(other.tops))
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return {"mass": self.mass} | {f"tops_{name}": x for name, x in self.tops.tensors().items()}
+
+    def facts(self) -> dict[str, Any]:
+        return {"probes": self.probes}
+
+    @classmethod
+    def restore(cls, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any]) -> "Sinks":
+        return cls(mass=tensors["mass"], probes=facts["probes"], tops=Tops.restore(tensors, "tops_"))

@@ -1,0 +1,88 @@
+"""Which statistics a recipe reads, and which are collected when nobody asks for a recipe.
+
+A need is ``tensor.kind``, or ``kind`` alone for what is measured on a layer as a whole:
+
+    tensors   ``key`` after RoPE, as cached; ``key_pre`` before RoPE; ``value``; ``query`` after RoPE, the heads of a
+              group counted as tokens of the KV head that they read.
+    kinds     ``kvq/calib/kinds``: range, histogram, moments, and ``value.weighted_moments`` (weights: the attention
+              that a token gets); reservoir, massive, sinks.
+
+A codec or transform that reads statistics adds a line to ``CODEC_NEEDS`` or ``TRANSFORM_NEEDS``.
+"""
+
+from collections.abc import Callable, Iterable
+
+from kvq.errors import DataError, suggest
+from kvq.models.describe import ModelSpec
+from kvq.recipe import Recipe
+from kvq.specs import CodecSpec, HeadSpec, TransformSpec
+
+TENSORS = ("key", "key_pre", "value", "query")
+
+ALL_NEEDS = frozenset(
+    [f"{tensor}.{kind}" for tensor in TENSORS for kind in ("range", "histogram", "moments")]
+    + ["value.weighted_moments", "reservoir", "massive", "sinks"]
+)
+# What keeps within 1.15 times a plain forward: enough for a diagnosis and for every recipe without moments.
+DEFAULT_NEEDS = frozenset(
+    [f"{tensor}.range" for tensor in TENSORS]
+    + [f"{tensor}.histogram" for tensor in ("key_pre", "value")]
+    + ["massive", "sinks"]
+)
+
+# side is "key" or "value".
+CODEC_NEEDS: dict[str, Callable[[CodecSpec, str], Iterable[str]]] = {
+    "float8": lambda spec, side: [f"{side}.range"] if spec.scale == "calibrated" else [],
+}
+_MOMENTS = {
+    "key": ("key.range", "key.moments", "query.range", "query.moments"),
+    "value": ("value.range", "value.moments"),
+}
+TRANSFORM_NEEDS: dict[str, Callable[[TransformSpec, str], Iterable[str]]] = {
+    "smooth": lambda spec, side: [
+        f"{side}.range",
+        *(["query.range"] if side == "key" and spec.beta else []),
+        *(["reservoir"] if spec.searches or spec.rule == "mean" else []),
+    ],
+    "align": lambda spec, side: ["key.range"],
+    "shift": lambda spec, side: [f"{side}.range"],
+    "spectral": lambda spec, side: ["query.range", "query.moments", *(["reservoir"] if side == "value" else [])],
+    "balance": lambda spec, side: _MOMENTS[side],
+    "learned_pairs": lambda spec, side: ["reservoir"],
+    "learned_scale": lambda spec, side: ["reservoir"],
+    "learned_rotation": lambda spec, side: ["reservoir"],
+    "learned_matrix": lambda spec, side: ["reservoir"],
+}
+
+
+def needs_of(recipe: Recipe, model: ModelSpec) -> frozenset[str]:
+    """The statistics that a recipe reads in some layer or head of a model; empty for a recipe without calibration."""
+    heads = {
+        recipe.for_head(layer.index, head, len(model.layers))
+        for layer in model.full_layers
+        for head in range(layer.kv_heads)
+    }
+    return check_needs(need for head in heads for need in _head_needs(head))
+
+
+def check_needs(needs: Iterable[str]) -> frozenset[str]:
+    """Return the needs as a set. Raises DataError for an unknown one."""
+    needs = frozenset(needs)
+    for need in sorted(needs - ALL_NEEDS):
+        raise DataError(f"{need!r} is no statistic.{suggest(need, ALL_NEEDS)}")
+    return needs
+
+
+def _head_needs(head: HeadSpec) -> set[str]:
+    found: set[str] = set()
+    for side in ("key", "value"):
+        codec = getattr(head, side)
+        found |= set(CODEC_NEEDS.get(codec.codec, lambda *_: ())(codec, side))
+        steps = getattr(head.transforms, side)
+        for step in steps:
+            found |= set(TRANSFORM_NEEDS.get(step.kind, lambda *_: ())(step, side))
+        # What a step has turned is measured again, on token vectors.
+        turned = [step.kind for step in steps if step.kind != "smooth"]
+        if turned and (codec.scale == "calibrated" or any(step.kind == "smooth" for step in steps[1:])):
+            found.add("reservoir")
+    return found

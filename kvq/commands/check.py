@@ -1,0 +1,116 @@
+"""``kvq check``: will a folder load in a serving engine, with which cache, and was every scale found."""
+
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from kvq.commands.common import Output, json_option, progress_bar, quiet_transformers
+from kvq.errors import CheckpointError
+
+
+@click.command("check")
+@click.argument("folder", metavar="DIR")
+@click.option("--engine", metavar="NAME", help="vllm, sglang or transformers; without it, each of them.")
+@click.option("--engine-version", "version", metavar="V", help="Its release; without it, the newest that kvq knows.")
+@click.option("--run", "start", is_flag=True, help="Start the real engine (vllm) on two prompts and compare.")
+@click.option(
+    "--engine-python", metavar="PYTHON", help="Interpreter of the environment that has the engine, for --run."
+)
+@click.option("--dtype", default="auto", show_default=True, help="Of the model in the engine, for --run.")
+@click.option("--quick", is_flag=True, help="Compare weight files by size, not by hash.")
+@json_option
+def command(
+    folder: str,
+    engine: str | None,
+    version: str | None,
+    start: bool,
+    engine_python: str | None,
+    dtype: str,
+    quick: bool,
+    output: Output,
+) -> None:
+    """Check, without the engine, whether DIR loads in it, with which cache, and whether every scale is found.
+
+    Every file is compared with the hashes that the export wrote. Any error ends with exit code 2. With --engine the
+    shipped recipes that this engine can have are listed, and why it cannot have the others. With --run the engine is
+    started: its scales must be the folder's, and its answers those of kvq's simulation.
+
+    \b
+    Examples:
+      kvq check smollm2-fp8
+      kvq check smollm2-fp8 --engine vllm --engine-version 0.33
+      kvq check ./someones-fp8-model --quick --json -
+      kvq check smollm2-fp8 --run --engine-python .venv-vllm/bin/python
+    """
+    if version and not engine:
+        raise click.UsageError("--engine-version needs --engine NAME beside it.")
+    if start:
+        engine = engine or "vllm"
+        _check_runnable(engine, engine_python)
+    quiet_transformers()
+    from kvq.export.check import check_folder
+    from kvq.export.engines import engines, find_release
+    from kvq.report.engines import engines_table, expressible_table, findings_table, serve_lines
+
+    releases = [find_release(engine, version)] if engine else [find_release(name) for name in engines()]
+    with progress_bar("Hashing") as step:
+        reports = check_folder(Path(folder).expanduser(), releases, quick=quick, progress=step)
+    rows = [report.to_dict() for report in reports]
+    output.show(engines_table(f"Check of {rows[0]['folder']}", rows), *serve_lines(rows))
+    if any(row["findings"] for row in rows):
+        output.show(findings_table(rows))
+    if engine:
+        output.show(expressible_table(f"Recipes in {releases[0].name}", rows[0]["recipes"]))
+    result = {"folder": folder, "passes": _passes(reports), "engines": rows}
+    if not result["passes"]:
+        output.write(result)
+        raise CheckpointError(_verdict(folder, reports))
+    if start:
+        result["run"] = _run(folder, reports[0], engine_python, dtype, output)
+        result["passes"] = not result["run"]["problems"]
+    output.write(result)
+    if not result["passes"]:
+        raise CheckpointError(f"{folder!r} fails in {engine}: {' '.join(result['run']['problems'])}")
+
+
+def _check_runnable(engine: str, python: str | None) -> None:
+    if engine != "vllm":
+        raise click.UsageError(f"--run starts vllm only, not {engine}.")
+    if python is None and importlib.util.find_spec("vllm") is None:
+        raise click.UsageError("vllm is not installed here: name the Python of its environment with --engine-python.")
+
+
+def _run(folder: str, report, python: str | None, dtype: str, output: Output) -> dict[str, Any]:
+    from kvq.eval.engine import compare_with_engine, two_prompts
+    from kvq.report.engines import comparison_table
+
+    path = Path(folder).expanduser()
+    settings = {"dtype": dtype, "cache_dtype": report.flag, "skip": report.skip}
+    found = compare_with_engine(path, two_prompts(path), python=python or sys.executable, **settings).to_dict()
+    output.show(comparison_table(found))
+    return found
+
+
+def _wanted(reports) -> list:
+    """The reports that decide: of the engine that the folder was written for, or all of them."""
+    from kvq.export.targets import TARGETS
+
+    target = TARGETS.get(reports[0].written_by)
+    own = [report for report in reports if target and report.engine == target.engines[0]]
+    return own or reports
+
+
+def _passes(reports) -> bool:
+    """True if the deciding engine loads the folder; for a stranger's folder, if any does."""
+    wanted = _wanted(reports)
+    return any(not report.errors for report in wanted)
+
+
+def _verdict(folder: str, reports) -> str:
+    report = _wanted(reports)[0]
+    first, others = report.errors[0], len(report.errors) - 1
+    more = f" ({others} more in the table)" if others else ""
+    return f"{folder!r} fails for {report.engine} {report.version}: {first.about!r}: {first.text.rstrip('.')}{more}."

@@ -1,0 +1,25 @@
+"""The part of a causal model that owns its decoder layers, whatever the family calls it."""
+
+import torch
+from transformers import PreTrainedModel
+
+from kvq.models.describe import text_config
+
+
+def decoder_of(model: PreTrainedModel) -> torch.nn.Module:
+    """The module that owns the decoder layers and builds a cache if it is given none."""
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    found = decoder if decoder is not None and decoder is not model else model.base_model
+    if found is model:
+        # Llama 4 names a part that its text-only model has not.
+        found = next((child for child in model.children() if isinstance(child, PreTrainedModel)), model)
+    return found
+
+
+def decoder_layers(model: PreTrainedModel) -> torch.nn.ModuleList | None:
+    """The list of the decoder layers; None if there is no such list."""
+    count = text_config(model.config).num_hidden_layers
+    for module in decoder_of(model).children():
+        if isinstance(module, torch.nn.ModuleList) and len(module) == count:
+            return module
+    return None

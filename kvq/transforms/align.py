@@ -1,0 +1,34 @@
+"""Turn rotary pairs so that what is static in keys costs no range.
+
+Keys have large means, mostly in slowly turning pairs. With m = m_a + i m_b the mean of a pair, after
+
+    c = exp(i (pi / 4 - arg m))          (a channel without partner: c = -1 where its mean is negative)
+
+both halves of every pair have the mean |m| / sqrt(2): all means are positive. Codes span maximum minus minimum of a
+token, and a common offset of its channels is stored in the minimum at no cost. An angle by pair commutes with RoPE
+(a rotation of the same plane), so that it folds into the projections of keys and queries.
+"""
+
+import math
+
+import torch
+
+from kvq.specs import TransformSpec
+from kvq.transforms.evidence import Evidence
+
+
+def fit_align(spec: TransformSpec, evidence: Evidence) -> dict[str, torch.Tensor]:
+    """``real``, ``imaginary`` [K, D] and ``partner`` [D], as ``Pairs`` takes them."""
+    mean, partner, second = evidence.mean("key"), evidence.partner, evidence.second
+    alone = partner == torch.arange(len(partner))
+    other = mean.index_select(-1, partner)
+    first, last = torch.where(second, other, mean), torch.where(second, mean, other)
+    angle = math.pi / 4 - torch.atan2(last, first)
+    real = torch.where(alone, torch.where(mean < 0, -1.0, 1.0), angle.cos())
+    return pair_numbers(real, torch.where(alone, 0.0, angle.sin()), evidence)
+
+
+def pair_numbers(real: torch.Tensor, imaginary: torch.Tensor, evidence: Evidence) -> dict[str, torch.Tensor]:
+    """Artefacts of ``Pairs`` for numbers [K, D] that both channels of a pair share."""
+    imaginary = torch.where(evidence.second, -imaginary, imaginary)
+    return {"real": real.float(), "imaginary": imaginary.float(), "partner": evidence.partner}

@@ -1,0 +1,61 @@
+"""The matrix that splits the work evenly between what is stored and what reads it.
+
+Let C be the covariance of stored tokens and M the second moment of what reads them: queries for keys, the output
+projection for values. After k' = k P, q' = q P^-T and a quantizer whose error is the same for all channels of a token,
+
+    error  ~  tr(P^T C P) / D  *  tr(P^-1 M P^-T)
+
+Both traces are (tr L^1/2), its least value, where P^T C P = P^-1 M P^-T = L^1/2 with L the eigenvalues of C M:
+
+    P = M^1/2 U L^-1/4,      U L U^T = M^1/2 C M^1/2
+
+(for orthogonal P the error is tr C tr M / D, whatever P). A Hadamard afterwards makes all channels alike. The mean of
+keys is left out of C, because it costs nothing once ``shift`` or a scale by channel takes it.
+"""
+
+import torch
+
+from kvq.errors import DataError
+from kvq.specs import TransformSpec
+from kvq.transforms.evidence import Evidence
+from kvq.transforms.hadamard import hadamard_matrix
+
+# Share of a channel's own moment that is added to it: measured moments of dead directions are noise.
+RIDGE = 1e-3
+
+
+def fit_balance(spec: TransformSpec, evidence: Evidence) -> dict[str, torch.Tensor]:
+    """``matrix`` [K, D, D]."""
+    if evidence.side == "key":
+        stored, reader = evidence.covariance("key"), evidence.moment("query")
+    else:
+        stored, reader = evidence.covariance("value"), _output_moment(evidence)
+    return {"matrix": balancing(stored.double(), reader.double()).float()}
+
+
+def balancing(stored: torch.Tensor, reader: torch.Tensor) -> torch.Tensor:
+    """P H of symmetric [K, D, D] moments."""
+    stored, reader = _ridged(stored), _ridged(reader)
+    values, vectors = torch.linalg.eigh(reader)
+    root = (vectors * values.clamp_min(0).sqrt().unsqueeze(-2)) @ vectors.transpose(-1, -2)
+    values, vectors = torch.linalg.eigh(root @ stored @ root)
+    top = vectors.gather(-2, vectors.abs().argmax(-2, keepdim=True))
+    vectors = vectors * torch.where(top < 0, -1.0, 1.0)
+    # Products of two ridges bound the eigenvalues from below; the clamp is for rounding.
+    quarter = values.clamp_min(values.amax(-1, keepdim=True) * 1e-12).pow(-0.25)
+    return root @ (vectors * quarter.unsqueeze(-2)) @ hadamard_matrix(stored.shape[-1])
+
+
+def _ridged(moment: torch.Tensor) -> torch.Tensor:
+    diagonal = moment.diagonal(dim1=-2, dim2=-1)
+    # A channel that was never used has no moment of its own.
+    floor = (diagonal.mean(-1, keepdim=True) * RIDGE**2).clamp_min(torch.finfo(moment.dtype).tiny)
+    return moment + torch.diag_embed(RIDGE * diagonal + floor)
+
+
+def _output_moment(evidence: Evidence) -> torch.Tensor:
+    """Sum over a KV head's query heads of W_o^T W_o, [K, D, D]."""
+    if evidence.output is None:
+        raise DataError("'balance' of values needs the weights of the model: fit it beside its checkpoint.")
+    blocks = evidence.output.double().unflatten(0, (evidence.heads, -1))
+    return torch.einsum("kgnd,kgne->kde", blocks, blocks)

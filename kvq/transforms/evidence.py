@@ -1,0 +1,149 @@
+"""What a step's numbers are chosen from: measured keys, values and queries of one layer, as the step will see them.
+
+Shape letters: K KV heads, H query heads, G = H / K, T tokens, D head dimension.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import torch
+
+from kvq.errors import DataError
+from kvq.quantizers import Codec
+from kvq.transforms.chain import Chain
+
+
+@dataclass(frozen=True, eq=False)
+class Window:
+    """One text's queries [H, T, D], keys and values [K, T, D], after RoPE, from its first token on."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+
+    def grouped(self, name: str) -> torch.Tensor:
+        """Tokens by KV head, [K, n, D]; the queries of a group count as tokens of their KV head."""
+        return getattr(self, name).unflatten(0, (self.key.shape[0], -1)).flatten(1, 2)
+
+    def moved(self, functions: Mapping[str, Callable]) -> "Window":
+        """Apply functions of [K, n, D] to some of the three."""
+        tokens = self.key.shape[1]
+        changed = {name: function(self.grouped(name)) for name, function in functions.items()}
+        return replace(self, **{name: x.unflatten(1, (-1, tokens)).flatten(0, 1) for name, x in changed.items()})
+
+
+# Measurements of one tensor by KV head, float64: absmax, absmean, mean [K, D]; covariance [K, D, D], about the mean.
+Measured = Mapping[str, torch.Tensor]
+
+
+def measure(x: torch.Tensor, weights: torch.Tensor | None = None) -> Measured:
+    """Measure tokens x [K, n, D]; ``weights`` [K, n] weigh mean and covariance."""
+    x = x.double()
+    weights = torch.ones_like(x[..., 0]) if weights is None else weights.double()
+    share = (weights / weights.sum(-1, keepdim=True)).unsqueeze(-1)
+    mean = (x * share).sum(-2)
+    centred = x - mean.unsqueeze(-2)
+    covariance = centred.transpose(-1, -2) @ (centred * share)
+    return {"absmax": x.abs().amax(-2), "absmean": x.abs().mean(-2), "mean": mean, "covariance": covariance}
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Evidence:
+    """One layer, seen from one side (``key`` or ``value``).
+
+    heads      KV heads.
+    windows    of text, with the steps before the one in question applied.
+    given      measurements over more text than the windows, of ``query``, ``key`` and ``value``; what is missing is
+               measured on the windows.
+    codec      the side's codec, with which candidates are tried.
+    scaling    what the model multiplies logits with; softcap: its logit softcap.
+    partner    [D]: the other channel of a rotary pair, the channel itself where there is none; second [D] bool: the
+               channel is the second of its pair.
+    output     [H, hidden, D]: blocks of the output projection, or None if they are not at hand.
+    bias       [K, D]: bias of the key projection, before RoPE, or None.
+    shared     one scale must serve all KV heads (a norm that they share stands between the projection and the cache).
+    after      later steps that need no numbers (Hadamard), for trying candidates.
+    exact      first tokens that the recipe keeps exact; window: last ones.
+    """
+
+    side: str
+    heads: int
+    windows: tuple[Window, ...]
+    codec: Codec
+    scaling: float
+    partner: torch.Tensor
+    second: torch.Tensor
+    given: Mapping[str, Measured]
+    softcap: float | None = None
+    output: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
+    shared: bool = False
+    after: Chain = field(default_factory=Chain)
+    exact: int = 0
+    window: int = 0
+
+    def tokens(self, name: str) -> torch.Tensor:
+        """All tokens of the windows by KV head, [K, n, D] float64. Raises DataError if there are no windows."""
+        if not self.windows:
+            raise DataError(
+                "the statistics hold no token vectors ('reservoir'): run 'kvq calibrate' again with --for RECIPE, or "
+                "with --full."
+            )
+        return torch.cat([window.grouped(name) for window in self.windows], dim=1).double()
+
+    def absmax(self, name: str) -> torch.Tensor:
+        """Largest magnitude of ``query``, ``key`` or ``value``, [K, D]."""
+        return self._of(name, "absmax")
+
+    def absmean(self, name: str) -> torch.Tensor:
+        """Mean magnitude, [K, D]."""
+        return self._of(name, "absmean")
+
+    def mean(self, name: str) -> torch.Tensor:
+        """[K, D]."""
+        return self._of(name, "mean")
+
+    def covariance(self, name: str) -> torch.Tensor:
+        """Second moment about the mean, [K, D, D]."""
+        return self._of(name, "covariance")
+
+    def moment(self, name: str) -> torch.Tensor:
+        """Second moment about zero, [K, D, D]."""
+        mean = self.mean(name)
+        return self.covariance(name) + mean.unsqueeze(-1) * mean.unsqueeze(-2)
+
+    def _of(self, name: str, what: str) -> torch.Tensor:
+        given = self.given.get(name, {})
+        return given[what] if what in given else self._measured[name][what]
+
+    @cached_property
+    def _measured(self) -> dict[str, Measured]:
+        return {name: measure(self.tokens(name)) for name in ("query", "key", "value")}
+
+    def through(self, step) -> "Evidence":
+        """What the next step sees."""
+        chain = Chain((step,))
+        functions = {"key": chain.write, "query": chain.dual} if self.side == "key" else {"value": chain.write}
+        given = {
+            name: _moved(held, functions[name]) if name in functions else held for name, held in self.given.items()
+        }
+        return replace(self, windows=tuple(window.moved(functions) for window in self.windows), given=given)
+
+
+def _moved(held: Measured, function: Callable) -> Measured:
+    """Measurements after an affine function: mean and covariance; magnitudes too if it only scales channels."""
+    if not held:
+        return {}
+    heads, size = next(iter(held.values())).shape[:2]
+    zero = function(torch.zeros(heads, 1, size, dtype=torch.float64))
+    linear = function(torch.eye(size, dtype=torch.float64).expand(heads, size, size)) - zero
+    found = {}
+    if "mean" in held:
+        found["mean"] = function(held["mean"].unsqueeze(-2)).squeeze(-2)
+    if "covariance" in held:
+        found["covariance"] = linear.transpose(-1, -2) @ held["covariance"] @ linear
+    scale = linear.diagonal(dim1=-2, dim2=-1)
+    if not bool(zero.any()) and torch.equal(linear, torch.diag_embed(scale)):
+        found |= {name: held[name] * scale.abs() for name in ("absmax", "absmean") if name in held}
+    return found

@@ -1,0 +1,126 @@
+"""How much a layer's attention output changes when its keys or values are quantized: what every search minimises."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from kvq.quantizers import AffineCodec, Codec
+from kvq.transforms.evidence import Evidence, Window
+
+
+@dataclass(frozen=True, eq=False)
+class Probe:
+    """The first tokens of a window, and some queries with what they see exactly.
+
+    rows      [R]: positions of the queries.
+    query     [K, G, R, D]; key, value [K, T, D]; scores [K, G, R, T], masked; output [R, hidden] or head outputs.
+    read      [R, T] bool: tokens that the query reads from packed pages.
+    packed    slice of the tokens that can be packed.
+    """
+
+    rows: torch.Tensor
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    scores: torch.Tensor
+    output: torch.Tensor
+    read: torch.Tensor
+    packed: slice
+
+    @classmethod
+    def of(cls, evidence: Evidence, window: Window, rows: torch.Tensor) -> "Probe":
+        """Queries at ``rows`` [R] of a window and all tokens up to the last of them."""
+        tokens = int(rows.max()) + 1
+        key, value = window.key[:, :tokens].float(), window.value[:, :tokens].float()
+        query = window.query.float().unflatten(0, (len(key), -1))[:, :, rows]
+        first, block = min(evidence.exact, tokens), evidence.codec.block_tokens
+        packed = slice(first, first + (tokens - first) // block * block)
+        column = torch.arange(tokens)
+        # Recent tokens are exact: a query reads what lies at least a window behind it.
+        read = column <= rows.unsqueeze(1) - evidence.window
+        read &= (column >= packed.start) & (column < packed.stop)
+        hidden = column > rows.unsqueeze(1)
+        scores = _scores(evidence, query, key).masked_fill(hidden, -torch.inf)
+        output = _output(evidence, _weighted(scores.softmax(-1), value))
+        return cls(rows, query, key, value, scores, output, read, packed)
+
+    def error(self, evidence: Evidence, stored: torch.Tensor) -> torch.Tensor:
+        """Relative error of the attention output, [], if packed tokens are read as ``stored`` [K, packed, D]."""
+        if evidence.side == "key":
+            key = torch.cat([self.key[:, : self.packed.start], stored, self.key[:, self.packed.stop :]], dim=1)
+            weights = torch.where(self.read, _scores(evidence, self.query, key), self.scores).softmax(-1)
+            heads = _weighted(weights, self.value)
+        else:
+            weights = self.scores.softmax(-1)
+            change = stored - self.value[:, self.packed]
+            heads = _weighted(weights, self.value) + _weighted((weights * self.read)[..., self.packed], change)
+        return relative_error(_output(evidence, heads), self.output)
+
+
+def _scores(evidence: Evidence, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    scores = (query.flatten(1, 2) @ key.transpose(-1, -2)).unflatten(1, query.shape[1:3]) * evidence.scaling
+    return scores if evidence.softcap is None else evidence.softcap * torch.tanh(scores / evidence.softcap)
+
+
+def _weighted(weights: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """[K, G, R, T] times [K, T, D]: [K, G, R, D]."""
+    return (weights.flatten(1, 2) @ value).unflatten(1, weights.shape[1:3])
+
+
+def _output(evidence: Evidence, heads: torch.Tensor) -> torch.Tensor:
+    """What the layer adds to the residual stream, [R, hidden], of head outputs [K, G, R, D]; without the output
+    projection the head outputs themselves."""
+    heads = heads.flatten(0, 1)
+    if evidence.output is None:
+        return heads
+    joined = evidence.output.to(heads).permute(1, 0, 2).flatten(1)
+    return heads.transpose(0, 1).flatten(1) @ joined.T
+
+
+def relative_error(found: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
+    """Mean square of the difference over the mean square of what is exact, []."""
+    return (found - exact).square().sum() / exact.square().sum().clamp_min(torch.finfo(exact.dtype).tiny)
+
+
+def attention_error(evidence: Evidence, step, windows: int = 4, queries: int = 64) -> float:
+    """Relative error of the attention output if the side goes through ``step`` (and the steps after it) and its codec,
+    under the recipe's token policy. The queries are spread over the second half of each of the first windows."""
+    chosen = [Probe.of(evidence, window, spread(window, queries)) for window in evidence.windows[:windows]]
+    return probes_error(evidence, chosen, step, lambda x: evidence.codec.decode(evidence.codec.encode(x), x.dtype))
+
+
+def spread(window: Window, queries: int) -> torch.Tensor:
+    """Positions of queries over the second half of a window."""
+    tokens = window.key.shape[1]
+    return torch.linspace(tokens // 2, tokens - 1, min(queries, tokens - tokens // 2)).long()
+
+
+@torch.no_grad()
+def probes_error(evidence: Evidence, probes: list[Probe], step, quantize: Callable) -> float:
+    """Mean error over probes, with ``quantize`` as the codec's round trip."""
+    errors = [probe.error(evidence, stored(evidence, probe, step, quantize)) for probe in probes]
+    return float(sum(errors)) / len(errors)
+
+
+def stored(evidence: Evidence, probe: Probe, step, quantize: Callable) -> torch.Tensor:
+    """What packed tokens of a probe are read as, in the model's basis, [K, packed, D]."""
+    x = (probe.key if evidence.side == "key" else probe.value)[:, probe.packed]
+    return step.undo(evidence.after.undo(quantize(evidence.after.write(step.write(x)))))
+
+
+def fake_quantized(x: torch.Tensor, codec: Codec) -> torch.Tensor:
+    """What the codec gives back for x [..., T, D], with gradients: straight through rounding and, for affine codes,
+    through scale and minimum to the numbers that set them. fp16 rounding of the metadata is left out there."""
+    if not isinstance(codec, AffineCodec) or codec.symmetric:
+        return x + (codec.decode(codec.encode(x.detach()), x.dtype) - x.detach())
+    grouped = codec.grouping.split(x)
+    low, high = torch.aminmax(grouped, dim=codec.grouping.dim, keepdim=True)
+    if codec.clip < 1:
+        cut = (high - low) * ((1 - codec.clip) / 2)
+        low, high = low + cut, high - cut
+    steps = 2**codec.bits - 1
+    scale = ((high - low) / steps).clamp_min(torch.finfo(torch.float16).tiny)
+    codes = (grouped - low) / scale
+    codes = (codes + (codes.round() - codes).detach()).clamp(0, steps)
+    return codec.grouping.join(codes * scale + low)

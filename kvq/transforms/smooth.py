@@ -1,0 +1,89 @@
+"""Scales by channel that move magnitude from what is stored to what reads it.
+
+    absmax      s = max|x|^alpha / max|y|^beta          SmoothQuant (2211.10438), QServe's SmoothAttention (2405.04532)
+    mean        s = mean|x|^alpha                       AWQ (2306.00978)
+    threshold   s = max(1, max|x| / t)                  Outlier Suppression+ (2304.09145), with t searched
+
+x are the keys and y their queries, or x the values and y the columns of the output projection that read them. Keys
+take the larger number of a rotary pair, so that the scale commutes with RoPE. A common factor of all channels, which no
+quantizer sees, is divided out. Searches take what gives the least error of the attention output, as QServe does.
+"""
+
+from collections.abc import Iterator
+
+import torch
+
+from kvq.errors import DataError
+from kvq.specs import TransformSpec
+from kvq.transforms.evidence import Evidence
+from kvq.transforms.objective import attention_error
+from kvq.transforms.steps import Diagonal
+
+GRID = tuple(i / 20 for i in range(1, 20))
+# Shares of the largest magnitude that a threshold may take.
+THRESHOLDS = tuple(i / 20 for i in range(2, 20))
+
+
+def fit_smooth(spec: TransformSpec, evidence: Evidence) -> dict[str, torch.Tensor]:
+    """``scale`` [K, D]."""
+    candidates = list(_candidates(spec, evidence))
+    if len(candidates) > 1:
+        errors = [attention_error(evidence, Diagonal(scale)) for scale in candidates]
+        candidates = [candidates[errors.index(min(errors))]]
+    return {"scale": candidates[0].float()}
+
+
+def _candidates(spec: TransformSpec, evidence: Evidence) -> Iterator[torch.Tensor]:
+    if spec.searches:
+        # First, so that it wins where nothing is better.
+        yield torch.ones_like(_stored(evidence, "absmax"))
+    if spec.rule == "threshold":
+        stored = _stored(evidence, "absmax")
+        top = stored.amax(-1, keepdim=True)
+        yield from (_usable((stored / (top * share)).clamp_min(1)) for share in THRESHOLDS)
+        return
+    rule = "mean" if spec.rule == "mean" else "absmax"
+    stored = _stored(evidence, "absmean" if rule == "mean" else "absmax")
+    reader = torch.ones_like(stored) if rule == "mean" else None
+    for alpha, beta in _exponents(spec):
+        if beta and reader is None:
+            reader = _reader(evidence)
+        yield _usable(stored**alpha / (reader**beta if beta else 1))
+
+
+def _exponents(spec: TransformSpec) -> list[tuple[float, float]]:
+    """(alpha, beta) to try. Both searched: beta is 0, 1 - alpha (QServe) or alpha."""
+    alpha = 0.5 if spec.alpha is None else spec.alpha
+    beta = 0.0 if spec.beta is None else spec.beta
+    if alpha == beta == "search":
+        return [(a, b) for a in GRID for b in dict.fromkeys((0.0, 1 - a, a))]
+    if alpha == "search":
+        return [(a, beta) for a in GRID]
+    return [(alpha, b) for b in GRID] if beta == "search" else [(alpha, beta)]
+
+
+def _stored(evidence: Evidence, name: str) -> torch.Tensor:
+    """Magnitudes of what is stored, [K, D]."""
+    return _joined(getattr(evidence, name)(evidence.side), evidence)
+
+
+def _reader(evidence: Evidence) -> torch.Tensor:
+    """Magnitudes of what reads it, [K, D]."""
+    if evidence.side == "key":
+        return _joined(evidence.absmax("query"), evidence)
+    if evidence.output is None:
+        raise DataError("a value scale with beta above 0 needs the weights of the model: fit it beside its checkpoint.")
+    return evidence.output.abs().amax(1).unflatten(0, (evidence.heads, -1)).amax(1).double()
+
+
+def _joined(x: torch.Tensor, evidence: Evidence) -> torch.Tensor:
+    """The larger number of those that must have one scale."""
+    if evidence.side == "key":
+        x = torch.maximum(x, x.index_select(-1, evidence.partner))
+    return x.amax(0, keepdim=True).expand_as(x) if evidence.shared else x
+
+
+def _usable(scale: torch.Tensor) -> torch.Tensor:
+    """1 for channels that were never used, and a geometric mean of 1 by head."""
+    scale = torch.where(scale.isfinite() & (scale > 0), scale, 1.0)
+    return scale / scale.log().mean(-1, keepdim=True).exp()

@@ -1,0 +1,44 @@
+"""OSCAR's closed-form rotation (arXiv 2605.17757): eigenvectors of what reads a tensor, spread by a Hadamard.
+
+    C_K = mean over KV heads of Q^T Q / n          C_V = mean over KV heads of V^T diag(w) V / n,
+                                                   w_t = k_t (Q^T Q / n) k_t^T, normalised to mean 1
+    R = U H P
+
+U: eigenvectors of C by falling eigenvalue, P: column r goes to the bit-reversed index of r (powers of two only). One
+rotation for all heads of a layer.
+"""
+
+import torch
+
+from kvq.specs import TransformSpec
+from kvq.transforms.evidence import Evidence
+from kvq.transforms.hadamard import hadamard_matrix
+
+
+def fit_spectral(spec: TransformSpec, evidence: Evidence) -> dict[str, torch.Tensor]:
+    """``matrix`` [1, D, D], orthogonal."""
+    moments = evidence.moment("query") if evidence.side == "key" else _weighted_second(evidence)
+    vectors = eigenvectors(moments.mean(0))
+    size = len(vectors)
+    mixed = vectors @ hadamard_matrix(size)
+    if size & (size - 1) == 0:
+        digits = size.bit_length() - 1
+        mixed = mixed[:, [int(f"{i:0{digits}b}"[::-1], 2) for i in range(size)]]
+    return {"matrix": mixed.unsqueeze(0).float()}
+
+
+def _weighted_second(evidence: Evidence) -> torch.Tensor:
+    """Second moment of values, weighed by the mean square of their tokens' logits, [K, D, D]."""
+    keys, values = evidence.tokens("key"), evidence.tokens("value")
+    weights = ((keys @ evidence.moment("query")) * keys).sum(-1, keepdim=True)
+    return values.transpose(-1, -2) @ (values * weights / weights.sum(-2, keepdim=True))
+
+
+def eigenvectors(matrix: torch.Tensor) -> torch.Tensor:
+    """Eigenvectors of symmetric matrices [..., D, D] as columns, by falling eigenvalue.
+
+    The largest entry of each is positive, so that machines agree on the signs.
+    """
+    vectors = torch.linalg.eigh(matrix).eigenvectors.flip(-1)
+    top = vectors.gather(-2, vectors.abs().argmax(-2, keepdim=True))
+    return vectors * torch.where(top < 0, -1.0, 1.0)

@@ -1,0 +1,63 @@
+"""transformers loads the compressed-tensors export with the compressed-tensors package: an independent reader."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from kvq.export.exporter import export
+from kvq.export.served import served_config, served_plan
+from kvq.integrations.two_view import two_view
+from kvq.models.describe import describe
+from kvq.models.resolve import load_config, load_model
+
+pytest.importorskip("compressed_tensors", reason="the extra 'targets' is not installed")
+
+
+@pytest.fixture
+def folder(tiny_checkpoint, tmp_path, stats_of):
+    source = tiny_checkpoint(layers=3, head_dim=32, heads=4, kv_heads=2)
+    export(source, "fp8", tmp_path / "out", target="compressed-tensors", stats=stats_of(source))
+    return tmp_path / "out"
+
+
+def load(folder):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, output_loading_info=True)
+
+
+def test_every_key_is_expected_and_found(folder):
+    model, report = load(folder)
+    assert {name: set(keys) for name, keys in report.items()} == {
+        "missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": set(),
+    }  # fmt: skip
+    held = {n: p.item() for n, p in model.named_parameters() if n.endswith(("k_scale", "v_scale"))}
+    for index, (group,) in served_plan(folder).layers.items():
+        for side, letter in (("key", "k"), ("value", "v")):
+            assert held[f"model.layers.{index}.self_attn.{letter}_scale"] == group.codecs[side].scale
+    assert len(held) == 2 * len(describe(load_config(folder)).full_layers)
+
+
+def test_a_missing_scale_is_not_noticed_by_transformers(folder):
+    """Why ``kvq check`` exists: without the file of the scales the model loads, with anything in their place."""
+    (folder / "kv_scales.safetensors").unlink()
+    index = folder / "model.safetensors.index.json"
+    index.unlink()
+    (folder / "model-00001-of-00001.safetensors").rename(folder / "model.safetensors")
+    _, report = load(folder)
+    assert len(report["missing_keys"]) == 6
+
+
+def test_its_answers_are_those_of_kvqs_simulation(folder):
+    """Keys and values rounded on every update, in one forward, equal kvq's mode ``simulate``; the plain model does not.
+
+    In float64, so that no number lies so near the middle of two FP8 numbers that the order of sums decides.
+    """
+    ids = torch.arange(3, 90).unsqueeze(0)
+    theirs, _ = load(folder)
+    ours = load_model(folder, dtype=torch.float64, config=served_config(folder))
+    with torch.no_grad():
+        reference = theirs(ids, use_cache=True).logits
+        plain = ours(ids).logits
+        with two_view(ours, served_plan(folder), "simulate"):
+            logits = ours(ids).logits
+    assert (logits - reference).abs().max() < 1e-6
+    assert (plain - reference).abs().max() > 1e-2
