@@ -34,7 +34,7 @@ _CODEC_FIELDS = {
     "affine": (("bits", "axis", "group"), ("clip", "symmetric", "meta", "placement", *WRAPPERS)),
     "tiers": (("bits", "group"), ("meta", "placement")),
     "book": (("bits", "levels", "scale"), ("axis", "group", "weights", "q_norm", "placement", *WRAPPERS)),
-    "float8": (("scale",), ("placement", *WRAPPERS)),
+    "float8": (("scale",), ("method", "percentile", "granularity", "placement", *WRAPPERS)),
     "float4": (("group", "meta"), ("scale", "placement", *WRAPPERS)),
     "sketch": (("bits",), ("seed", "outlier_channels", "outlier_bits", "group")),
 }
@@ -133,7 +133,7 @@ class CodecSpec:
             ``affine``   integer codes with a scale and a minimum
             ``book``     codes that name the levels of a static codebook, times a scale
             ``tiers``    affine codes along the channel axis, with bits of their own for equal parts of the channels
-            ``float8``   E4M3 with one scale per tensor
+            ``float8``   E4M3 with one static scale per tensor, or per head
             ``float4``   E2M1 in blocks with a block scale (MXFP4, NVFP4)
             ``sketch``   signs of random projections, keys only (QJL)
 
@@ -151,9 +151,12 @@ class CodecSpec:
             (k-means over statistics).
     weights book with calibrated levels: ``fisher`` weights the k-means by squared gradients (KVQuant).
     q_norm  book with calibrated levels: decoded numbers keep the mean and deviation of calibration (KVQuant).
-    scale   float8: ``calibrated`` (absolute maximum from statistics / 448) or ``unit`` (a plain cast). float4 with
+    scale   float8: ``calibrated`` (from statistics, see method) or ``unit`` (a plain cast). float4 with
             meta e4m3: the global scale, likewise. book: ``unit``; ``absmax``, ``range`` (middle and half range) or
             ``moments`` (mean and deviation) of every group; or ``calibrated`` (a static range per channel).
+    method  float8 with scale calibrated: ``max`` (default), ``percentile`` or ``mse``; see ``kvq/calib/scales.py``.
+    percentile   of magnitudes that are not clipped, above 50 to 100; for method percentile.
+    granularity  float8 with scale calibrated: one scale a ``tensor`` (default) or one a ``head``.
     seed    sketch: of the projections.
     outlier_channels, outlier_bits   sketch: channels of a group of tokens that have a sketch of their own, and its
             projections per channel of the head.
@@ -173,6 +176,9 @@ class CodecSpec:
     weights: str | None = None
     q_norm: bool | None = None
     scale: str | None = None
+    method: str | None = None
+    percentile: float | None = None
+    granularity: str | None = None
     seed: int | None = None
     outlier_channels: int | None = None
     outlier_bits: int | None = None
@@ -204,7 +210,15 @@ class CodecSpec:
         pass
 
     def _check_float8(self):
-        pass
+        check_choice("method", self.method, ("max", "percentile", "mse"))
+        check_choice("granularity", self.granularity, ("tensor", "head"))
+        for name in ("method", "granularity"):
+            if getattr(self, name) is not None and self.scale != "calibrated":
+                raise RecipeError(f"{name} says how a scale is calibrated, and scale={self.scale}: remove one of them.")
+        if (self.method == "percentile") != (self.percentile is not None):
+            raise RecipeError("method=percentile and percentile belong together, as in percentile: 99.99.")
+        if self.percentile is not None and (not is_number(self.percentile) or not 50 < self.percentile <= 100):
+            raise RecipeError(f"percentile={self.percentile!r} is no percentile: use a number above 50 to 100.")
 
     def _check_affine(self):
         self._check_bits(AFFINE_BITS)

@@ -6,7 +6,8 @@
     ├── ModelNotFoundError     a model or data set that is not on disk and cannot be fetched
     ├── CheckpointError        an export, statistics or weight file that is missing, altered or not this model's
     ├── DataError              text or activations that cannot be used (too short, not finite)
-    └── CacheError             a cache operation that the packed state does not allow
+    ├── CacheError             a cache operation that the packed state does not allow
+    └── KernelError            a kernel that was asked for by name and cannot run here
 
 Every message is one sentence or two that name the value, the rule and the way out. The command line prints the
 message and exits with code 2.
@@ -42,6 +43,10 @@ class DataError(KvqError, ValueError):
 
 class CacheError(KvqError, RuntimeError):
     """A cache operation that the packed state does not allow."""
+
+
+class KernelError(KvqError, RuntimeError):
+    """A kernel that was asked for by name and cannot run here."""
 
 
 def suggest(name: str, known: Iterable[str]) -> str:

@@ -78,6 +78,11 @@ class HeadSpec:
     def is_exact(self) -> bool:
         return self.key.codec == "exact"
 
+    @property
+    def has_head_scales(self) -> bool:
+        """True if keys or values have one static scale a head."""
+        return "head" in (self.key.granularity, self.value.granularity)
+
 
 def merge_codec(base: CodecSpec, override: Any, where: str) -> CodecSpec:
     """Lay an override over a codec; naming another codec starts from nothing."""

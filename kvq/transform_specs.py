@@ -20,6 +20,7 @@ _TRANSFORM_FIELDS = {
     "rope_bias": ((), ()),
     "spectral": ((), ()),
     "balance": ((), ()),
+    "principal": ((), ()),
     "learned_pairs": ((), ("steps", "seed")),
     "learned_scale": ((), ("steps", "seed")),
     "learned_rotation": ((), ("steps", "seed")),
@@ -33,6 +34,7 @@ _TRANSFORM_SIDES = {
     "rope_bias": ("key",),
     "spectral": _SIDES,
     "balance": _SIDES,
+    "principal": _SIDES,
     "learned_pairs": ("key",),
     "learned_scale": ("value",),
     "learned_rotation": _SIDES,
@@ -43,7 +45,7 @@ _SEARCH = "search"
 # These leave channels where they are, up to the two of a rotary pair.
 COMMUTES_WITH_ROPE = ("smooth", "align", "learned_pairs")
 # These mix channels, so that a scale after them has no channel of its own to work on.
-_ROTATIONS = ("hadamard", "spectral", "balance", "learned_rotation", "learned_matrix")
+_ROTATIONS = ("hadamard", "spectral", "balance", "principal", "learned_rotation", "learned_matrix")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +62,7 @@ class TransformSpec:
             ``spectral``   eigenvectors of what reads the tensor, then a Hadamard (OSCAR, arXiv 2605.17757).
             ``balance``    the closed-form matrix that gives what is stored and what reads it one covariance, then a
                            Hadamard: least product of the two errors.
+            ``principal``  the same matrix without the Hadamard: independent channels, sorted by what their errors cost.
             ``learned_pairs``     keys: a scale and an angle by rotary pair (OmniQuant, arXiv 2308.13137, kept exact).
             ``learned_scale``     values: a scale by channel (OmniQuant).
             ``learned_rotation``  an orthogonal matrix (SpinQuant's R2, arXiv 2405.16406).

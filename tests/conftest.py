@@ -120,7 +120,7 @@ def _own_answers(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="session")
 def stats_of():
-    """Factory ``stats_of(folder, windows=None) -> Stats``: over windows of tokens, by default random ones."""
+    """Factory ``stats_of(folder, windows=None) -> Stats``: statistics over token windows, by default random ones."""
     from kvq.calib.collect import collect
     from kvq.models.resolve import load_model, weights_fingerprint
 

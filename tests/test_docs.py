@@ -15,7 +15,10 @@ from kvq.export.exporter import export
 from kvq.recipe import list_recipes, parse_recipe
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/architecture.md")]
+DOCUMENTS = [
+    ROOT / name
+    for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/architecture.md", "docs/compatibility.md")
+]
 README = (ROOT / "README.md").read_text()
 
 
@@ -63,6 +66,14 @@ def test_the_readme_lists_every_recipe_with_the_measured_results():
     quality = json.loads((ROOT / "benchmarks/results/quality.json").read_text())
     assert script["with_table"](README, quality) == README, "run python benchmarks/readme_table.py"
     assert all(f"| `{name}` |" in README for name in list_recipes())
+
+
+def test_the_compatibility_page_says_what_the_tables_say():
+    script = runpy.run_path(str(ROOT / "docs/build_compatibility.py"))
+    outcomes = json.loads((ROOT / "docs/compatibility.json").read_text())
+    written = (ROOT / "docs/compatibility.md").read_text()
+    assert script["page"](outcomes) == written, "run python docs/build_compatibility.py"
+    assert {path.stem for path in (ROOT / "tests/contracts").glob("test_*.py")} == set(script["ABOUT"])
 
 
 def test_links_lead_somewhere():

@@ -15,6 +15,7 @@ from kvq.specs import HeadSpec, TokenPolicy
 AFFINE = {"codec": "affine", "bits": 2, "axis": "token", "group": 32}
 CHANNEL = {"codec": "affine", "bits": 2, "axis": "channel", "group": 32}
 UNIT8 = {"codec": "float8", "scale": "unit"}
+CALIBRATED8 = {"codec": "float8", "scale": "calibrated"}
 BOOK = {"codec": "book", "bits": 3, "levels": "lloyd_max", "scale": "unit"}
 CALIBRATED_KEY = {"codec": "book", "bits": 3, "levels": "calibrated", "scale": "calibrated"}
 SKETCH = {"codec": "sketch", "bits": 2}
@@ -194,6 +195,13 @@ BAD_DATA = [
     ({"key": AFFINE | {"bit": 2}}, "has no setting 'bit'. Did you mean 'bits'?"),
     ({"key": 4}, "key is 4, not a mapping"),
     ({"key": {"codec": "float8", "scale": "static"}}, "scale='static' is not a float8 scale"),
+    ({"key": CALIBRATED8 | {"method": "median"}}, "method='median'"),
+    ({"key": CALIBRATED8 | {"granularity": "channel"}}, "granularity='channel'"),
+    ({"key": CALIBRATED8 | {"method": "percentile"}}, "belong together"),
+    ({"key": CALIBRATED8 | {"percentile": 99}}, "belong together"),
+    ({"key": CALIBRATED8 | {"method": "percentile", "percentile": 50}}, "percentile=50 is no percentile"),
+    ({"key": UNIT8 | {"granularity": "head"}}, "granularity says how a scale is calibrated"),
+    ({"key": UNIT8 | {"method": "mse"}}, "method says how a scale is calibrated"),
     ({"key": {"codec": "exact"}}, "set both or none"),
     ({"tokens": {"window": -1}}, "tokens.window=-1 is not a number of tokens"),
     ({"tokens": {"sinks": 1.5}}, "tokens.sinks=1.5"),

@@ -127,17 +127,19 @@ def make_plan(
     layers, chains = {}, {}
     ropes = functools.cache(lambda: rope_of(model.config))
     for layer in model.full_layers:
-        specs: dict[HeadSpec, list[int]] = {}
+        specs: dict[tuple[HeadSpec, int], list[int]] = {}
         for head in range(layer.kv_heads):
-            specs.setdefault(recipe.for_head(layer.index, head, count), []).append(head)
-        if any(spec.is_exact for spec in specs) and len(specs) > 1:
+            spec = recipe.for_head(layer.index, head, count)
+            # A codec has one static scale, so heads with scales of their own are stored as groups of one.
+            specs.setdefault((spec, head if spec.has_head_scales else -1), []).append(head)
+        if any(spec.is_exact for spec, _ in specs) and len(specs) > 1:
             raise RecipeError(
                 f"layer {layer.index} mixes exact and quantized heads: keep the whole layer exact, or give its heads "
                 "8 bits."
             )
-        if not next(iter(specs)).is_exact:
+        if not next(iter(specs))[0].is_exact:
             # The heads of a layer share their transforms.
-            transforms = next(iter(specs)).transforms
+            transforms = next(iter(specs))[0].transforms
             _refuse_inexact(transforms, model, layer.index)
             chains[layer.index] = {
                 side: build_chain(
@@ -150,7 +152,7 @@ def make_plan(
             }
             layers[layer.index] = tuple(
                 _head_group(spec, tuple(heads), layer, artefacts, chains[layer.index], ropes)
-                for spec, heads in specs.items()
+                for (spec, _), heads in specs.items()
             )
     return CachePlan(recipe=recipe, model=model, layers=layers, chains=chains, folded=folded)
 
@@ -183,6 +185,8 @@ def _head_group(spec: HeadSpec, heads: tuple[int, ...], layer: LayerSpec, artefa
                 f"{side}.scale=calibrated needs statistics of this model, and layer {layer.index} has none: run 'kvq "
                 "calibrate MODEL -o STATS' and pass --stats STATS, or set key.scale=unit value.scale=unit."
             )
+        if codec_spec.granularity == "head":
+            own["scale"] = own["scale"][heads[0]]
         codecs[side] = build_codec(codec_spec, layer.head_dim, own, len(heads))
     page_tokens = max(codec.page_tokens for codec in codecs.values())
     return HeadGroup(

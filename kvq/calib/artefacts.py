@@ -3,12 +3,11 @@
 An artefact belongs to one layer and side and is named ``layers.{i}.{side}.{what}``; ``what`` starts with the part that
 reads it, such as ``scale`` of calibrated float8.
 
-    scale          [] float64: absmax over all heads and channels, after transforms, / 448, and 1.0 where the absolute
-                   maximum is 0. It is what a stored 1.0 stands for, one per layer and side: the convention of engines.
+    scale          float64, [] or, with granularity head, [kv_heads]: what a stored 1.0 stands for, after transforms;
+                   the convention of serving engines (``kvq.calib.scales``).
     transforms.*   what the transforms of the side need (``kvq.transforms.KINDS``), by their place in the chain.
 """
 
-import math
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -17,11 +16,11 @@ import torch
 
 from kvq.calib.evidence import Source
 from kvq.calib.learn import find_learned
+from kvq.calib.scales import float8_scale
 from kvq.calib.stats import Stats
 from kvq.errors import DataError
 from kvq.models.describe import LayerSpec, ModelSpec
 from kvq.quantizers import build_codec
-from kvq.quantizers.float8 import E4M3_MAX
 from kvq.recipe import Recipe
 from kvq.specs import TransformSpec
 from kvq.transforms import needed_tensors
@@ -70,8 +69,10 @@ def fit_artefacts(
                 f"the statistics of {stats.model!r} have no layer {layer.index}: run 'kvq calibrate' on this model."
             )
         after = fitted.get((layer.index, side))
-        absmax = after.absmax(side) if after else stats.layers[layer.index][f"{side}.range"].absmax
-        found[artefact_name(layer.index, side, what)] = fit(absmax, layer.index, side)
+        measured = stats.layers[layer.index]
+        absmax = after.absmax(side) if after else measured[f"{side}.range"].absmax
+        # Histograms are of what the model computes, before transforms.
+        found[artefact_name(layer.index, side, what)] = fit(absmax, layer.index, side, None if after else measured)
     return found
 
 
@@ -103,15 +104,7 @@ def _needed(recipe: Recipe, model: ModelSpec) -> Iterator[tuple]:
     for layer in model.full_layers:
         heads = [recipe.for_head(layer.index, head, len(model.layers)) for head in range(layer.kv_heads)]
         for side in SIDES:
-            if any(getattr(head, side).scale == "calibrated" for head in heads):
-                yield layer, side, "scale", (), _float8_scale
-
-
-def _float8_scale(absmax: torch.Tensor, index: int, side: str) -> torch.Tensor:
-    absmax = float(absmax.max())
-    if not math.isfinite(absmax):
-        raise DataError(
-            f"the statistics of layer {index} hold a {side} maximum of {absmax}, and a scale must be finite: "
-            "calibrate again in float32 or bfloat16."
-        )
-    return torch.tensor(absmax / E4M3_MAX if absmax else 1.0, dtype=torch.float64)
+            spec = next((spec for head in heads if (spec := getattr(head, side)).scale == "calibrated"), None)
+            if spec is not None:
+                shape = (layer.kv_heads,) if spec.granularity == "head" else ()
+                yield layer, side, "scale", shape, partial(float8_scale, spec)

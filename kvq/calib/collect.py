@@ -60,7 +60,7 @@ def collect(
         reservoir_bytes=reservoir_bytes,
     )  # fmt: skip
     plans = plan_layers(
-        spec, look(model, job.lone, [layer.index for layer in spec.full_layers]), job.needs, job.capacities
+        spec, look(model, job.lone, [layer.index for layer in spec.cached_layers]), job.needs, job.capacities
     )
     if strict:
         refuse_missing(plans)

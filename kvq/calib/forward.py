@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from kvq.calib.attention import AttentionOptions
+from kvq.calib.needs import WINDOW_NEEDS
 from kvq.calib.observe import Batch, LayerPlan, Observer
 from kvq.calib.stats import LayerStats
 from kvq.calib.watch import Watcher, watch
@@ -89,12 +90,13 @@ def plan_layers(
     spec: ModelSpec, looks: tuple[Look, Look], needs: frozenset[str], capacities: Mapping[int, int]
 ) -> dict[int, LayerPlan]:
     """What can be measured on each layer that the looks saw, of what is needed. ``capacities``: of reservoirs, in
-    bytes.
+    bytes. Of sliding-window layers only ``WINDOW_NEEDS``.
 
     Raises UnsupportedModelError if a layer never wrote to its cache.
     """
     near, far = looks
     plans = {}
+    windows = {layer.index for layer in spec.layers if layer.kind == "sliding"}
     ropes = functools.cache(lambda: rope_of(spec.config))
     for index in near.layers:
         if index not in near.keys:
@@ -102,6 +104,10 @@ def plan_layers(
                 f"layer {index} of this {spec.model_type!r} never wrote to the cache it was given, so its keys and "
                 "values cannot be measured: this model cannot be calibrated."
             )
+        if index in windows:
+            if needs & WINDOW_NEEDS:
+                plans[index] = LayerPlan(needs=needs & WINDOW_NEEDS)
+            continue
         rope, missing = None, _unseen(near, index)
         if any(need.startswith("key_pre.") for need in needs):
             rope, why = _rotation(spec, near.keys[index], far.keys[index], ropes)

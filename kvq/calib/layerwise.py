@@ -111,7 +111,7 @@ class _Sweep:
     def __init__(self, shell: Shell, job: Job, mine: list[int], files: LayerFiles, strict: bool, progress):
         self.shell, self.job, self.mine, self.files = shell, job, mine, files
         self.strict, self.progress = strict, progress
-        self.measured = {layer.index for layer in job.spec.full_layers}
+        self.measured = {layer.index for layer in job.spec.cached_layers}
         # The lone tokens go through the layers before the windows, at each of the positions to look at.
         self.inputs = [(job.lone, None, torch.full((1, 1), position)) for position in LOOK_POSITIONS]
         self.inputs += [(b.tokens, b.valid, b.positions) for b in map(job.batch, mine)]

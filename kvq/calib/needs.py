@@ -30,9 +30,12 @@ DEFAULT_NEEDS = frozenset(
     + ["massive", "sinks"]
 )
 
+# All that is measured on sliding-window layers: kvq leaves them exact, and serving engines want their scales.
+WINDOW_NEEDS = frozenset(f"{side}.{kind}" for side in ("key", "value") for kind in ("range", "histogram"))
+
 # side is "key" or "value".
 CODEC_NEEDS: dict[str, Callable[[CodecSpec, str], Iterable[str]]] = {
-    "float8": lambda spec, side: [f"{side}.range"] if spec.scale == "calibrated" else [],
+    "float8": lambda spec, side: _float8_needs(spec, side),
 }
 _MOMENTS = {
     "key": ("key.range", "key.moments", "query.range", "query.moments"),
@@ -48,6 +51,7 @@ TRANSFORM_NEEDS: dict[str, Callable[[TransformSpec, str], Iterable[str]]] = {
     "shift": lambda spec, side: [f"{side}.range"],
     "spectral": lambda spec, side: ["query.range", "query.moments", *(["reservoir"] if side == "value" else [])],
     "balance": lambda spec, side: _MOMENTS[side],
+    "principal": lambda spec, side: _MOMENTS[side],
     "learned_pairs": lambda spec, side: ["reservoir"],
     "learned_scale": lambda spec, side: ["reservoir"],
     "learned_rotation": lambda spec, side: ["reservoir"],
@@ -71,6 +75,12 @@ def check_needs(needs: Iterable[str]) -> frozenset[str]:
     for need in sorted(needs - ALL_NEEDS):
         raise DataError(f"{need!r} is no statistic.{suggest(need, ALL_NEEDS)}")
     return needs
+
+
+def _float8_needs(spec: CodecSpec, side: str) -> list[str]:
+    if spec.scale != "calibrated":
+        return []
+    return [f"{side}.range"] + ([f"{side}.histogram"] if spec.method in ("percentile", "mse") else [])
 
 
 def _head_needs(head: HeadSpec) -> set[str]:

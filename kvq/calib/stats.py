@@ -18,6 +18,7 @@ from transformers import AutoConfig, PretrainedConfig
 from kvq.calib.data import DataIdentity
 from kvq.calib.file import read_file, write_file
 from kvq.calib.kinds import KINDS, Statistic, to_cpu
+from kvq.calib.needs import WINDOW_NEEDS
 from kvq.errors import CheckpointError, DataError
 from kvq.models.describe import ModelSpec, describe
 
@@ -99,9 +100,12 @@ class Stats:
 
     @property
     def needs(self) -> frozenset[str]:
-        """What every layer holds."""
+        """What every full-attention layer holds."""
         held = [set(layer.parts) for layer in self.layers.values()]
-        return frozenset(set.intersection(*held)) if held else frozenset()
+        # Sliding-window layers hold less than the others, whenever those hold more than a window has.
+        most = max(map(len, held), default=0)
+        full = [parts for parts in held if not (parts <= WINDOW_NEEDS and len(parts) < most)]
+        return frozenset(set.intersection(*full)) if full else frozenset()
 
     def spec(self) -> ModelSpec:
         """The model's description, from its stored config. Raises CheckpointError if none was stored."""

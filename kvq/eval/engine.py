@@ -30,6 +30,7 @@ NOISE_FACTOR, FLOOR = 2.0, 0.002
 # The CPU kernels of vLLM cut bits off (csrc/cpu/cpu_attn_fp8.hpp); GPUs round to nearest.
 ROUNDING = {"cpu": "toward_zero"}
 PROMPT_TOKENS, NEW_TOKENS = 128, 16
+_FINER = {torch.float32: torch.float64}
 _WORKERS = {"vllm": "vllm_worker.py"}
 
 
@@ -125,12 +126,14 @@ def judge(
 ) -> EngineComparison:
     """Compare an engine's answer with the simulation of ``folder``, which need not be the folder that it served."""
     rounding = ROUNDING.get(answer["platform"], "nearest")
-    plan = served_plan(folder, rounding) if is_served(folder) else None
+    # The CPU kernels know one scale a layer, and take the largest of its heads'.
+    largest = answer["platform"] == "cpu"
+    plan = served_plan(folder, rounding, largest) if is_served(folder) else None
     problems = [*_dtype_problems(answer, plan), *_scale_problems(answer, plan)]
-    rows = []
-    for prompt, output in zip(prompts, answer["outputs"]):
-        rows.append(_compare(folder, plan, list(prompt), output, dtype))
-        problems += _noise_problems(len(rows), rows[-1])
+    texts = [list(prompt) + output["tokens"] for prompt, output in zip(prompts, answer["outputs"])]
+    scores = _simulations(folder, plan, texts, _dtype(folder, dtype))
+    rows = [_compare(len(p), *found) for p, *found in zip(prompts, texts, answer["outputs"], scores)]
+    problems += [text for number, row in enumerate(rows, 1) for text in _noise_problems(number, row)]
     return EngineComparison(
         engine=engine,
         version=answer["version"],
@@ -162,29 +165,42 @@ def logprobs(model, plan: CachePlan | None, ids: Sequence[int]) -> torch.Tensor:
     return torch.log_softmax(logits[0].double(), dim=-1).cpu()
 
 
-def _compare(
-    folder: Path, plan: CachePlan | None, prompt: list[int], output: Mapping[str, Any], dtype: str
-) -> PromptComparison:
-    ids = prompt + output["tokens"]
-    own = _dtype(folder, dtype)
-    finer = torch.float64 if own == torch.float32 else torch.float32
-    model = load_model(folder, dtype=own, config=served_config(folder))
-    simulated, exact = logprobs(model, plan, ids), logprobs(model, None, ids)
-    del model
-    reference = logprobs(load_model(folder, dtype=finer, config=served_config(folder)), plan, ids)
-    target = torch.tensor(ids[1:]).unsqueeze(1)
-    simulated_all = simulated[:-1]
-    simulated, exact, reference = (x[:-1].gather(1, target).squeeze(1) for x in (simulated, exact, reference))
+@dataclass(frozen=True)
+class _Scores:
+    """Log-probabilities of one text's tokens, without the first: simulated, as the most likely token has it, simulated
+    in a finer dtype, and without quantization."""
+
+    simulated: torch.Tensor
+    best: torch.Tensor
+    finer: torch.Tensor
+    exact: torch.Tensor
+
+
+def _simulations(folder: Path, plan: CachePlan | None, texts: Sequence[list[int]], dtype: torch.dtype) -> list[_Scores]:
+    def of_tokens(scores: torch.Tensor, text: list[int]) -> torch.Tensor:
+        return scores[:-1].gather(1, torch.tensor(text[1:]).unsqueeze(1)).squeeze(1)
+
+    model = load_model(folder, dtype=dtype, config=served_config(folder))
+    simulated = [logprobs(model, plan, text) for text in texts]
+    exact = [of_tokens(logprobs(model, None, text), text) for text in texts]
+    model = load_model(folder, dtype=_FINER.get(dtype, torch.float32), config=served_config(folder))
+    finer = [of_tokens(logprobs(model, plan, text), text) for text in texts]
+    return [
+        _Scores(of_tokens(own, text), own[:-1].amax(-1), *others)
+        for own, text, *others in zip(simulated, texts, finer, exact)
+    ]
+
+
+def _compare(prompt_tokens: int, text: list[int], output: Mapping[str, Any], scores: _Scores) -> PromptComparison:
     engine = torch.tensor(output["prompt_logprobs"] + output["logprobs"], dtype=torch.float64)
-    deviation = (engine - simulated).abs()
-    best = simulated_all.amax(-1)
+    deviation = (engine - scores.simulated).abs()
     return PromptComparison(
         text=output["text"],
         deviation=float(deviation.mean()),
         worst=float(deviation.max()),
-        noise=float((simulated - reference).abs().mean()),
-        effect=float((engine - exact).abs().mean()),
-        greedy_gap=float((best - simulated)[len(prompt) - 1 :].max()),
+        noise=float((scores.simulated - scores.finer).abs().mean()),
+        effect=float((engine - scores.exact).abs().mean()),
+        greedy_gap=float((scores.best - scores.simulated)[prompt_tokens - 1 :].max()),
     )
 
 
@@ -210,8 +226,9 @@ def _scale_problems(answer: Mapping[str, Any], plan: CachePlan | None) -> list[s
     for name, layer in answer["layers"].items():
         index = int(re.search(r"layers\.(\d+)\.", name)[1])
         for side in ("key", "value") if index in plan.layers else ():
-            wanted = [group.codecs[side].scale for group in plan.layers[index]]
-            if sorted(set(layer[side])) != sorted({float(torch.tensor(scale)) for scale in wanted}):
+            wanted = sorted({group.codecs[side].scale for group in plan.layers[index]})
+            own = sorted(set(layer[side])) if len(wanted) > 1 else [max(layer[side])]
+            if own != wanted:
                 problems.append(f"layer {index} has the {side} scale {layer[side]} and the folder {wanted}.")
     return problems
 

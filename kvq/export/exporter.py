@@ -152,7 +152,7 @@ def export(
                 (work / name).parent.mkdir(exist_ok=True)
                 (work / name).write_bytes(content)
             if to.manifest:
-                known = _known_hashes(to.weights(source))
+                known = {} if folds.operations else _known_hashes(to.weights(source))
                 (work / MANIFEST).write_bytes(build_manifest(work, to.name, known, progress))
             files = tuple(sorted(str(path.relative_to(work)) for path in work.rglob("*") if path.is_file()))
     except OSError as error:

@@ -31,10 +31,11 @@ def is_served(folder: Path) -> bool:
     return folder.is_dir() and (folder / "config.json").is_file() and has_kv_scheme(_quantization(load_config(folder)))
 
 
-def served_plan(folder: Path, rounding: str = "nearest") -> CachePlan:
+def served_plan(folder: Path, rounding: str = "nearest", largest: bool = False) -> CachePlan:
     """The cache that an engine keeps of this folder: FP8 with the folder's scales, sliding-window layers included.
 
     rounding   of the engine's conversion: see ``kvq.quantizers.float8``.
+    largest    take the largest of a layer's head scales for all heads, as kernels do that know one scale a layer.
 
     Raises CheckpointError if a scale is missing or unusable. ``kvq.export.check`` says more about such a folder.
     """
@@ -49,9 +50,8 @@ def served_plan(folder: Path, rounding: str = "nearest") -> CachePlan:
     if not scales.found:
         raise CheckpointError(f"{folder.name!r} holds no KV scales that an engine would find: export it again.")
     view = engine_view(model)
-    artefacts = _artefacts(scales)
     recipe = _recipe(folder, view, scales)
-    plan = make_plan(recipe, view, artefacts)
+    plan = make_plan(recipe, view, _artefacts(recipe, scales, largest))
     layers = {
         index: tuple(replace(group, codecs=_rounded(group.codecs, rounding)) for group in groups)
         for index, groups in plan.layers.items()
@@ -77,10 +77,14 @@ def _quantization(config: PretrainedConfig) -> dict[str, Any]:
     return dict(found) if isinstance(found, Mapping) else found.to_dict()
 
 
-def _artefacts(scales: Scales) -> dict[str, torch.Tensor]:
-    return {
-        artefact_name(layer, side, "scale"): scale.double().reshape(()) for (layer, side), scale in scales.found.items()
-    }
+def _artefacts(recipe: Recipe, scales: Scales, largest: bool) -> dict[str, torch.Tensor]:
+    found = {}
+    for (layer, side), scale in scales.found.items():
+        numbers = scale.double().flatten()
+        numbers = numbers.max().expand_as(numbers) if largest else numbers
+        by_head = getattr(recipe, side).granularity == "head"
+        found[artefact_name(layer, side, "scale")] = numbers if by_head else numbers.reshape(())
+    return found
 
 
 def _recipe(folder: Path, view: ModelSpec, scales: Scales) -> Recipe:
@@ -90,6 +94,8 @@ def _recipe(folder: Path, view: ModelSpec, scales: Scales) -> Recipe:
         recipe = parse_recipe(yaml.safe_load((folder / RECIPE).read_text()), source=RECIPE)
     except OSError:
         recipe = load_recipe("fp8")
+        if scales.granularity == "head":
+            recipe = recipe.override({"key.granularity": "head", "value.granularity": "head"})
     exact = {"key": {"codec": "exact"}, "value": {"codec": "exact"}}
     empty = [layer.index for layer in view.full_layers if layer.index in scales.without()]
     return replace(recipe, layers={**recipe.layers, **({",".join(map(str, empty)): exact} if empty else {})})

@@ -60,6 +60,11 @@ class ModelSpec:
         return tuple(layer for layer in self.layers if layer.kind == "full")
 
     @property
+    def cached_layers(self) -> tuple[LayerSpec, ...]:
+        """Layers that keep keys and values of their own, all of them or a window."""
+        return tuple(layer for layer in self.layers if layer.kind in ("full", "sliding"))
+
+    @property
     def fingerprint(self) -> str:
         rows = [(la.index, la.kind, la.kv_heads, la.head_dim, la.window) for la in self.layers]
         facts = [self.model_type, self.num_heads, self.hidden_size, self.vocab_size, rows]

@@ -15,6 +15,7 @@ from kvq.transforms.balance import fit_balance
 from kvq.transforms.chain import Chain, Step
 from kvq.transforms.evidence import Evidence
 from kvq.transforms.hadamard import Hadamard, hadamard_matrix, known_order
+from kvq.transforms.principal import fit_principal
 from kvq.transforms.rope_bias import RopeBias, RopeOffset, fit_rope_bias
 from kvq.transforms.smooth import fit_smooth
 from kvq.transforms.spectral import fit_spectral
@@ -87,6 +88,7 @@ KINDS = {
     ),
     "spectral": Kind(build=_matrix, tensors={"matrix": "1DD"}, fit=fit_spectral),
     "balance": Kind(build=_matrix, tensors={"matrix": "KDD"}, fit=fit_balance),
+    "principal": Kind(build=_matrix, tensors={"matrix": "KDD"}, fit=fit_principal),
     "learned_pairs": Kind(build=_pairs, tensors=_PAIRS),
     "learned_scale": Kind(build=_scale, tensors={"scale": "KD"}),
     "learned_rotation": Kind(build=_matrix, tensors={"matrix": "KDD"}),

@@ -26,24 +26,32 @@ RIDGE = 1e-3
 
 def fit_balance(spec: TransformSpec, evidence: Evidence) -> dict[str, torch.Tensor]:
     """``matrix`` [K, D, D]."""
+    return {"matrix": balancing(*reading_moments(evidence)).float()}
+
+
+def reading_moments(evidence: Evidence) -> tuple[torch.Tensor, torch.Tensor]:
+    """Covariance of what is stored, and second moment of what reads it, each [K, D, D] float64."""
     if evidence.side == "key":
-        stored, reader = evidence.covariance("key"), evidence.moment("query")
-    else:
-        stored, reader = evidence.covariance("value"), _output_moment(evidence)
-    return {"matrix": balancing(stored.double(), reader.double()).float()}
+        return evidence.covariance("key").double(), evidence.moment("query").double()
+    return evidence.covariance("value").double(), _output_moment(evidence).double()
 
 
 def balancing(stored: torch.Tensor, reader: torch.Tensor) -> torch.Tensor:
     """P H of symmetric [K, D, D] moments."""
+    return joint_basis(stored, reader) @ hadamard_matrix(stored.shape[-1])
+
+
+def joint_basis(stored: torch.Tensor, reader: torch.Tensor) -> torch.Tensor:
+    """P of symmetric [K, D, D] moments, columns by falling eigenvalue."""
     stored, reader = _ridged(stored), _ridged(reader)
     values, vectors = torch.linalg.eigh(reader)
     root = (vectors * values.clamp_min(0).sqrt().unsqueeze(-2)) @ vectors.transpose(-1, -2)
-    values, vectors = torch.linalg.eigh(root @ stored @ root)
+    values, vectors = (part.flip(-1) for part in torch.linalg.eigh(root @ stored @ root))
     top = vectors.gather(-2, vectors.abs().argmax(-2, keepdim=True))
     vectors = vectors * torch.where(top < 0, -1.0, 1.0)
     # Products of two ridges bound the eigenvalues from below; the clamp is for rounding.
     quarter = values.clamp_min(values.amax(-1, keepdim=True) * 1e-12).pow(-0.25)
-    return root @ (vectors * quarter.unsqueeze(-2)) @ hadamard_matrix(stored.shape[-1])
+    return root @ (vectors * quarter.unsqueeze(-2))
 
 
 def _ridged(moment: torch.Tensor) -> torch.Tensor:

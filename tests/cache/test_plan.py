@@ -5,6 +5,7 @@ import torch
 from transformers import DynamicCache
 
 from kvq.cache import cache_nbytes, make_plan, pack_cache
+from kvq.calib.artefacts import needed_artefacts
 from kvq.errors import RecipeError
 from kvq.models.describe import describe
 from kvq.recipe import load_recipe
@@ -82,3 +83,13 @@ def test_calibrated_scales_are_required_and_used(tiny_config):
         make_plan(load_recipe("fp8"), spec)
     scales = {f"layers.{i}.{side}.scale": 0.25 for i in range(2) for side in ("key", "value")}
     assert make_plan(load_recipe("fp8"), spec, scales).layers[1][0].codecs["key"].scale == 0.25
+
+
+def test_heads_with_scales_of_their_own_are_groups_of_one(tiny_config):
+    """granularity head: each KV head is stored with its own number of the artefact."""
+    recipe = load_recipe("fp8").override({"key.granularity": "head", "value.granularity": "head"})
+    spec = describe(tiny_config(layers=1, heads=4, kv_heads=2))
+    needed = needed_artefacts(recipe, spec)
+    assert set(needed.values()) == {(2,)}
+    plan = make_plan(recipe, spec, {name: torch.tensor([0.5, 0.25], dtype=torch.float64) for name in needed})
+    assert [(group.heads, group.codecs["key"].scale) for group in plan.layers[0]] == [((0,), 0.5), ((1,), 0.25)]

@@ -13,7 +13,7 @@ from kvq.calib import state as state_module
 from kvq.calib.collect import collect
 from kvq.calib.kinds import Histogram
 from kvq.calib.kinds.tokens import window_priorities
-from kvq.calib.needs import ALL_NEEDS
+from kvq.calib.needs import ALL_NEEDS, DEFAULT_NEEDS, WINDOW_NEEDS
 from kvq.calib.stats import LayerStats, Stats
 from kvq.errors import DataError, UnsupportedModelError
 from kvq.models.describe import describe
@@ -224,22 +224,26 @@ def test_columns_that_are_padding_in_every_row_are_not_computed(tiny_model):
 @pytest.mark.parametrize(
     ("config", "recorded"),
     [
-        (Gemma3TextConfig(**SMALL), [1, 3]),
+        (Gemma3TextConfig(**SMALL), [0, 1, 2, 3]),
         (
             Gemma3nTextConfig(
                 **SMALL, num_kv_shared_layers=2, vocab_size_per_layer_input=128, hidden_size_per_layer_input=16
             ),
-            [1],
+            [0, 1],
         ),
         (GPT2Config(vocab_size=128, n_positions=64, n_embd=64, n_layer=2, n_head=4), [0, 1]),
     ],
     ids=["hybrid", "shared", "gpt2"],
 )
-def test_only_full_layers_are_recorded_in_every_family(tiny_model, config, recorded):
+def test_layers_that_keep_keys_and_values_are_recorded_in_every_family(tiny_model, config, recorded):
+    """Sliding-window layers among them, with what serving engines need of them and no more."""
     stats = collect(tiny_model(config), draw_windows(2, 19))
     assert list(stats.layers) == recorded
     spec = describe(config)
+    assert stats.needs == DEFAULT_NEEDS - set(stats.missing)
     for index, layer in stats.layers.items():
+        wanted = DEFAULT_NEEDS if spec.layers[index].kind == "full" else DEFAULT_NEEDS & WINDOW_NEEDS
+        assert set(layer) == wanted - set(stats.missing)
         assert layer["key.range"].absmax.shape == (spec.layers[index].kv_heads, spec.layers[index].head_dim)
         assert (layer["value.range"].rms > 0).all()
 

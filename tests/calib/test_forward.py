@@ -33,7 +33,8 @@ def test_these_families_show_everything(tiny_model, family, name):
     stats = collect(model, windows(), needs=ALL_NEEDS, batch_size=2)
     assert stats.needs == ALL_NEEDS
     assert not stats.missing
-    for layer in stats.layers.values():
+    for index in plans:
+        layer = stats.layers[index]
         # A rotation keeps lengths, and tokens at different positions are rotated differently.
         before, after = layer["key_pre.moments"].products, layer["key.moments"].products
         traces = [x.diagonal(dim1=1, dim2=2).sum(1) for x in (before, after)]
@@ -50,7 +51,8 @@ def test_layers_without_rotation_are_told_from_those_with_it(tiny_model, family,
     rotated = {index for index, plan in plans.items() if plan.rope is not None}
     assert rotated == ({0, 2} if name == "smollm3" else set())
     stats = collect(model, windows(), needs=ALL_NEEDS)
-    for index, layer in stats.layers.items():
+    for index in plans:
+        layer = stats.layers[index]
         same = torch.equal(layer["key.range"].sum, layer["key_pre.range"].sum)
         assert same == (index not in rotated)
     assert not stats.missing
@@ -59,7 +61,7 @@ def test_layers_without_rotation_are_told_from_those_with_it(tiny_model, family,
 def test_keys_of_layers_that_others_read_get_the_queries_of_all(tiny_model, family):
     """Gemma 3n: layer 3 reads the keys of layer 1, so layer 1 has the queries of both."""
     stats = collect(tiny_model(family("gemma3n_text")), windows(), needs=frozenset(["query.range", "key.range"]))
-    assert list(stats.layers) == [1]
+    assert [i for i, layer in stats.layers.items() if "query.range" in layer] == [1]
     assert stats.layers[1]["query.range"].count == 2 * 2 * 3 * 13
     assert stats.layers[1]["key.range"].count == 3 * 13
 

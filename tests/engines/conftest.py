@@ -14,9 +14,11 @@ import torch
 
 from kvq.calib.collect import collect
 from kvq.calib.data import builtin_text
+from kvq.eval.engine import ask_engine, two_prompts
 from kvq.eval.result import installed_versions
 from kvq.export.exporter import export
 from kvq.models.resolve import load_model, load_tokenizer, weights_fingerprint
+from kvq.recipe import Recipe, load_recipe
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
@@ -49,18 +51,34 @@ def builtin_stats(builtin_dir, measured_stats):
 
 @pytest.fixture(scope="session")
 def served(builtin_dir, builtin_stats, tmp_path_factory):
-    """Factory ``served(target, recipe="fp8") -> Path``: an export of the embedded model, made once."""
+    """Factory ``served(target, recipe="fp8") -> Path``: an export of the embedded model, made once for each."""
     made: dict[tuple, Path] = {}
     root = tmp_path_factory.mktemp("served")
 
-    def make(target: str, recipe: str = "fp8") -> Path:
-        key = (target, recipe)
+    def make(target: str, recipe: str | Recipe = "fp8") -> Path:
+        key = (target, load_recipe(recipe).hash)
         if key not in made:
-            made[key] = root / f"{recipe}-{target}"
+            made[key] = root / f"{target}-{len(made)}"
             export(builtin_dir, recipe, made[key], target=target, stats=builtin_stats)
         return made[key]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def answers(served, engine_python):
+    """Factory ``answers(target, dtype) -> (folder, prompts, answer)``: vLLM's, asked once for each."""
+    kept: dict[tuple, tuple] = {}
+
+    def ask(target: str, dtype: str) -> tuple:
+        if (target, dtype) not in kept:
+            folder = served(target)
+            prompts = two_prompts(folder)
+            answer = ask_engine(folder, prompts, python=engine_python, dtype=dtype, tokens=24)
+            kept[target, dtype] = folder, prompts, answer
+        return kept[target, dtype]
+
+    return ask
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 from transformers import AutoModelForCausalLM
 
 from kvq.export.exporter import export
@@ -9,14 +10,20 @@ from kvq.export.served import served_config, served_plan
 from kvq.integrations.two_view import two_view
 from kvq.models.describe import describe
 from kvq.models.resolve import load_config, load_model
+from kvq.recipe import load_recipe
 
 pytest.importorskip("compressed_tensors", reason="the extra 'targets' is not installed")
+# transformers 5.21 fails on a config without weight groups (kvq/export/engines/transformers.yaml).
+pytestmark = pytest.mark.xfail(
+    transformers.__version__.startswith("5.21."), reason="transformers 5.21 fails on a KV-only config", strict=True
+)
 
 
-@pytest.fixture
-def folder(tiny_checkpoint, tmp_path, stats_of):
+@pytest.fixture(params=["tensor", "head"])
+def folder(request, tiny_checkpoint, tmp_path, stats_of):
     source = tiny_checkpoint(layers=3, head_dim=32, heads=4, kv_heads=2)
-    export(source, "fp8", tmp_path / "out", target="compressed-tensors", stats=stats_of(source))
+    recipe = load_recipe("fp8").override({f"{side}.granularity": request.param for side in ("key", "value")})
+    export(source, recipe, tmp_path / "out", target="compressed-tensors", stats=stats_of(source))
     return tmp_path / "out"
 
 
@@ -29,10 +36,10 @@ def test_every_key_is_expected_and_found(folder):
     assert {name: set(keys) for name, keys in report.items()} == {
         "missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": set(),
     }  # fmt: skip
-    held = {n: p.item() for n, p in model.named_parameters() if n.endswith(("k_scale", "v_scale"))}
-    for index, (group,) in served_plan(folder).layers.items():
+    held = {n: p.flatten().tolist() for n, p in model.named_parameters() if n.endswith(("k_scale", "v_scale"))}
+    for index, groups in served_plan(folder).layers.items():
         for side, letter in (("key", "k"), ("value", "v")):
-            assert held[f"model.layers.{index}.self_attn.{letter}_scale"] == group.codecs[side].scale
+            assert held[f"model.layers.{index}.self_attn.{letter}_scale"] == [g.codecs[side].scale for g in groups]
     assert len(held) == 2 * len(describe(load_config(folder)).full_layers)
 
 

@@ -114,6 +114,10 @@ def _config_findings(folder: Folder, release: Release, reader: Reader, scales: S
         where = [folder.quantization, inner if isinstance(inner, dict) else {}]
         if not any(field in part for part in where):
             found.append(_error("config.json", f"quantization_config lacks {field!r}, which {release.name} needs."))
+    for field in reader.filled:
+        if not folder.quantization.get(field):
+            text = f"quantization_config has an empty {field!r}, and {release.name} fails on it; take another release."
+            found.append(_error("config.json", text))
     scheme = folder.quantization.get("kv_cache_scheme")
     if isinstance(scheme, dict):
         found += [_error("config.json", text) for text in _scheme_problems(scheme, release, reader)]

@@ -31,7 +31,7 @@ class Reader:
     tensor, head   under which condition one scale a layer, or one a head, is read: '' for always, None for never.
     dtype     what the cache becomes without any flag; None: it stays in 16 bits.
     flag      value of the engine's cache dtype flag that the serve command needs; None for no flag.
-    needs     fields that ``quantization_config`` must have.
+    needs     fields that ``quantization_config`` must have; filled: those that must not be empty.
     missing   what a scale that is not there becomes.
     package   a package that must be installed beside the engine.
     """
@@ -42,6 +42,7 @@ class Reader:
     dtype: str | None = None
     flag: str | None = None
     needs: tuple[str, ...] = ()
+    filled: tuple[str, ...] = ()
     missing: str = ""
     package: str | None = None
 

@@ -33,7 +33,7 @@ def contents(target: Target, job: Job) -> dict[str, bytes]:
         raise CheckpointError(
             f"model {job.source.name!r} has a quantized KV cache of its own: export the checkpoint without one."
         )
-    scheme = _scheme(target, job, release)
+    scheme = _scheme(job, release, method)
     build, spelling = FORMATS[method]
     spelling = _spelling(release, method, spelling, job)
     scheme = _with_shared(job, scheme)
@@ -69,13 +69,12 @@ def scale_tensors(scheme: Scheme, modules: Mapping[int, str], spelling: str) -> 
     return tensors
 
 
-def _scheme(target: Target, job: Job, release: Release) -> Scheme:
+def _scheme(job: Job, release: Release, method: str) -> Scheme:
     scheme = fp8_scheme(job.plan.recipe, job.plan.model, job.artefacts, job.folds)
-    readers = [release.readers[method] for method in set(target.formats.values()) if method in release.readers]
-    if scheme.granularity == "head" and all(reader.head is None for reader in readers):
+    if scheme.granularity == "head" and release.readers[method].head is None:
         raise RecipeError(
-            f"recipe {job.plan.recipe.name!r} has one scale a head, and {release.title} reads one a layer: set "
-            "key.granularity=tensor value.granularity=tensor, or use --target vllm."
+            f"recipe {job.plan.recipe.name!r} has one scale a head, and {release.title} reads one a layer from "
+            f"{method} checkpoints: set key.granularity=tensor value.granularity=tensor."
         )
     windows = job.plan.model.layers == job.model.layers and any(la.kind == "sliding" for la in job.model.layers)
     scheme = replace(scheme, windows=windows)

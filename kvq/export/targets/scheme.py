@@ -17,7 +17,7 @@ from kvq.specs import HeadSpec
 from kvq.transforms.plan import FoldPlan
 
 # Settings of a float8 codec that change how its scale is chosen, and nothing of what is stored.
-_SCALE_SETTINGS = {"codec", "scale"}
+_SCALE_SETTINGS = {"codec", "scale", "method", "percentile", "granularity"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,15 +80,22 @@ def fp8_scheme(
             f"recipe {recipe.name!r} cannot be written for a serving engine: {reason}, and their checkpoints express "
             "FP8 with calibrated scales only; use --recipe fp8, or --target kvq."
         )
-    scales, exact = {}, []
+    scales, exact, granularities = {}, [], set()
     for layer in model.full_layers:
-        if recipe.for_head(layer.index, 0, len(model.layers)).is_exact:
+        spec = recipe.for_head(layer.index, 0, len(model.layers))
+        if spec.is_exact:
             exact.append(layer.index)
             continue
+        granularities.add(spec.key.granularity or "tensor")
         scales[layer.index] = {
             side: round_up(artefacts[artefact_name(layer.index, side, "scale")]).reshape(-1) for side in SIDES
         }
-    return Scheme(scales=scales, granularity="tensor", exact=tuple(exact))
+    if len(granularities) > 1:
+        raise RecipeError(
+            f"recipe {recipe.name!r} has one scale a head in some layers and one a tensor in others, and a checkpoint "
+            "declares one of them for all: use the same granularity everywhere."
+        )
+    return Scheme(scales=scales, granularity=granularities.pop(), exact=tuple(exact))
 
 
 def round_up(scale: torch.Tensor) -> torch.Tensor:
@@ -115,6 +122,8 @@ def _spec_refusal(spec: HeadSpec, folded: Mapping[str, int] | None) -> str | Non
         if folded is not None and len(steps) > folded.get(side, 0):
             kind = steps[folded.get(side, 0)].kind
             return f"{side}s go through the transform {kind!r} while the model runs"
+    if (spec.key.granularity or "tensor") != (spec.value.granularity or "tensor"):
+        return "keys and values differ in granularity"
     if spec.tokens.sinks or spec.tokens.window:
         return f"the first {spec.tokens.sinks} and the last {spec.tokens.window} tokens stay exact"
     return None

@@ -244,6 +244,12 @@ class TestConfig:
         config_edit(folder, lambda config: config["quantization_config"]["kv_cache_scheme"].update(change))
         assert any(says in text for text in errors(folder, "vllm"))
 
+    def test_a_release_with_a_fault(self, folder):
+        """transformers 5.21 fails on a checkpoint that quantizes nothing but the cache; its neighbours do not."""
+        found = check_folder(folder, [find_release("transformers", v) for v in ("5.20", "5.21", "5.22")])
+        assert [len(report.errors) for report in found] == [0, 1, 0]
+        assert "empty 'config_groups'" in found[1].errors[0].text
+
     def test_scales_without_a_scheme(self, strangers):
         folder = strangers()
         config_edit(folder, lambda config: config["quantization_config"].pop("kv_cache_scheme"))

@@ -250,6 +250,35 @@ def test_what_a_checkpoint_cannot_express_is_refused(written, tmp_path, recipe, 
     assert not (tmp_path / "out-vllm").exists()
 
 
+class TestHeads:
+    """One scale a head, where the engine reads it."""
+
+    RECIPE = load_recipe("fp8").override({"key.granularity": "head", "value.granularity": "head"})
+
+    @pytest.mark.parametrize("target", ["vllm", "compressed-tensors"])
+    def test_scales_have_the_shape_that_readers_expect(self, written, absmax, target):
+        out = written(target, recipe=self.RECIPE)
+        scales = scales_of(out)
+        assert {tuple(scale.shape) for scale in scales.values()} == {(2, 1, 1)}
+        # The made-up statistics give head 1 half of what head 0 has.
+        wanted = [expected_scale(absmax(1, "key") / n) for n in (1, 2)]
+        assert scales["model.layers.1.self_attn.k_scale"].flatten().tolist() == wanted
+        assert config_of(out)["quantization_config"]["kv_cache_scheme"]["strategy"] == "attn_head"
+        assert "FlashAttention 3" in (out / "README.md").read_text()
+
+    @pytest.mark.parametrize("target", ["sglang", "modelopt"])
+    def test_other_readers_refuse_it(self, written, target):
+        with pytest.raises(RecipeError, match="granularity=tensor"):
+            written(target, recipe=self.RECIPE)
+
+    def test_one_granularity_for_all(self, written):
+        with pytest.raises(RecipeError, match="keys and values differ in granularity"):
+            written("vllm", recipe=load_recipe("fp8").override({"key.granularity": "head"}))
+        mixed = {"layers.0.key.granularity": "head", "layers.0.value.granularity": "head"}
+        with pytest.raises(RecipeError, match="same granularity everywhere"):
+            written("vllm", recipe=load_recipe("fp8").override(mixed))
+
+
 def test_exact_layers_become_a_flag_or_a_refusal(written):
     recipe = load_recipe("fp8").override({"layers.1.key.codec": "exact", "layers.1.value.codec": "exact"})
     out = written("vllm", recipe=recipe)

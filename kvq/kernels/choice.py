@@ -1,0 +1,126 @@
+"""Which implementation runs, and why. Asking for one never gives another; ``auto`` says what it took."""
+
+import importlib.util
+import os
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+from kvq.errors import KernelError
+from kvq.kernels.spec import PageLayout, SideLayout
+
+IMPLEMENTATIONS = ("auto", "triton", "reference")
+# Versions that the kernels were compiled and counted with.
+TESTED_TRITON = ("3.6", "3.9")
+LARGEST_HEAD = 256
+LARGEST_QUERIES = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """What ran (``triton`` or ``reference``), and the reason in a few words."""
+
+    impl: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.impl} ({self.reason})"
+
+
+@lru_cache(maxsize=1)
+def triton_version() -> str | None:
+    """The installed Triton, without importing it."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    for package in ("triton", "pytorch-triton", "triton-windows"):
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            continue
+    return "unknown version"
+
+
+def interpreted() -> bool:
+    """Whether Triton kernels run in its interpreter, on CPU tensors (TRITON_INTERPRET=1; slow, for tests)."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def capability(device: torch.device) -> int:
+    """Compute capability as 90 for 9.0; 0 for the interpreter."""
+    if interpreted() or device.type != "cuda":
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def why_no_triton(device: torch.device) -> str | None:
+    """Why no Triton kernel can run on a device, or None."""
+    if triton_version() is None:
+        return "triton is not installed"
+    if interpreted():
+        return None
+    if device.type != "cuda":
+        return f"tensors are on {device.type}, and the kernels run on CUDA devices"
+    if torch.version.cuda is None:
+        return "this torch is not built for CUDA"
+    if capability(device) < 80:
+        return f"compute capability {capability(device) / 10} is below 8.0"
+    return None
+
+
+def why_no_layout(layout: PageLayout) -> str | None:
+    """Why the kernels do not serve a page layout, or None."""
+    tokens = layout.page_tokens
+    if tokens & (tokens - 1) or tokens < 16:
+        return f"pages of {tokens} tokens, not a power of two of at least 16"
+    for name in ("key", "value"):
+        reason = _why_no_side(layout.side(name))
+        if reason is not None:
+            return f"{name}: {reason}"
+    return None
+
+
+def _why_no_side(side: SideLayout) -> str | None:
+    if side.format not in ("affine", "book", "e4m3"):
+        return f"format {side.format!r}"
+    for section in side.extras:
+        if section.name != "norm" or section.shared:
+            return f"section {section.name!r}" + (" that heads share" if section.shared else "")
+    if side.permuted:
+        return "permuted channels"
+    if side.head_dim > LARGEST_HEAD:
+        return f"head_dim {side.head_dim}, more than {LARGEST_HEAD}"
+    if side.meta is None:
+        return None
+    if side.meta_shared:
+        return "metadata that heads share"
+    if side.meta_format not in ("float16", "e4m3", "e8m0") or (side.meta_format != "float16" and side.meta_terms == 2):
+        return f"metadata in the format {side.meta_format!r}"
+    if side.axis == "token" and side.group % 16:
+        return f"groups of {side.group} channels, not a multiple of 16"
+    if side.axis == "channel" and side.group & (side.group - 1):
+        return f"groups of {side.group} tokens, not a power of two"
+    return None
+
+
+def choose(impl: str, device: torch.device, obstacle: str | None = None) -> Choice:
+    """Resolve ``impl`` for tensors on ``device``. ``obstacle``: why the kernel cannot do what is asked, or None.
+
+    Raises KernelError if ``triton`` is asked for by name and cannot run.
+    """
+    if impl not in IMPLEMENTATIONS:
+        raise KernelError(f"impl={impl!r} is not an implementation: use {', '.join(IMPLEMENTATIONS)}.")
+    if impl == "reference":
+        return Choice(impl="reference", reason="asked for")
+    reason = why_no_triton(device) or obstacle
+    if impl == "triton":
+        if reason is not None:
+            raise KernelError(f"impl='triton' cannot run: {reason}; use impl='reference' or impl='auto'.")
+        return Choice(impl="triton", reason="asked for" if not interpreted() else "asked for, interpreted")
+    if reason is None and device.type != "cuda":
+        reason = f"tensors are on {device.type}"
+    if reason is not None:
+        return Choice(impl="reference", reason=reason)
+    return Choice(impl="triton", reason=f"Triton {triton_version()} on compute capability {capability(device) / 10}")

@@ -1,0 +1,165 @@
+"""What a device kernel must know of a page: plain numbers taken from ``PageLayout``, hashable, used as compile-time
+constants.
+
+A kernel works in *tiles*: the tokens that one warp handles at a time. A tile is ``blocks`` score blocks of ``rows``
+tokens each. Where several tokens share a row of words (``SideLayout.parts`` > 1), one row of words feeds several
+blocks, so that unpacking a field always gives one whole operand of a matrix product and nothing is ever shuffled.
+"""
+
+from dataclasses import dataclass
+
+from kvq.kernels.fields import FIELD_TABLES, Field, book_ptx, unpack_ptx
+from kvq.kernels.spec import ATOM, CONTAINER_WORDS, FIELDS, PageLayout, SideLayout
+
+
+@dataclass(frozen=True, kw_only=True)
+class Side:
+    """One side (K or V) of a page, as a kernel sees it. All sizes in elements unless named bytes.
+
+    kind          ``affine``, ``book`` or ``e4m3``.
+    by_channel    metadata per channel and token group (else per token and channel group).
+    terms         numbers of metadata a group: 2 (scale, minimum), 1 (scale) or 0; meta: their format.
+    scaled        whether tokens have a scale of their own (metadata or norm).
+    group         numbers that share a scale; groups: channel groups of a token (1 if by_channel).
+    fields        codes in a container of ``words`` 16-bit words; field f, container w is token part ``f // chunks`` and
+                  channel ``(f % chunks) * chunk_stride + w * width_stride``.
+    block         containers read as one operand, a power of two of at least 16; blocks of them cover ``width``.
+    rows          rows of containers in a page (tokens / parts), each of ``row_words`` words.
+    words_offset, meta_offset, norm_offset   bytes from the start of the record; a norm_offset of -1: no norms.
+    table         how each field is read, and ``ptx``, ``constraints`` the same as inline assembly (none for e4m3).
+    """
+
+    kind: str
+    bits: int
+    by_channel: bool
+    terms: int
+    meta: str
+    scaled: bool
+    group: int
+    groups: int
+    head_dim: int
+    page_tokens: int
+    fields: int
+    words: int
+    chunks: int
+    parts: int
+    rows: int
+    width: int
+    chunk_stride: int
+    width_stride: int
+    block: int
+    blocks: int
+    row_words: int
+    words_offset: int
+    meta_offset: int
+    norm_offset: int
+    table: tuple[Field, ...]
+    ptx: str
+    constraints: str
+
+
+def side_of(layout: SideLayout, offsets: dict[str, int], name: str) -> Side:
+    """Read a side's numbers off its layout; ``offsets`` are those of the record, ``name`` is key or value."""
+    e4m3 = layout.format == "e4m3"
+    terms = layout.meta_terms if layout.meta else 0
+    by_channel = terms > 0 and layout.axis == "channel"
+    width = layout.head_dim // 2 if e4m3 else layout.width
+    groups = layout.head_dim // layout.group if terms and not by_channel else 1
+    block = max(ATOM, _power_of_two_divisor(width, layout.group if groups > 1 else width))
+    ptx, constraints = {"e4m3": lambda bits: ("", ""), "book": book_ptx}.get(layout.format, unpack_ptx)(layout.bits)
+    norm_offset = offsets.get(f"{name}_norm", -1)
+    return Side(
+        kind=layout.format,
+        bits=layout.bits,
+        by_channel=by_channel,
+        terms=terms,
+        meta=layout.meta_format,
+        scaled=terms > 0 or norm_offset >= 0,
+        group=layout.group,
+        groups=groups,
+        head_dim=layout.head_dim,
+        page_tokens=layout.page_tokens,
+        fields=2 if e4m3 else FIELDS[layout.bits],
+        words=1 if e4m3 else CONTAINER_WORDS[layout.bits],
+        chunks=2 if e4m3 else layout.chunks,
+        parts=1 if e4m3 else layout.parts,
+        rows=layout.rows,
+        width=width,
+        # A word of e4m3 holds two neighbours; a word of planes holds channels that lie ``width`` apart.
+        chunk_stride=1 if e4m3 else width,
+        width_stride=2 if e4m3 else 1,
+        block=block,
+        blocks=-(-width // block),
+        row_words=width if e4m3 else CONTAINER_WORDS[layout.bits] * width,
+        words_offset=offsets[f"{name}_words"],
+        meta_offset=offsets.get(f"{name}_meta", 0),
+        norm_offset=norm_offset,
+        table=() if e4m3 else FIELD_TABLES[layout.bits],
+        ptx=ptx,
+        constraints=constraints,
+    )
+
+
+def sides_of(layout: PageLayout) -> tuple[Side, Side]:
+    """(K, V) of a page record."""
+    return side_of(layout.key, layout.offsets, "key"), side_of(layout.value, layout.offsets, "value")
+
+
+def _power_of_two_divisor(*numbers: int) -> int:
+    """The largest power of two that divides all numbers."""
+    return min(n & -n for n in numbers)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tile:
+    """How the tokens of a page are handed to warps.
+
+    warps    warps of a program; each has its own tile and its own softmax state.
+    rows     tokens of one block of a tile. Block b, row r of the tile that starts at row s of its pages is token
+             ``b * stride + s + r`` of the page (a tile of several pages: row r is row ``r % stride`` of page
+             ``r // stride``).
+    blocks   blocks of a tile; stride: tokens of a page between blocks.
+    pages    pages of a tile, or 1; per_page: tiles of a page, or 1.
+    tokens   tokens of a warp's tile; round: tokens that a program's warps handle at a time.
+    fold     rows that a sum over tokens is kept at inside the loop, one a thread of a quarter warp.
+    """
+
+    warps: int
+    rows: int
+    blocks: int
+    stride: int
+    pages: int
+    per_page: int
+    tokens: int
+    round: int
+    fold: int
+
+
+def tile_of(key: Side, value: Side, *, warps: int, rows: int, split: int = 0) -> Tile:
+    """The tile of a page.
+
+    rows    tokens of a block that are asked for; fewer are taken where scales change within that many.
+    split   if not 0, a page is cut into blocks of so many tokens even where one block could hold more.
+    """
+    stride = min([key.rows, value.rows] + [split] * bool(split))
+    groups = [side.group for side in (key, value) if side.by_channel]
+    if groups:
+        # Per-channel scales belong to a page and a token group: a block stays within one, a tile is one page.
+        stride = rows = min([stride, rows, *groups])
+    pages = max(1, rows // stride)
+    rows = min(rows, stride * pages)
+    blocks = key.page_tokens // stride
+    per_page = max(1, stride // rows)
+    # A round then covers neighbouring tokens: whole pages, or one run of a page.
+    assert blocks == 1 or warps % per_page == 0
+    return Tile(
+        warps=warps,
+        rows=rows,
+        blocks=blocks,
+        stride=stride,
+        pages=pages,
+        per_page=per_page,
+        tokens=blocks * rows,
+        round=warps * blocks * rows,
+        fold=min(rows, 8),
+    )
