@@ -33,12 +33,6 @@ def supports(layout: PageLayout) -> bool:
     return layout.key.is_plain and layout.value.is_plain
 
 
-@lru_cache(maxsize=2)
-def _e4m3_table(dtype: str) -> np.ndarray:
-    numbers = torch.arange(256, dtype=torch.int32).to(torch.uint8).view(torch.float8_e4m3fn)
-    return numbers.float().nan_to_num(0.0).numpy().astype(dtype)
-
-
 @lru_cache(maxsize=256)
 def _side_numbers(side: SideLayout) -> np.ndarray:
     """What the kernel must know of a side: bits (0 for e4m3), axis, group, rows, chunks, width, metadata groups."""
@@ -93,7 +87,6 @@ def decode_row(
         sink_k,
         sink_v,
         np.empty(0, dtype) if bias is None else bias.contiguous().numpy(),
-        _e4m3_table(dtype.name),
         *partial,
     )
     _share(attend_units, K * splits, threads, arguments)
