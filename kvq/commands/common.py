@@ -47,7 +47,7 @@ class Output:
             self.stdout.write(text)
             self.stdout.flush()
         else:
-            _write_atomically(Path(self.target), text)
+            write_atomically(Path(self.target), text)
 
 
 def _finite(value: Any) -> Any:
@@ -59,10 +59,11 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write a file that is there whole or not at all."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -162,7 +163,8 @@ def progress_bar(
 ) -> Iterator[Callable[[int, int], None]]:
     """A bar with tokens/s and time left, on stderr; silent when asked to be or when stderr is not a terminal.
 
-    Yields ``step(done, total)``, to be called first with what was done before this run.
+    Yields ``step(done, total)``, to be called first with what was done before this run; ``step.stage(title, done,
+    total)`` also renames the bar.
     """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
@@ -178,4 +180,12 @@ def progress_bar(
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Speed(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=silent or not console.is_terminal, transient=True) as progress:
         task = progress.add_task(title, total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+        def step(done: int, total: int) -> None:
+            progress.update(task, completed=done, total=total)
+
+        def stage(title: str, done: int, total: int) -> None:
+            progress.update(task, description=title, completed=done, total=total)
+
+        step.stage = stage
+        yield step

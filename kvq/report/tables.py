@@ -175,3 +175,22 @@ def _eval_warnings(result: Mapping[str, Any]) -> list[str]:
     return said + (
         ["The run was interrupted: the results cover the windows scored so far."] if result["partial"] else []
     )
+
+
+def search_table(found: Mapping[str, Any]) -> Table:
+    """The chosen recipes of a search and the best uniform ones: what was measured, beside what was predicted."""
+    table = plain_table("Search: measured on text that sensitivities did not see", "recipe", "bits", "KL", "±", "top-1")
+    table.add_column("KL confirmed", justify="right")
+    table.add_column("predicted", justify="right", style="dim")
+    for row in sorted([*found["points"], *found["uniform"]], key=lambda row: (row["budget"], row["measured"]["kl"])):
+        measured, confirmed = row["measured"], row.get("confirmed")
+        table.add_row(
+            row["name"],
+            number(row["bits"], 3),
+            number(measured["kl"], 5),
+            number(measured["kl_stderr"], 5),
+            number(measured["top1"]),
+            number(confirmed["kl"], 5) if confirmed else "-",
+            number(row["predicted"], 5),
+        )
+    return table
