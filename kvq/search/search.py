@@ -322,8 +322,8 @@ class _Run:
         for name, value in measured.missed(self.settings.floors).items():
             bound = self.settings.floors[name]
             raise DataError(
-                f"no recipe of at most {budget:g} bits keeps {name}={bound:g} on unseen text (the best has {value:.4f}):"
-                " raise the budget, or change the floor."
+                f"no recipe of at most {budget:g} bits keeps {name}={bound:g} on unseen text (the best: {value:.4f}): raise "
+                "the budget, or change the floor."
             )
 
     def _point(self, budget, chosen: Candidate, uniform: Candidate | None, rows, confirmed) -> Point:

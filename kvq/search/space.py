@@ -124,7 +124,7 @@ def _family(side, family, model, stats, policies: Sequence[TokenPolicy]):
         raise RecipeError(f"search space: vary of {family.get('name')!r} is no mapping of settings to lists: mend it.")
     chain = tuple(family.get("transforms") or ())
     for values in itertools.product(*vary.values()):
-        own = dict(zip(vary, values))
+        own = _resolved(dict(zip(vary, values)))
         name = " ".join([str(family.get("name")), *(f"{key}={_short(value)}" for key, value in own.items())])
         try:
             option = Option(side=side, name=name, chain=chain, codec=build(CodecSpec, {**family["codec"], **own}, name))
@@ -150,6 +150,14 @@ def _check(option: Option, model: ModelSpec, stats: Stats | None, policies: Sequ
 def artefacts_of(option: Option, policy: TokenPolicy, model: ModelSpec, stats: Stats | None, folder=None):
     """Tensors that the option's transforms and codec need."""
     return fit_artefacts(option.recipe(policy), model, stats, folder) if stats is not None else {}
+
+
+def _resolved(own: dict[str, Any]) -> dict[str, Any]:
+    """A clip that is given by bits, as a number or as one for each tier."""
+    clip, bits = own.get("clip"), own.get("bits")
+    if not isinstance(clip, Mapping):
+        return own
+    return own | {"clip": [clip.get(b, 1.0) for b in bits] if isinstance(bits, list) else clip.get(bits, 1.0)}
 
 
 def _short(value: Any) -> str:
