@@ -320,10 +320,9 @@ class _Run:
 
     def _hold_floors(self, budget: float, measured: Measured) -> None:
         for name, value in measured.missed(self.settings.floors).items():
-            bound = self.settings.floors[name]
             raise DataError(
-                f"no recipe of at most {budget:g} bits keeps {name}={bound:g} on unseen text (the best: {value:.4f}): raise "
-                "the budget, or change the floor."
+                f"no recipe of at most {budget:g} bits keeps {name}={self.settings.floors[name]:g} on unseen text (the "
+                f"best has {value:.4f}): raise the budget, or change the floor."
             )
 
     def _point(self, budget, chosen: Candidate, uniform: Candidate | None, rows, confirmed) -> Point:

@@ -133,7 +133,9 @@ def test_killed_anywhere_it_goes_on_to_the_same_answer(made, text, space_data, f
 
 
 def test_a_floor_that_cannot_be_kept_is_refused_with_the_best(made, text, space_data):
-    with pytest.raises(DataError, match=r"no recipe of at most 3 bits keeps top1=0.9999 on unseen text \(the best: 0"):
+    with pytest.raises(
+        DataError, match=r"no recipe of at most 3 bits keeps top1=0.9999 on unseen text \(the best has 0"
+    ):
         run(made, text, space_data, floors={"top1": 0.9999})
 
 
