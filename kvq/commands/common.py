@@ -1,6 +1,7 @@
 """What the commands share: options, where results go, progress bars, and silence from the libraries."""
 
 import contextlib
+import functools
 import json
 import logging
 import math
@@ -163,8 +164,8 @@ def progress_bar(
 ) -> Iterator[Callable[[int, int], None]]:
     """A bar with tokens/s and time left, on stderr; silent when asked to be or when stderr is not a terminal.
 
-    Yields ``step(done, total)``, to be called first with what was done before this run; ``step.stage(title, done,
-    total)`` also renames the bar.
+    Yields ``step(done, total, what="")``, to be called first with what was done before this run; ``what`` names the
+    part of the work that is running.
     """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
@@ -181,11 +182,28 @@ def progress_bar(
     with Progress(*columns, console=console, disable=silent or not console.is_terminal, transient=True) as progress:
         task = progress.add_task(title, total=None)
 
-        def step(done: int, total: int) -> None:
-            progress.update(task, completed=done, total=total)
+        def step(done: int, total: int, what: str = "") -> None:
+            # Another task starts its own bar, and with it its own estimate.
+            nonlocal running
+            if what != running:
+                running = what
+                progress.reset(task)
+            progress.update(task, completed=done, total=total, description=f"{title} {what}".rstrip())
 
-        def stage(title: str, done: int, total: int) -> None:
-            progress.update(task, description=title, completed=done, total=total)
-
-        step.stage = stage
+        running = ""
         yield step
+
+
+@contextlib.contextmanager
+def progress_bars(*titles: str, **settings) -> Iterator[list[Callable[[int, int], None]]]:
+    """One ``progress_bar`` after the other: each appears with its first step, in the place of the one before."""
+    with contextlib.ExitStack() as shown:
+        bars: dict[str, Callable[[int, int], None]] = {}
+
+        def step(title: str, done: int, total: int, what: str = "") -> None:
+            if title not in bars:
+                shown.close()
+                bars[title] = shown.enter_context(progress_bar(title, **settings))
+            bars[title](done, total, what)
+
+        yield [functools.partial(step, title) for title in titles]

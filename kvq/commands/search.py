@@ -63,7 +63,7 @@ def command(model: str, out: str, stats: str | None, space: str | None, output: 
         raise DataError("'kvq search' needs scipy and matplotlib: pip install 'kvq-toolkit[search]'.")
     quiet_transformers()
     from kvq.calib.stats import Stats
-    from kvq.report.tables import search_table
+    from kvq.report.search_tables import search_table
     from kvq.search.evidence import evidence, front_rows
     from kvq.search.search import Settings, search
     from kvq.search.space import load_space
@@ -74,7 +74,7 @@ def command(model: str, out: str, stats: str | None, space: str | None, output: 
     floors = parse_floors(given.pop("floors"))
     settings = Settings(budgets=budgets, floors=floors, time_limit=None if minutes is None else 60 * minutes, **given)
     journal = _beside(Path(out.replace("{budget}", "all")), ".journal.jsonl")
-    with progress_bar("Searching") as bar:
+    with progress_bar("Search:") as bar:
         found = search(
             model,
             settings,
@@ -82,7 +82,7 @@ def command(model: str, out: str, stats: str | None, space: str | None, output: 
             space=load_space(space),
             journal=journal,
             names=lambda budget: targets[budget].stem,
-            progress=bar.stage,
+            progress=lambda stage, done, total: bar(done, total, stage),
             **data,
         )
     _write(found, targets, out)
