@@ -99,7 +99,7 @@ def learn_fits(
     if progress:
         progress(0, len(jobs))
     for layer, side, spec in dict.fromkeys((layer, side, spec) for layer, side, spec, _ in jobs):
-        codec = build_codec(getattr(spec, side), layer.head_dim, {"scale": torch.ones(())})
+        codec = build_codec(getattr(spec, side), layer.head_dim, {"scale": torch.ones(())}, layer.kv_heads)
         evidence = source.evidence(layer, side, spec, codec)
         step = partial(_learn_one, spec, layer.index, side, state_folder, _run(stats), done)
         fit_steps(getattr(spec.transforms, side), evidence, step)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from kvq.commands.common import Output, check_writable, json_option, peak_memory, progress_bar, quiet_transformers
+from kvq.commands.common import Output, check_writable, json_option, peak_memory, progress_bars, quiet_transformers
 
 USAGE_ERROR = 2
 DTYPES = ("float32", "bfloat16", "float16")
@@ -127,13 +127,15 @@ def _calibrate(
     )
     state_folder = path.with_name(f".{path.name}.partial")
     tokens_per_step = windows.identity.tokens / len(windows.tokens) * processes.world / sweeps
-    with progress_bar("Calibrating", tokens_per_step=tokens_per_step, silent=not processes.is_first) as step:
+    bars = {"tokens_per_step": tokens_per_step, "silent": not processes.is_first}
+    with progress_bars("Calibrating", "Learning codebooks", **bars) as (step, learning):
         stats = calibrate(
             folder,
             windows,
             options,
             state_folder=state_folder,
             progress=step,
+            learning=learning,
             ranks=processes,
             model_name=Path(model).name,
             tokenizer=tokenizer,
@@ -141,14 +143,14 @@ def _calibrate(
     if stats is None:
         return
     tokens = windows.tokens if settings["end_to_end"] else None
-    stats, learning = _learn(stats, recipes, spec, folder, state_folder, tokens)
+    stats, times = _learn(stats, options.recipes, spec, folder, state_folder, tokens)
     stats.save(path)
     _remove(state_folder)
     data = stats.data
     output.show(stats_table(stats_rows(stats)), *_notes(stats))
-    if stats.fits:
-        output.show(learned_table({name: fit.facts for name, fit in stats.fits.items()}))
-    output.show(*(learning_line(**entry) for entry in learning))
+    transforms = [fit.facts for fit in stats.fits.values() if "objective" in fit.facts]
+    if transforms:
+        output.show(learned_table(transforms), *(learning_line(**entry) for entry in times))
     output.show(f"Statistics of {data.samples} windows, {data.tokens:,} tokens, written to {path}.")
     output.write(
         {
@@ -157,7 +159,7 @@ def _calibrate(
             "tokens": data.tokens,
             "needs": sorted(stats.needs),
             "fits": {name: fit.facts for name, fit in stats.fits.items()},
-            "learning": learning,
+            "learning": times,
             "missing": dict(stats.missing),
             "processes": processes.world,
             "layer_by_layer": sweeps > 1,
@@ -170,26 +172,27 @@ def _split(text: str | None) -> tuple[str, ...]:
     return tuple(name.strip() for name in (text or "").split(",") if name.strip())
 
 
-def _learn(stats, recipes: tuple[str, ...], spec, folder: Path, state_folder: Path, tokens=None):
+def _learn(stats, recipes, spec, folder: Path, state_folder: Path, tokens=None):
     """The statistics with what the recipes' learned transforms learn on them, and the time and memory that took.
 
     tokens   [N, T] to learn end to end afterwards.
     """
     from kvq.calib.learn import learn_fits, learned_steps
-    from kvq.recipe import load_recipe
 
-    loaded = [recipe for recipe in map(load_recipe, recipes) if any(learned_steps(recipe, spec))]
+    loaded = [recipe for recipe in recipes if any(learned_steps(recipe, spec))]
     learning = []
 
     def timed(what: str, title: str, learn):
         start = time.perf_counter()
-        with progress_bar(title) as step:
+        with progress_bars(title) as (step,):
             found = learn(state_folder=state_folder, progress=step)
         learning.append({"what": what, "seconds": time.perf_counter() - start, "peak_bytes": peak_memory()})
         return found
 
     for recipe in loaded:
-        stats = timed(f"{recipe.name} layer by layer", "Learning", partial(learn_fits, recipe, spec, stats, folder))
+        stats = timed(
+            f"{recipe.name} layer by layer", "Learning transforms", partial(learn_fits, recipe, spec, stats, folder)
+        )
     if tokens is not None and loaded:
         from kvq.integrations.end_to_end import learn_end_to_end
         from kvq.models.resolve import load_model
@@ -211,8 +214,8 @@ def _options(recipes: tuple[str, ...], full: bool, spec, settings):
     from kvq.recipe import load_recipe
 
     needs = ALL_NEEDS if full else DEFAULT_NEEDS
-    if recipes:
-        loaded = [load_recipe(recipe) for recipe in recipes]
+    loaded = tuple(load_recipe(recipe) for recipe in recipes)
+    if loaded:
         for recipe in loaded:
             check_transforms(recipe, spec)
         needs = frozenset().union(*(needs_of(recipe, spec) for recipe in loaded))
@@ -231,6 +234,7 @@ def _options(recipes: tuple[str, ...], full: bool, spec, settings):
         device_map=settings["device_map"],
         layer_by_layer=True if settings["layer_by_layer"] else None,
         memory_limit=settings["memory_limit"],
+        recipes=loaded,
     )
 
 

@@ -1,6 +1,6 @@
 """What learned transforms learned, as tables: the loss curve of each, before and after."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from rich.table import Table
@@ -35,10 +35,10 @@ def kept(facts: Mapping[str, Any]) -> tuple[float, float] | None:
     return sum(t[0] for t in trials) / len(trials), sum(min(t) for t in trials) / len(trials)
 
 
-def learned_table(fits: Mapping[str, Mapping[str, Any]]) -> Table:
-    """One fit a row. ``fits``: facts by name."""
+def learned_table(fits: Iterable[Mapping[str, Any]]) -> Table:
+    """One fit a row, by its facts."""
     table = plain_table("Learned transforms: loss after so many steps", "side", "transform", "loss", "kept")
-    for facts in fits.values():
+    for facts in fits:
         found = curve(facts)
         shown = [found[round(i * (len(found) - 1) / (POINTS - 1))] for i in range(POINTS)] if found else []
         text = "  ".join(f"{steps}: {loss:.5f}" for steps, loss in dict.fromkeys(shown))
