@@ -47,7 +47,7 @@ class Output:
             self.stdout.write(text)
             self.stdout.flush()
         else:
-            _write_atomically(Path(self.target), text)
+            write_atomically(Path(self.target), text.encode())
 
 
 def _finite(value: Any) -> Any:
@@ -59,11 +59,14 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all. Raises CheckpointError if it cannot be written."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(data)
         os.replace(temporary, path)
+    except OSError as error:
+        raise CheckpointError(f"{str(path)!r} cannot be written ({error.strerror}): choose another place.") from None
     finally:
         temporary.unlink(missing_ok=True)
 
