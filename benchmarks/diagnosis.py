@@ -30,7 +30,7 @@ from made_models import (
 )
 
 from kvq.calib.collect import collect
-from kvq.calib.diagnosis import diagnose, layers_of
+from kvq.calib.diagnosis import CANDIDATES, diagnose, layers_of
 from kvq.calib.diagnosis.predict import COLLAPSE, GOOD, plan_of
 from kvq.calib.needs import ALL_NEEDS, DEFAULT_NEEDS
 from kvq.errors import KvqError
@@ -39,7 +39,7 @@ from kvq.models.resolve import load_model, load_tokenizer, resolve_model
 from kvq.recipe import load_recipe
 
 RESULTS = Path(__file__).parent / "results" / "diagnosis.json"
-RECIPES = ("fp8", "int8", "kivi4", "int4", "turboquant4", "turboquant3", "int3", "kivi2", "klt4", "klt3", "klt2")
+RECIPES = (*CANDIDATES, "int3")
 # The channel in which SmolLM2's first token has its massive activation, and how large its keys are made.
 MASSIVE_CHANNEL, MASSIVE_SIZE = 325, 400.0
 CALIBRATION, MEASURED, SEQ_LEN = 8, 2, 1024

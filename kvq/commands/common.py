@@ -1,6 +1,7 @@
 """What the commands share: options, where results go, progress bars, and silence from the libraries."""
 
 import contextlib
+import functools
 import json
 import logging
 import math
@@ -47,7 +48,7 @@ class Output:
             self.stdout.write(text)
             self.stdout.flush()
         else:
-            write_atomically(Path(self.target), text.encode())
+            write_atomically(Path(self.target), text)
 
 
 def _finite(value: Any) -> Any:
@@ -59,11 +60,11 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all. Raises CheckpointError if it cannot be written."""
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write a file whole or not at all; text as UTF-8. Raises CheckpointError if it cannot be written."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_bytes(data)
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
         os.replace(temporary, path)
     except OSError as error:
         raise CheckpointError(f"{str(path)!r} cannot be written ({error.strerror}): choose another place.") from None
@@ -165,7 +166,8 @@ def progress_bar(
 ) -> Iterator[Callable[[int, int], None]]:
     """A bar with tokens/s and time left, on stderr; silent when asked to be or when stderr is not a terminal.
 
-    Yields ``step(done, total)``, to be called first with what was done before this run.
+    Yields ``step(done, total, what="")``, to be called first with what was done before this run; ``what`` names the
+    part of the work that is running.
     """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
@@ -181,4 +183,29 @@ def progress_bar(
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Speed(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=silent or not console.is_terminal, transient=True) as progress:
         task = progress.add_task(title, total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+        def step(done: int, total: int, what: str = "") -> None:
+            # Another task starts its own bar, and with it its own estimate.
+            nonlocal running
+            if what != running:
+                running = what
+                progress.reset(task)
+            progress.update(task, completed=done, total=total, description=f"{title} {what}".rstrip())
+
+        running = ""
+        yield step
+
+
+@contextlib.contextmanager
+def progress_bars(*titles: str, **settings) -> Iterator[list[Callable[[int, int], None]]]:
+    """One ``progress_bar`` after the other: each appears with its first step, in the place of the one before."""
+    with contextlib.ExitStack() as shown:
+        bars: dict[str, Callable[[int, int], None]] = {}
+
+        def step(title: str, done: int, total: int, what: str = "") -> None:
+            if title not in bars:
+                shown.close()
+                bars[title] = shown.enter_context(progress_bar(title, **settings))
+            bars[title](done, total, what)
+
+        yield [functools.partial(step, title) for title in titles]

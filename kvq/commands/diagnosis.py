@@ -103,7 +103,7 @@ def _shown_plan(stats, found, recipe, folder):
 
 
 def _save(title, facts, stats, layers, found, errors, widths_of, plan, wishes: Wishes, output: Output) -> None:
-    from kvq.report.html import diagnosis_html
+    from kvq.report.diagnosis_html import diagnosis_html
     from kvq.report.pictures import pictures
 
     made = pictures(stats, layers, found, errors, widths_of, plan)
@@ -115,7 +115,7 @@ def _save(title, facts, stats, layers, found, errors, widths_of, plan, wishes: W
         output.show(f"{len(made)} pictures written to {target}.")
     if wishes.html:
         page = diagnosis_html(title, facts, found.to_dict(), errors, widths_of, made)
-        write_atomically(Path(wishes.html), page.encode())
+        write_atomically(Path(wishes.html), page)
         output.show(f"Report written to {wishes.html}.")
 
 

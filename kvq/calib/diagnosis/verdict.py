@@ -12,7 +12,10 @@ from kvq.calib.stats import Stats
 from kvq.recipe import Recipe, load_recipe
 
 # Shipped recipes worth choosing from: what engines serve, and the best at every width.
-CANDIDATES = ("fp8", "int8", "int4", "kivi4", "kivi2", "klt4", "klt3", "klt2", "turboquant4", "turboquant3")
+CANDIDATES = (
+    *("fp8", "int8", "int4", "sinks4", "biassafe4", "kivi4", "kivi2"),
+    *("klt4", "klt3", "klt2", "turboquant4", "turboquant3"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
