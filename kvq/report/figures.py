@@ -19,7 +19,7 @@ except ImportError:
 NAMES = {"key": "keys", "value": "values"}
 _MAP = "viridis"
 # Magnitudes below this share of the largest are drawn like it.
-_FLOOR = 1e-3
+_FLOOR = 1e-2
 
 
 def channels_figure(magnitudes: Mapping[str, torch.Tensor], side: str, layers: Sequence[int], heads: int) -> bytes:
@@ -29,8 +29,10 @@ def channels_figure(magnitudes: Mapping[str, torch.Tensor], side: str, layers: S
     """
     figure = _figure(6.2 * len(magnitudes) + 0.8, 1.9 + 0.13 * len(layers))
     panels = figure.subplots(1, len(magnitudes), squeeze=False)[0]
+    # One scale for all panels, so that they compare.
+    top = max(float(sizes.max()) for sizes in magnitudes.values())
     for panel, (title, sizes) in zip(panels, magnitudes.items()):
-        image = _heat(panel, sizes)
+        image = _heat(panel, sizes, top)
         panel.set_title(title, loc="left", fontsize=10)
         panel.set_xlabel(f"channel ({heads} head{'s' if heads > 1 else ''} side by side)")
         _mark_heads(panel, heads, sizes.shape[1])
@@ -41,20 +43,24 @@ def channels_figure(magnitudes: Mapping[str, torch.Tensor], side: str, layers: S
     return _png(figure)
 
 
-def tokens_figure(parts: Mapping[str, torch.Tensor], layer: int) -> bytes:
-    """|x| by token (down) and channel (across), a panel for each of ``parts``: title -> [T, K * D], two a row."""
+def tokens_figure(parts: Mapping[str, torch.Tensor], layer: int, real: bool) -> bytes:
+    """|x| by token (down) and channel (across), a panel for each of ``parts``: title -> [T, K * D], two a row.
+
+    real   whether these are tokens of a text, or drawn ones.
+    """
     rows = -(-len(parts) // 2)
     figure = _figure(13.2, 0.6 + 3.3 * rows)
     panels = figure.subplots(rows, 2, squeeze=False).flatten()
     for panel, (title, x) in zip(panels, parts.items()):
-        image = _heat(panel, x.abs())
+        image = _heat(panel, x.abs(), float(x.abs().max()))
         panel.set_title(title, loc="left", fontsize=10)
         panel.set_xlabel("channel")
         panel.set_ylabel("token")
         figure.colorbar(image, ax=panel, pad=0.02)
     for panel in panels[len(parts) :]:
         panel.set_visible(False)
-    figure.suptitle(f"Layer {layer}: magnitudes by token and channel", x=0.01, ha="left")
+    what = "tokens of the text" if real else "tokens drawn by the measured distributions"
+    figure.suptitle(f"Layer {layer}: magnitudes by token and channel ({what})", x=0.01, ha="left")
     return _png(figure)
 
 
@@ -135,8 +141,8 @@ def _figure(width: float, height: float) -> Figure:
     return figure
 
 
-def _heat(panel, sizes: torch.Tensor):
-    top = float(sizes.max()) or 1.0
+def _heat(panel, sizes: torch.Tensor, top: float):
+    top = top or 1.0
     shown = sizes.clamp(min=top * _FLOOR).float().numpy()
     return panel.imshow(shown, aspect="auto", cmap=_MAP, norm=LogNorm(top * _FLOOR, top), interpolation="nearest")
 

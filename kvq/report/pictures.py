@@ -34,7 +34,9 @@ def pictures(
     for side in SIDES:
         found |= _channels(layers, side, plan)
     for index in _chosen(layers, diagnosis):
-        found[f"tokens-{index:03}.png"] = figures.tokens_figure(_tokens(layers[index], index, plan), index)
+        found[f"tokens-{index:03}.png"] = figures.tokens_figure(
+            _tokens(layers[index], index, plan), index, layers[index].is_real
+        )
     return found | _sinks(stats) | _massive(stats)
 
 
@@ -83,7 +85,7 @@ def _written(plan: CachePlan, index: int, side: str, x: torch.Tensor) -> torch.T
 
 
 def _chosen(layers: Mapping[int, LayerTokens], diagnosis: Diagnosis) -> list[int]:
-    """The first layer, the last one, and the one in which 4 bits cost most."""
+    """The first layer, the last one, and the one that the worst recipe hurts most."""
     tried = [p for p in diagnosis.predictions if not p.why_not]
     worst = max(tried, key=lambda p: p.loss).worst_layer if tried else min(layers)
     return sorted({min(layers), worst, max(layers)})

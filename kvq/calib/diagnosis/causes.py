@@ -104,7 +104,7 @@ def few_layers(spec: ModelSpec) -> list[Cause]:
     layers = tuple(layer.index for layer in spec.full_layers)
     plural = "layer has" if full == 1 else "layers have"
     text = f"only {full} of {cached} {plural} full attention, and all long-range recall passes through {_them(full)}"
-    advice = "give them 4 bits or more, and measure recall over long texts with 'kvq eval'"
+    advice = "use kivi4 or klt4 rather than fewer bits, and measure recall over long texts with 'kvq eval'"
     return [Cause(kind="few_layers", layers=layers, size=full, text=text, advice=advice)]
 
 
@@ -124,7 +124,7 @@ def _key_bias(biased: dict[int, float], what: str) -> Cause:
         layers=layers,
         size=size,
         text=f"{what} hold a constant up to {size:,.0f} times what differs between tokens (layer {layers[0]})",
-        advice="quantize keys per channel or without their mean, never with one scale for a token's channels",
+        advice="use kivi4 (a scale for each channel) or biassafe4 (keys without the bias), never one scale for a token",
     )
 
 
@@ -138,7 +138,7 @@ def _massive_cause(first: dict[int, float], channels: list[int]) -> Cause:
         size=size,
         text=f"massive activations{names if channels else ''} make the first token's keys up to {size:,.0f} times "
         f"as large as others' (layer {layers[0]})",
-        advice="keep the first tokens exact (tokens.sinks=4)",
+        advice="use a recipe that keeps the first tokens exact, such as klt4 or sinks4, or set tokens.sinks=4",
     )
 
 
