@@ -11,7 +11,19 @@ import click
 from kvq.commands.common import quiet
 from kvq.errors import KvqError, suggest
 
-COMMANDS = ("calibrate", "export", "check", "eval", "generate", "recipes", "inspect", "doctor")
+COMMANDS = (
+    "calibrate",
+    "export",
+    "check",
+    "eval",
+    "compare",
+    "report",
+    "card",
+    "generate",
+    "recipes",
+    "inspect",
+    "doctor",
+)
 # Modules whose command's name is a Python builtin.
 _MODULES = {"eval": "evaluate"}
 

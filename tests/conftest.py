@@ -112,6 +112,12 @@ def tiny_checkpoint(tmp_path):
     return save
 
 
+@pytest.fixture(autouse=True)
+def _own_answers(tmp_path, monkeypatch):
+    """Answers of evaluations stay with their test."""
+    monkeypatch.setattr("kvq.eval.settings.cache_root", lambda: tmp_path / "kvq-cache")
+
+
 @pytest.fixture(scope="session")
 def stats_of():
     """Factory ``stats_of(folder, windows=None) -> Stats``: statistics over token windows, by default random ones."""

@@ -160,6 +160,14 @@ def _make_plan(recipe: Recipe, model: ModelSpec, artefacts, folded) -> CachePlan
     return CachePlan(recipe=recipe, model=model, layers=layers, chains=chains, folded=folded)
 
 
+def check_transforms(recipe: Recipe, model: ModelSpec) -> None:
+    """Refuse a recipe with a transform that this model does not undo, before anything is measured for it."""
+    for layer in model.full_layers:
+        spec = recipe.for_head(layer.index, 0, len(model.layers))
+        if not spec.is_exact:
+            _refuse_inexact(spec.transforms, model, layer.index)
+
+
 def _refuse_inexact(transforms: Transforms, model: ModelSpec, index: int) -> None:
     """Refuse a shift where attention does not undo it."""
     for side in SIDES:

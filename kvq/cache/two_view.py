@@ -18,9 +18,12 @@ from functools import lru_cache
 import torch
 
 from kvq.cache.attend import Options
+from kvq.cache.branches import Branches
 from kvq.cache.plan import SIDES, CachePlan, HeadGroup
 from kvq.cache.policy import FlushRule
 from kvq.errors import DataError, suggest
+from kvq.kernels.decode import Partial, merge_partials
+from kvq.kernels.exact import exact_partial
 from kvq.models.rope import Rope
 from kvq.quantizers import Codec
 
@@ -56,7 +59,7 @@ class Schedule:
         position = torch.arange(tokens)
         if self.mode == "chunked":
             position = position // self.chunk * self.chunk
-        found = _seen(rule, tokens)[position].unsqueeze(0)
+        found = _seen(rule, 1 << (tokens - 1).bit_length())[position].unsqueeze(0)
         if self.mode == "prefill":
             found = torch.where(position < self.contexts.unsqueeze(1), 0, found)
         return found
@@ -80,6 +83,22 @@ def reads_packed(
     return reads
 
 
+def can_share(plan: CachePlan, schedule: Schedule, context: int, longest: int) -> bool:
+    """True if several branches of up to ``longest`` tokens of one context are stored as each would be alone.
+
+    Where a scale spans tokens these are stored together, so all that a branch reads as stored must lie in the context.
+    """
+    for groups in plan.layers.values():
+        for group in groups:
+            for side in SIDES:
+                if group.codecs[side].block_tokens == 1:
+                    continue
+                last = int(schedule.packed(group.rules[side], context + longest).max()) + schedule.sinks(group)
+                if schedule.mode == "simulate" or last > context:
+                    return False
+    return True
+
+
 def two_view_attend(
     q: torch.Tensor,
     keys: torch.Tensor,
@@ -90,15 +109,17 @@ def two_view_attend(
     mask: torch.Tensor | None = None,
     lengths: torch.Tensor | None = None,
     positions: torch.Tensor | None = None,
+    branches: Branches | None = None,
 ) -> torch.Tensor:
     """Causal attention of q [B, K, G, T, D] over exact keys and values [B, K, T, D] and their stored form; like q.
 
-    mask      [B or 1, 1, T, T], bool (True = attend) or additive: hides further keys; causality is always applied.
-    lengths   [B] real tokens a row, the rest of the row being pads on the right; None: all. Pads touch no scale.
+    mask        [B or 1, 1, T, T], bool (True = attend) or additive: hides further keys; causality is always applied.
+    lengths     [B] real tokens a row, the rest of the row being pads on the right; None: all. Pads touch no scale.
     positions   [B or 1, T] rotary positions; None: 0, 1, 2, ... They matter for keys that are stored before RoPE.
+    branches    how the rows fork into several continuations of one context; None: they do not.
 
-    Scores are held for a tile of queries at a time. As in the packed cache, numbers are unpacked in float32, or in
-    float64 for float64 models.
+    Keys that all queries of a tile read alike need no scores of their own; the others' are held for a tile at a time.
+    As in the packed cache, numbers are unpacked in float32, or in float64 for float64 models.
     """
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     B, K, G, T = q.shape[:4]
@@ -109,46 +130,80 @@ def two_view_attend(
     sinks = group.sinks
     views = {}
     for side, exact in zip(SIDES, (keys, values)):
-        bounds = (schedule.packed(group.rules[side], T) + sinks).clamp(max=T)
+        bounds = schedule.packed(group.rules[side], T) + sinks
+        bounds = (bounds if branches is None else branches.columns(bounds)).clamp(max=T)
         codec = _Placed(group.codecs[side], group.rope if side == "key" else None, positions)
         stored = _stored(exact, codec, sinks, bounds, schedule, lengths, dtype)
         views[side] = _Views(exact=exact.to(dtype), stored=stored, bounds=bounds)
-    learned = None if options.sinks is None else options.sinks.to(dtype).view(1, K, G, 1, 1)
+    plain = mask is None and options.softcap is None
+    on_cpu = q.device.type == "cpu"
+    # A CPU holds no scores of keys that are read alike, and what remains is a strip of a few flush units.
+    width = min(T, 3 * TILE_UNIT) if plain and on_cpu else T
+    step = _tile(B * K * G, width, TILE_SCORES["cpu" if on_cpu else "gpu"])
     out = torch.empty_like(q)
-    step = _tile(B * K * G, T, TILE_SCORES["cpu" if q.device.type == "cpu" else "gpu"])
     for start in range(0, T, step):
         stop = min(start + step, T)
         queries = q[:, :, :, start:stop].to(dtype) * options.scaling
-        scores = views["key"].scores(queries, start)
+        partials, first = _read_alike(views, queries, start, branches) if plain else ([], 0)
+        scores = views["key"].scores(queries, start, first)
         if options.softcap is not None:
             scores = options.softcap * torch.tanh(scores / options.softcap)
-        _hide(scores, mask, start)
-        if learned is not None:
-            scores = torch.cat([scores, learned.expand(B, K, G, stop - start, 1)], dim=-1)
-        weights = torch.softmax(scores, dim=-1)[..., :stop]
-        out[:, :, :, start:stop] = views["value"].weighted_sum(weights, start).to(q.dtype)
+        _hide(scores, mask, start, first)
+        if branches is not None:
+            branches.hide(scores, start, first)
+        strip = views["value"].weighted_sum(torch.softmax(scores, dim=-1), start, first)
+        partials.append((strip.flatten(2, 3), torch.logsumexp(scores, dim=-1).flatten(2, 3)))
+        if options.sinks is not None:
+            partials.append(_learned_sinks(options.sinks, strip))
+        out[:, :, :, start:stop] = merge_partials(partials).view_as(strip).to(q.dtype)
     return group.chains["value"].undo(out.flatten(2, 3)).view(q.shape)
 
 
-def _tile(rows: int, tokens: int, budget: int) -> int:
+def _tile(rows: int, columns: int, budget: int) -> int:
     """Queries a tile: within the score budget, and a divisor or a multiple of the usual flush unit."""
-    step = max(16, budget // (rows * tokens))
+    step = max(16, budget // (rows * columns))
     return step // TILE_UNIT * TILE_UNIT if step >= TILE_UNIT else 1 << step.bit_length() - 1
 
 
-def _hide(scores: torch.Tensor, mask: torch.Tensor | None, start: int) -> None:
-    """Hide the future, and what ``mask`` hides, from queries at ``start``; scores [B, K, G, L, end], in place."""
+def _read_alike(views, q: torch.Tensor, start: int, branches: Branches | None) -> tuple[list[Partial], int]:
+    """Attention of q [B, K, G, L, D] over the columns before ``start`` that all of it reads alike, both sides stored or
+    both exactly, and the first column that is left over."""
+    stop = start + q.shape[3]
+    limit = start if branches is None or stop <= branches.fork else min(start, branches.fork)
+    reached = [(int(own.min()), int(own.max())) for own in (view.bounds[:, start:stop] for view in views.values())]
+    stored = min([limit, *(low for low, _ in reached)])
+    # Exact columns follow at once only where no query reads anything beyond as stored.
+    exact = limit if max(high for _, high in reached) <= stored else stored
+    q = q.flatten(2, 3)
+    key, value = views["key"], views["value"]
+    partials = []
+    if stored:
+        partials.append(exact_partial(q, key.stored[:, :, :stored], value.stored[:, :, :stored]))
+    if exact > stored:
+        partials.append(exact_partial(q, key.exact[:, :, stored:exact], value.exact[:, :, stored:exact]))
+    return partials, exact
+
+
+def _learned_sinks(logits: torch.Tensor, strip: torch.Tensor) -> Partial:
+    """One more key a query head, with the given score and a value of zero; strip [B, K, G, L, D]."""
+    B, K, G, L, _ = strip.shape
+    lse = logits.to(strip.dtype).view(1, K, G, 1).expand(B, K, G, L)
+    return torch.zeros_like(strip).flatten(2, 3), lse.flatten(2, 3)
+
+
+def _hide(scores: torch.Tensor, mask: torch.Tensor | None, start: int, first: int) -> None:
+    """Hide the future, and what ``mask`` hides, from queries at ``start``; scores [B, K, G, L, columns], in place."""
     # A finite number, so that a row that sees nothing (a pad) stays finite.
     lowest = torch.finfo(scores.dtype).min
-    length, end = scores.shape[-2:]
+    length, end = scores.shape[-2], first + scores.shape[-1]
     future = torch.ones(length, length, dtype=torch.bool, device=scores.device).triu(1)
     if mask is not None:
-        own = mask[:, :, start:end, :end].unsqueeze(1)
+        own = mask[:, :, start:end, first:end].unsqueeze(1)
         if own.dtype == torch.bool:
             scores.masked_fill_(~own, lowest)
         else:
             scores.add_(own.to(scores.dtype)).clamp_(min=lowest)
-    scores[..., start:].masked_fill_(future, lowest)
+    scores[..., start - first :].masked_fill_(future, lowest)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,41 +214,42 @@ class _Views:
     stored: torch.Tensor
     bounds: torch.Tensor
 
-    def _strip(self, start: int, stop: int) -> tuple[int, int, torch.Tensor]:
-        """Columns [low, high) that only some queries of [start, stop) read as stored, and which ones do."""
-        bounds = self.bounds[:, start:stop].clamp(max=stop)
+    def _strip(self, start: int, stop: int, first: int) -> tuple[int, int, torch.Tensor]:
+        """Columns [low, high) from ``first`` on that not all queries of [start, stop) read alike, and who as stored."""
+        bounds = self.bounds[:, start:stop].clamp(min=first, max=stop)
         low, high = int(bounds.min()), int(bounds.max())
         reads = torch.arange(low, high) < bounds.unsqueeze(-1)
         return low, high, reads[:, None, None].to(self.exact.device)
 
-    def scores(self, q: torch.Tensor, start: int) -> torch.Tensor:
-        """q [B, K, G, L, D] at ``start`` times every key up to the last query: [B, K, G, L, start + L]."""
+    def scores(self, q: torch.Tensor, start: int, first: int) -> torch.Tensor:
+        """q [B, K, G, L, D] at ``start`` times every key from ``first`` to the last query: [B, K, G, L, columns]."""
         stop = start + q.shape[3]
-        low, high, reads = self._strip(start, stop)
+        low, high, reads = self._strip(start, stop, first)
         parts = []
-        if high:
-            parts.append(_times(q, self.stored[:, :, :high].transpose(-1, -2)))
+        if high > first:
+            parts.append(_times(q, self.stored[:, :, first:high].transpose(-1, -2)))
         if stop > low:
             parts.append(_times(q, self.exact[:, :, low:stop].transpose(-1, -2)))
         if len(parts) == 1:
             return parts[0]
         if high > low:
             stored, exact = parts
-            exact[..., : high - low] = torch.where(reads, stored[..., low:], exact[..., : high - low])
-            parts[0] = stored[..., :low]
+            exact[..., : high - low] = torch.where(reads, stored[..., low - first :], exact[..., : high - low])
+            parts[0] = stored[..., : low - first]
         return torch.cat(parts, dim=-1)
 
-    def weighted_sum(self, weights: torch.Tensor, start: int) -> torch.Tensor:
-        """Sum of the values with weights [B, K, G, L, start + L]: [B, K, G, L, D]."""
-        stop = weights.shape[-1]
-        low, high, reads = self._strip(start, stop)
-        out = _times(weights[..., low:], self.exact[:, :, low:stop]) if high == low and stop > low else 0
+    def weighted_sum(self, weights: torch.Tensor, start: int, first: int) -> torch.Tensor:
+        """Sum of the values from ``first`` on with weights [B, K, G, L, columns]: [B, K, G, L, D]."""
+        stop = first + weights.shape[-1]
+        low, high, reads = self._strip(start, stop, first)
+        before, own, after = weights.split([low - first, high - low, stop - high], dim=-1)
+        out = 0
         if high > low:
-            own = weights[..., low:high]
-            later = torch.cat([own.masked_fill(reads, 0), weights[..., high:]], dim=-1)
-            earlier = torch.cat([weights[..., :low], own.masked_fill(~reads, 0)], dim=-1)
-            return _times(later, self.exact[:, :, low:stop]) + _times(earlier, self.stored[:, :, :high])
-        return out + _times(weights[..., :low], self.stored[:, :, :low]) if low else out
+            after = torch.cat([own.masked_fill(reads, 0), after], dim=-1)
+            before = torch.cat([before, own.masked_fill(~reads, 0)], dim=-1)
+        if stop > low:
+            out = _times(after, self.exact[:, :, low:stop])
+        return out + _times(before, self.stored[:, :, first:high]) if high > first else out
 
 
 def _times(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

@@ -100,8 +100,11 @@ def _head_needs(head: HeadSpec) -> set[str]:
         steps = getattr(head.transforms, side)
         for step in steps:
             found |= set(TRANSFORM_NEEDS.get(step.kind, lambda *_: ())(step, side))
-        # What a step has turned is measured again, on token vectors.
-        turned = [step.kind for step in steps if step.kind != "smooth"]
-        if turned and (codec.scale == "calibrated" or any(step.kind == "smooth" for step in steps[1:])):
+        # What a step has turned, or will move, is measured on token vectors.
+        kinds = [step.kind for step in steps]
+        measured_again = codec.scale == "calibrated" or "smooth" in kinds
+        if measured_again and set(kinds) - {"smooth", "hadamard", "rope_bias"}:
+            found.add("reservoir")
+        if codec.scale == "calibrated" and "hadamard" in kinds:
             found.add("reservoir")
     return found

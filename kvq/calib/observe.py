@@ -128,7 +128,7 @@ class Observer:
             self._add(index, "value.weighted_moments", Moments.observe(clean, weights))
         if "sinks" in plan.needs:
             weights, counts = probe_weights(query, key, valid, options, PROBES)
-            self._add(index, "sinks", Sinks.observe(weights, batch.tokens, valid, batch.priority, counts))
+            self._add(index, "sinks", Sinks.observe(weights, key, value, batch.tokens, valid, batch.priority, counts))
         # A layer that only reads another's keys adds nothing to its reservoir.
         if "reservoir" in plan.needs and "reservoir" not in self._parts[index]:
             chosen = {"rows": batch.kept, "priority": batch.priority, "capacity": plan.capacity}

@@ -36,7 +36,10 @@ class Bytes(click.ParamType):
 @click.argument("model")
 @click.option("-o", "--output", "out", metavar="STATS", required=True, help="File to write, e.g. stats.safetensors.")
 @click.option(
-    "--for", "recipe", metavar="RECIPE", help="Measure only what this recipe (name or file) reads; several: A,B."
+    "--for", "recipes", metavar="RECIPE,...", help="Measure only what these recipes (names or files) read, and learn."
+)
+@click.option(
+    "--end-to-end", is_flag=True, help="With --for: learn transforms further, on the logits of the whole model."
 )
 @click.option("--full", is_flag=True, help="Measure everything, second moments and token vectors too.")
 @click.option("--data", default="builtin", show_default=True, metavar="builtin|FILE|HUB_ID", help="Calibration text.")
@@ -56,11 +59,11 @@ class Bytes(click.ParamType):
     "--reservoir", default="512MB", show_default=True, type=Bytes(), help="Token vectors to keep, all layers together."
 )
 @json_option
-def command(model: str, out: str, recipe: str | None, full: bool, output: Output, **settings) -> None:
+def command(model: str, out: str, recipes: str | None, full: bool, output: Output, **settings) -> None:
     """Measure keys, values and queries of MODEL over text, and save the statistics.
 
-    Without --for or --full: ranges, quantiles, attention sinks and massive activations. An interrupted run continues
-    when the same command is given again.
+    Without --for or --full: ranges, quantiles, attention sinks and massive activations. With --for, transforms that are
+    learned are learned too, layer by layer. An interrupted run continues when the same command is given again.
 
     \b
     Examples:
@@ -68,13 +71,16 @@ def command(model: str, out: str, recipe: str | None, full: bool, output: Output
       kvq calibrate ./my-model -o stats.safetensors --data chats.jsonl --samples 128 --full
       kvq calibrate ./large-model -o stats.safetensors --memory-limit 16GB
       kvq calibrate builtin -o stats.safetensors --for fp8
+      kvq calibrate builtin -o stats.safetensors --for spinquant3,qoq4
 
     Several processes share the windows under torchrun:
 
     \b
       torchrun --nproc-per-node 2 -m kvq.cli calibrate ./my-model -o stats.safetensors
     """
-    if recipe and full:
+    if settings["end_to_end"] and not recipes:
+        raise click.UsageError("--end-to-end learns what a recipe asks for: name one with --for.")
+    if recipes and full:
         raise click.UsageError("--for and --full exclude each other: leave one of them out.")
     check_writable(out)
     quiet_transformers()
@@ -83,7 +89,7 @@ def command(model: str, out: str, recipe: str | None, full: bool, output: Output
 
     with ranks() as processes:
         try:
-            _calibrate(model, Path(out), recipe, full, processes, output, settings)
+            _calibrate(model, Path(out), _split(recipes), full, processes, output, settings)
         except KvqError:
             # All processes fail alike, and one of them says so.
             if processes.is_first:
@@ -91,10 +97,11 @@ def command(model: str, out: str, recipe: str | None, full: bool, output: Output
             sys.exit(USAGE_ERROR)
 
 
-def _calibrate(model: str, path: Path, recipe: str | None, full: bool, processes, output: Output, settings) -> None:
+def _calibrate(
+    model: str, path: Path, recipes: tuple[str, ...], full: bool, processes, output: Output, settings
+) -> None:
     from kvq.calib.calibrate import by_layer, calibrate
     from kvq.calib.data import load_documents
-    from kvq.calib.learn import learn_fits
     from kvq.calib.windows import token_windows
     from kvq.models.describe import describe
     from kvq.models.resolve import load_config, load_tokenizer, resolve_model
@@ -102,7 +109,7 @@ def _calibrate(model: str, path: Path, recipe: str | None, full: bool, processes
 
     folder = resolve_model(model)
     spec = describe(load_config(folder))
-    options = _options(recipe, full, spec, settings)
+    options = _options(recipes, full, spec, settings)
     sweeps = len(spec.layers) if by_layer(folder, options, processes) else 1
     tokenizer = load_tokenizer(folder)
     windows = token_windows(
@@ -132,9 +139,8 @@ def _calibrate(model: str, path: Path, recipe: str | None, full: bool, processes
         )
     if stats is None:
         return
-    for own in options.recipes:
-        with progress_bars("Learning transforms") as (step,):
-            stats = learn_fits(own, spec, stats, folder, state_folder=state_folder, progress=step)
+    tokens = windows.tokens if settings["end_to_end"] else None
+    stats = _learn(stats, options.recipes, spec, folder, state_folder, tokens)
     stats.save(path)
     _remove(state_folder)
     data = stats.data
@@ -155,23 +161,52 @@ def _calibrate(model: str, path: Path, recipe: str | None, full: bool, processes
     )
 
 
-def _options(recipe: str | None, full: bool, spec, settings):
+def _split(text: str | None) -> tuple[str, ...]:
+    return tuple(name.strip() for name in (text or "").split(",") if name.strip())
+
+
+def _learn(stats, recipes, spec, folder: Path, state_folder: Path, tokens=None):
+    """The statistics with what the recipes' learned transforms learn on them; ``tokens`` [N, T] to learn end to end."""
+    from kvq.calib.learn import learn_fits
+
+    for recipe in recipes:
+        with progress_bars("Learning transforms") as (step,):
+            stats = learn_fits(recipe, spec, stats, folder, state_folder=state_folder, progress=step)
+    if tokens is None:
+        return stats
+    from kvq.integrations.end_to_end import learn_end_to_end
+    from kvq.models.resolve import load_model
+
+    model = load_model(folder)
+    for recipe in recipes:
+        with progress_bars("Learning end to end") as (step,):
+            stats = learn_end_to_end(model, recipe, stats, tokens, folder, state_folder=state_folder, progress=step)
+    return stats
+
+
+def _options(recipes: tuple[str, ...], full: bool, spec, settings):
     import torch
 
+    from kvq.cache.plan import check_transforms
     from kvq.calib.calibrate import Options
     from kvq.calib.needs import ALL_NEEDS, DEFAULT_NEEDS, needs_of
     from kvq.errors import RecipeError
     from kvq.recipe import load_recipe
 
     needs = ALL_NEEDS if full else DEFAULT_NEEDS
-    recipes = tuple(load_recipe(name) for name in recipe.split(",")) if recipe else ()
-    if recipes:
-        needs = frozenset().union(*(needs_of(own, spec) for own in recipes))
+    loaded = tuple(load_recipe(recipe) for recipe in recipes)
+    if loaded:
+        for recipe in loaded:
+            check_transforms(recipe, spec)
+        needs = frozenset().union(*(needs_of(recipe, spec) for recipe in loaded))
         if not needs:
-            raise RecipeError(f"recipe {recipe!r} reads no statistics: use it as it is, or calibrate without --for.")
+            raise RecipeError(
+                f"recipe {', '.join(map(repr, recipes))} reads no statistics: use it as it is, or calibrate without "
+                "--for."
+            )
     return Options(
         needs=needs,
-        strict=bool(recipe),
+        strict=bool(recipes),
         batch_size=settings["batch_size"],
         seed=settings["seed"],
         reservoir_bytes=settings["reservoir"],
@@ -179,7 +214,7 @@ def _options(recipe: str | None, full: bool, spec, settings):
         device_map=settings["device_map"],
         layer_by_layer=True if settings["layer_by_layer"] else None,
         memory_limit=settings["memory_limit"],
-        recipes=recipes,
+        recipes=loaded,
     )
 
 

@@ -48,7 +48,7 @@ class Output:
             self.stdout.write(text)
             self.stdout.flush()
         else:
-            _write_atomically(Path(self.target), text)
+            write_atomically(Path(self.target), text)
 
 
 def _finite(value: Any) -> Any:
@@ -60,7 +60,7 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.write_text(text, encoding="utf-8")
@@ -163,7 +163,8 @@ def progress_bar(
 ) -> Iterator[Callable[[int, int], None]]:
     """A bar with tokens/s and time left, on stderr; silent when asked to be or when stderr is not a terminal.
 
-    Yields ``step(done, total)``, to be called first with what was done before this run.
+    Yields ``step(done, total, what="")``, to be called first with what was done before this run; ``what`` names the
+    part of the work that is running.
     """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
@@ -179,7 +180,17 @@ def progress_bar(
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Speed(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=silent or not console.is_terminal, transient=True) as progress:
         task = progress.add_task(title, total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+        def step(done: int, total: int, what: str = "") -> None:
+            # Another task starts its own bar, and with it its own estimate.
+            nonlocal running
+            if what != running:
+                running = what
+                progress.reset(task)
+            progress.update(task, completed=done, total=total, description=f"{title} {what}".rstrip())
+
+        running = ""
+        yield step
 
 
 @contextlib.contextmanager
@@ -188,10 +199,10 @@ def progress_bars(*titles: str, **settings) -> Iterator[list[Callable[[int, int]
     with contextlib.ExitStack() as shown:
         bars: dict[str, Callable[[int, int], None]] = {}
 
-        def step(title: str, done: int, total: int) -> None:
+        def step(title: str, done: int, total: int, what: str = "") -> None:
             if title not in bars:
                 shown.close()
                 bars[title] = shown.enter_context(progress_bar(title, **settings))
-            bars[title](done, total)
+            bars[title](done, total, what)
 
         yield [functools.partial(step, title) for title in titles]

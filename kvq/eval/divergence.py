@@ -1,28 +1,84 @@
 """How far a recipe's next-token distributions are from the baseline's on the same tokens."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
-from kvq.eval.likelihood import WindowScore
+from kvq.eval.likelihood import Windows, WindowScore
 from kvq.eval.perplexity import paired
-from kvq.eval.result import DivergenceResult
+from kvq.eval.result import DivergenceResult, LayerRow, PositionRow, WorstToken
+
+# Tokens of context that are shown before the worst token.
+SHOWN = 12
 
 
-def divergence(scores: Sequence[WindowScore]) -> DivergenceResult:
-    """KL(baseline || recipe) in nats a token, and how often both name the same most likely token.
+def divergence(
+    scores: Sequence[WindowScore],
+    windows: Windows | None = None,
+    reads: torch.Tensor | None = None,
+    layers: Sequence[LayerRow] = (),
+    decode: Callable[[list[int]], str] | None = None,
+) -> DivergenceResult:
+    """KL both ways in nats a token, and agreement on the most likely tokens.
 
-    Means are over all scored tokens, standard errors over windows.
+    Means are over all scored tokens, standard errors over windows. ``windows`` (of which ``scores`` are the first)
+    gives the places of tokens, ``reads`` [T] says which positions read quantized tokens, ``decode`` turns ids to text.
     """
     kl = torch.cat([score.kl.double() for score in scores])
-    mean, error = paired([score.kl.double() for score in scores])
-    top1, top1_error = paired([score.agrees.double() for score in scores])
+    fields = {}
+    for name, column in (("kl", "kl"), ("reverse_kl", "reverse_kl"), ("top1", "agrees"), ("top5", "in_top5")):
+        mean, error = paired([getattr(score, column).double() for score in scores])
+        fields |= {name: mean, f"{name}_stderr": error}
     return DivergenceResult(
-        kl=mean,
-        kl_stderr=error,
+        **fields,
         kl_p99=float(kl.sort().values[max(0, -(-99 * len(kl) // 100) - 1)]),
         kl_max=float(kl.max()),
-        top1=top1,
-        top1_stderr=top1_error,
+        windows=len(scores),
         tokens=len(kl),
+        worst=_worst(scores, windows, decode) if windows is not None and decode else None,
+        positions=_by_position(scores, windows, reads) if windows is not None and reads is not None else (),
+        layers=tuple(layers),
     )
+
+
+def _worst(scores: Sequence[WindowScore], windows: Windows, decode: Callable[[list[int]], str]) -> WorstToken:
+    peaks = [float(score.kl.max()) for score in scores]
+    window = max(range(len(peaks)), key=peaks.__getitem__)
+    position = windows.first[window] + int(scores[window].kl.argmax())
+    tokens = windows.tokens[window].tolist()
+    return WorstToken(
+        window=window,
+        position=position,
+        kl=peaks[window],
+        before=decode(tokens[max(0, position - SHOWN) : position]),
+        token=decode([tokens[position]]),
+    )
+
+
+def _by_position(scores: Sequence[WindowScore], windows: Windows, reads: torch.Tensor) -> tuple[PositionRow, ...]:
+    """Buckets that double in width: 1-63, 64-127, 128-255, ..."""
+    length, rows, low = windows.tokens.shape[1], [], 1
+    high = 64
+    while low < length:
+        high = min(high, length)
+        parts = []
+        for score, first in zip(scores, windows.first):
+            start, stop = max(low, first) - first, high - first
+            if stop > start >= 0:
+                parts.append((score.kl[start:stop].double(), score.agrees[start:stop].double()))
+        if parts:
+            mean, error = paired([kl for kl, _ in parts])
+            rows.append(
+                PositionRow(
+                    first=low,
+                    last=high - 1,
+                    tokens=sum(len(kl) for kl, _ in parts),
+                    # Token i is predicted by the query at i - 1.
+                    cached=float(reads[low - 1 : high - 1].double().mean()),
+                    kl=mean,
+                    kl_stderr=error,
+                    top1=float(torch.cat([agrees for _, agrees in parts]).mean()),
+                )
+            )
+        low, high = high, 2 * high
+    return tuple(rows)

@@ -1,23 +1,66 @@
-"""lm-eval tasks for a recipe and its baseline, on the same requests."""
+"""lm-eval tasks for recipes and their baseline, on the same requests."""
 
+import contextlib
+import functools
+import logging
 import math
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from kvq.cache import CachePlan
 from kvq.errors import DataError, suggest
+from kvq.eval.identity import answers_key
+from kvq.eval.local import LocalTask, local_names, local_task
+from kvq.eval.paired import flips, jackknife, jackknife_difference, mean_difference, mean_of, share_difference
 from kvq.eval.result import MetricResult, TaskResult
+from kvq.integrations.answers import Answers
 from kvq.integrations.subject import Subject
 
+logger = logging.getLogger(__name__)
 
-def task_manager(names: tuple[str, ...], task_dir: str | Path | None, own: tuple[str, ...]):
-    """Find lm-eval tasks by name: in ``task_dir`` alone if given, else among those that lm-eval ships.
 
-    ``own``: kvq's own tasks, for the suggestion. Raises DataError for an unknown task or a missing folder, and if
-    lm-eval is not installed.
+@dataclass(frozen=True, kw_only=True)
+class TaskSettings:
+    """limit: documents of each task; fewshot: examples in a prompt (None: the task's own number); chat: prompts go
+    through the tokenizer's chat template."""
+
+    mode: str
+    chunk: int
+    limit: int | None
+    fewshot: int | None
+    chat: bool
+    batch_size: int
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tasks:
+    """Tasks that were found: lm-eval's manager, and the rows of local ones by name."""
+
+    names: tuple[str, ...]
+    manager: Any
+    local: Mapping[str, LocalTask]
+
+
+@contextlib.contextmanager
+def find_tasks(
+    names: Sequence[str], *, task_dir: str | Path | None, task_data: str | Path | None, own: Sequence[str]
+) -> Iterator[Tasks | None]:
+    """Find lm-eval tasks by name: those with a file here on the rows of ``task_data``, others in ``task_dir`` alone if
+    that is given, else among those that lm-eval ships.
+
+    own   kvq's own tasks, for the suggestion.
+
+    Raises DataError for an unknown task or a missing folder, and if lm-eval is not installed.
     """
+    if not names:
+        yield None
+        return
     try:
+        import datasets
         from lm_eval.tasks import TaskManager
     except ImportError:
         raise DataError(
@@ -26,86 +69,226 @@ def task_manager(names: tuple[str, ...], task_dir: str | Path | None, own: tuple
         ) from None
     if task_dir is not None and not Path(task_dir).is_dir():
         raise DataError(f"task folder {str(task_dir)!r} does not exist: give a folder with task files (.yaml).")
-    manager = TaskManager(include_path=None if task_dir is None else str(task_dir), include_defaults=task_dir is None)
-    known = [*own, *manager.all_tasks]
-    for name in names:
-        if name not in known:
-            raise DataError(f"unknown task {name!r}.{suggest(name, known)}")
-    return manager
+    datasets.disable_progress_bars()
+    local = {} if task_data is None else {name: local_task(name, task_data) for name in names if name in local_names()}
+    with tempfile.TemporaryDirectory(prefix="kvq-tasks-") as folder:
+        for task in local.values():
+            task.write(Path(folder))
+        include = [str(path) for path in (folder, task_dir) if path is not None]
+        # lm-eval's own index takes seconds, so it is read only when a name needs it.
+        defaults = task_dir is None and any(name not in local for name in names)
+        manager = TaskManager(include_path=include, include_defaults=defaults)
+        known = [*own, *manager.all_tasks]
+        for name in names:
+            if name not in known:
+                also = local_names() if task_data is None and task_dir is not None else []
+                raise DataError(f"unknown task {name!r}.{suggest(name, {*known, *also})}")
+        yield Tasks(names=tuple(names), manager=manager, local=local)
 
 
-def run_tasks(
-    subject: Subject,
-    baseline: Subject | None,
-    names: tuple[str, ...],
-    manager,
-    *,
-    mode: str,
-    chunk: int,
-    limit: int | None,
-    batch_size: int,
-    seed: int,
-) -> dict[str, TaskResult]:
-    """Run every task twice: under the subject's plan, and on ``baseline`` (None: the subject without quantization).
+class Harness:
+    """Runs one task at a time under any plan of a subject; answers are kept by task and plan."""
 
-    A plan that quantizes nothing is its own baseline. Raises DataError if a task cannot be set up.
-    """
-    settings = {"manager": manager, "limit": limit, "seed": seed}
-    results = {}
-    for name in names:
-        # One model a task: it counts which of its tokens read quantized ones.
-        model = _model(subject, subject.plan, mode, chunk, batch_size)
-        found = base = _run(model, name, settings)
-        if baseline is not None or subject.plan.layers:
-            base = _run(_model(baseline or subject, None, "stream", chunk, batch_size), name, settings)
-        results[name] = _task(name, found, base, model.packed_share)
-    return results
+    def __init__(self, tasks: Tasks, settings: TaskSettings, open_answers: Callable[[Mapping[str, Any]], Answers]):
+        self.tasks, self.settings, self.open_answers = tasks, settings, open_answers
 
+    def run(
+        self, name: str, subject: Subject, plan: CachePlan | None, progress: Callable[[int, int], None] | None
+    ) -> "TaskRun":
+        """Answers of ``subject`` under ``plan``; None, or a plan that quantizes nothing: by lm-eval's own code."""
+        from kvq.integrations.lm_eval import KvqLM, NothingReadError
 
-def _model(subject: Subject, plan: CachePlan | None, mode: str, chunk: int, batch_size: int):
-    from kvq.integrations.lm_eval import KvqLM
-
-    return KvqLM(subject.model, plan=plan, mode=mode, chunk=chunk, tokenizer=subject.tokenizer, batch_size=batch_size)
-
-
-def _run(model, name: str, settings: Mapping[str, Any]) -> Mapping[str, Any]:
-    import lm_eval
-
-    seed = settings["seed"]
-    seeds = dict.fromkeys(("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed"), seed)
-    try:
-        return lm_eval.simple_evaluate(
-            model,
-            tasks=[name],
-            task_manager=settings["manager"],
-            limit=settings["limit"],
-            bootstrap_iters=1000,
-            log_samples=False,
-            **seeds,
+        settings = self.settings
+        # What is not quantized answers alike in every mode.
+        quantizes = plan is not None and bool(plan.layers)
+        mode = settings.mode if quantizes else "exact"
+        answers = self.open_answers(
+            answers_key(
+                subject,
+                plan,
+                task=name,
+                mode=mode,
+                chunk=settings.chunk if mode == "chunked" else None,
+                **{field: getattr(settings, field) for field in ("limit", "fewshot", "chat", "batch_size", "seed")},
+                data=self.tasks.local[name].identity if name in self.tasks.local else None,
+            )
         )
-    except (FileNotFoundError, ConnectionError, KeyError) as error:
-        why = (str(error).strip() or type(error).__name__).splitlines()[0][:200].rstrip(".")
-        raise DataError(f"task {name!r} cannot be set up: {why}; check the task file and its data.") from None
+        model = KvqLM(
+            subject.model,
+            plan=plan,
+            mode=settings.mode if quantizes else "stream",
+            chunk=settings.chunk,
+            tokenizer=subject.tokenizer,
+            batch_size=settings.batch_size,
+            answers=answers,
+            progress=progress,
+        )
+        try:
+            found = self._evaluate(model, name)
+        except NothingReadError as error:
+            return TaskRun(found=None, packed_share=0.0, refused=str(error))
+        finally:
+            answers.close()
+        return TaskRun(found=found, packed_share=model.packed_share, refused=None)
+
+    def _evaluate(self, model, name: str) -> Mapping[str, Any]:
+        import lm_eval
+
+        settings = self.settings
+        kinds = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
+        try:
+            with _without_bars():
+                return lm_eval.simple_evaluate(
+                    model,
+                    tasks=[name],
+                    task_manager=self.tasks.manager,
+                    limit=settings.limit,
+                    num_fewshot=settings.fewshot,
+                    apply_chat_template=settings.chat,
+                    # Errors are computed here, paired and by the same rule for every metric.
+                    bootstrap_iters=0,
+                    log_samples=True,
+                    **dict.fromkeys(kinds, settings.seed),
+                )
+        except DataError:
+            raise
+        except (FileNotFoundError, ConnectionError, KeyError, ValueError) as error:
+            why = (str(error).strip() or type(error).__name__).splitlines()[0][:200].rstrip(".")
+            raise DataError(f"task {name!r} cannot be set up: {why}; check the task file and its data.") from None
+
+    def pair(self, name: str, run: "TaskRun", base: "TaskRun") -> dict[str, TaskResult]:
+        """Results of a task, or of every task of a group, by name."""
+        if run.refused is not None:
+            return {name: self._refused(name, run, base)}
+        leaves = self.tasks.manager.load([name])["tasks"]
+        found = {leaf: self._pair_leaf(leaf, task, run, base) for leaf, task in leaves.items()}
+        if list(found) != [name] and len(found) > 1 and name in run.found["results"]:
+            found = {name: self._pair_group(name, leaves, run, base)} | found
+        return found
+
+    def _pair_leaf(self, leaf: str, task, run: "TaskRun", base: "TaskRun") -> TaskResult:
+        own, other = run.samples(leaf), base.samples(leaf)
+        metrics = _metrics(leaf, task, own, other, run.found["results"][leaf], base.found["results"][leaf])
+        return self._result(leaf, task, metrics, len({row["doc_id"] for row in own}), run)
+
+    def _pair_group(self, name: str, leaves: Mapping[str, Any], run: "TaskRun", base: "TaskRun") -> TaskResult:
+        """A group's metrics over the documents of all its tasks, where these give the group's own numbers."""
+        own, other = ([row for leaf in leaves for row in found.samples(leaf)] for found in (run, base))
+        task = next(iter(leaves.values()))
+        metrics = _metrics(name, task, own, other, run.found["results"][name], base.found["results"][name])
+        return self._result(name, task, metrics, sum(len(run.samples(leaf)) for leaf in leaves), run)
+
+    def _result(self, name: str, task, metrics: Mapping[str, MetricResult], samples: int, run: "TaskRun") -> TaskResult:
+        generates = task.OUTPUT_TYPE == "generate_until"
+        return TaskResult(
+            kind="generation" if generates else "likelihood",
+            mode="prefill" if generates else self.settings.mode,
+            metrics=metrics,
+            samples=samples,
+            task_version=str(run.found["versions"].get(name, "")) or None,
+            packed_share=run.packed_share,
+            fewshot=run.found["n-shot"].get(name),
+            data=self.tasks.local[name].identity if name in self.tasks.local else None,
+        )
+
+    def _refused(self, name: str, run: "TaskRun", base: "TaskRun") -> TaskResult:
+        return TaskResult(
+            kind="likelihood",
+            mode=self.settings.mode,
+            metrics={},
+            samples=len(base.samples(name)) if base.found and name in base.found["samples"] else 0,
+            task_version=str(base.found["versions"].get(name, "")) or None,
+            packed_share=0.0,
+            fewshot=base.found["n-shot"].get(name),
+            data=self.tasks.local[name].identity if name in self.tasks.local else None,
+            refused=run.refused,
+        )
 
 
-def _task(name: str, found: Mapping[str, Any], base: Mapping[str, Any], share: float | None) -> TaskResult:
-    own, other = found["results"][name], base["results"][name]
-    metrics = {}
-    for key, value in own.items():
+@contextlib.contextmanager
+def _without_bars() -> Iterator[None]:
+    """lm-eval draws a bar for every task it sets up, and has no switch for that."""
+    import lm_eval.api.task as module
+
+    drawn, module.tqdm = module.tqdm, functools.partial(module.tqdm, disable=True)
+    try:
+        yield
+    finally:
+        module.tqdm = drawn
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskRun:
+    """What lm-eval returned, or why the task was refused."""
+
+    found: Mapping[str, Any] | None
+    packed_share: float | None
+    refused: str | None
+
+    def samples(self, task: str) -> list[Mapping[str, Any]]:
+        return self.found["samples"][task]
+
+
+def _metrics(
+    name: str,
+    task,
+    own: Sequence[Mapping[str, Any]],
+    other: Sequence[Mapping[str, Any]],
+    scores: Mapping[str, Any],
+    base: Mapping[str, Any],
+) -> dict[str, MetricResult]:
+    """Every metric paired by document."""
+    identity = ("doc_id", "filter", "doc_hash", "prompt_hash", "target_hash")
+    if [[row[key] for key in identity] for row in own] != [[row[key] for key in identity] for row in other]:
+        raise DataError(f"task {name!r} did not ask baseline and recipe the same: its documents or prompts differ.")
+    higher, aggregation, found = task.higher_is_better(), task.aggregation(), {}
+    for key, value in scores.items():
         metric, _, kind = key.partition(",")
         if not kind or metric.endswith("_stderr") or not isinstance(value, int | float):
             continue
-        label = metric if kind == "none" else f"{metric},{kind}"
-        errors = [_number(scores.get(f"{metric}_stderr,{kind}")) for scores in (own, other)]
-        metrics[label] = MetricResult(
-            value=float(value), baseline=float(other[key]), stderr=errors[0], baseline_stderr=errors[1]
+        columns = [[row[metric] for row in rows if row["filter"] == kind and metric in row] for rows in (own, other)]
+        statistic = aggregation.get(metric)
+        if statistic is None or not all(columns) or not _gives(statistic, columns[0], value):
+            logger.warning("metric %s of task %s has no number a document and is left out.", metric, name)
+            continue
+        difference, own_flips = _difference(*columns, statistic)
+        errors = [_error(column, statistic) for column in columns]
+        found[metric if kind == "none" else f"{metric},{kind}"] = MetricResult.of(
+            float(value),
+            float(base[key]),
+            difference,
+            higher_is_better=bool(higher.get(metric, True)),
+            stderr=errors[0],
+            baseline_stderr=errors[1],
+            flips=own_flips,
         )
-    samples = found.get("n-samples", {}).get(name, {}).get("effective")
-    version = found.get("versions", {}).get(name)
-    return TaskResult(
-        metrics=metrics, samples=samples, task_version=None if version is None else str(version), packed_share=share
-    )
+    return found
 
 
-def _number(value: Any) -> float | None:
-    return float(value) if isinstance(value, int | float) and not math.isnan(value) else None
+def _difference(values: list, baseline: list, statistic: Callable[[list], float]):
+    """The paired difference that suits the numbers, and the flips of answers that are right or wrong."""
+    plain = all(isinstance(value, int | float) for value in (*values, *baseline))
+    if plain and _gives(_mean, values, statistic(values)) and _gives(_mean, baseline, statistic(baseline)):
+        if all(value in (0, 1) for value in (*values, *baseline)):
+            return share_difference(values, baseline), flips(values, baseline)
+        return mean_difference(values, baseline), None
+    return jackknife_difference(values, baseline, statistic), None
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values)
+
+
+def _gives(statistic: Callable[[list], float], values: list, expected: float) -> bool:
+    try:
+        return math.isclose(statistic(values), expected, rel_tol=1e-9, abs_tol=1e-12)
+    except (TypeError, ValueError, ZeroDivisionError):
+        return False
+
+
+def _error(values: list, statistic: Callable[[list], float]) -> float | None:
+    """Standard error of one score by itself."""
+    plain = all(isinstance(value, int | float) for value in values)
+    if plain and _gives(_mean, values, statistic(values)):
+        return mean_of(values).stderr
+    return jackknife(values, statistic).stderr

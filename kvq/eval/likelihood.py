@@ -6,13 +6,14 @@ tokens; logits exist for a block of tokens at a time.
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from transformers import PreTrainedModel
 
 from kvq.cache import CachePlan
 from kvq.errors import DataError
+from kvq.integrations.answers import packed_tensor, unpacked_tensor
 from kvq.integrations.head import Hidden, blocks, hidden_states, logits_of
 from kvq.integrations.two_view import two_view
 
@@ -22,14 +23,24 @@ class WindowScore:
     """One window under one plan; every tensor has one number per scored token, in order, on the CPU.
 
     losses, baseline_losses   negative log-likelihood, nats.
-    kl                        KL(baseline || plan), nats.
+    kl, reverse_kl            KL(baseline || plan) and KL(plan || baseline), nats.
     agrees                    bool: both name the same most likely token.
+    in_top5                   bool: the baseline's most likely token is among the plan's five.
     """
 
     losses: torch.Tensor
     baseline_losses: torch.Tensor
     kl: torch.Tensor
+    reverse_kl: torch.Tensor
     agrees: torch.Tensor
+    in_top5: torch.Tensor
+
+    def to_data(self) -> dict[str, str]:
+        return {name: packed_tensor(value) for name, value in vars(self).items()}
+
+    @classmethod
+    def of_data(cls, data: Mapping[str, str]) -> "WindowScore":
+        return cls(**{name: unpacked_tensor(text) for name, text in data.items()})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,13 +112,21 @@ def _score_row(
             if hidden is not plain:
                 own = _log_softmax(model, hidden, row, start, stop, f"recipe {name!r}", number)
             loss = -own.gather(1, targets).squeeze(1)
-            kl = (base.exp() * (base - own)).sum(-1).clamp_(min=0)
-            parts[name].append((loss, base_loss, kl, own.argmax(-1) == base.argmax(-1)))
-    fields = ("losses", "baseline_losses", "kl", "agrees")
+            parts[name].append((loss, base_loss, *_distances(base, own)))
+    names = [field.name for field in fields(WindowScore)]
     return {
-        name: WindowScore(**{field: torch.cat(column).cpu() for field, column in zip(fields, zip(*rows))})
+        name: WindowScore(**{field: torch.cat(column).cpu() for field, column in zip(names, zip(*rows))})
         for name, rows in parts.items()
     }
+
+
+def _distances(base: torch.Tensor, own: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """KL both ways, and agreement on the most likely token and on the first five, from log-probabilities [N, V]."""
+    gap = base - own
+    kl, reverse = (base.exp() * gap).sum(-1).clamp_(min=0), -(own.exp() * gap).sum(-1)
+    best = base.argmax(-1, keepdim=True)
+    five = own.topk(min(5, own.shape[-1]), dim=-1).indices
+    return kl, reverse.clamp_(min=0), (own.argmax(-1, keepdim=True) == best).squeeze(-1), (five == best).any(-1)
 
 
 def _log_softmax(model, hidden: Hidden, row: int, start: int, stop: int, what: str, number: int) -> torch.Tensor:

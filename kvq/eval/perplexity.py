@@ -14,6 +14,7 @@ import torch
 
 from kvq.errors import DataError
 from kvq.eval.likelihood import Windows, WindowScore
+from kvq.eval.paired import Difference, verdict
 from kvq.eval.result import PerplexityResult
 
 
@@ -43,12 +44,20 @@ def cut_windows(
 def perplexity(scores: Sequence[WindowScore]) -> PerplexityResult:
     """Perplexity of the scored windows, the baseline's on the same tokens, and their paired difference."""
     losses, base = (torch.cat([getattr(s, name).double() for s in scores]) for name in ("losses", "baseline_losses"))
-    delta, error = paired([(s.losses.double() - s.baseline_losses.double()) for s in scores])
+    columns = [(s.losses.double() - s.baseline_losses.double()) for s in scores]
+    delta, error = paired(columns)
+    identical = not any(bool(column.any()) for column in columns)
+    difference = Difference(value=delta, stderr=error, units=len(scores), identical=identical)
+    low, high = difference.interval() if error is not None else (None, None)
     return PerplexityResult(
         value=_exp(float(losses.mean())),
         baseline=_exp(float(base.mean())),
         delta_nll=delta,
         delta_nll_stderr=error,
+        low=low,
+        high=high,
+        verdict=verdict(difference, higher_is_better=False),
+        windows=len(scores),
         tokens=len(losses),
     )
 

@@ -1,66 +1,222 @@
 """Typed results, with everything that is needed to repeat them."""
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-SCHEMA_VERSION = 1
+from kvq.eval.paired import Difference, verdict
 
-
-@dataclass(frozen=True, kw_only=True)
-class PerplexityResult:
-    """value, baseline: perplexities on the same tokens. delta_nll: mean loss minus the baseline's, nats a token, with
-    its standard error over windows (None for one window). tokens: scored tokens."""
-
-    value: float
-    baseline: float
-    delta_nll: float
-    delta_nll_stderr: float | None
-    tokens: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class DivergenceResult:
-    """kl: mean KL(baseline || recipe), nats a token; kl_p99, kl_max: of the tokens. top1: share of tokens with the same
-    most likely next token. Standard errors over windows (None for one window)."""
-
-    kl: float
-    kl_stderr: float | None
-    kl_p99: float
-    kl_max: float
-    top1: float
-    top1_stderr: float | None
-    tokens: int
+SCHEMA_VERSION = 2
 
 
 @dataclass(frozen=True, kw_only=True)
 class MetricResult:
-    """One metric of an lm-eval task, beside the baseline's on the same requests."""
+    """One metric beside the baseline's on the same requests.
+
+    stderr, baseline_stderr   of each score by itself, or None.
+    difference                value - baseline, with its paired standard error over ``units`` and its 95% interval
+                              ``low`` to ``high`` (None: one unit, so no error is known).
+    verdict                   worse, better, same, or too few samples to tell.
+    lost, won                 of answers that are right or wrong: those that only the baseline has right, and reverse.
+    """
 
     value: float
     baseline: float
     stderr: float | None
     baseline_stderr: float | None
+    difference: float
+    difference_stderr: float | None
+    low: float | None
+    high: float | None
+    units: int
+    higher_is_better: bool
+    verdict: str
+    lost: int | None = None
+    won: int | None = None
+
+    @classmethod
+    def of(
+        cls,
+        value: float,
+        baseline: float,
+        difference: Difference,
+        *,
+        higher_is_better: bool,
+        stderr: float | None = None,
+        baseline_stderr: float | None = None,
+        flips: tuple[int, int] | None = None,
+    ) -> "MetricResult":
+        low, high = difference.interval() if difference.stderr is not None else (None, None)
+        return cls(
+            value=value,
+            baseline=baseline,
+            stderr=stderr,
+            baseline_stderr=baseline_stderr,
+            difference=difference.value,
+            difference_stderr=difference.stderr,
+            low=low,
+            high=high,
+            units=difference.units,
+            higher_is_better=higher_is_better,
+            verdict=verdict(difference, higher_is_better),
+            lost=flips[0] if flips else None,
+            won=flips[1] if flips else None,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        return {name: value for name, value in asdict(self).items() if name not in ("lost", "won") or value is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PerplexityResult:
+    """value, baseline: perplexities on the same tokens. delta_nll: mean loss minus the baseline's, nats a token, with
+    its standard error over windows (None for one window) and its 95% interval. tokens: scored tokens."""
+
+    value: float
+    baseline: float
+    delta_nll: float
+    delta_nll_stderr: float | None
+    low: float | None
+    high: float | None
+    verdict: str
+    windows: int
+    tokens: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PositionRow:
+    """Scored tokens at positions [first, last] of their windows. ``cached``: the share of them that read at least one
+    quantized token."""
+
+    first: int
+    last: int
+    tokens: int
+    cached: float
+    kl: float
+    kl_stderr: float | None
+    top1: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorstToken:
+    """The token whose distribution moved most: where it stands, its text and the text before it."""
+
+    window: int
+    position: int
+    kl: float
+    before: str
+    token: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerRow:
+    """error: |attention output - the exact one| / |exact one| of one layer, given the same input, on one window;
+    heads: the same by query head."""
+
+    layer: int
+    error: float
+    heads: Sequence[float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DivergenceResult:
+    """How far the next-token distributions are from the baseline's.
+
+    kl            mean KL(baseline || recipe), nats a token; kl_p99, kl_max: of the tokens.
+    reverse_kl    mean KL(recipe || baseline): large where the recipe believes in tokens that the baseline rules out.
+    top1          share of tokens with the same most likely next token; top5: share where the baseline's most likely
+                  token is among the recipe's five.
+    positions     by position in the window; layers: by layer (empty for a baseline of other weights).
+    Standard errors over windows (None for one window).
+    """
+
+    kl: float
+    kl_stderr: float | None
+    kl_p99: float
+    kl_max: float
+    reverse_kl: float
+    reverse_kl_stderr: float | None
+    top1: float
+    top1_stderr: float | None
+    top5: float
+    top5_stderr: float | None
+    windows: int
+    tokens: int
+    worst: WorstToken | None = None
+    positions: Sequence[PositionRow] = ()
+    layers: Sequence[LayerRow] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """A group of a task's questions, such as one depth at one length: its labels, and metrics as (value, baseline)."""
+
+    labels: Mapping[str, Any]
+    questions: int
+    metrics: Mapping[str, tuple[float, float]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class TaskResult:
-    """An lm-eval task: metrics by name, documents scored, the task's version.
+    """A task with questions and answers: lm-eval's, or one of kvq's own.
 
-    packed_share   share of the log-likelihood tokens whose query read at least one quantized token; None if the task
-                   generates. At 0 the score says nothing about the recipe: prompts shorter than its exact window.
+    kind           ``likelihood``: scored by two-view forwards; ``generation``: written through the packed cache.
+    mode           what the scored tokens attended to; generation always reads an exact prompt, mode prefill.
+    metrics        by name; empty if ``refused`` says why there are none.
+    samples        documents or questions. task_version: the task's. fewshot: examples in each prompt.
+    packed_share   share of the scored tokens whose query read at least one quantized token. A log-likelihood task in
+                   which it would be 0 is refused: its numbers would be the baseline's under a recipe's name.
+    chance         what guessing gives, where it is known; weak: the baseline itself is not shown to do better.
+    cells          finer groups of the questions.
     """
 
+    kind: str
+    mode: str
     metrics: Mapping[str, MetricResult]
-    samples: int | None
+    samples: int
     task_version: str | None
     packed_share: float | None
+    fewshot: int | None = None
+    data: Mapping[str, Any] | None = None
+    refused: str | None = None
+    chance: float | None = None
+    weak: bool = False
+    cells: Sequence[Cell] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        facts = {"samples": self.samples, "task_version": self.task_version, "packed_share": self.packed_share}
-        return {name: asdict(metric) for name, metric in self.metrics.items()} | facts
+        facts = {
+            name: getattr(self, name)
+            for name in ("kind", "mode", "samples", "task_version", "packed_share", "fewshot", "data", "refused")
+        }
+        facts |= {"chance": self.chance, "weak": self.weak, "cells": [asdict(cell) for cell in self.cells]}
+        return {name: metric.to_dict() for name, metric in self.metrics.items()} | facts
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeedResult:
+    """Decoding beside an ordinary cache, alternating: tokens a second (median over turns), and the ratio of paired
+    turns with its lowest and highest. context: tokens in the cache at the start. implementation: what attended."""
+
+    context: int
+    tokens_per_second: float
+    baseline: float
+    ratio: float
+    ratio_low: float
+    ratio_high: float
+    turns: int
+    threads: int
+    implementation: str
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,11 +227,16 @@ class EvalResult:
     bits_per_element       measured: bytes of a filled cache over the numbers of its full-attention layers, exact tokens
                            and metadata included, at ``bits_tokens`` tokens and the checkpoint's dtype ``cache_dtype``.
     asymptotic_bits        the same without exact tokens.
-    results                by task: perplexity, divergence, and lm-eval tasks.
+    results                by task.
     packed_share           share of the scored tokens of the text whose query read at least one quantized token.
+    memory                 cache bytes of one sequence at a few lengths, exact numbers at 16 bits: (tokens, plain_bytes,
+                           recipe_bytes).
     dtype                  of the weights and activations in this run.
     implementation         what attended.
-    partial                True if the run was interrupted: the results cover ``windows`` windows only.
+    hashes                 of the weights (baseline's too), the plan, and the code: what answers are kept under.
+    command                repeats the run; its paths carry no folders.
+    partial                True if the run was interrupted: ``unfinished`` tasks are missing, and a text covers
+                           ``windows`` windows only.
     """
 
     model: str
@@ -88,7 +249,7 @@ class EvalResult:
     bits_tokens: int
     asymptotic_bits: float
     cache_dtype: str
-    results: Mapping[str, PerplexityResult | DivergenceResult | TaskResult]
+    results: Mapping[str, PerplexityResult | DivergenceResult | TaskResult | SpeedResult]
     seq_len: int
     stride: int | None
     windows: int
@@ -100,16 +261,17 @@ class EvalResult:
     device: str
     implementation: str
     partial: bool
+    unfinished: Sequence[str] = ()
+    memory: Sequence[Mapping[str, int]] = ()
+    hashes: Mapping[str, str] = field(default_factory=dict)
+    command: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""
         first = {"schema_version": self.schema_version, "mode": self.mode, "bits_per_element": self.bits_per_element}
-        first["results"] = {
-            name: found.to_dict() if isinstance(found, TaskResult) else asdict(found)
-            for name, found in self.results.items()
-        }
+        first["results"] = {name: found.to_dict() for name, found in self.results.items()}
         return first | {name: value for name, value in vars(self).items() if name not in first}
 
 

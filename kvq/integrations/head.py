@@ -23,10 +23,11 @@ class Hidden:
     kind: type
 
 
-def hidden_states(model: PreTrainedModel, tokens: torch.Tensor) -> Hidden:
-    """Run the decoder over tokens [B, T] without a cache and without gradients."""
+def hidden_states(model: PreTrainedModel, tokens: torch.Tensor, positions: torch.Tensor | None = None) -> Hidden:
+    """Run the decoder over tokens [B, T] without a cache and without gradients. positions [B, T]: None counts up."""
+    extra = {} if positions is None else {"position_ids": positions.to(model.device)}
     with torch.inference_mode():
-        output = decoder_of(model)(input_ids=tokens.to(model.device), use_cache=False)
+        output = decoder_of(model)(input_ids=tokens.to(model.device), use_cache=False, **extra)
     return Hidden(states=output.last_hidden_state, kind=type(output))
 
 

@@ -4,23 +4,29 @@ lm-eval's own Hugging Face model scores with one cache-less forward, which never
 forward is a two-view one (``kvq.integrations.two_view``), and generation runs on the packed cache.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
+from lm_eval.api.instance import Instance
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import Collator
 from transformers import PreTrainedModel
 
 from kvq.cache import CachePlan
 from kvq.cache.two_view import Schedule, reads_packed
 from kvq.errors import DataError
-from kvq.integrations.head import Hidden, blocks, hidden_states, logits_of
-from kvq.integrations.runtime import install, uninstall
+from kvq.integrations.answers import Answers, item_name
+from kvq.integrations.continuations import Question, score_continuations
+from kvq.integrations.runtime import running
 from kvq.integrations.subject import load_subject
-from kvq.integrations.two_view import two_view
 
 Request = tuple[tuple[str, str] | None, list[int], list[int]]
+
+
+class NothingReadError(DataError):
+    """Not one scored token would read a quantized one: the score would be that of the unquantized model."""
 
 
 @register_model("kvq")
@@ -30,10 +36,16 @@ class KvqLM(HFLM):
     pretrained   a loaded model (with ``plan`` and ``tokenizer``), or the name of an export, a folder or a hub id (with
                  ``recipe`` and ``stats``).
     mode         what a scored token attends to; in mode prefill the context of a request is the exact prompt, so its
-                 first continuation token reads nothing quantized.
+                 first continuation token reads nothing quantized. Generation always reads an exact prompt and then the
+                 packed cache.
+    answers      answers of an earlier run, used a whole batch at a time, and where new ones are kept. They must be of
+                 this model, plan and mode. lm-eval's ``use_cache`` is refused: its keys know nothing of a recipe.
+    progress     called with (requests done, requests in all) of the running call; lm-eval's own bars are off.
 
     A plan that quantizes nothing is scored by lm-eval's own code, to the bit. ``packed_share`` says how many of the
     scored tokens read any quantized token at all.
+
+    Raises NothingReadError for log-likelihood requests none of which would read a quantized token.
     """
 
     def __init__(
@@ -46,6 +58,8 @@ class KvqLM(HFLM):
         mode: str = "stream",
         chunk: int = 512,
         dtype: torch.dtype | str | None = None,
+        answers: Answers | None = None,
+        progress: Callable[[int, int], None] | None = None,
         **kwargs,
     ):
         Schedule(mode=mode, chunk=chunk, contexts=torch.zeros(1) if mode == "prefill" else None)
@@ -54,99 +68,159 @@ class KvqLM(HFLM):
             pretrained, plan = subject.model, subject.plan
             kwargs.setdefault("tokenizer", subject.tokenizer)
         super().__init__(pretrained=pretrained, backend="causal", **kwargs)
-        self.plan, self.mode, self.chunk = plan, mode, chunk
+        self.plan, self.mode, self.chunk, self.answers = plan, mode, chunk, answers
+        self._progress = progress or (lambda done, total: None)
         self.scored_tokens = self.packed_reads = 0
 
     @property
     def packed_share(self) -> float | None:
-        """Share of the scored continuation tokens whose query read a quantized token; None before any is scored."""
+        """Share of the scored or generated tokens whose query read a quantized token; None before there is any."""
         return self.packed_reads / self.scored_tokens if self.scored_tokens else None
 
     @property
     def _quantizes(self) -> bool:
         return self.plan is not None and bool(self.plan.layers)
 
+    def set_cache_hook(self, cache_hook) -> None:
+        if getattr(cache_hook, "dbdict", None) is not None:
+            raise DataError(
+                "lm-eval's use_cache knows a request but not the recipe that answered it: leave it out; kvq keeps "
+                "answers by recipe (answers=, or 'kvq eval')."
+            )
+        super().set_cache_hook(cache_hook)
+
     def _loglikelihood_tokens(
         self, requests: list[Request], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
         """Log-likelihood of every request's continuation, and whether it is the greedy one; in the given order."""
-        if not self._quantizes:
-            self.scored_tokens += sum(len(continuation) for _, _, continuation in requests)
-            return super()._loglikelihood_tokens(requests, disable_tqdm=disable_tqdm, override_bs=override_bs)
+        if self._quantizes:
+            return self._through_two_view(requests, override_bs)
+        self.scored_tokens += sum(len(continuation) for _, _, continuation in requests)
+        score = super()._loglikelihood_tokens
+        if self.answers is None:
+            return score(requests, disable_tqdm=True, override_bs=override_bs)
+        batches = _likelihood_batches(requests, override_bs or self.batch_size, self.logits_cache)
+        names = [item_name("likelihood", context, continuation) for _, context, continuation in requests]
+        found = self._kept(names, batches, lambda own: score([requests[i] for i in own], disable_tqdm=True))
+        return [(total, greedy) for total, greedy in found]
+
+    def _through_two_view(self, requests: list[Request], override_bs: int | None) -> list[tuple[float, bool]]:
+        """Requests of one context become one question."""
+        questions: dict[tuple[int, ...], list[int]] = {}
+        for i, (_, context, continuation) in enumerate(requests):
+            # As lm-eval: the last token is only a target, and what does not fit falls off the left.
+            row = (context + continuation)[-(self.max_length + 1) :]
+            questions.setdefault(tuple(row[: -len(continuation)]), []).append(i)
+        asked = [
+            Question(context=context, continuations=tuple(tuple(requests[i][2]) for i in own))
+            for context, own in questions.items()
+        ]
+        # Windows of a rolling likelihood come in portions, of which the first may read nothing.
+        if requests and requests[0][0] is not None:
+            self._refuse_unread(asked)
         size = override_bs or (self.batch_size if isinstance(self.batch_size, int) else 1)
-        # Rows of like length share a batch, the longest first so that memory runs out at once or never.
-        order = sorted(range(len(requests)), key=lambda i: -len(requests[i][1]) - len(requests[i][2]))
+        scores = score_continuations(
+            self.model,
+            self.plan,
+            asked,
+            self.mode,
+            chunk=self.chunk,
+            batch_size=size,
+            answers=self.answers,
+            progress=self._progress,
+        )
         answers: dict[int, tuple[float, bool]] = {}
-        for start in range(0, len(order), size):
-            own = order[start : start + size]
-            for i, answer in zip(own, self._score([requests[i] for i in own])):
-                answers[i] = answer
-                if requests[i][0] is not None:
-                    self.cache_hook.add_partial("loglikelihood", requests[i][0], answer)
+        for own, row in zip(questions.values(), scores):
+            for i, found in zip(own, row):
+                answers[i] = (found.total, found.is_greedy)
+                self.scored_tokens += len(found.logprobs)
+                self.packed_reads += found.packed
         return [answers[i] for i in range(len(requests))]
 
-    def _score(self, requests: Sequence[Request]) -> list[tuple[float, bool]]:
-        """One batch, padded on the right."""
-        rows, contexts = [], []
-        for _, context, continuation in requests:
-            # As lm-eval: the last token is only a target, and what does not fit falls off the left.
-            row = (context + continuation)[-(self.max_length + 1) :][:-1]
-            rows.append(row)
-            contexts.append(len(row) + 1 - len(continuation))
-        lengths = [len(row) for row in rows]
-        tokens = torch.zeros(len(rows), max(lengths), dtype=torch.long)
-        for b, row in enumerate(rows):
-            tokens[b, : len(row)] = torch.tensor(row)
-        prompts = contexts if self.mode == "prefill" else None
-        with two_view(self.model, self.plan, self.mode, chunk=self.chunk, contexts=prompts, lengths=lengths):
-            hidden = hidden_states(self.model, tokens)
-        self._count_reads(contexts, lengths)
-        return [self._answer(hidden, b, contexts[b], requests[b][2]) for b in range(len(rows))]
+    def _refuse_unread(self, questions: Sequence[Question]) -> None:
+        longest = 0
+        for question in questions:
+            context, length = len(question.context), max(len(own) for own in question.continuations)
+            total = context + length - 1
+            if bool(reads_packed(self.plan, self.mode, total, chunk=self.chunk, context=context)[context - 1 :].any()):
+                return
+            longest = max(longest, total)
+        raise NothingReadError(
+            f"no scored token would read a quantized one in mode {self.mode!r}, since the longest request has "
+            f"{longest} tokens and recipe {self.plan.recipe.name!r} keeps them exact: add examples to the prompt "
+            "(--num-fewshot), or take a task with longer texts."
+        )
 
-    def _answer(self, hidden: Hidden, row: int, context: int, continuation: list[int]) -> tuple[float, bool]:
-        targets = torch.tensor(continuation, device=self.model.device)
-        total, greedy = 0.0, True
-        first = context - 1
-        for start, stop in blocks(first, first + len(targets), self.vocab_size):
-            logits = torch.log_softmax(
-                logits_of(self.model, hidden, row, start, stop), dim=-1, dtype=self.softmax_dtype
-            )
-            if not bool(logits.isfinite().all()):
-                raise DataError(
-                    f"recipe {self.plan.recipe.name!r} gives logits that are NaN or infinite: run the model in float32 "
-                    "or bfloat16, or check its weights."
-                )
-            own = targets[start - first : stop - first]
-            total += float(logits.gather(1, own.unsqueeze(1)).sum())
-            greedy &= bool((logits.argmax(-1) == own).all())
-        return total, greedy
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
 
-    def _count_reads(self, contexts: list[int], lengths: list[int]) -> None:
-        for context, length in zip(contexts, lengths):
-            reads = reads_packed(self.plan, self.mode, length, chunk=self.chunk, context=context)
-            self.scored_tokens += length - (context - 1)
-            self.packed_reads += int(reads[context - 1 :].sum())
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
+        return super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm)
 
-    def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
-        with _cache_of(self.model, self.plan):
-            return super().generate_until(requests, disable_tqdm=disable_tqdm)
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
+        """Greedy or sampled continuations through the packed cache, in the given order."""
+        generate = super().generate_until
+        kept = self.answers is not None and not any(request.args[1].get("do_sample") for request in requests)
+        with running(self.model, self.plan):
+            if not kept:
+                found = generate(requests, disable_tqdm=disable_tqdm)
+            else:
+                names = [item_name("generation", *request.args) for request in requests]
+                batches = _generation_batches(requests, self.batch_size, self.tok_encode)
+                found = self._kept(names, batches, lambda own: generate([requests[i] for i in own], disable_tqdm=True))
+        for request, text in zip(requests, found):
+            self._count_generated(len(self.tok_encode(request.args[0])), len(self.tok_encode(text)))
+        return found
+
+    def _count_generated(self, prompt: int, written: int) -> None:
+        self.scored_tokens += written
+        if self._quantizes and written:
+            reads = reads_packed(self.plan, "prefill", prompt + written, context=prompt)
+            self.packed_reads += int(reads[prompt - 1 : -1].sum())
+
+    def _kept(self, names: list[str], batches: list[list[int]], compute: Callable[[list[int]], list]) -> list:
+        """Answers by batch: kept ones where a batch is whole, so that what is computed has the same neighbours and
+        with them the same bits as in a run that was not interrupted."""
+        found: dict[int, Any] = {}
+        for batch in batches:
+            own = [names[i] for i in batch]
+            answers = self.answers.get(own)
+            if answers is None:
+                answers = compute(batch)
+                self.answers.put(zip(own, answers))
+            found.update(zip(batch, answers))
+            self._progress(len(found), len(names))
+        return [found[i] for i in range(len(names))]
 
 
-@contextmanager
-def _cache_of(model: PreTrainedModel, plan: CachePlan | None) -> Iterator[None]:
-    """Run ``model`` on exactly this plan's cache, whatever is installed on it, and put that back afterwards."""
-    runtime = getattr(model, "kvq", None)
-    if runtime is not None and runtime.plan is plan:
-        yield
-        return
-    if runtime is not None:
-        uninstall(model)
-    try:
-        if plan is not None and plan.layers:
-            install(model, plan)
-        yield
-    finally:
-        if getattr(model, "kvq", None) is not None:
-            uninstall(model)
-        if runtime is not None:
-            install(model, runtime.plan)
+def _likelihood_batches(requests: list[Request], size: int, shares_logits: bool) -> list[list[int]]:
+    """The batches that lm-eval's Hugging Face model makes of requests, as positions in the list."""
+    key = lambda request: (*request[1], *request[2][:-1])  # noqa: E731
+    collator = Collator(
+        requests,
+        sort_fn=lambda request: (-len(request[1]) - len(request[2]), (*request[1], *request[2])),
+        group_by="contexts" if shares_logits else None,
+        group_fn=key,
+    )
+    if not shares_logits:
+        return _positions(requests, collator, size)
+    members: dict[tuple[int, ...], list[int]] = {}
+    for i, request in enumerate(requests):
+        members.setdefault(key(request), []).append(i)
+    return [[i for request in batch for i in members[key(request)]] for batch in collator.get_batched(n=size)]
+
+
+def _generation_batches(requests: list[Instance], size: int, encode: Callable[[str], list[int]]) -> list[list[int]]:
+    """The batches of its ``generate_until``."""
+    numbered = [(request.args[0], request.args[1], i) for i, request in enumerate(requests)]
+    collator = Collator(
+        numbered, sort_fn=lambda own: (-len(encode(own[0])), own[0]), group_by="gen_kwargs", group_fn=lambda own: own[1]
+    )
+    return [[i for _, _, i in batch] for batch in collator.get_batched(n=size)]
+
+
+def _positions(requests: list[Request], collator: Collator, size: int) -> list[list[int]]:
+    places: dict[int, list[int]] = {}
+    for i, request in enumerate(requests):
+        places.setdefault(id(request), []).append(i)
+    return [[places[id(request)].pop(0) for request in batch] for batch in collator.get_batched(n=size)]

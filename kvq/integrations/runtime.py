@@ -85,6 +85,26 @@ def quantized_cache(model: PreTrainedModel, recipe: "Recipe | str", artefacts=No
         uninstall(model)
 
 
+@contextmanager
+def running(model: PreTrainedModel, plan: CachePlan | None) -> Iterator[PreTrainedModel]:
+    """Run ``model`` on exactly this plan's cache (None: an ordinary one), and put back what was installed on it."""
+    runtime = getattr(model, "kvq", None)
+    if runtime is not None and runtime.plan is plan:
+        yield model
+        return
+    if runtime is not None:
+        uninstall(model)
+    try:
+        if plan is not None and plan.layers:
+            install(model, plan)
+        yield model
+    finally:
+        if getattr(model, "kvq", None) is not None:
+            uninstall(model)
+        if runtime is not None:
+            install(model, runtime.plan)
+
+
 def new_cache(model: PreTrainedModel) -> DynamicCache:
     """A fresh packed cache for a model that kvq is installed on."""
     cache = DynamicCache(config=text_config(model.config))

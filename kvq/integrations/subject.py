@@ -1,6 +1,7 @@
 """What an evaluation works on: a loaded model, its tokenizer, and the plan of its cache."""
 
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ from kvq.cache import CachePlan, make_plan
 from kvq.calib.artefacts import fit_artefacts
 from kvq.calib.stats import Stats
 from kvq.errors import RecipeError
+from kvq.export.checkpoint import PROVENANCE
 from kvq.export.exporter import is_export
 from kvq.export.served import is_served, served_config, served_plan
 from kvq.models.describe import describe
@@ -19,13 +21,32 @@ from kvq.recipe import Recipe, load_recipe
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """name: for people, never a folder of this machine. cache_dtype: of the checkpoint, which exact tokens take."""
+    """name: for people, never a folder of this machine. folder: the checkpoint's. cache_dtype: of the checkpoint, which
+    exact tokens take."""
 
     name: str
+    folder: Path
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     plan: CachePlan
     cache_dtype: torch.dtype
+
+    @property
+    def source(self) -> str:
+        """Fingerprint of the weights that this model, or the model that it is an export of, has."""
+        if not is_export(self.folder):
+            return weights_fingerprint(self.folder)
+        return json.loads((self.folder / PROVENANCE).read_bytes())["weights_fingerprint"]
+
+    def plan_for(self, recipe: Recipe | str | Path, stats: Stats | str | Path | None = None) -> CachePlan:
+        """The plan of another recipe on this model, which must not be an export."""
+        chosen = load_recipe(recipe)
+        spec = self.plan.model
+        return make_plan(chosen, spec, _artefacts(chosen, stats, spec, self.folder))
+
+    def sharing(self, other: "Subject") -> "Subject":
+        """This subject with the loaded model of another one that has the same weights."""
+        return self if other is self else replace(self, model=other.model)
 
 
 def load_subject(
@@ -62,7 +83,9 @@ def load_subject(
         chosen = load_recipe(recipe or "fp16")
         plan = make_plan(chosen, spec, _artefacts(chosen, stats, spec, folder))
         loaded = load_model(folder, dtype=dtype)
-    return Subject(name=name, model=loaded, tokenizer=load_tokenizer(folder), plan=plan, cache_dtype=spec.dtype)
+    return Subject(
+        name=name, folder=folder, model=loaded, tokenizer=load_tokenizer(folder), plan=plan, cache_dtype=spec.dtype
+    )
 
 
 def _artefacts(recipe: Recipe, stats: Stats | str | Path | None, spec, folder: Path) -> dict[str, torch.Tensor] | None:

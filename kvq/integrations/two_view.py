@@ -1,7 +1,7 @@
 """Faithful log-likelihood scoring: a model's single, cache-less forward that reads what a packed cache would hold."""
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary
@@ -12,6 +12,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from kvq.cache import CachePlan, HeadGroup
 from kvq.cache.attend import Options
+from kvq.cache.branches import Branches
 from kvq.cache.two_view import MODES, Schedule, two_view_attend
 from kvq.errors import CacheError, DataError, UnsupportedModelError
 from kvq.integrations.attention import kvq_attention, options_of
@@ -32,11 +33,15 @@ class _State:
     """One ``two_view`` block. ``real`` [B, T] marks the running forward's real tokens; None: no pads on the left.
 
     ``positions`` [B or 1, T]: rotary positions that the running forward was given; None: 0, 1, 2, ...
+    ``wanted``: layers whose attention must pass here. ``watch``: see ``two_view``.
     """
 
-    plan: CachePlan
+    plan: CachePlan | None
     schedule: Schedule
     given_lengths: torch.Tensor | None
+    branches: Branches | None
+    wanted: frozenset[int]
+    watch: Callable[[int, torch.Tensor, torch.Tensor], None] | None
     lengths: torch.Tensor | None = None
     real: torch.Tensor | None = None
     positions: torch.Tensor | None = None
@@ -44,8 +49,8 @@ class _State:
 
     def groups(self, module: torch.nn.Module, key: torch.Tensor) -> tuple[HeadGroup, ...]:
         index = getattr(module, "layer_idx", None)
-        if index in self.plan.layers:
-            self.seen.add(index)
+        self.seen.add(index)
+        if self.plan is not None and index in self.plan.layers:
             setattr(key, _GROUPS, self.plan.layers[index])
         return getattr(key, _GROUPS, ())
 
@@ -53,22 +58,29 @@ class _State:
 @contextmanager
 def two_view(
     model: PreTrainedModel,
-    plan: CachePlan,
+    plan: CachePlan | None,
     mode: str = "stream",
     *,
     chunk: int = 512,
     contexts: int | Sequence[int] | torch.Tensor | None = None,
     lengths: int | Sequence[int] | torch.Tensor | None = None,
+    branches: Branches | None = None,
+    watch: Callable[[int, torch.Tensor, torch.Tensor], None] | None = None,
 ) -> Iterator[PreTrainedModel]:
     """Inside the block, ``model(input_ids)`` scores as decoding through the packed cache of ``plan`` would.
 
         with two_view(model, plan, "stream"):
             logits = model(input_ids).logits
 
+    plan       what the cache would hold; None: exact keys and values.
     mode       how the tokens are taken to arrive; see ``kvq.cache.two_view``.
     chunk      tokens a chunk (mode chunked).
     contexts   tokens of each row's prompt (mode prefill): [B], or one number for all rows.
     lengths    real tokens of each row if rows are padded on the right without an attention mask: [B], or one number.
+    branches   rows that fork into several continuations; call the model with ``position_ids=branches.positions`` and no
+               attention mask. Only for models whose layers all attend to the whole past.
+    watch      called in every planned layer with its index, its attention's output, and what exact attention gives for
+               the same input, both [B, T, H, D].
 
     No cache is kept. Left and right pads given by a 2-D ``attention_mask`` are understood. Layers outside the plan, and
     every layer of a recipe that quantizes nothing, run the model's ordinary attention. Leaving restores the model.
@@ -77,9 +89,27 @@ def two_view(
     forward with a cache, UnsupportedModelError if some planned layer's attention cannot be reached.
     """
     schedule = Schedule(mode=mode, chunk=chunk, contexts=_per_row(contexts, "contexts"))
-    if describe(model.config).fingerprint != plan.model.fingerprint:
+    spec = describe(model.config)
+    if plan is not None and spec.fingerprint != plan.model.fingerprint:
         raise CacheError("the plan was made for another model: make it again with kvq.make_plan for this one.")
-    state = _State(plan=plan, schedule=schedule, given_lengths=_per_row(lengths, "lengths"))
+    if branches is not None and len(spec.full_layers) < len(spec.layers):
+        raise UnsupportedModelError(
+            f"not every layer of {spec.model_type!r} attends to the whole past, so its rows cannot fork: score each "
+            "continuation in a row of its own."
+        )
+    wanted = (
+        frozenset(layer.index for layer in spec.layers)
+        if branches is not None
+        else frozenset(plan.layers if plan else ())
+    )
+    state = _State(
+        plan=plan,
+        schedule=schedule,
+        given_lengths=_per_row(lengths, "lengths"),
+        branches=branches,
+        wanted=wanted,
+        watch=watch,
+    )
     decoder = decoder_of(model)
     modules = [module for module in model.modules() if hasattr(module, "layer_idx")]
     previous = model.config._attn_implementation
@@ -88,7 +118,7 @@ def two_view(
     before = decoder.register_forward_pre_hook(functools.partial(_before, state), with_kwargs=True, prepend=True)
     after = decoder.register_forward_hook(functools.partial(_after, state))
     try:
-        if plan.layers:
+        if wanted:
             register()
             _ACTIVE.update(dict.fromkeys(modules, state))
             model.set_attn_implementation(NAME)
@@ -96,7 +126,7 @@ def two_view(
     finally:
         before.remove()
         after.remove()
-        if plan.layers:
+        if wanted:
             model.set_attn_implementation(previous)
             for module, held in outer.items():
                 _ACTIVE.pop(module, None)
@@ -123,6 +153,8 @@ def two_view_attention(
     """Attention of query [B, H, T, D] as the running ``two_view`` block says; returns [B, T, H, D] and no weights."""
     state = _ACTIVE.get(module)
     groups = state.groups(module, key) if state is not None else ()
+    if not groups and state is not None and state.branches is not None:
+        return _attend_branches(module, query, key, value, dropout, scaling, state.branches, kwargs), None
     if not groups:
         return kvq_attention(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
     options = options_of(module, query, scaling, kwargs)
@@ -133,7 +165,21 @@ def two_view_attention(
         out = _attend_groups(query, key, value, groups, attention_mask, options, state, state.positions)
     else:
         out = _attend_padded(query, key, value, groups, attention_mask, options, state)
-    return out.transpose(1, 2).contiguous(), None
+    out = out.transpose(1, 2).contiguous()
+    if state.watch is not None:
+        exact, _ = kvq_attention(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+        state.watch(module.layer_idx, out, exact)
+    return out, None
+
+
+def _attend_branches(module, query, key, value, dropout, scaling, branches: Branches, kwargs) -> torch.Tensor:
+    """The model's ordinary attention [B, T, H, D] in rows that fork: first the common context, then what follows."""
+    fork = branches.fork
+    settings = {"dropout": dropout, "scaling": scaling, **kwargs}
+    parts = [(query[:, :, :fork], key[:, :, :fork], value[:, :, :fork], None)]
+    if fork < query.shape[2]:
+        parts.append((query[:, :, fork:], key, value, branches.mask().to(query.device)))
+    return torch.cat([kvq_attention(module, *part, **settings)[0] for part in parts], dim=1)
 
 
 def _attend_groups(query, key, value, groups, mask, options: Options, state: _State, positions) -> torch.Tensor:
@@ -142,18 +188,15 @@ def _attend_groups(query, key, value, groups, mask, options: Options, state: _St
     heads = key.shape[1]
     grouped = query.view(B, heads, H // heads, T, D) if query.is_contiguous() else query.unflatten(1, (heads, -1))
     lengths = None if state.lengths is None else state.lengths.expand(B)
+    rest = (mask if state.branches is None else None, lengths, positions, state.branches)
     if len(groups) == 1:
-        group = groups[0]
-        out = two_view_attend(grouped, key, value, group, state.schedule, options, mask, lengths, positions)
-        return out.flatten(1, 2)
+        return two_view_attend(grouped, key, value, groups[0], state.schedule, options, *rest).flatten(1, 2)
     out = torch.empty_like(grouped)
     for group in groups:
         own = list(group.heads)
         sinks = None if options.sinks is None else options.sinks.view(heads, -1)[own].flatten()
         part = Options(scaling=options.scaling, softcap=options.softcap, sinks=sinks)
-        out[:, own] = two_view_attend(
-            grouped[:, own], key[:, own], value[:, own], group, state.schedule, part, mask, lengths, positions
-        )
+        out[:, own] = two_view_attend(grouped[:, own], key[:, own], value[:, own], group, state.schedule, part, *rest)
     return out.flatten(1, 2)
 
 
@@ -184,8 +227,10 @@ def _before(state: _State, module, args, kwargs):
     kwargs["past_key_values"], kwargs["use_cache"] = None, False
     mask = kwargs.get("attention_mask")
     state.seen.clear()
+    if state.branches is not None:
+        _check_forks(state.branches, kwargs)
     state.lengths, state.real = state.given_lengths, None
-    state.positions = positions_of(kwargs, state.plan)
+    state.positions = None if state.plan is None else positions_of(kwargs, state.plan)
     if isinstance(mask, torch.Tensor) and mask.ndim == 2 and not bool(mask.all()):
         real = mask.bool().cpu()
         state.lengths = real.sum(1)
@@ -194,8 +239,19 @@ def _before(state: _State, module, args, kwargs):
     return args, kwargs
 
 
+def _check_forks(branches: Branches, kwargs) -> None:
+    positions = kwargs.get("position_ids")
+    if positions is None or not torch.equal(positions.cpu(), branches.positions):
+        raise DataError("rows that fork need position_ids=branches.positions: pass them to the model.")
+    mask = kwargs.get("attention_mask")
+    if mask is not None and not (mask.ndim == 2 and bool(mask.all())):
+        raise DataError("rows that fork take no attention_mask: leave it out.")
+    # transformers reads jumps of the positions as texts packed in one row, unless it is given a mask.
+    kwargs["attention_mask"] = torch.ones_like(positions)
+
+
 def _after(state: _State, module, args, output) -> None:
-    missed = state.plan.layers.keys() - state.seen
+    missed = state.wanted - state.seen
     if missed:
         raise UnsupportedModelError(
             f"layer {min(missed)} of this {type(module).__name__} does not use the attention interface of "

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from kvq.eval import evaluate
+from kvq.eval import text as text_module
 
 SIZES = ("--seq-len", 256, "--limit", 2)
 
@@ -32,7 +32,8 @@ def test_the_contract_of_the_json(report, exported, text):
 
 @pytest.mark.parametrize("mode", ["prefill", "chunked", "simulate"])
 def test_every_mode_is_named_in_its_result(report, exported, text, mode):
-    result = report(exported("kivi2"), "--data", text, *SIZES, "--mode", mode, "--tasks", "perplexity")
+    settings = ("--data", text, *SIZES, "--mode", mode, "--chunk", 64, "--tasks", "perplexity")
+    result = report(exported("int4"), *settings)
     assert result["mode"] == mode
     assert list(result["results"]) == ["perplexity"]
 
@@ -55,26 +56,29 @@ def test_set_changes_the_recipe(report, tiny_checkpoint, text):
 def test_the_table_shows_every_measure(run, exported, text):
     result = run("eval", exported("kivi2"), "--data", text, *SIZES)
     assert result.exit_code == 0
-    for word in ("perplexity", "KL", "bits per element", "same most likely token", "mode stream"):
+    for word in ("perplexity", "kl", "bits at 256", "top1", "mode stream"):
         assert word in result.stdout
 
 
-def test_windows_that_fit_in_the_exact_window_are_pointed_out(run, exported, text):
-    result = run("eval", exported("kivi2"), "--data", text, "--seq-len", 64, "--limit", 1)
-    assert "read a quantized token" in result.stdout
+def test_windows_that_fit_in_the_exact_window_are_refused(refuse, exported, text):
+    refuse("eval", exported("kivi2"), "--data", text, "--seq-len", 64, "--limit", 1, says=("kivi2", "--seq-len"))
 
 
 def test_an_interrupted_run_shows_what_it_has_and_exits_130(run, exported, text, monkeypatch):
-    scores = evaluate.score_windows
+    scores, calls = text_module.score_windows, []
 
     def interrupted(*args, **kwargs):
-        yield next(iter(scores(*args, **kwargs)))
-        raise KeyboardInterrupt
+        calls.append(1)
+        if len(calls) > 1:
+            raise KeyboardInterrupt
+        return scores(*args, **kwargs)
 
-    monkeypatch.setattr(evaluate, "score_windows", interrupted)
-    result = run("eval", exported("kivi2"), "--data", text, *SIZES, "--json", "-")
+    monkeypatch.setattr(text_module, "score_windows", interrupted)
+    result = run("eval", exported("kivi2"), "--data", text, *SIZES, "--json", "-", "--no-cache")
     assert result.exit_code == 130
-    assert json.loads(result.stdout)["partial"] is True
+    found = json.loads(result.stdout)
+    assert found["partial"] is True
+    assert found["windows"] == 1
     assert result.stderr.strip().endswith("Interrupted.")
 
 

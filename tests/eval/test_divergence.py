@@ -16,16 +16,22 @@ def test_kl_and_top1_equal_the_definition(tiny_model):
     ids = torch.randint(3, 120, (77,), generator=torch.Generator().manual_seed(0)).tolist()
     windows = cut_windows(ids, 33)
     scores = [found["int4"] for found in score_windows(model, {"int4": plan}, windows)]
-    expected, agree = [], []
+    expected, reverse, agree, five = [], [], [], []
     for row in windows.tokens:
         with torch.inference_mode():
             p = model(row.unsqueeze(0), use_cache=False).logits[0, :-1].double().softmax(-1)
             with two_view(model, plan):
                 q = model(row.unsqueeze(0)).logits[0, :-1].double().softmax(-1)
         expected.append((p * (p / q).log()).sum(-1))
+        reverse.append((q * (q / p).log()).sum(-1))
         agree.append(p.argmax(-1) == q.argmax(-1))
-    expected, agree = torch.cat(expected), torch.cat(agree)
+        five.append(((q > q.gather(1, p.argmax(-1, keepdim=True))).sum(-1)) < 5)
+    expected, reverse, agree, five = (torch.cat(column) for column in (expected, reverse, agree, five))
     found = divergence(scores)
+    assert found.reverse_kl == pytest.approx(float(reverse.mean()), rel=1e-4)
+    assert found.reverse_kl != pytest.approx(found.kl, rel=1e-4)
+    assert found.top5 == pytest.approx(float(five.double().mean()))
+    assert found.top1 < found.top5 <= 1
     assert found.kl == pytest.approx(float(expected.mean()), rel=1e-4)
     assert found.kl_max == pytest.approx(float(expected.max()), rel=1e-4)
     assert found.top1 == pytest.approx(float(agree.double().mean()))
@@ -50,11 +56,41 @@ def test_another_baseline_is_compared_from_its_own_weights(tiny_model):
     assert torch.equal(found["plain"].losses, swapped["plain"].baseline_losses)
 
 
+def score_of(kl):
+    return WindowScore(losses=kl, baseline_losses=kl, kl=kl, reverse_kl=2 * kl, agrees=kl > 49, in_top5=kl > 9)
+
+
 def test_the_99th_percentile_is_an_observed_token():
-    kl = torch.arange(200.0)
-    score = WindowScore(losses=kl, baseline_losses=kl, kl=kl, agrees=kl > 49)
-    found = divergence([score])
+    found = divergence([score_of(torch.arange(200.0))])
     assert found.kl_p99 == 197
     assert found.kl_max == 199
-    assert found.top1 == 0.75
+    assert (found.top1, found.top5) == (0.75, 0.95)
+    assert found.reverse_kl == 2 * found.kl
     assert found.kl_stderr is None
+
+
+def test_positions_and_the_worst_token():
+    windows = cut_windows(list(range(300)), 150)
+    first, second = torch.zeros(149), torch.zeros(149)
+    # Token 1 of the first window, token 70 of both, and the last.
+    first[0], first[69], second[69], second[148] = 8.0, 63.0, 1.0, 100.0
+    reads = torch.arange(150) >= 99
+    found = divergence([score_of(first), score_of(second)], windows, reads, decode=lambda ids: ",".join(map(str, ids)))
+    rows = [(row.first, row.last, row.tokens, row.cached) for row in found.positions]
+    # The token at 100 is predicted by the query at 99.
+    assert rows == [(1, 63, 126, 0.0), (64, 127, 128, 28 / 64), (128, 149, 44, 1.0)]
+    assert [row.kl for row in found.positions] == [8 / 126, 64 / 128, 100 / 44]
+    assert found.positions[1].kl_stderr == pytest.approx(0.5 * (63 - 1) / 64)
+    assert (found.worst.window, found.worst.position, found.worst.kl) == (1, 149, 100)
+    assert found.worst.token == "299"
+    assert found.worst.before == ",".join(map(str, range(287, 299)))
+    assert divergence([score_of(first)]).worst is None
+    assert divergence([score_of(first)]).positions == ()
+
+
+def test_positions_of_strided_windows_begin_where_scoring_does():
+    windows = cut_windows(list(range(300)), 200, stride=50)
+    scores = [score_of(torch.ones(200 - start)) for start in windows.first]
+    found = divergence(scores, windows, torch.ones(200, dtype=torch.bool), decode=str)
+    assert sum(row.tokens for row in found.positions) == windows.scored == 199 + 50 + 50
+    assert found.positions[-1].tokens == 72 + 50 + 50

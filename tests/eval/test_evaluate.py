@@ -37,6 +37,11 @@ def test_the_json_contract_and_the_provenance(folder, text_file):
     assert result["data"]["source"] == "text.txt"
     assert (result["windows"], result["tokens"], result["seq_len"], result["stride"]) == (3, 189, 64, 64)
     assert (result["seed"], result["partial"], result["dtype"]) == (5, False, "float32")
+    assert result["schema_version"] == 2
+    assert {len(value) for value in result["hashes"].values()} == {64}
+    assert result["hashes"]["model"] == result["hashes"]["baseline"]
+    assert [row["layer"] for row in result["results"]["divergence"]["layers"]] == [0, 1]
+    assert result["memory"][0]["recipe_bytes"] < result["memory"][0]["plain_bytes"]
     # The first query of a window has nothing before it.
     assert result["packed_share"] == pytest.approx(62 / 63)
     # Pages are whole and the window keeps some spare room, which weighs on so short a text.
@@ -70,7 +75,7 @@ def test_an_export_is_scored_as_its_base_model_with_the_recipe(folder, text_file
 
 @pytest.mark.parametrize("mode", ["prefill", "chunked", "simulate"])
 def test_modes_differ(folder, text_file, mode):
-    settings = {"data": text_file, "seq_len": 101, "chunk": 30}
+    settings = {"data": text_file, "seq_len": 210, "chunk": 30}
     stream, other = (evaluate(folder, "kivi2", mode=m, **settings) for m in ("stream", mode))
     assert other.mode == mode
     assert other.chunk == (30 if mode == "chunked" else None)
@@ -78,9 +83,18 @@ def test_modes_differ(folder, text_file, mode):
         assert other.packed_share == 1
         assert other.results["divergence"].kl > stream.results["divergence"].kl
     else:
-        # 101 tokens never fill KIVI's exact window of 128, and the result says so.
-        assert stream.packed_share == other.packed_share == 0
-        assert other.results["divergence"].kl < 1e-6
+        assert 0 < other.packed_share < 1
+        assert 0 < other.results["divergence"].kl != stream.results["divergence"].kl
+
+
+@pytest.mark.parametrize("mode", ["stream", "prefill", "chunked"])
+def test_a_text_that_reads_nothing_quantized_gets_no_number(folder, text_file, mode):
+    """101 tokens never fill KIVI's exact window of 128: such a perplexity would be the unquantized model's."""
+    with pytest.raises(DataError, match="no scored token of windows of 101 tokens"):
+        evaluate(folder, "kivi2", data=text_file, seq_len=101, mode=mode)
+    assert evaluate(folder, "kivi2", data=text_file, seq_len=101, mode="simulate").packed_share == 1
+    # What quantizes nothing may be scored at any length.
+    assert evaluate(folder, "fp16", data=text_file, seq_len=101, mode=mode).packed_share == 0
 
 
 def test_another_baseline(folder, tiny_checkpoint, tiny_model, text_file):
@@ -107,8 +121,8 @@ def test_jsonl_text_and_static_scales(folder, tmp_path, tiny_model):
 
 def test_an_interrupt_keeps_finished_windows(folder, text_file):
     def stop_after(count):
-        def progress(done, total):
-            if done == count:
+        def progress(done, total, what):
+            if done == count and what == "text":
                 raise KeyboardInterrupt
 
         return progress

@@ -108,12 +108,16 @@ def test_the_head_applies_what_follows_the_decoder(tiny_model):
 def test_standard_error_is_over_windows():
     def score(*losses):
         own = torch.tensor(losses)
-        return WindowScore(losses=own, baseline_losses=torch.zeros(2), kl=own, agrees=own > 0)
+        rest = {"kl": own, "reverse_kl": own, "agrees": own > 0, "in_top5": own > 0}
+        return WindowScore(losses=own, baseline_losses=torch.zeros(2), **rest)
 
     found = perplexity([score(1.0, 3.0), score(3.0, 5.0), score(2.0, 4.0)])
     assert found.delta_nll == pytest.approx(3.0)
     assert found.delta_nll_stderr == pytest.approx(1 / math.sqrt(3))
+    assert found.verdict == "worse"
+    assert found.low == pytest.approx(3 - 4.3027 / math.sqrt(3), abs=1e-3)
     assert perplexity([score(1.0, 3.0)]).delta_nll_stderr is None
+    assert perplexity([score(1.0, 3.0)]).verdict == "too few samples to tell"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,32 @@
+"""``kvq card``: put results into the model card of an export."""
+
+from pathlib import Path
+
+import click
+
+from kvq.commands.common import write_atomically
+
+
+@click.command("card")
+@click.argument("folder", metavar="DIR")
+@click.argument("results", nargs=-1, required=True, metavar="RESULTS...")
+@click.option("--dry-run", is_flag=True, help="Print the card and write nothing.")
+def command(folder: str, results: tuple[str, ...], dry_run: bool) -> None:
+    """Put RESULTS of 'kvq eval DIR --json' into the model card (README.md) of the export DIR.
+
+    An earlier section of results is replaced. Results of another recipe, of other weights or of an interrupted run are
+    refused.
+
+    \b
+    Examples:
+      kvq card smollm2-kivi2 result.json
+    """
+    from kvq.report.card import CARD, card_with_results
+    from kvq.report.load import load_results
+
+    text = card_with_results(folder, load_results(results))
+    if dry_run:
+        click.echo(text, nl=False)
+        return
+    write_atomically(Path(folder) / CARD, text)
+    click.echo(f"Results written into {Path(folder) / CARD}.")

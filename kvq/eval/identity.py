@@ -1,0 +1,112 @@
+"""What decides an evaluation's numbers, as hashes: the parts of the key that kept answers are filed under."""
+
+import functools
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import kvq
+from kvq.cache import CachePlan
+from kvq.calib.data import tokenizer_hash
+from kvq.eval.result import installed_versions
+from kvq.integrations.subject import Subject
+from kvq.models.resolve import weight_files
+from kvq.models.rope import Rope
+
+# Parts of the package that decide answers. What is asked is in their names, and what is made of them is made anew.
+_DECIDING = ("cache", "integrations", "kernels", "models", "quantizers", "transforms")
+_DECIDING += ("fields.py", "codec_specs.py", "transform_specs.py", "specs.py", "recipe.py", "eval/likelihood.py")
+# What says how a folder came to be, and not what its model computes.
+_HISTORY = ("quantization_config", "transformers_version", "_name_or_path", "name_or_path")
+
+
+@functools.cache
+def code_version() -> str:
+    """SHA-256 over the sources that decide answers: a changed line makes new ones necessary."""
+    root = Path(kvq.__file__).parent
+    digest = hashlib.sha256()
+    for part in sorted(_DECIDING):
+        path = root / part
+        for file in [path] if path.is_file() else sorted(path.rglob("*.py")):
+            digest.update(f"{file.relative_to(root)}\n".encode() + file.read_bytes())
+    return digest.hexdigest()
+
+
+@functools.lru_cache(maxsize=8)
+def _weights_hash(files: tuple[tuple[Path, int, int], ...]) -> str:
+    def one(entry: tuple[Path, int, int]) -> str:
+        with open(entry[0], "rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+
+    with ThreadPoolExecutor() as pool:
+        return hashlib.sha256("".join(pool.map(one, files)).encode()).hexdigest()
+
+
+def model_hash(folder: Path) -> str:
+    """SHA-256 over every byte of the weights, and over the config without what quantizes the cache.
+
+    Every byte, because transforms that are folded into a few small tensors make another model.
+    """
+    files = tuple((file, file.stat().st_size, file.stat().st_mtime_ns) for file in weight_files(folder))
+    config = json.loads((folder / "config.json").read_bytes())
+    config = {name: value for name, value in config.items() if name not in _HISTORY}
+    return hashlib.sha256((_weights_hash(files) + json.dumps(config, sort_keys=True)).encode()).hexdigest()
+
+
+def plan_hash(plan: CachePlan | None) -> str:
+    """SHA-256 over all that a plan does to the cache, artefacts included; ``exact`` if it does nothing."""
+    if plan is None or not plan.layers:
+        return "exact"
+    digest = hashlib.sha256()
+    _feed(digest, dict(plan.layers))
+    return digest.hexdigest()
+
+
+def _feed(digest, value: Any) -> None:
+    """Hash plain data, tensors, and objects by their fields; refuses what it cannot look into."""
+    digest.update(f"<{type(value).__name__}>".encode())
+    if isinstance(value, Rope):
+        # It follows from the model's config, and its table grows as it is used.
+        return
+    if isinstance(value, torch.Tensor):
+        digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    elif value is None or isinstance(value, str | bytes | int | float | bool | torch.dtype):
+        digest.update(repr(value).encode())
+    elif isinstance(value, Mapping):
+        for name in sorted(value, key=repr):
+            _feed(digest, name)
+            _feed(digest, value[name])
+    elif isinstance(value, Sequence | set | frozenset):
+        for own in value if isinstance(value, Sequence) else sorted(value, key=repr):
+            _feed(digest, own)
+    elif is_dataclass(value):
+        _feed(digest, {field.name: getattr(value, field.name) for field in fields(value)})
+    elif hasattr(value, "__dict__") and not callable(value):
+        _feed(digest, vars(value))
+    else:
+        raise TypeError(f"{type(value).__name__} in a plan cannot be hashed")
+
+
+def answers_key(subject: Subject, plan: CachePlan | None, **task: Any) -> dict[str, Any]:
+    """The key of answers of ``subject`` under ``plan`` (None: unquantized). ``task``: all else that decides them.
+
+    Versions of the libraries are part of it: another release may round differently, and pairs must not mix them.
+    """
+    return {
+        "model": model_hash(subject.folder),
+        "tokenizer": tokenizer_hash(subject.tokenizer),
+        "recipe": "exact" if plan is None or not plan.layers else plan.recipe.hash,
+        "plan": plan_hash(plan),
+        "dtype": str(subject.model.dtype),
+        "device": subject.model.device.type,
+        "code": code_version(),
+        "versions": installed_versions("tokenizers", "lm_eval"),
+        **task,
+    }

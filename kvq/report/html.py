@@ -1,0 +1,210 @@
+"""Results as one HTML page that needs nothing else: no network, no script, light and dark."""
+
+import json
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from kvq import __version__
+from kvq.report.charts import Chart, charts_of, head_maps, needle_maps
+from kvq.report.load import differences
+from kvq.report.rows import Row, names_of, number, rows_of
+from kvq.report.svg import interval_bar
+from kvq.report.tables import size
+from kvq.report.verdict import question, verdict_of
+
+# Colours of the style sheet; results beyond them begin again.
+COLOURS = 8
+
+
+def html_report(results: Sequence[Mapping[str, Any]]) -> str:
+    """The page for one result or several (``EvalResult.to_dict()``)."""
+    names = names_of(results)
+    coloured = [i % COLOURS for i in range(len(results))]
+    return (
+        _environment()
+        .get_template("report.html.j2")
+        .render(
+            css=Markup(resources.files("kvq.report.templates").joinpath("report.css").read_text()),
+            title=_title(names, results),
+            summary=_summary(names, coloured, results) if len(results) > 1 else None,
+            runs=[_run(name, colour, result) for name, colour, result in zip(names, coloured, results)],
+            notes=differences(results),
+            charts=[_drawn(chart) for chart in charts_of(names, results)],
+            needles=[_drawn(chart) for chart in needle_maps(names, results)],
+            heads=[_drawn(chart) for chart in head_maps(names, results)],
+            table=_table(names, results),
+            memory=_memory(names, results),
+            commands=list(dict.fromkeys(result["command"] for result in results if result["command"])),
+            data=_embedded(results),
+            version=__version__,
+        )
+    )
+
+
+def _title(names: Sequence[str], results: Sequence[Mapping[str, Any]]) -> str:
+    models = list(dict.fromkeys(result["model"] for result in results))
+    return f"{', '.join(names)} on {models[0]}" if len(models) == 1 else ", ".join(names)
+
+
+def _environment() -> Environment:
+    return Environment(
+        loader=PackageLoader("kvq.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
+def _drawn(chart: Chart) -> dict[str, Any]:
+    return {**vars(chart), "svg": Markup(chart.svg)}
+
+
+def _run(name: str, colour: int, result: Mapping[str, Any]) -> dict[str, Any]:
+    verdict = verdict_of(result)
+    return {
+        "name": name,
+        "colour": colour,
+        "verdict": verdict,
+        "question": question(result),
+        "tiles": _tiles(result),
+        "facts": _facts(result),
+        "worst": _worst(result),
+        "partial": result["partial"],
+    }
+
+
+def _tiles(result: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """(value, what, below) of the numbers that come first."""
+    tiles = [
+        (
+            f"{result['bits_per_element']:.2f}",
+            "bits per element",
+            f"measured at {result['bits_tokens']:,} tokens; 16 without kvq",
+        )
+    ]
+    found = result["results"].get("divergence")
+    if found:
+        error = found["kl_stderr"]
+        spread = f"± {number(error, 4)} nats" if error is not None else "nats"
+        tiles.append((number(found["kl"], 4), "KL from baseline", f"{spread}; worst 1% from {found['kl_p99']:.2f}"))
+        tiles.append((f"{found['top1']:.1%}", "same next token", f"{found['top5']:.1%} within the first five"))
+    found = result["results"].get("perplexity")
+    if found:
+        tiles.append((number(found["value"], 2), "perplexity", f"baseline {number(found['baseline'], 2)}"))
+    found = result["results"].get("speed")
+    if found:
+        where = f"at {found['context']:,} tokens, on {result['device']}"
+        tiles.append((f"{found['ratio']:.2f}x", "decoding speed", where))
+    memory = result["memory"][1] if len(result["memory"]) > 1 else None
+    if memory:
+        ratio = memory["plain_bytes"] / memory["recipe_bytes"]
+        tiles.append((f"{ratio:.1f}x", "less cache memory", f"at {memory['tokens']:,} tokens"))
+    return tiles
+
+
+def _summary(
+    names: Sequence[str], colours: Sequence[int], results: Sequence[Mapping[str, Any]]
+) -> dict[str, Sequence[Any]]:
+    """The numbers that come first, a line a run."""
+    columns = list(dict.fromkeys(what for result in results for _, what, _ in _tiles(result)))
+    lines = []
+    for name, colour, result in zip(names, colours, results):
+        tiles = {what: value for value, what, _ in _tiles(result)}
+        grade = verdict_of(result).grade
+        cells = [tiles.get(column, "-") for column in columns]
+        lines.append({"name": name, "colour": colour, "grade": grade, "cells": cells})
+    return {"columns": columns, "lines": lines}
+
+
+def _facts(result: Mapping[str, Any]) -> list[tuple[str, str]]:
+    facts = [
+        ("model", result["model"]),
+        ("baseline", result["baseline"]),
+        ("recipe", f"{result['recipe']['name']} ({result['recipe_hash'][:12]})"),
+        ("mode", result["mode"] + (f", {result['chunk']} tokens a chunk" if result["chunk"] else "")),
+        ("implementation", result["implementation"]),
+        ("computed in", f"{result['dtype']} on {result['device']}; exact tokens counted as {result['cache_dtype']}"),
+        ("bits in the long run", f"{result['asymptotic_bits']:.2f}"),
+    ]
+    if result["data"]:
+        data = result["data"]
+        share = f"{result['packed_share']:.1%} of its scored tokens read quantized ones"
+        text = f"{data['source']}, {result['windows']} windows of {result['seq_len']:,} tokens; {share}"
+        facts.append(("text", f"{text} (SHA-256 {data['sha256'][:12]})"))
+    for task, found in result["results"].items():
+        if found.get("data", {}) and "file" in (found["data"] or {}):
+            facts.append((task, f"{found['data']['file']} (SHA-256 {found['data']['sha256'][:12]})"))
+    facts += [
+        ("seed", str(result["seed"])),
+        ("weights", f"{result['hashes']['model'][:12]}, baseline {result['hashes']['baseline'][:12]}"),
+        ("code", result["hashes"]["code"][:12]),
+        ("versions", ", ".join(f"{name} {version}" for name, version in result["versions"].items())),
+    ]
+    return facts
+
+
+def _worst(result: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    found = result["results"].get("divergence")
+    return found["worst"] if found and found["kl"] > 0 else None
+
+
+def _table(names: Sequence[str], results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """One line a measure: the baseline's value, and a cell for every result that has it."""
+    rows: dict[tuple[str, str], dict[str, Row]] = {}
+    for name, result in zip(names, results):
+        for row in rows_of(result):
+            rows.setdefault((row.task, row.measure), {})[name] = row
+    lines, last = [], None
+    for (task, measure), found in rows.items():
+        reach = max((_reach(row) for row in found.values()), default=0.0)
+        cells = [_cell(found.get(name), reach) for name in names]
+        first = next(iter(found.values()))
+        lines.append(
+            {"task": task if task != last else "", "measure": measure, "baseline": first.baseline, "cells": cells}
+        )
+        last = task
+    return lines
+
+
+def _reach(row: Row) -> float:
+    bounds = (row.low, row.high) if row.low is not None and row.high is not None else (row.estimate,)
+    return max(abs(value) for value in bounds) if row.estimate is not None else 0.0
+
+
+def _cell(row: Row | None, reach: float) -> dict[str, Any] | None:
+    if row is None:
+        return None
+    bar = ""
+    if row.estimate is not None and reach > 0:
+        title = f"difference {row.difference}: {row.verdict}"
+        bar = Markup(interval_bar(row.estimate, row.low, row.high, 1.1 * reach, row.verdict, title))
+    return {**vars(row), "bar": bar}
+
+
+def _memory(names: Sequence[str], results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Cache bytes by length: the 16-bit cache, and every result's with its share of that."""
+    lines = []
+    for i, plain in enumerate(results[0]["memory"]):
+        cells = [
+            {
+                "name": name,
+                "size": size(result["memory"][i]["recipe_bytes"]),
+                "share": result["memory"][i]["recipe_bytes"] / result["memory"][i]["plain_bytes"],
+            }
+            for name, result in zip(names, results)
+            if len(result["memory"]) > i
+        ]
+        lines.append({"tokens": f"{plain['tokens']:,}", "plain": size(plain["plain_bytes"]), "cells": cells})
+    return lines
+
+
+def _embedded(results: Sequence[Mapping[str, Any]]) -> Markup:
+    """The results as JSON for a script element: nothing in it may end the element."""
+    # JSON has no infinity; a perplexity may be one.
+    text = json.dumps(json.loads(json.dumps(list(results), default=str), parse_constant=lambda _: None))
+    return Markup(text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e"))

@@ -1,0 +1,81 @@
+"""Results of evaluations as rich tables."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Group
+from rich.table import Table
+
+from kvq.eval.paired import BETTER, SAME, UNCLEAR, WORSE
+from kvq.report.rows import Row, names_of, number, rows_of
+from kvq.report.verdict import question, verdict_of
+
+# A terminal is narrow.
+_WORDS = {UNCLEAR: "unclear"}
+_MARKS = {WORSE: " v", BETTER: " ^", SAME: " ="}
+
+
+def eval_table(result: Mapping[str, Any]) -> Group:
+    """One result: every measure beside the baseline's, the paired difference with its 95% interval, and the verdict."""
+    columns = ("baseline", result["recipe"]["name"], "difference [95%]", "")
+    table = _table(f"{result['model']}, mode {result['mode']}", columns)
+    rows = rows_of(result)
+    for row in rows:
+        verdict = _WORDS.get(row.verdict, row.verdict)
+        table.add_row(_label(row), row.baseline, row.value, row.difference, verdict)
+    bits = number(result["bits_per_element"], 2)
+    table.add_row(f"bits at {result['bits_tokens']:,} tokens", "16", bits, "", "")
+    legend = ["unclear: too few samples to tell."] if any(row.verdict == UNCLEAR for row in rows) else []
+    return Group(table, *_notes(rows), *legend, *_sentences(result))
+
+
+def compare_table(results: Sequence[Mapping[str, Any]]) -> Group:
+    """Several results beside one baseline: values, and the verdicts on their differences."""
+    names = names_of(results)
+    table = _table("Compared on the same requests", ("baseline", *names))
+    rows: dict[str, dict[str, Row]] = {}
+    for name, result in zip(names, results):
+        for row in rows_of(result):
+            rows.setdefault(_label(row), {})[name] = row
+    for label, found in rows.items():
+        cells = [_marked(found[name]) if name in found else "-" for name in names]
+        table.add_row(label, next(iter(found.values())).baseline, *cells)
+    bits = [number(result["bits_per_element"], 2) for result in results]
+    table.add_row(f"bits at {results[0]['bits_tokens']:,} tokens", "16", *bits)
+    legend = "Paired differences: v worse, ^ better, = the same; without a mark: too few samples to tell."
+    sentences = [verdict_of(result).headline for result in results]
+    return Group(table, legend, *dict.fromkeys(sentences), *dict.fromkeys(question(result) for result in results))
+
+
+def _label(row: Row) -> str:
+    return row.name if row.task == "divergence" else f"{row.task} {row.name}".rstrip()
+
+
+def _marked(row: Row) -> str:
+    return f"{row.value.split(' ± ')[0]}{_MARKS.get(row.verdict, '')}"
+
+
+def _notes(rows: Sequence[Row]) -> list[str]:
+    """What must be known about tasks, one line each; the text tasks need none."""
+    notes: dict[str, str] = {}
+    for row in rows:
+        if row.note and row.task not in ("perplexity", "divergence"):
+            notes.setdefault(row.task, row.note)
+    return [f"{task}: {note}" for task, note in notes.items()]
+
+
+def _table(title: str, columns: Sequence[str]) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("measure", overflow="fold", min_width=18)
+    for column in columns:
+        wide = column.startswith("difference")
+        table.add_column(column, justify="right" if column else "left", no_wrap=not wide)
+    return table
+
+
+def _sentences(result: Mapping[str, Any]) -> list[str]:
+    verdict = verdict_of(result)
+    windows = f"{result['windows']} windows of {result['seq_len']:,} tokens; " if result["windows"] else ""
+    how = f"{windows}baseline: {result['baseline']}; {result['implementation']}; computed in {result['dtype']}."
+    return [verdict.headline, *verdict.points, how, question(result)]
