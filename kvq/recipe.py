@@ -98,6 +98,13 @@ class Recipe:
                 spec = self._overridden(spec, pattern, override)
         return spec
 
+    def head_groups(self, layer: int, heads: int, num_layers: int) -> tuple[tuple[HeadSpec, tuple[int, ...]], ...]:
+        """The KV heads of a layer that are stored alike, in order of their first head."""
+        groups: dict[HeadSpec, list[int]] = {}
+        for head in range(heads):
+            groups.setdefault(self.for_head(layer, head, num_layers), []).append(head)
+        return tuple((spec, tuple(own)) for spec, own in groups.items())
+
     def check_patterns(self, num_layers: int, heads_of: Mapping[int, int]) -> None:
         """Refuse a pattern that names no quantizable layer. ``heads_of``: KV heads by quantizable layer index."""
         for pattern in self.layers:

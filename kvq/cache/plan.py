@@ -1,19 +1,20 @@
 """From recipe and model to what each layer stores: codecs, transforms, flush rules, page layouts, and their bytes."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
 
 from kvq.cache.policy import FlushRule
 from kvq.cache.tail import HEADROOM
+from kvq.codec_specs import CodecSpec
 from kvq.errors import RecipeError
 from kvq.kernels.spec import PageLayout
 from kvq.models.architecture import Attention, describe_attention
 from kvq.models.describe import LayerSpec, ModelSpec
 from kvq.models.rope import Rope, rope_of
-from kvq.quantizers import Codec, build_codec
+from kvq.quantizers import Codec, build_codec, codec_tensors
 from kvq.recipe import Recipe
 from kvq.specs import HeadSpec, Transforms
 from kvq.transforms import Chain, RopeBias, RopeOffset, build_chain
@@ -121,25 +122,26 @@ def make_plan(
     Raises RecipeError for a pattern that matches nothing, a group that does not divide, a transform that this model
     does not undo, or missing artefacts.
     """
-    artefacts, folded = artefacts or {}, folded or {}
+    # While transformers loads a model, what is made without a device would be made on the meta device.
+    with torch.device("cpu"):
+        return _make_plan(recipe, model, artefacts or {}, folded or {})
+
+
+def _make_plan(recipe: Recipe, model: ModelSpec, artefacts, folded) -> CachePlan:
     count = len(model.layers)
     recipe.check_patterns(count, {layer.index: layer.kv_heads for layer in model.full_layers})
     layers, chains = {}, {}
-    ropes = functools.cache(lambda: rope_of(model.config))
+    ropes = _ropes(model)
     for layer in model.full_layers:
-        specs: dict[tuple[HeadSpec, int], list[int]] = {}
-        for head in range(layer.kv_heads):
-            spec = recipe.for_head(layer.index, head, count)
-            # A codec has one static scale, so heads with scales of their own are stored as groups of one.
-            specs.setdefault((spec, head if spec.has_head_scales else -1), []).append(head)
-        if any(spec.is_exact for spec, _ in specs) and len(specs) > 1:
+        groups = recipe.head_groups(layer.index, layer.kv_heads, count)
+        if any(spec.is_exact for spec, _ in groups) and len(groups) > 1:
             raise RecipeError(
                 f"layer {layer.index} mixes exact and quantized heads: keep the whole layer exact, or give its heads "
                 "8 bits."
             )
-        if not next(iter(specs))[0].is_exact:
+        if not groups[0][0].is_exact:
             # The heads of a layer share their transforms.
-            transforms = next(iter(specs))[0].transforms
+            transforms = groups[0][0].transforms
             _refuse_inexact(transforms, model, layer.index)
             chains[layer.index] = {
                 side: build_chain(
@@ -151,10 +153,19 @@ def make_plan(
                 for side in SIDES
             }
             layers[layer.index] = tuple(
-                _head_group(spec, tuple(heads), layer, artefacts, chains[layer.index], ropes)
-                for (spec, _), heads in specs.items()
+                _head_group(spec, heads, layer, codecs, chains[layer.index], ropes)
+                for number, (spec, alike) in enumerate(groups)
+                for heads, codecs in _stored_alike(spec, alike, layer, number, artefacts)
             )
     return CachePlan(recipe=recipe, model=model, layers=layers, chains=chains, folded=folded)
+
+
+def check_transforms(recipe: Recipe, model: ModelSpec) -> None:
+    """Refuse a recipe with a transform that this model does not undo, before anything is measured for it."""
+    for layer in model.full_layers:
+        spec = recipe.for_head(layer.index, 0, len(model.layers))
+        if not spec.is_exact:
+            _refuse_inexact(spec.transforms, model, layer.index)
 
 
 def _refuse_inexact(transforms: Transforms, model: ModelSpec, index: int) -> None:
@@ -174,20 +185,44 @@ def _refuse_inexact(transforms: Transforms, model: ModelSpec, index: int) -> Non
             )
 
 
-def _head_group(spec: HeadSpec, heads: tuple[int, ...], layer: LayerSpec, artefacts, chains, ropes) -> HeadGroup:
-    codecs = {}
+def _stored_alike(
+    spec: HeadSpec, alike: tuple[int, ...], layer: LayerSpec, number: int, artefacts: Mapping[str, torch.Tensor]
+) -> Iterator[tuple[tuple[int, ...], dict[str, Codec]]]:
+    """(heads, codecs by side) of what is stored together of the heads ``alike``, group ``number`` of the layer.
+
+    A codec has one static scale, so heads with scales of their own are stored as groups of one.
+    """
+    own = {side: _codec_artefacts(getattr(spec, side), side, alike, layer, number, artefacts) for side in SIDES}
+    if spec.has_head_scales and any("order" in tensors for tensors in own.values()):
+        raise RecipeError(
+            f"layer {layer.index} has one scale a head and places of channels of all its heads (permute), and heads "
+            "with scales of their own are stored apart: use granularity tensor."
+        )
+    parts = [(head,) for head in alike] if spec.has_head_scales else [alike]
+    for heads in parts:
+        places = [alike.index(head) for head in heads]
+        codecs = {}
+        for side in SIDES:
+            codec = getattr(spec, side)
+            of_heads = {"range"} | ({"scale"} if codec.granularity == "head" else set())
+            given = {what: tensor[places] if what in of_heads else tensor for what, tensor in own[side].items()}
+            codecs[side] = build_codec(codec, layer.head_dim, given, len(heads))
+        yield heads, codecs
+
+
+def _codec_artefacts(spec: CodecSpec, side: str, heads: tuple[int, ...], layer: LayerSpec, number: int, artefacts):
+    """What calibration made for the codec of these heads, by what it is."""
+    found = {}
+    for what in codec_tensors(spec, layer.head_dim, len(heads)):
+        name = artefact_name(layer.index, side, what, number)
+        if name not in artefacts:
+            raise RecipeError(_missing(spec, side, layer.index))
+        found[what] = artefacts[name]
+    return found
+
+
+def _head_group(spec: HeadSpec, heads: tuple[int, ...], layer: LayerSpec, codecs, chains, ropes) -> HeadGroup:
     chains = {side: chain.of_heads(heads) for side, chain in chains.items()}
-    for side in SIDES:
-        codec_spec = getattr(spec, side)
-        own = _of_side(artefacts, layer.index, side)
-        if codec_spec.scale == "calibrated" and "scale" not in own:
-            raise RecipeError(
-                f"{side}.scale=calibrated needs statistics of this model, and layer {layer.index} has none: run 'kvq "
-                "calibrate MODEL -o STATS' and pass --stats STATS, or set key.scale=unit value.scale=unit."
-            )
-        if codec_spec.granularity == "head":
-            own["scale"] = own["scale"][heads[0]]
-        codecs[side] = build_codec(codec_spec, layer.head_dim, own, len(heads))
     page_tokens = max(codec.page_tokens for codec in codecs.values())
     return HeadGroup(
         heads=heads,
@@ -197,18 +232,53 @@ def _head_group(spec: HeadSpec, heads: tuple[int, ...], layer: LayerSpec, artefa
         rules={side: FlushRule.of(getattr(spec, side), spec.tokens) for side in SIDES},
         layout=PageLayout(key=codecs["key"].layout(page_tokens), value=codecs["value"].layout(page_tokens)),
         chains=chains,
-        rope=_key_rope(spec, chains["key"], ropes),
+        rope=_key_rope(spec, chains["key"], ropes, layer.index),
     )
 
 
-def _key_rope(spec: HeadSpec, chain: Chain, ropes) -> Rope | RopeOffset | None:
+def _ropes(model: ModelSpec) -> Callable[[int], Rope | None]:
+    """The rotary embedding of a layer's keys; None where keys are left as they are (SmolLM3, Cohere 2, EXAONE 4)."""
+
+    @functools.cache
+    def rope() -> Rope:
+        return rope_of(model.config)
+
+    def of(layer: int) -> Rope | None:
+        attention = describe_attention(model.config).get(layer)
+        return None if attention is not None and not attention.rotary else rope()
+
+    return of
+
+
+def _key_rope(spec: HeadSpec, chain: Chain, ropes, layer: int) -> Rope | RopeOffset | None:
     if spec.key.placement == "pre_rope":
-        return ropes()
+        return ropes(layer)
     biases = [step.bias for step in chain.steps if isinstance(step, RopeBias)]
-    return RopeOffset(ropes(), chain, biases[0]) if biases else None
+    rope = ropes(layer) if biases else None
+    return RopeOffset(rope, chain, biases[0]) if rope else None
 
 
 def _of_side(artefacts: Mapping[str, torch.Tensor], layer: int, side: str) -> dict[str, torch.Tensor]:
     """Artefacts of one layer and side, by what they are."""
     prefix = f"layers.{layer}.{side}."
     return {name.removeprefix(prefix): tensor for name, tensor in artefacts.items() if name.startswith(prefix)}
+
+
+def artefact_name(layer: int, side: str, what: str, group: int = 0) -> str:
+    """Name of a codec's artefact: ``layers.{i}.key.{what}``, or ``layers.{i}.key.group1.{what}`` for the heads that are
+    the layer's second group.
+    """
+    own = f"group{group}." if group else ""
+    return f"layers.{layer}.{side}.{own}{what}"
+
+
+def _missing(spec: CodecSpec, side: str, layer: int) -> str:
+    if spec.scale == "calibrated" and spec.codec in ("float8", "float4"):
+        return (
+            f"{side}.scale=calibrated needs statistics of this model, and layer {layer} has none: run 'kvq calibrate "
+            "MODEL -o STATS' and pass --stats STATS, or set key.scale=unit value.scale=unit."
+        )
+    return (
+        f"the {side} codec needs what calibration learns of this model, and layer {layer} has none: run 'kvq calibrate "
+        "MODEL --for RECIPE -o STATS' and pass --stats STATS."
+    )

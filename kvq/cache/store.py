@@ -13,6 +13,7 @@ from kvq.cache.plan import SIDES, HeadGroup
 from kvq.cache.positions import Positions
 from kvq.cache.tail import Tail
 from kvq.errors import CacheError
+from kvq.kernels import cpu
 from kvq.kernels.spec import PageLayout
 from kvq.quantizers import Encoded
 
@@ -130,6 +131,8 @@ class HeadStore:
         stop = start + tokens.shape[2]
         if side == "key" and self.group.rope is not None:
             tokens = self.group.rope.undo(tokens, self._positions(rows, start, stop))
+        if stop == start + 1 and self._append_compiled(side, rows, start, tokens):
+            return
         encoded = self.group.codecs[side].encode(tokens)
         self._ensure_pages(rows, -(-stop // size))
         position = start
@@ -146,6 +149,19 @@ class HeadStore:
                     part = _part(encoded, self.group.layout, side, a, b, row=i)
                     self.arena.write_tokens(self.tables[row][page], side, offset, part)
             position += taken
+
+    def _append_compiled(self, side: str, rows: list[int], start: int, tokens: torch.Tensor) -> bool:
+        """Encode and write one token a row in the compiled kernel; False, and nothing lost, where it does not serve."""
+        codec = self.group.codecs[side]
+        plain = getattr(codec, "is_min_max", False) and tokens.device.type == "cpu"
+        if not plain or tokens.dtype not in cpu.DTYPES or not cpu.appends(self.group.layout.side(side)):
+            return False
+        page, slot = divmod(start, self.group.layout.page_tokens)
+        self._ensure_pages(rows, page + 1)
+        written = [
+            self.arena.append_token(self.tables[row][page], side, slot, tokens[i, :, 0]) for i, row in enumerate(rows)
+        ]
+        return all(written)
 
     def _positions(self, rows: list[int], start: int, stop: int) -> torch.Tensor:
         """Rotary positions of body tokens [start, stop)."""

@@ -6,7 +6,7 @@ later ones exactly, with one softmax over both. The body starts after the sinks,
     stream     b(p) = seen(p)                                  every token is decoded one by one
     prefill    b(p) = 0 if p < context else seen(p)            the context is one exact prompt, the rest is decoded
     chunked    b(p) = seen(chunk * floor(p / chunk))           the text arrives in chunks of ``chunk`` tokens
-    simulate   every number is quantized, the query's own token included; no sinks, no window (papers' tables)
+    simulate   every number after the sinks is quantized, the query's own token included; no window (papers' tables)
 
 This equals decoding because a stored token depends on its own block alone, and every layer's row p is computed from
 what row p may see. Shapes: B rows, K KV heads, G query heads per KV head, T tokens, D head_dim.
@@ -63,9 +63,6 @@ class Schedule:
         if self.mode == "prefill":
             found = torch.where(position < self.contexts.unsqueeze(1), 0, found)
         return found
-
-    def sinks(self, group: HeadGroup) -> int:
-        return 0 if self.mode == "simulate" else group.sinks
 
 
 @lru_cache(maxsize=64)
@@ -130,7 +127,7 @@ def two_view_attend(
     q = group.chains["key"].dual(q.flatten(2, 3)).view(q.shape)
     if positions is None:
         positions = torch.arange(T).unsqueeze(0)
-    sinks = schedule.sinks(group)
+    sinks = group.sinks
     views = {}
     for side, exact in zip(SIDES, (keys, values)):
         bounds = schedule.packed(group.rules[side], T) + sinks
@@ -288,22 +285,25 @@ def _stored(
     Encoding happens in the dtype of x and decoding in ``dtype``, as in the packed cache.
     """
     out = x.to(dtype, copy=True)
-    if schedule.mode == "simulate":
-        out.copy_(_round_trip_ragged(x, codec, lengths, dtype))
-        return out
     stop = int(bounds.max())
-    if stop > sinks:
+    if stop <= sinks:
+        return out
+    if schedule.mode == "simulate":
+        out[:, :, sinks:] = _round_trip_ragged(x[:, :, sinks:], codec, sinks, lengths, dtype)
+    else:
         out[:, :, sinks:stop] = codec.round_trip(x[:, :, sinks:stop], dtype, sinks)
     return out
 
 
 def _round_trip_ragged(
-    x: torch.Tensor, codec: _Placed, lengths: torch.Tensor | None, dtype: torch.dtype
+    x: torch.Tensor, codec: _Placed, start: int, lengths: torch.Tensor | None, dtype: torch.dtype
 ) -> torch.Tensor:
-    """Round trip of every token. A partial last block has its own scale: the last real token fills what is missing."""
+    """Round trip of x [B, K, t, D], the tokens from ``start`` on. A partial last block has its own scale: the last real
+    token fills what is missing.
+    """
     T = x.shape[2]
-    last = (torch.full((x.shape[0],), T) if lengths is None else lengths).clamp(min=1) - 1
+    last = (torch.full((x.shape[0],), T) if lengths is None else lengths - start).clamp(min=1) - 1
     whole = -(-T // codec.codec.block_tokens) * codec.codec.block_tokens
     index = torch.minimum(torch.arange(whole), last.unsqueeze(1))
     filled = x.gather(2, index.to(x.device)[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
-    return codec.round_trip(filled, dtype, index=index)[:, :, :T]
+    return codec.round_trip(filled, dtype, index=index + start)[:, :, :T]

@@ -1,46 +1,113 @@
 """Artefacts: the tensors that a recipe needs beside codes and sections, made of statistics and stored in exports.
 
-An artefact belongs to one layer and side and is named ``layers.{i}.{side}.{what}``; ``what`` starts with the part that
-reads it, such as ``scale`` of calibrated float8.
+An artefact belongs to one layer and side and is named ``layers.{i}.{side}.{what}``, with ``group{n}.`` before ``what``
+for the second and further groups of K heads that a recipe treats alike.
 
-    scale          float64, [] or, with granularity head, [kv_heads]: what a stored 1.0 stands for, after transforms;
-                   the convention of serving engines (``kvq.calib.scales``).
+    scale    float64, [] or, with granularity head, [K]: what a stored 1.0 stands for, after transforms; the
+             convention of serving engines (``kvq.calib.scales``).
+    range    [K, head_dim, 2] float64: half range and middle of every channel; with outliers, of all but their share.
+    levels   [2^bits] float64: what the codes of a codebook stand for, ascending.
+    edges    [2^bits - 1] float64: where one code ends and the next begins.
+    order    [K, head_dim] int32: which channel of the heads side by side is stored in this place.
     transforms.*   what the transforms of the side need (``kvq.transforms.KINDS``), by their place in the chain.
 """
 
+import math
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 
+from kvq.cache.plan import artefact_name
+from kvq.calib.codebooks import Book, learned
 from kvq.calib.evidence import Source
+from kvq.calib.kinds.bins import bin_middles
+from kvq.calib.kmeans import levels_of, q_norm
 from kvq.calib.learn import find_learned
-from kvq.calib.scales import float8_scale
+from kvq.calib.ranges import static_tensors
 from kvq.calib.stats import Stats
+from kvq.codec_specs import CodecSpec
 from kvq.errors import DataError
 from kvq.models.describe import LayerSpec, ModelSpec
-from kvq.quantizers import build_codec
+from kvq.quantizers import build_codec, codec_tensors
+from kvq.quantizers.levels import midpoints
 from kvq.recipe import Recipe
 from kvq.specs import TransformSpec
 from kvq.transforms import needed_tensors
 from kvq.transforms.fit import fit_steps
 
 SIDES = ("key", "value")
+# Share of unweighted counts in a codebook's weights, so that it is defined where gradients are all zero.
+_PLAIN_SHARE = 1e-6
 
 
-def artefact_name(layer: int, side: str, what: str) -> str:
-    """Name of an artefact: ``layers.{i}.key.{what}`` or ``layers.{i}.value.{what}``."""
-    return f"layers.{layer}.{side}.{what}"
+@dataclass(frozen=True, kw_only=True)
+class _Use:
+    """One codec that reads artefacts: the heads ``heads``, group ``group`` of a layer."""
+
+    layer: LayerSpec
+    side: str
+    group: int
+    heads: tuple[int, ...]
+    spec: CodecSpec
+    sinks: int
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        found = codec_tensors(self.spec, self.layer.head_dim, len(self.heads))
+        return {artefact_name(self.layer.index, self.side, what, self.group): shape for what, shape in found.items()}
+
+    def fit(self, stats: Stats, absmax: torch.Tensor | None) -> dict[str, torch.Tensor]:
+        """Tensors by name. ``absmax`` [K, head_dim]: after transforms; None: there are none."""
+        index = self.layer.index
+        if index not in stats.layers:
+            raise DataError(
+                f"the statistics of {stats.model!r} have no layer {index}: run 'kvq calibrate' on this model."
+            )
+        found = static_tensors(self.spec, stats.layers[index], index, self.side, self.heads, absmax)
+        if self.spec.levels == "calibrated":
+            found |= self._codebook(stats)
+        return {artefact_name(index, self.side, what, self.group): tensor for what, tensor in found.items()}
+
+    def _codebook(self, stats: Stats) -> dict[str, torch.Tensor]:
+        book = Book(side=self.side, heads=self.heads, spec=self.spec, sinks=self.sinks)
+        bins = learned(stats, self.layer.index, book)
+        if not bool(bins.counts.any()):
+            raise DataError(
+                f"the codebook of the {self.side}s of layer {self.layer.index} was learned from no numbers at all: "
+                "calibrate with longer windows."
+            )
+        weights = counts = bins.counts / bins.counts.sum()
+        if self.spec.weights == "fisher":
+            weights = (
+                bins.weights / bins.weights.sum().clamp_min(torch.finfo(torch.float64).tiny) + _PLAIN_SHARE * counts
+            )
+        levels = levels_of(bin_middles(), weights, 2**self.spec.bits)
+        edges = midpoints(levels)
+        if self.spec.q_norm:
+            levels = q_norm(levels, bin_middles(), counts)
+        return {"levels": levels, "edges": edges}
 
 
 def needed_artefacts(recipe: Recipe, model: ModelSpec) -> dict[str, tuple[int, ...]]:
     """Shapes by name of the artefacts that a recipe reads on this model; empty for a recipe without calibration."""
-    needed = {artefact_name(layer.index, side, what): shape for layer, side, what, shape, _ in _needed(recipe, model)}
+    needed = {name: shape for use in _uses(recipe, model) for name, shape in use.shapes.items()}
     for layer, side, specs in _transforms(recipe, model):
         for what, shape in needed_tensors(specs, layer.kv_heads, layer.head_dim).items():
             needed[artefact_name(layer.index, side, what)] = shape
     return needed
+
+
+def stand_in_artefacts(recipe: Recipe, model: ModelSpec) -> dict[str, torch.Tensor]:
+    """Artefacts that fit a recipe without any statistics, for where bytes and speed matter and numbers do not."""
+    return stand_ins(needed_artefacts(recipe, model))
+
+
+def stand_ins(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
+    """Tensors of these shapes that pass ``check_artefacts``."""
+    return {name: _STAND_INS.get(name.rpartition(".")[2], torch.ones)(shape) for name, shape in shapes.items()}
 
 
 def fit_artefacts(
@@ -58,21 +125,14 @@ def fit_artefacts(
     source = Source(model, stats, folder) if chains else None
     for layer, side, specs in chains:
         spec = recipe.for_head(layer.index, 0, len(model.layers))
-        codec = build_codec(getattr(spec, side), layer.head_dim, {"scale": torch.ones(())})
+        codec = build_codec(getattr(spec, side), layer.head_dim, {"scale": torch.ones(())}, layer.kv_heads)
         evidence = source.evidence(layer, side, spec, codec)
         learned = partial(find_learned, stats, recipe, spec, layer.index, side)
         numbers, fitted[layer.index, side] = fit_steps(specs, evidence, learned)
         found |= {artefact_name(layer.index, side, what): tensor for what, tensor in numbers.items()}
-    for layer, side, what, _, fit in _needed(recipe, model):
-        if layer.index not in stats.layers:
-            raise DataError(
-                f"the statistics of {stats.model!r} have no layer {layer.index}: run 'kvq calibrate' on this model."
-            )
-        after = fitted.get((layer.index, side))
-        measured = stats.layers[layer.index]
-        absmax = after.absmax(side) if after else measured[f"{side}.range"].absmax
-        # Histograms are of what the model computes, before transforms.
-        found[artefact_name(layer.index, side, what)] = fit(absmax, layer.index, side, None if after else measured)
+    for use in _uses(recipe, model):
+        after = fitted.get((use.layer.index, use.side))
+        found |= use.fit(stats, after.absmax(use.side) if after else None)
     return found
 
 
@@ -94,17 +154,47 @@ def check_artefacts(tensors: Mapping[str, torch.Tensor], needed: Mapping[str, tu
             return f"has {name!r} of shape {list(tensor.shape)}, not {list(needed[name])}"
         if not bool(tensor.isfinite().all()):
             return f"has NaN or infinity in {name!r}"
-        if name.endswith(".scale") and not bool((tensor > 0).all()):
-            return f"has a scale in {name!r} that is not positive"
+        wrong = _CHECKS.get(name.rpartition(".")[2], lambda _: None)(tensor)
+        if wrong:
+            return f"has {wrong} in {name!r}"
     return None
 
 
-def _needed(recipe: Recipe, model: ModelSpec) -> Iterator[tuple]:
-    """(layer, side, what, shape, how it is fitted) of every artefact."""
+def _not_positive(tensor: torch.Tensor) -> str | None:
+    return None if bool((tensor > 0).all()) else "a scale that is not positive"
+
+
+def _not_ascending(tensor: torch.Tensor) -> str | None:
+    return None if bool((tensor.diff() >= 0).all()) else "numbers that do not ascend"
+
+
+def _no_permutation(tensor: torch.Tensor) -> str | None:
+    places = torch.arange(tensor.numel(), dtype=tensor.dtype, device=tensor.device)
+    return None if torch.equal(tensor.flatten().sort().values, places) else "something else than places of all channels"
+
+
+_CHECKS = {
+    "scale": _not_positive,
+    "range": lambda tensor: _not_positive(tensor[..., 0]),
+    "levels": _not_ascending,
+    "edges": _not_ascending,
+    "order": _no_permutation,
+}
+
+
+_STAND_INS = {
+    "range": lambda shape: torch.tensor([4.0, 0.0], dtype=torch.float64).expand(shape).clone(),
+    "levels": lambda shape: torch.linspace(-1, 1, *shape, dtype=torch.float64),
+    "edges": lambda shape: midpoints(torch.linspace(-1, 1, shape[0] + 1, dtype=torch.float64)),
+    "order": lambda shape: torch.arange(math.prod(shape), dtype=torch.int32).view(shape),
+}
+
+
+def _uses(recipe: Recipe, model: ModelSpec) -> Iterator[_Use]:
     for layer in model.full_layers:
-        heads = [recipe.for_head(layer.index, head, len(model.layers)) for head in range(layer.kv_heads)]
-        for side in SIDES:
-            spec = next((spec for head in heads if (spec := getattr(head, side)).scale == "calibrated"), None)
-            if spec is not None:
-                shape = (layer.kv_heads,) if spec.granularity == "head" else ()
-                yield layer, side, "scale", shape, partial(float8_scale, spec)
+        groups = recipe.head_groups(layer.index, layer.kv_heads, len(model.layers))
+        for number, (spec, heads) in enumerate(groups):
+            for side in SIDES:
+                codec = getattr(spec, side)
+                if codec.is_calibrated:
+                    yield _Use(layer=layer, side=side, group=number, heads=heads, spec=codec, sinks=spec.tokens.sinks)

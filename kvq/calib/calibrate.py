@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from kvq.calib.codebooks import books_of, learn_codebooks
 from kvq.calib.collect import ALONE, RESERVOIR_BYTES, collect
 from kvq.calib.job import Job
 from kvq.calib.kinds import Massive, Sinks
@@ -19,6 +20,7 @@ from kvq.calib.windows import Windows
 from kvq.errors import DataError
 from kvq.models.describe import describe
 from kvq.models.resolve import check_weights, load_config, load_model, read_header, weights_fingerprint
+from kvq.recipe import Recipe
 
 Progress = Callable[[int, int], None]
 # Memory beside the weights that a limit leaves for: one batch's activations and the statistics.
@@ -36,6 +38,7 @@ class Options:
     device_map       as ``from_pretrained`` takes it, such as ``auto`` for several GPUs; None: one device.
     layer_by_layer   one layer at a time. None: if the weights do not fit in ``memory_limit``.
     memory_limit     bytes that the model may take, or None for no limit.
+    recipes          whose codebooks are learned after the statistics (``kvq.calib.codebooks``).
     """
 
     needs: frozenset[str] = DEFAULT_NEEDS
@@ -47,6 +50,7 @@ class Options:
     device_map: str | None = None
     layer_by_layer: bool | None = None
     memory_limit: int | None = None
+    recipes: tuple[Recipe, ...] = ()
 
 
 def calibrate(
@@ -56,6 +60,7 @@ def calibrate(
     *,
     state_folder: Path,
     progress: Progress | None = None,
+    learning: Progress | None = None,
     ranks: Ranks = ALONE,
     model_name: str = "",
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -64,6 +69,7 @@ def calibrate(
 
     state_folder   to continue from if interrupted; remove it when the statistics are saved.
     progress       called with (steps done, steps in all): a step is a window, layer by layer a window through a layer.
+    learning       likewise, while codebooks are learned: a step is a window.
     tokenizer      to name the tokens that the statistics name.
 
     Raises DataError, UnsupportedModelError or CheckpointError as data, model and disk demand.
@@ -78,15 +84,33 @@ def calibrate(
         "state_folder": state_folder,
     }
     settings = {name: getattr(options, name) for name in ("batch_size", "seed", "reservoir_bytes")}
+    spec = describe(load_config(folder))
+    learns = bool(books_of(options.recipes, spec))
     if by_layer(folder, options, ranks):
+        if learns:
+            raise DataError(
+                "codebooks are learned with the whole model in memory, which excludes layer by layer: raise "
+                "--memory-limit, or use a recipe without calibrated levels."
+            )
         dtype, device = _place(folder, options, ranks)
         shell = Shell(folder, dtype, device)
-        spec = describe(load_config(folder))
         job = Job.of(spec, windows.tokens, windows.valid, options.needs, dtype=dtype, **settings)
         stats = collect_by_layer(shell, job, **facts)
     else:
         model = load_model(folder, dtype=options.dtype, device=ranks.device, device_map=options.device_map)
         stats = collect(model, windows.tokens, valid=windows.valid, needs=options.needs, **settings, **facts)
+        if learns:
+            stats = learn_codebooks(
+                model,
+                options.recipes,
+                stats,
+                windows.tokens,
+                valid=windows.valid,
+                seed=options.seed,
+                progress=learning,
+                state_folder=state_folder / "codebooks",
+                ranks=ranks,
+            )
     return replace(stats, token_texts=_texts(stats, tokenizer)) if stats and tokenizer else stats
 
 

@@ -45,7 +45,7 @@ class Source:
         return Evidence(
             side=side,
             heads=layer.kv_heads,
-            windows=tuple(Window(*window) for window in reservoir.windows()) if reservoir else (),
+            windows=tuple(Window(*map(_plain, window)) for window in reservoir.windows()) if reservoir else (),
             codec=codec,
             scaling=reservoir.scaling if reservoir else attention.scaling,
             softcap=attention.softcap,
@@ -78,6 +78,11 @@ class Source:
         projection: Projection | None = attention.key if attention.key_norm is None else None
         bias = self._read(projection.bias) if projection else None
         return None if bias is None else torch.stack([bias[span] for span in projection.heads])
+
+
+def _plain(x: torch.Tensor) -> torch.Tensor:
+    # Statistics that were just collected are inference tensors, which gradients refuse.
+    return x.clone() if x.is_inference() else x
 
 
 def given_of(measured: LayerStats, name: str) -> Measured:

@@ -31,10 +31,10 @@ SIDES = ("key", "value")
 Progress = Callable[[int, int], None]
 
 
-def fit_name(spec: HeadSpec, side: str, place: int, objective: str = "block") -> str:
+def fit_name(spec: HeadSpec, side: str, place: int, end_to_end: str | None = None) -> str:
     """Name of the fit of a chain's step: a hash of all that decides it beside the model and the statistics.
 
-    objective   ``block`` (a layer's attention output) or ``logits`` (end to end).
+    end_to_end   hash of the recipe whose layers were learned together; None: each layer by its attention output.
     """
     steps = [step.to_dict() for step in getattr(spec.transforms, side)]
     facts = {
@@ -44,11 +44,8 @@ def fit_name(spec: HeadSpec, side: str, place: int, objective: str = "block") ->
         "after": [step for step in steps[place + 1 :] if step["kind"] == "hadamard"],
         "codec": getattr(spec, side).to_dict(),
         "tokens": spec.tokens.to_dict(),
-        "objective": objective,
+        "end_to_end": end_to_end,
     }
-    if objective == "logits":
-        # Both sides of all layers are learned together.
-        facts["all"] = repr(spec)
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
 
 
@@ -68,8 +65,8 @@ def find_learned(
     """Tensors of a learned step from the statistics, end-to-end ones first. Raises RecipeError if there are none."""
     kind = getattr(spec.transforms, side)[place].kind
     prefix = f"{layer}.{side}.{place}."
-    for objective in ("logits", "block"):
-        fit = stats.fits.get(fit_name(spec, side, place, objective))
+    for together in (recipe.hash, None):
+        fit = stats.fits.get(fit_name(spec, side, place, together))
         found = {n.removeprefix(prefix): t for n, t in (fit.tensors if fit else {}).items() if n.startswith(prefix)}
         if found:
             return found
@@ -102,7 +99,7 @@ def learn_fits(
     if progress:
         progress(0, len(jobs))
     for layer, side, spec in dict.fromkeys((layer, side, spec) for layer, side, spec, _ in jobs):
-        codec = build_codec(getattr(spec, side), layer.head_dim, {"scale": torch.ones(())})
+        codec = build_codec(getattr(spec, side), layer.head_dim, {"scale": torch.ones(())}, layer.kv_heads)
         evidence = source.evidence(layer, side, spec, codec)
         step = partial(_learn_one, spec, layer.index, side, state_folder, _run(stats), done)
         fit_steps(getattr(spec.transforms, side), evidence, step)

@@ -30,13 +30,28 @@ DEFAULT_NEEDS = frozenset(
     + ["massive", "sinks"]
 )
 
+
+def _codec_needs(spec: CodecSpec, side: str) -> Iterable[str]:
+    """Static scales (histograms if some numbers may be clipped), static ranges of channels (quantiles if outliers lie
+    outside), places of channels. What codebooks are learned from is no statistic of this kind
+    (``kvq.calib.codebooks``).
+    """
+    tensor = "key_pre" if spec.placement == "pre_rope" else side
+    if spec.is_calibrated:
+        yield f"{tensor}.range"
+    if spec.codec == "book" and spec.scale == "calibrated" and spec.outliers is not None:
+        yield f"{tensor}.histogram"
+    if spec.method in ("percentile", "mse"):
+        yield f"{tensor}.histogram"
+
+
 # All that is measured on sliding-window layers: kvq leaves them exact, and serving engines want their scales.
 WINDOW_NEEDS = frozenset(f"{side}.{kind}" for side in ("key", "value") for kind in ("range", "histogram"))
 
 # side is "key" or "value".
-CODEC_NEEDS: dict[str, Callable[[CodecSpec, str], Iterable[str]]] = {
-    "float8": lambda spec, side: _float8_needs(spec, side),
-}
+CODEC_NEEDS: dict[str, Callable[[CodecSpec, str], Iterable[str]]] = dict.fromkeys(
+    ("affine", "book", "float4", "float8"), _codec_needs
+)
 _MOMENTS = {
     "key": ("key.range", "key.moments", "query.range", "query.moments"),
     "value": ("value.range", "value.moments"),
@@ -77,12 +92,6 @@ def check_needs(needs: Iterable[str]) -> frozenset[str]:
     return needs
 
 
-def _float8_needs(spec: CodecSpec, side: str) -> list[str]:
-    if spec.scale != "calibrated":
-        return []
-    return [f"{side}.range"] + ([f"{side}.histogram"] if spec.method in ("percentile", "mse") else [])
-
-
 def _head_needs(head: HeadSpec) -> set[str]:
     found: set[str] = set()
     for side in ("key", "value"):
@@ -91,8 +100,11 @@ def _head_needs(head: HeadSpec) -> set[str]:
         steps = getattr(head.transforms, side)
         for step in steps:
             found |= set(TRANSFORM_NEEDS.get(step.kind, lambda *_: ())(step, side))
-        # What a step has turned is measured again, on token vectors.
-        turned = [step.kind for step in steps if step.kind != "smooth"]
-        if turned and (codec.scale == "calibrated" or any(step.kind == "smooth" for step in steps[1:])):
+        # What a step has turned, or will move, is measured on token vectors.
+        kinds = [step.kind for step in steps]
+        measured_again = codec.scale == "calibrated" or "smooth" in kinds
+        if measured_again and set(kinds) - {"smooth", "hadamard", "rope_bias"}:
+            found.add("reservoir")
+        if codec.scale == "calibrated" and "hadamard" in kinds:
             found.add("reservoir")
     return found

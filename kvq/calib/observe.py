@@ -113,7 +113,7 @@ class Observer:
         self._measure(index, "value", "values", value)
         plan = self.layers[index]
         if plan.on("key_pre"):
-            before = key if plan.rope is None else plan.rope.undo(_wide(key), self.batch.positions.to(key.device))
+            before = key if plan.rope is None else plan.rope.undo(key, self.batch.positions.to(key.device))
             self._measure(index, "key_pre", "keys", before)
 
     def _attention(self, index: int, query: torch.Tensor, options: AttentionOptions) -> None:
@@ -128,7 +128,7 @@ class Observer:
             self._add(index, "value.weighted_moments", Moments.observe(clean, weights))
         if "sinks" in plan.needs:
             weights, counts = probe_weights(query, key, valid, options, PROBES)
-            self._add(index, "sinks", Sinks.observe(weights, batch.tokens, valid, batch.priority, counts))
+            self._add(index, "sinks", Sinks.observe(weights, key, value, batch.tokens, valid, batch.priority, counts))
         # A layer that only reads another's keys adds nothing to its reservoir.
         if "reservoir" in plan.needs and "reservoir" not in self._parts[index]:
             chosen = {"rows": batch.kept, "priority": batch.priority, "capacity": plan.capacity}
@@ -163,8 +163,3 @@ class Observer:
 
     def _valid(self, x: torch.Tensor) -> torch.Tensor | None:
         return None if self.batch.valid is None else self.batch.valid.to(x.device)
-
-
-def _wide(x: torch.Tensor) -> torch.Tensor:
-    """Rotating in 16 bits would round a second time."""
-    return x if x.dtype in (torch.float32, torch.float64) else x.float()

@@ -1,4 +1,4 @@
-"""Static FP8 scales from statistics: what a stored 1.0 of E4M3 stands for.
+"""Static scales from statistics: what a stored 1.0 stands for. FP4: the largest magnitude / 2688. FP8, by method:
 
     max          the largest magnitude seen / 448: nothing that was seen is clipped.
     percentile   the magnitude that ``percentile`` of all numbers stay below / 448: rarer ones are clipped.
@@ -17,6 +17,7 @@ from kvq.calib.kinds.histogram import bin_edges
 from kvq.calib.stats import LayerStats
 from kvq.codec_specs import CodecSpec
 from kvq.errors import DataError
+from kvq.quantizers.float4 import E2M1_MAX
 from kvq.quantizers.float8 import E4M3_MAX, Float8Codec
 
 # Points in a bin of a histogram, which is as wide as a step of E4M3; octaves searched below the largest magnitude, and
@@ -25,33 +26,43 @@ _POINTS = 16
 _OCTAVES, _STEPS = 4, 8
 
 
-def float8_scale(
-    spec: CodecSpec, absmax: torch.Tensor, index: int, side: str, layer: LayerStats | None = None
-) -> torch.Tensor:
-    """Scale of one layer and side, float64: [] for granularity tensor, [kv_heads] for head; 1.0 where all was zero.
+def float4_scale(absmax: torch.Tensor, index: int, tensor: str) -> torch.Tensor:
+    """Global scale of NVFP4, float64 []; 1.0 where all was zero. ``absmax`` [K, head_dim].
 
-    absmax   [kv_heads, head_dim], of what is stored.
+    Raises DataError if the statistics are not finite.
+    """
+    scale = _finite(absmax, index, tensor).max() / (E2M1_MAX * E4M3_MAX)
+    return torch.where(scale > 0, scale, 1.0)
+
+
+def float8_scale(
+    spec: CodecSpec,
+    absmax: torch.Tensor,
+    index: int,
+    tensor: str,
+    layer: LayerStats | None = None,
+    heads: tuple[int, ...] | None = None,
+) -> torch.Tensor:
+    """Scale of K heads of one layer, float64: [] for granularity tensor, [K] for head; 1.0 where all was zero.
+
+    absmax   [K, head_dim], of what is stored.
+    tensor   what the statistics call it: key, key_pre or value.
     layer    statistics of what is stored, for methods that need more; None after transforms.
+    heads    which heads of the layer these are; None: all.
 
     Raises DataError if the statistics are not finite or hold no histogram that the method needs.
     """
-    absmax = absmax.double().amax(-1)
-    if not bool(absmax.isfinite().all()):
-        worst = float(absmax.max())
-        raise DataError(
-            f"the statistics of layer {index} hold a {side} maximum of {worst}, and a scale must be finite: calibrate "
-            "again in float32 or bfloat16."
-        )
+    absmax = _finite(absmax, index, tensor).amax(-1)
     by_head = spec.granularity == "head"
     largest = absmax if by_head else absmax.max().reshape(1)
     scales = largest / E4M3_MAX
     if spec.method in ("percentile", "mse"):
         if layer is None:
             raise DataError(
-                f"{side}.method={spec.method} reads a histogram, and there is none of {side}s after transforms: use "
-                "max."
+                f"method={spec.method} reads a histogram, and there is none of {tensor}s after transforms: use max."
             )
-        counts = layer[f"{side}.histogram"].counts.sum(1)
+        counts = layer[f"{tensor}.histogram"].counts.sum(1)
+        counts = counts if heads is None else counts[list(heads)]
         counts = counts if by_head else counts.sum(0, keepdim=True)
         if spec.method == "percentile":
             scales = torch.stack([_percentile(c, top, spec.percentile) for c, top in zip(counts, largest)]) / E4M3_MAX
@@ -59,6 +70,16 @@ def float8_scale(
             scales = torch.stack([_least_error(c, scale) for c, scale in zip(counts, scales)])
     scales = torch.where(scales > 0, scales, 1.0)
     return scales if by_head else scales[0]
+
+
+def _finite(absmax: torch.Tensor, index: int, tensor: str) -> torch.Tensor:
+    if not bool(absmax.isfinite().all()):
+        worst = float(absmax.max())
+        raise DataError(
+            f"the statistics of layer {index} hold a {tensor} maximum of {worst}, and a scale must be finite: "
+            "calibrate again in float32 or bfloat16."
+        )
+    return absmax.double()
 
 
 def _percentile(counts: torch.Tensor, largest: torch.Tensor, percentile: float) -> torch.Tensor:

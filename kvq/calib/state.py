@@ -57,7 +57,7 @@ class RunState:
     def save(self, tree: Tree[Layers]) -> None:
         """Write the nodes that are not on disk yet, then remove those that went into them."""
         start = time.monotonic()
-        self.folder.mkdir(exist_ok=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
         try:
             for node, layers in tree.nodes.items():
                 path = self._path(node)

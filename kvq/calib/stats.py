@@ -17,7 +17,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from kvq.calib.data import DataIdentity
 from kvq.calib.file import read_file, write_file
-from kvq.calib.kinds import KINDS, Statistic, to_cpu
+from kvq.calib.kinds import STORED, Statistic, to_cpu
 from kvq.calib.needs import WINDOW_NEEDS
 from kvq.errors import CheckpointError, DataError
 from kvq.models.describe import ModelSpec, describe
@@ -231,7 +231,7 @@ class Stats:
         layers = {
             int(index): LayerStats(
                 {
-                    need: KINDS[need.rpartition(".")[2]].restore(_named(tensors, f"layers.{index}.{need}."), facts)
+                    need: STORED[need.rpartition(".")[2]].restore(_named(tensors, f"layers.{index}.{need}."), facts)
                     for need, facts in parts.items()
                 }
             )

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from kvq.commands.common import Output, check_writable, json_option, progress_bar, quiet_transformers
+from kvq.commands.common import Output, check_writable, json_option, progress_bars, quiet_transformers
 
 USAGE_ERROR = 2
 DTYPES = ("float32", "bfloat16", "float16")
@@ -35,7 +35,12 @@ class Bytes(click.ParamType):
 @click.command("calibrate")
 @click.argument("model")
 @click.option("-o", "--output", "out", metavar="STATS", required=True, help="File to write, e.g. stats.safetensors.")
-@click.option("--for", "recipe", metavar="RECIPE", help="Measure only what this recipe (name or file) reads.")
+@click.option(
+    "--for", "recipes", metavar="RECIPE,...", help="Measure only what these recipes (names or files) read, and learn."
+)
+@click.option(
+    "--end-to-end", is_flag=True, help="With --for: learn transforms further, on the logits of the whole model."
+)
 @click.option("--full", is_flag=True, help="Measure everything, second moments and token vectors too.")
 @click.option("--data", default="builtin", show_default=True, metavar="builtin|FILE|HUB_ID", help="Calibration text.")
 @click.option("--field", metavar="COLUMN", help="Column of the text.  [default: messages, else text]")
@@ -54,11 +59,11 @@ class Bytes(click.ParamType):
     "--reservoir", default="512MB", show_default=True, type=Bytes(), help="Token vectors to keep, all layers together."
 )
 @json_option
-def command(model: str, out: str, recipe: str | None, full: bool, output: Output, **settings) -> None:
+def command(model: str, out: str, recipes: str | None, full: bool, output: Output, **settings) -> None:
     """Measure keys, values and queries of MODEL over text, and save the statistics.
 
-    Without --for or --full: ranges, quantiles, attention sinks and massive activations. An interrupted run continues
-    when the same command is given again.
+    Without --for or --full: ranges, quantiles, attention sinks and massive activations. With --for, transforms that are
+    learned are learned too, layer by layer. An interrupted run continues when the same command is given again.
 
     \b
     Examples:
@@ -66,13 +71,16 @@ def command(model: str, out: str, recipe: str | None, full: bool, output: Output
       kvq calibrate ./my-model -o stats.safetensors --data chats.jsonl --samples 128 --full
       kvq calibrate ./large-model -o stats.safetensors --memory-limit 16GB
       kvq calibrate builtin -o stats.safetensors --for fp8
+      kvq calibrate builtin -o stats.safetensors --for spinquant3,qoq4
 
     Several processes share the windows under torchrun:
 
     \b
       torchrun --nproc-per-node 2 -m kvq.cli calibrate ./my-model -o stats.safetensors
     """
-    if recipe and full:
+    if settings["end_to_end"] and not recipes:
+        raise click.UsageError("--end-to-end learns what a recipe asks for: name one with --for.")
+    if recipes and full:
         raise click.UsageError("--for and --full exclude each other: leave one of them out.")
     check_writable(out)
     quiet_transformers()
@@ -81,7 +89,7 @@ def command(model: str, out: str, recipe: str | None, full: bool, output: Output
 
     with ranks() as processes:
         try:
-            _calibrate(model, Path(out), recipe, full, processes, output, settings)
+            _calibrate(model, Path(out), _split(recipes), full, processes, output, settings)
         except KvqError:
             # All processes fail alike, and one of them says so.
             if processes.is_first:
@@ -89,7 +97,9 @@ def command(model: str, out: str, recipe: str | None, full: bool, output: Output
             sys.exit(USAGE_ERROR)
 
 
-def _calibrate(model: str, path: Path, recipe: str | None, full: bool, processes, output: Output, settings) -> None:
+def _calibrate(
+    model: str, path: Path, recipes: tuple[str, ...], full: bool, processes, output: Output, settings
+) -> None:
     from kvq.calib.calibrate import by_layer, calibrate
     from kvq.calib.data import load_documents
     from kvq.calib.windows import token_windows
@@ -99,7 +109,7 @@ def _calibrate(model: str, path: Path, recipe: str | None, full: bool, processes
 
     folder = resolve_model(model)
     spec = describe(load_config(folder))
-    options = _options(recipe, full, spec, settings)
+    options = _options(recipes, full, spec, settings)
     sweeps = len(spec.layers) if by_layer(folder, options, processes) else 1
     tokenizer = load_tokenizer(folder)
     windows = token_windows(
@@ -114,20 +124,23 @@ def _calibrate(model: str, path: Path, recipe: str | None, full: bool, processes
     )
     state_folder = path.with_name(f".{path.name}.partial")
     tokens_per_step = windows.identity.tokens / len(windows.tokens) * processes.world / sweeps
-    with progress_bar("Calibrating", tokens_per_step=tokens_per_step, silent=not processes.is_first) as step:
+    bars = {"tokens_per_step": tokens_per_step, "silent": not processes.is_first}
+    with progress_bars("Calibrating", "Learning codebooks", **bars) as (step, learning):
         stats = calibrate(
             folder,
             windows,
             options,
             state_folder=state_folder,
             progress=step,
+            learning=learning,
             ranks=processes,
             model_name=Path(model).name,
             tokenizer=tokenizer,
         )
     if stats is None:
         return
-    stats = _learn(stats, recipe, spec, folder, state_folder)
+    tokens = windows.tokens if settings["end_to_end"] else None
+    stats = _learn(stats, options.recipes, spec, folder, state_folder, tokens)
     stats.save(path)
     _remove(state_folder)
     data = stats.data
@@ -148,33 +161,52 @@ def _calibrate(model: str, path: Path, recipe: str | None, full: bool, processes
     )
 
 
-def _learn(stats, recipe: str | None, spec, folder: Path, state_folder: Path):
-    """The statistics with what the recipe's learned transforms learn on them."""
+def _split(text: str | None) -> tuple[str, ...]:
+    return tuple(name.strip() for name in (text or "").split(",") if name.strip())
+
+
+def _learn(stats, recipes, spec, folder: Path, state_folder: Path, tokens=None):
+    """The statistics with what the recipes' learned transforms learn on them; ``tokens`` [N, T] to learn end to end."""
     from kvq.calib.learn import learn_fits
-    from kvq.recipe import load_recipe
 
-    if not recipe:
+    for recipe in recipes:
+        with progress_bars("Learning transforms") as (step,):
+            stats = learn_fits(recipe, spec, stats, folder, state_folder=state_folder, progress=step)
+    if tokens is None:
         return stats
-    with progress_bar("Learning") as step:
-        return learn_fits(load_recipe(recipe), spec, stats, folder, state_folder=state_folder, progress=step)
+    from kvq.integrations.end_to_end import learn_end_to_end
+    from kvq.models.resolve import load_model
+
+    model = load_model(folder)
+    for recipe in recipes:
+        with progress_bars("Learning end to end") as (step,):
+            stats = learn_end_to_end(model, recipe, stats, tokens, folder, state_folder=state_folder, progress=step)
+    return stats
 
 
-def _options(recipe: str | None, full: bool, spec, settings):
+def _options(recipes: tuple[str, ...], full: bool, spec, settings):
     import torch
 
+    from kvq.cache.plan import check_transforms
     from kvq.calib.calibrate import Options
     from kvq.calib.needs import ALL_NEEDS, DEFAULT_NEEDS, needs_of
     from kvq.errors import RecipeError
     from kvq.recipe import load_recipe
 
     needs = ALL_NEEDS if full else DEFAULT_NEEDS
-    if recipe:
-        needs = needs_of(load_recipe(recipe), spec)
+    loaded = tuple(load_recipe(recipe) for recipe in recipes)
+    if loaded:
+        for recipe in loaded:
+            check_transforms(recipe, spec)
+        needs = frozenset().union(*(needs_of(recipe, spec) for recipe in loaded))
         if not needs:
-            raise RecipeError(f"recipe {recipe!r} reads no statistics: use it as it is, or calibrate without --for.")
+            raise RecipeError(
+                f"recipe {', '.join(map(repr, recipes))} reads no statistics: use it as it is, or calibrate without "
+                "--for."
+            )
     return Options(
         needs=needs,
-        strict=bool(recipe),
+        strict=bool(recipes),
         batch_size=settings["batch_size"],
         seed=settings["seed"],
         reservoir_bytes=settings["reservoir"],
@@ -182,6 +214,7 @@ def _options(recipe: str | None, full: bool, spec, settings):
         device_map=settings["device_map"],
         layer_by_layer=True if settings["layer_by_layer"] else None,
         memory_limit=settings["memory_limit"],
+        recipes=loaded,
     )
 
 

@@ -1,6 +1,7 @@
 """What the commands share: options, where results go, progress bars, and silence from the libraries."""
 
 import contextlib
+import functools
 import json
 import logging
 import math
@@ -190,3 +191,18 @@ def progress_bar(
 
         running = ""
         yield step
+
+
+@contextlib.contextmanager
+def progress_bars(*titles: str, **settings) -> Iterator[list[Callable[[int, int], None]]]:
+    """One ``progress_bar`` after the other: each appears with its first step, in the place of the one before."""
+    with contextlib.ExitStack() as shown:
+        bars: dict[str, Callable[[int, int], None]] = {}
+
+        def step(title: str, done: int, total: int, what: str = "") -> None:
+            if title not in bars:
+                shown.close()
+                bars[title] = shown.enter_context(progress_bar(title, **settings))
+            bars[title](done, total, what)
+
+        yield [functools.partial(step, title) for title in titles]

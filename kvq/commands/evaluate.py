@@ -40,7 +40,7 @@ def command(
       stream    what token-by-token decoding would have read (the default)
       prefill   the prompt exactly, the continuation through the packed prompt
       chunked   as stream, with the text fed in chunks
-      simulate  everything quantized, nothing exact: for comparison with papers
+      simulate  everything quantized but the sinks, no exact window: for comparison with papers
 
     \b
     Examples:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from kvq.cache import CachePlan, make_plan
-from kvq.calib.artefacts import needed_artefacts
+from kvq.calib.artefacts import stand_in_artefacts
 from kvq.models.describe import ModelSpec
 from kvq.recipe import Recipe
 
@@ -64,8 +64,7 @@ def memory_plan(spec: ModelSpec, recipe: Recipe) -> MemoryPlan:
     Raises RecipeError as ``make_plan`` does.
     """
     model = replace(spec, dtype=torch.float16)
-    stand_ins = {name: torch.ones(shape) for name, shape in needed_artefacts(recipe, model).items()}
-    plan = make_plan(recipe, model, stand_ins)
+    plan = make_plan(recipe, model, stand_in_artefacts(recipe, model))
     plain = CachePlan(recipe=recipe, model=model, layers={})
     lengths = []
     for tokens in LENGTHS:

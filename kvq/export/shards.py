@@ -61,14 +61,27 @@ def _fold_file(source: Path, target: Path, operations: Mapping[str, tuple[Operat
             write.write(_folded(read.read(end - begin), name, entry, operations[name]))
             position = end
         read.seek(start + position)
-        shutil.copyfileobj(read, write, _CHUNK)
+        _copy(read, write, os.fstat(read.fileno()).st_size - read.tell())
 
 
 def _copy(read, write, count: int) -> None:
-    while count:
-        chunk = read.read(min(count, _CHUNK))
+    """Copy ``count`` bytes from where ``read`` stands."""
+    write.flush()
+    start, copied = read.tell(), 0
+    try:
+        # Within the kernel, where it can.
+        while copied < count:
+            copied += os.sendfile(write.fileno(), read.fileno(), start + copied, count - copied)
+        write.seek(0, os.SEEK_END)
+    except (OSError, AttributeError):
+        write.seek(0, os.SEEK_END)
+    read.seek(start + copied)
+    while copied < count:
+        chunk = read.read(min(count - copied, _CHUNK))
+        if not chunk:
+            raise OSError("the file became shorter while it was read")
         write.write(chunk)
-        count -= len(chunk)
+        copied += len(chunk)
 
 
 def _folded(content: bytes, name: str, entry: dict, operations: tuple[Operation, ...]) -> memoryview:

@@ -13,12 +13,13 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from kvq.kernels.spec import PageLayout, SideLayout
+from kvq.kernels.spec import ATOM, PageLayout, SideLayout
 
 # Tokens a split takes at least: below this the merge costs more than a second core gains.
 SPLIT_TOKENS = 512
 # Stands for "no learned sink": its share of the softmax is zero.
 LOWEST = -1e30
+DTYPES = (torch.float32, torch.float64)
 
 
 @lru_cache(maxsize=1)
@@ -29,8 +30,8 @@ def unavailable() -> str | None:
 
 @lru_cache(maxsize=256)
 def supports(layout: PageLayout) -> bool:
-    """True for layouts whose numbers are code * scale + minimum, or e4m3 bytes."""
-    return layout.key.is_plain and layout.value.is_plain
+    """True for layouts whose numbers are code * scale + minimum, or e4m3 bytes, and whose groups fill whole lanes."""
+    return all(s.is_plain and (s.axis == "channel" or s.group % ATOM == 0) for s in (layout.key, layout.value))
 
 
 @lru_cache(maxsize=256)
@@ -95,6 +96,26 @@ def decode_row(
     return out
 
 
+@lru_cache(maxsize=256)
+def appends(side: SideLayout) -> bool:
+    """True for sides that ``append_token`` can write: an fp16 pair (scale, minimum) per group of a token's channels."""
+    return side.is_plain and side.format == "affine" and side.axis == "token" and not unavailable()
+
+
+def append_token(tokens: torch.Tensor, records: torch.Tensor, layout: PageLayout, side: str, slot: int, keep) -> bool:
+    """Quantize one token with the plain min-max grid and write it to its page: the bytes of the torch reference.
+
+    tokens   [K, D] float32 or float64.
+    records  [K, record_bytes] uint8, those of one page.
+    keep     uint16 numpy array: the bits of a row of words that belong to tokens before this one.
+
+    Returns False if the numbers cannot be stored (NaN, infinite, beyond fp16).
+    """
+    own, numbers = layout.side(side), tokens.numpy()
+    sizes = layout.offsets[f"{side}_words"], own.words_bytes, layout.offsets[f"{side}_meta"]
+    return _compiled_append(numbers.dtype.name)(numbers, records.numpy(), sizes, _side_numbers(own), slot, keep)
+
+
 def _share(attend_units, units: int, threads: int, arguments: tuple) -> None:
     """Run the units on this thread and, where there is enough to do, on others: the loops hold no lock."""
     shares = min(threads, units)
@@ -119,5 +140,14 @@ def _compiled(dtype: str):
     import numba
 
     from kvq.kernels.cpu_loops import compiled
+
+    return compiled(getattr(numba.types, dtype))
+
+
+@lru_cache(maxsize=2)
+def _compiled_append(dtype: str):
+    import numba
+
+    from kvq.kernels.cpu_append_loops import compiled
 
     return compiled(getattr(numba.types, dtype))

@@ -26,6 +26,8 @@ _GROWTH = 4096
 class Rope:
     """Rotates keys [B, K, T, D] to absolute positions and back.
 
+    Keys of 16 bits come out in float32: rounding angles and results to 16 bits would add an error of its own.
+
     channels   how many of the D channels rotate; the others pass through.
     factor     squared length that rotating adds (YaRN's attention factor squared), 1 for most models.
     """
@@ -39,11 +41,13 @@ class Rope:
 
     def rotate(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Keys as they are before RoPE to keys at ``positions`` [B or 1, T]."""
+        x = _wide(x)
         cos, sin = self._cos_sin(positions, x)
         return self._applied(x, cos, sin)
 
     def undo(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Inverse of ``rotate``."""
+        x = _wide(x)
         cos, sin = self._cos_sin(positions, x)
         out = self._applied(x, cos, -sin)
         if self.factor != 1:
@@ -74,15 +78,15 @@ class Rope:
         return torch.cat([rotated, x[..., self.channels :]], dim=-1)
 
     def _cos_sin(self, positions: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin of positions [B, T], each [B, T, channels], in float32 or float64 as x."""
-        dtype = x.dtype if x.dtype == torch.float64 else torch.float32
+        """cos and sin of positions [B, T], each [B, T, channels], in the dtype of x (float32 or float64)."""
+        dtype = x.dtype
         longest = int(positions.max()) + 1 if positions.numel() else 1
         held = self.table.get(dtype)
         if held is None or held[0].shape[0] < longest:
             held = _tabulate(self.module, self.arguments, -(-longest // _GROWTH) * _GROWTH, dtype)
             self.table[dtype] = held
         cos, sin = (part[positions].to(x.device) for part in held)
-        return (cos, sin) if dtype == x.dtype else (cos.to(x.dtype), sin.to(x.dtype))
+        return cos, sin
 
 
 def rope_of(config: PretrainedConfig) -> Rope:
@@ -114,6 +118,10 @@ def rope_of(config: PretrainedConfig) -> Rope:
         raise _refusal(name, f"its rotary embedding works differently ({type(error).__name__})") from None
     _check_inverse(rope, name)
     return rope
+
+
+def _wide(x: torch.Tensor) -> torch.Tensor:
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
 def _parameters(config: PretrainedConfig) -> dict[str, Any]:

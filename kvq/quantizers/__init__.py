@@ -37,6 +37,7 @@ __all__ = [
     "SketchCodec",
     "TiersCodec",
     "build_codec",
+    "codec_tensors",
 ]
 
 CODECS = {
@@ -49,12 +50,25 @@ CODECS = {
 }
 
 
+def codec_tensors(spec: CodecSpec, head_dim: int, heads: int) -> dict[str, tuple[int, ...]]:
+    """Shapes by name of what calibration must make for a codec (``kvq.calib.artefacts`` says what each is)."""
+    found: dict[str, tuple[int, ...]] = {}
+    if spec.scale == "calibrated":
+        scales = (heads,) if spec.granularity == "head" else ()
+        found |= {"range": (heads, head_dim, 2)} if spec.codec == "book" else {"scale": scales}
+    if spec.levels == "calibrated":
+        found |= {"levels": (2**spec.bits,), "edges": (2**spec.bits - 1,)}
+    if spec.permute is not None:
+        found["order"] = (heads, head_dim)
+    return found
+
+
 def build_codec(
     spec: CodecSpec, head_dim: int, artefacts: Mapping[str, torch.Tensor] | None = None, heads: int = 1
 ) -> Codec:
     """Build the codec of a recipe's key or value for one head dimension.
 
-    artefacts   what calibration made for this codec, by name (``kvq.calib.artefacts``).
+    artefacts   what calibration made for this codec, by name (``kvq.calib.artefacts``); a codec has one scale.
     heads       KV heads that are stored together; some codecs share numbers among them.
     """
     codec = base = _base(spec, head_dim, artefacts or {})

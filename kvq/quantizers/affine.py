@@ -53,6 +53,11 @@ class AffineCodec:
         return self.group if self.axis == "channel" else 1
 
     @property
+    def is_min_max(self) -> bool:
+        """True for the plain grid from a group's minimum to its maximum, stored as fp16: what kernels encode."""
+        return self.clip == 1 and not self.symmetric and not self.shared and self.meta == "float16"
+
+    @property
     def page_tokens(self) -> int:
         """Smallest page that holds whole groups."""
         return max(DEFAULT_PAGE_TOKENS, self.block_tokens)

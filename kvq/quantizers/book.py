@@ -76,22 +76,36 @@ class BookCodec:
         if self.meta_terms == 0:
             refuse_unstorable("float16", x)
             return Encoded(codes=self._codes(self.normalised(x)), sections={})
-        grouped = self.grouping.split(x)
-        numbers = self._measured(grouped)
-        refuse_unstorable("float16", *numbers)
-        sections = {"meta": torch.stack([number.to(META_DTYPE) for number in numbers], dim=-1)}
-        scale, offset = (self.grouping.spread(part) for part in self.pair(sections, x.dtype))
-        codes = self._codes((grouped - offset) / scale.masked_fill(scale == 0, torch.inf))
-        return Encoded(codes=self.grouping.join(codes), sections=sections)
+        sections = self._measured(x)
+        return Encoded(codes=self._codes(self._normalised(x, sections)), sections=sections)
 
     def normalised(self, x: torch.Tensor) -> torch.Tensor:
-        """What static codes compare with the levels, for x [..., K, T, head_dim]."""
-        if self.static is None:
-            return x
-        scale, offset = self._statics(x)
-        return (x - offset) / scale
+        """What is compared with the levels, for x [..., K, T, head_dim]; the same shape."""
+        if self.static is not None:
+            scale, offset = self._statics(x)
+            return (x - offset) / scale
+        return x if self.meta_terms == 0 else self._normalised(x, self._measured(x))
 
-    def _measured(self, grouped: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def scales(self, x: torch.Tensor) -> torch.Tensor:
+        """What ``normalised`` divides by, for every number of x."""
+        if self.static is not None:
+            return self._statics(x)[0].expand_as(x)
+        if self.meta_terms == 0:
+            return torch.ones_like(x)
+        scale, _ = self.pair(self._measured(x), x.dtype)
+        return self.grouping.join(self.grouping.spread(scale).expand_as(self.grouping.split(x)))
+
+    def _normalised(self, x: torch.Tensor, sections: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        scale, offset = (self.grouping.spread(part) for part in self.pair(sections, x.dtype))
+        return self.grouping.join((self.grouping.split(x) - offset) / scale.masked_fill(scale == 0, torch.inf))
+
+    def _measured(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The metadata of x as it is stored."""
+        numbers = self._numbers(self.grouping.split(x))
+        refuse_unstorable("float16", *numbers)
+        return {"meta": torch.stack([number.to(META_DTYPE) for number in numbers], dim=-1)}
+
+    def _numbers(self, grouped: torch.Tensor) -> tuple[torch.Tensor, ...]:
         dim = self.grouping.dim
         if self.scale == "absmax":
             return (grouped.abs().amax(dim),)

@@ -51,18 +51,28 @@ class NormedCodec:
     def encode(self, x: torch.Tensor) -> Encoded:
         """Encode x [..., K, T, head_dim]; ``norm`` is fp16 [..., K, T], or [..., T] over all heads."""
         x = wide(x)
-        size = self._mean(x.square()).sqrt()
-        refuse_unstorable("float16", size)
-        if self.correct is None:
-            size = size.to(torch.float16).to(x.dtype)
-        unit = x / self._spread(size).masked_fill(self._spread(size) == 0, torch.inf)
+        unit, _ = self.unit(x)
         encoded = self.inner.encode(unit)
         if self.correct is not None:
             decoded = self.inner.decode(encoded, x.dtype)
             energy = self._mean(decoded.square())
-            found = self._mean(x * decoded) / energy if self.correct == "least_squares" else size / energy.sqrt()
-            size = found.masked_fill(energy == 0, 0)
-        return Encoded(codes=encoded.codes, sections={**encoded.sections, "norm": size.to(torch.float16)})
+            wanted = self._mean(x * decoded) if self.correct == "least_squares" else self._size(x) * energy.sqrt()
+            norm = (wanted / energy).masked_fill(energy == 0, 0)
+        else:
+            norm = self._size(x)
+        return Encoded(codes=encoded.codes, sections={**encoded.sections, "norm": norm.to(torch.float16)})
+
+    def unit(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """x over its length, and the length [..., K or 1, T, 1]; a length that is stored as it is, is rounded first."""
+        size = self._size(x)
+        refuse_unstorable("float16", size)
+        if self.correct is None:
+            size = size.to(torch.float16).to(x.dtype)
+        spread = self._spread(size)
+        return x / spread.masked_fill(spread == 0, torch.inf), spread
+
+    def _size(self, x: torch.Tensor) -> torch.Tensor:
+        return self._mean(x.square()).sqrt()
 
     def _mean(self, x: torch.Tensor) -> torch.Tensor:
         """Mean over the numbers of a vector, [..., K, T] or [..., T]."""

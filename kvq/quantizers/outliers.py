@@ -69,24 +69,28 @@ class SparseCodec:
         ``outlier_value`` (fp16): [..., T, 2 count] along tokens, [..., K, T / block, head_dim, 2 count] along channels.
         """
         x = wide(x)
-        vectors = self._vectors(x)
-        if self.static is None:
-            order = vectors.argsort(dim=-1, stable=True)
-            index = torch.cat([order[..., : self.count], order[..., -self.count :]], dim=-1).sort(-1).values
-            mean = (vectors.sum(-1, keepdim=True) - vectors.gather(-1, index).sum(-1, keepdim=True)) / max(
-                1, vectors.shape[-1] - 2 * self.count
-            )
-            filled = self._back(vectors.scatter(-1, index, mean.expand(index.shape)), x)
-        else:
-            distance = self._vectors(self.static.normalised(x)).abs()
-            index = distance.argsort(dim=-1, descending=True, stable=True)[..., : 2 * self.count].sort(-1).values
-            filled = x
+        filled, index = self.split(x)
         encoded = self.inner.encode(filled)
-        rest = vectors - self._vectors(self.inner.decode(encoded, x.dtype))
-        values = rest.gather(-1, index)
+        values = (self._vectors(x) - self._vectors(self.inner.decode(encoded, x.dtype))).gather(-1, index)
         refuse_unstorable("float16", values)
         sections = {"outlier_index": self._stored(index), "outlier_value": values.half()}
         return Encoded(codes=encoded.codes, sections={**encoded.sections, **sections})
+
+    def split(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the inner codec is given for x, and the outliers' indices (int64, as ``encode`` stores them)."""
+        vectors = self._vectors(x)
+        if self.static is not None:
+            distance = self._vectors(self.static.normalised(x)).abs()
+            return x, distance.argsort(dim=-1, descending=True, stable=True)[..., : 2 * self.count].sort(-1).values
+        order = vectors.argsort(dim=-1, stable=True)
+        index = torch.cat([order[..., : self.count], order[..., -self.count :]], dim=-1).sort(-1).values
+        others = max(1, vectors.shape[-1] - 2 * self.count)
+        mean = (vectors.sum(-1, keepdim=True) - vectors.gather(-1, index).sum(-1, keepdim=True)) / others
+        return self._back(vectors.scatter(-1, index, mean.expand(index.shape)), x), index
+
+    def masked(self, x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        """x with NaN at the outliers."""
+        return self._back(self._vectors(x).scatter(-1, index, torch.nan), x)
 
     def _vectors(self, x: torch.Tensor) -> torch.Tensor:
         """Vectors in the last dimension: [..., T, K * D], or [..., K, blocks, D, block]."""

@@ -39,13 +39,21 @@ class PermutedCodec:
 
     def encode(self, x: torch.Tensor) -> Encoded:
         """Encode x [..., K, T, head_dim]; codes and sections are of the permuted channels."""
-        return self.inner.encode(self._moved(x, self.order.flatten()))
+        return self.inner.encode(self.moved(x))
 
     def decode(self, encoded: Encoded, dtype: torch.dtype) -> torch.Tensor:
         """The numbers in the order of the model's channels, [..., K, T, head_dim]."""
-        return self._moved(self.inner.decode(encoded, dtype), self.order.flatten().argsort())
+        return self.moved_back(self.inner.decode(encoded, dtype))
 
-    def _moved(self, x: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    def moved(self, x: torch.Tensor) -> torch.Tensor:
+        """x with its channels where the inner codec sees them."""
+        return self._taken(x, self.order.flatten())
+
+    def moved_back(self, x: torch.Tensor) -> torch.Tensor:
+        """Inverse of ``moved``."""
+        return self._taken(x, self.order.flatten().argsort())
+
+    def _taken(self, x: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
         return heads_apart(heads_together(x)[..., order.to(x.device, torch.long)], self.head_dim)
 
     # A stored head mixes channels of all heads, so there is no product that stays within one.

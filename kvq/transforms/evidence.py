@@ -64,6 +64,7 @@ class Evidence:
     bias       [K, D]: bias of the key projection, before RoPE, or None.
     shared     one scale must serve all KV heads (a norm that they share stands between the projection and the cache).
     after      later steps that need no numbers (Hadamard), for trying candidates.
+    centred    a later step takes the mean away, so that only what varies costs range.
     exact      first tokens that the recipe keeps exact; window: last ones.
     """
 
@@ -80,6 +81,7 @@ class Evidence:
     bias: torch.Tensor | None = None
     shared: bool = False
     after: Chain = field(default_factory=Chain)
+    centred: bool = False
     exact: int = 0
     window: int = 0
 

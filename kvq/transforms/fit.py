@@ -25,7 +25,7 @@ def fit_steps(
         kind, numbers = KINDS[spec.kind], {}
         if kind.tensors:
             after = build_chain([later for later in specs[i + 1 :] if not KINDS[later.kind].tensors], size)
-            seen = replace(evidence, after=after)
+            seen = replace(evidence, after=after, centred=any(later.kind == "shift" for later in specs[i + 1 :]))
             numbers = kind.fit(spec, seen) if kind.fit else learn(i, seen)
             found |= {f"transforms.{i}.{name}": tensor.contiguous() for name, tensor in numbers.items()}
         evidence = evidence.through(kind.build(spec, size, numbers))

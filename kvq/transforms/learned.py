@@ -11,6 +11,7 @@ policy; SpinQuant's is the cross-entropy of the whole network (``--end-to-end``)
 on windows that are not trained on, and the best one is kept, the identity included.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -27,7 +28,7 @@ from kvq.transforms.steps import Diagonal, Pairs
 
 DEFAULT_STEPS = 200
 # Tokens of a window and queries that one step sees.
-TOKENS, QUERIES = 1024, 64
+TOKENS, QUERIES = 512, 64
 TRIALS = 8
 
 
@@ -43,6 +44,12 @@ class Learnable(Protocol):
     def descend(self, lr_factor: float) -> None:
         """One optimiser step from the gradients; ``lr_factor`` falls from 1 to 0."""
 
+    def state(self) -> dict[str, torch.Tensor]:
+        """All that the next step depends on."""
+
+    def restore(self, state: dict[str, torch.Tensor]) -> None:
+        """Take up a state again."""
+
 
 class _Adam:
     """Parameters under Adam."""
@@ -56,6 +63,20 @@ class _Adam:
             group["lr"] = self.lr * lr_factor
         self.optimiser.step()
         self.optimiser.zero_grad()
+
+    def state(self) -> dict[str, torch.Tensor]:
+        found = {}
+        for i, parameter in enumerate(self.parameters):
+            found[f"{i}"] = parameter.detach().clone()
+            found |= {f"{i}.{name}": x.clone() for name, x in self.optimiser.state.get(parameter, {}).items()}
+        return found
+
+    def restore(self, state: dict[str, torch.Tensor]) -> None:
+        for i, parameter in enumerate(self.parameters):
+            parameter.data.copy_(state[f"{i}"])
+            held = {n.removeprefix(f"{i}."): x.clone() for n, x in state.items() if n.startswith(f"{i}.")}
+            if held:
+                self.optimiser.state[parameter] = held
 
 
 class LearnedPairs(_Adam):
@@ -128,6 +149,12 @@ class LearnedRotation:
         moved = cayley_step(x.detach(), x.grad, self.lr * lr_factor)
         self.parameters = [orthonormal(moved).requires_grad_()]
 
+    def state(self) -> dict[str, torch.Tensor]:
+        return {"0": self.parameters[0].detach().clone()}
+
+    def restore(self, state: dict[str, torch.Tensor]) -> None:
+        self.parameters = [state["0"].clone().requires_grad_()]
+
 
 class LearnedMatrix(_Adam):
     def __init__(self, evidence: Evidence):
@@ -155,6 +182,22 @@ LEARNABLES: dict[str, Callable[[Evidence], Learnable]] = {
     "learned_rotation": LearnedRotation,
     "learned_matrix": LearnedMatrix,
 }
+
+
+def composed(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors of one step that does what two steps of one kind do after each other."""
+    if "matrix" in first:
+        return {"matrix": first["matrix"] @ second["matrix"]}
+    if "scale" in first:
+        return {"scale": first["scale"] * second["scale"]}
+    # Numbers of the second channel of a pair are conjugate, and conjugates multiply alike.
+    a, b, c, d = first["real"], first["imaginary"], second["real"], second["imaginary"]
+    return {"real": a * c - b * d, "imaginary": a * d + b * c, "partner": first["partner"]}
+
+
+def cosine(count: int, steps: int) -> float:
+    """Factor of the learning rate after ``count`` of ``steps`` steps: from 1 to 0, as all of the papers do."""
+    return 0.5 * (1 + math.cos(math.pi * count / steps))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,8 +239,7 @@ def learn(spec: TransformSpec, evidence: Evidence) -> Learned:
         probe = Probe.of(evidence, window, _random_rows(window, generator))
         loss = probe.error(evidence, stored(evidence, probe, learnable.step(), quantize))
         loss.backward()
-        # Cosine, as all of the papers do.
-        learnable.descend(0.5 * (1 + float(torch.cos(torch.tensor(torch.pi * count / steps)))))
+        learnable.descend(cosine(count, steps))
         losses.append(float(loss.detach()))
     return Learned(numbers=best, losses=losses, trials=trials)
 

@@ -37,8 +37,8 @@ class Probe:
         first, block = min(evidence.exact, tokens), evidence.codec.block_tokens
         packed = slice(first, first + (tokens - first) // block * block)
         column = torch.arange(tokens)
-        # Recent tokens are exact: a query reads what lies at least a window behind it.
-        read = column <= rows.unsqueeze(1) - evidence.window
+        # Recent tokens and the query's own are exact.
+        read = column < rows.unsqueeze(1) - evidence.window
         read &= (column >= packed.start) & (column < packed.stop)
         hidden = column > rows.unsqueeze(1)
         scores = _scores(evidence, query, key).masked_fill(hidden, -torch.inf)
@@ -106,7 +106,9 @@ def probes_error(evidence: Evidence, probes: list[Probe], step, quantize: Callab
 def stored(evidence: Evidence, probe: Probe, step, quantize: Callable) -> torch.Tensor:
     """What packed tokens of a probe are read as, in the model's basis, [K, packed, D]."""
     x = (probe.key if evidence.side == "key" else probe.value)[:, probe.packed]
-    return step.undo(evidence.after.undo(quantize(evidence.after.write(step.write(x)))))
+    written = step.write(x)
+    mean = step.write(evidence.mean(evidence.side).to(x).unsqueeze(-2)) if evidence.centred else 0
+    return step.undo(evidence.after.undo(quantize(evidence.after.write(written - mean))) + mean)
 
 
 def fake_quantized(x: torch.Tensor, codec: Codec) -> torch.Tensor:

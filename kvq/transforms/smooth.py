@@ -63,8 +63,11 @@ def _exponents(spec: TransformSpec) -> list[tuple[float, float]]:
 
 
 def _stored(evidence: Evidence, name: str) -> torch.Tensor:
-    """Magnitudes of what is stored, [K, D]."""
-    return _joined(getattr(evidence, name)(evidence.side), evidence)
+    """Magnitudes of what is stored, [K, D]; of its distance from the mean if a later step takes that away."""
+    if not evidence.centred:
+        return _joined(getattr(evidence, name)(evidence.side), evidence)
+    distance = (evidence.tokens(evidence.side) - evidence.mean(evidence.side).unsqueeze(-2)).abs()
+    return _joined(distance.amax(-2) if name == "absmax" else distance.mean(-2), evidence)
 
 
 def _reader(evidence: Evidence) -> torch.Tensor:

@@ -5,10 +5,10 @@ import torch
 from transformers import DynamicCache
 
 from kvq.cache import cache_nbytes, make_plan, pack_cache
-from kvq.calib.artefacts import needed_artefacts
+from kvq.calib.artefacts import needed_artefacts, stand_in_artefacts
 from kvq.errors import RecipeError
 from kvq.models.describe import describe
-from kvq.recipe import load_recipe
+from kvq.recipe import load_recipe, parse_recipe
 
 
 def filled(config, plan, tokens, dtype=torch.bfloat16):
@@ -93,3 +93,25 @@ def test_heads_with_scales_of_their_own_are_groups_of_one(tiny_config):
     assert set(needed.values()) == {(2,)}
     plan = make_plan(recipe, spec, {name: torch.tensor([0.5, 0.25], dtype=torch.float64) for name in needed})
     assert [(group.heads, group.codecs["key"].scale) for group in plan.layers[0]] == [((0,), 0.5), ((1,), 0.25)]
+
+
+def test_scales_of_heads_stay_with_their_heads_in_a_layer_of_two_groups(tiny_config):
+    """Heads that an override treats differently are fitted, named and stored by group, whatever the order of heads."""
+    recipe = load_recipe("fp8").override({"key.granularity": "head", "layers.0/1.key.method": "mse"})
+    spec = describe(tiny_config(layers=1, heads=3, kv_heads=3))
+    shapes = needed_artefacts(recipe, spec)
+    assert shapes["layers.0.key.scale"] == (2,)
+    assert shapes["layers.0.key.group1.scale"] == (1,)
+    numbers = {"key.scale": [0.5, 0.125], "key.group1.scale": [0.25], "value.scale": 1.0, "value.group1.scale": 2.0}
+    plan = make_plan(recipe, spec, {f"layers.0.{n}": torch.tensor(x, dtype=torch.float64) for n, x in numbers.items()})
+    found = {group.heads: (group.codecs["key"].scale, group.codecs["value"].scale) for group in plan.layers[0]}
+    assert found == {(0,): (0.5, 1.0), (2,): (0.125, 1.0), (1,): (0.25, 2.0)}
+
+
+def test_places_of_channels_and_scales_of_heads_exclude_each_other(tiny_config):
+    skvq, fp8 = (load_recipe(name).to_dict() for name in ("skvq2", "fp8"))
+    key = {**fp8["key"], "granularity": "head"}
+    recipe = parse_recipe({"name": "both", "key": key, "value": {**skvq["value"], "group": 16}}, "both")
+    spec = describe(tiny_config(layers=1))
+    with pytest.raises(RecipeError, match="use granularity tensor"):
+        make_plan(recipe, spec, stand_in_artefacts(recipe, spec))

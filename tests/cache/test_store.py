@@ -7,6 +7,7 @@ import torch
 
 from kvq.cache.plan import make_plan
 from kvq.cache.store import HeadStore
+from kvq.calib.artefacts import stand_in_artefacts
 from kvq.errors import CacheError
 from kvq.models.describe import describe
 from kvq.recipe import load_recipe, parse_recipe
@@ -57,6 +58,11 @@ FAMILIES = {
         "value": side("book", bits=3, levels="lloyd_max", scale="unit", norm={"over": "head"}, **TOKEN_OUTLIERS),
         "tokens": {"window": 17},
     },
+    "kvquant": {
+        "key": load_recipe("kvquant3").key.to_dict(),
+        "value": load_recipe("kvquant2").value.to_dict(),
+        "tokens": {"sinks": 2, "window": 11},
+    },
     "metadata of 8 bits": {
         "key": side("affine", bits=2, axis="channel", group=32, meta="range8"),
         "value": side("affine", bits=2, axis="token", group=16, meta="zero8"),
@@ -71,7 +77,8 @@ def group(request, tiny_config):
         recipe = parse_recipe({"name": "test"} | FAMILIES[request.param], source="test")
     else:
         recipe = load_recipe(request.param.split("-")[0]).override(RECIPES[request.param])
-    return make_plan(recipe, describe(tiny_config(head_dim=32))).layers[0][0]
+    spec = describe(tiny_config(head_dim=32))
+    return make_plan(recipe, spec, stand_in_artefacts(recipe, spec)).layers[0][0]
 
 
 def tokens(rows, count, seed=0):

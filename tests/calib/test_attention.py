@@ -126,13 +126,15 @@ def test_a_sink_is_seen_at_its_position():
         ids = torch.nn.functional.pad(tokens, (pad, 0))
         valid = None if not pad else torch.arange(32 + pad)[None] >= pad
         weights, counts = probe_weights(q, k, valid, OPTIONS["plain"], probes=8)
-        sinks = Sinks.observe(weights, ids, valid, window_priorities(ids, valid), counts)
+        sinks = Sinks.observe(weights, k, 2 * k, ids, valid, window_priorities(ids, valid), counts)
         assert sinks.share.shape == (4, POSITIONS)
         # The first of eight probes stands before the sink.
         assert (sinks.share[:, 5] > 0.8).all()
         assert sinks.tops.position[0, 0] == 5
         assert sinks.tops.token[0, 0] == 105
-        assert sinks.probes == 8
+        assert (sinks.probes, sinks.windows) == (8, 1)
+        torch.testing.assert_close(sinks.first_key, key[0, :, 0])
+        torch.testing.assert_close(sinks.first_value, 2 * key[0, :, 0])
 
 
 def test_sinks_join_as_if_seen_together():
@@ -142,10 +144,11 @@ def test_sinks_join_as_if_seen_together():
 
     def observe(rows):
         weights, counts = probe_weights(query[rows], key[rows], None, OPTIONS["plain"], probes=8)
-        return Sinks.observe(weights, ids[rows], None, priority[rows], counts)
+        return Sinks.observe(weights, key[rows], 2 * key[rows], ids[rows], None, priority[rows], counts)
 
     whole, merged = observe(slice(0, 4)), observe(slice(3, 4)).merge(observe(slice(0, 3)))
     assert merged.probes == whole.probes == 32
+    assert merged.windows == whole.windows == 4
     for name, x in whole.tensors().items():
         torch.testing.assert_close(merged.tensors()[name], x)
     again = Sinks.restore(merged.tensors(), merged.facts())

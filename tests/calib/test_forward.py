@@ -4,12 +4,14 @@ import pytest
 import torch
 from transformers.models.llama import modeling_llama
 
+from kvq.cache import make_plan
 from kvq.calib.collect import collect
 from kvq.calib.forward import look, plan_layers
 from kvq.calib.needs import ALL_NEEDS
 from kvq.calib.watch import watch
 from kvq.errors import UnsupportedModelError
 from kvq.models.describe import describe
+from kvq.recipe import load_recipe
 
 # Families whose layers show everything.
 WHOLE = ("llama", "gemma2", "gemma3_text", "phi3", "glm4", "gpt_oss", "mixtral", "qwen3_next", "olmo2", "gpt_neox")
@@ -141,3 +143,15 @@ def test_only_the_watched_model_is_watched(tiny_model):
         assert not seen
         model(windows(), past_key_values=cache)
     assert seen == ["hidden", "cache", "attention"] * 2
+
+
+@pytest.mark.parametrize("name", ["smollm3", "cohere2", "llama4_text", "llama", "gemma3_text"])
+def test_the_cache_takes_the_same_layers_for_rotated_as_calibration_does(tiny_model, family, name):
+    """The plan reads the model's code, calibration looks at keys: codebooks are of what the codec sees."""
+    model = tiny_model(family(name))
+    recipe = load_recipe("int4").override({"key.placement": "pre_rope", "key.group": 16, "value.group": 16})
+    groups = make_plan(recipe, describe(model.config)).layers
+    plans = plans_of(model)
+    assert {i for i, (group,) in groups.items() if group.rope is not None} == {
+        i for i, plan in plans.items() if plan.rope is not None
+    }

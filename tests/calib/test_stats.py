@@ -38,7 +38,7 @@ def make_layer(seed: int) -> LayerStats:
     )
     parts["massive"] = Massive.observe(hidden, tokens, None, priority)
     weights = torch.rand(2, 4, 8, 9, generator=g)
-    parts["sinks"] = Sinks.observe(weights, tokens, None, priority, torch.tensor([8, 8]))
+    parts["sinks"] = Sinks.observe(weights, x["key"], x["value"], tokens, None, priority, torch.tensor([8, 8]))
     return LayerStats(parts)
 
 

@@ -44,16 +44,16 @@ def kill_at_step(step: int, number: int, *arguments: str) -> None:
     """Run the command and be killed by signal ``number`` when its progress reaches ``step``."""
     from kvq.commands import calibrate as command
 
-    def progress_bar(*args, **settings):
+    def progress_bars(*titles, **settings):
         import contextlib
 
         @contextlib.contextmanager
-        def bar():
-            yield lambda done, total: os.kill(os.getpid(), number) if done >= step else None
+        def bars():
+            yield [lambda done, total: os.kill(os.getpid(), number) if done >= step else None for _ in titles]
 
-        return bar()
+        return bars()
 
-    command.progress_bar = progress_bar
+    command.progress_bars = progress_bars
     calibrate(*arguments)
 
 

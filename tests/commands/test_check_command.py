@@ -94,7 +94,7 @@ def test_targets_are_listed(run):
     result = run("export", "--list-targets")
     assert result.exit_code == 0
     assert [line.split()[0] for line in result.stdout.splitlines()] == [
-        "kvq", "vllm", "sglang", "compressed-tensors", "modelopt",
+        "kvq", "plain", "vllm", "sglang", "compressed-tensors", "modelopt",
     ]  # fmt: skip
 
 

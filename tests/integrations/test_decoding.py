@@ -8,8 +8,10 @@ import torch
 from transformers import DynamicCache
 
 from kvq.cache import PackedLayer, cache_nbytes, make_plan, packed_layers
+from kvq.calib.artefacts import stand_in_artefacts
 from kvq.errors import CacheError
-from kvq.integrations.runtime import new_cache, quantized_cache
+from kvq.integrations.runtime import new_cache
+from kvq.integrations.runtime import quantized_cache as with_artefacts
 from kvq.kernels import cpu
 from kvq.models.describe import describe
 from kvq.recipe import load_recipe, parse_recipe
@@ -31,6 +33,7 @@ RECIPES = {
         },
         source="test",
     ),
+    "kvquant": load_recipe("kvquant3"),
     "qjl keys, turboquant values": parse_recipe(
         {
             "name": "test",
@@ -53,6 +56,11 @@ def recipe(request):
 @pytest.fixture(scope="module")
 def model(tiny_model):
     return tiny_model(layers=2, head_dim=32, dtype=torch.float64, seed=3)
+
+
+def quantized_cache(model, recipe):
+    """With made-up artefacts for recipes that need calibration."""
+    return with_artefacts(model, recipe, stand_in_artefacts(load_recipe(recipe), describe(model.config)))
 
 
 def prompt(count, seed=0):
@@ -107,7 +115,8 @@ def test_the_compiled_kernel_and_the_torch_reference_give_the_same_logits(model,
                 steps.append(model(token, attention_mask=own, past_key_values=cache).logits)
         found[which] = torch.cat(steps, dim=1)
     assert len(calls) == before
-    layout = make_plan(recipe, describe(model.config)).layers[0][0].layout
+    spec = describe(model.config)
+    layout = make_plan(recipe, spec, stand_in_artefacts(recipe, spec)).layers[0][0].layout
     assert bool(calls) == (recipe.key.placement is None and layout.key.is_plain and layout.value.is_plain)
     assert torch.allclose(found["compiled"], found["reference"], rtol=0, atol=1e-9)
 

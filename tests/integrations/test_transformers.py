@@ -14,8 +14,14 @@ from transformers.cache_utils import DynamicLayer
 
 import kvq
 from kvq.cache import PackedLayer
+from kvq.calib.artefacts import fit_artefacts
+from kvq.calib.codebooks import learn_codebooks
+from kvq.calib.collect import collect
+from kvq.calib.needs import needs_of
+from kvq.calib.stats import Stats
 from kvq.errors import CheckpointError, KvqError, ModelNotFoundError
 from kvq.export.exporter import export
+from kvq.models.describe import describe
 
 TOKENS = torch.arange(3, 203)[None] % 100
 KNOWS_ATTENTION = tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 23)
@@ -89,6 +95,31 @@ def test_round_trip_law(base, tmp_path, recipe):
     assert "attn" not in (saved / "config.json").read_text()
     assert (saved / "README.md").read_bytes() == (tmp_path / "out/README.md").read_bytes()
     assert (saved / "kvq/provenance.json").is_file()
+
+
+@pytest.mark.parametrize("name", ["kvquant3", "skvq2", "turboquant3", "gear2", "qjl", "nvfp4", "nf4"])
+def test_every_family_of_codecs_comes_back_from_its_export(base, tmp_path, name):
+    """Exports with made-up statistics: loading, saving and loading gives the logits of ``quantized_cache``."""
+    recipe, model = kvq.load_recipe(name), AutoModelForCausalLM.from_pretrained(base)
+    if name in ("skvq2", "gear2"):
+        recipe = recipe.override({"key.group": 32 if name == "gear2" else 16, "value.group": 16})
+    stats = calibrated(model, recipe)
+    export(base, recipe, tmp_path / "out", stats=stats, fold=False)
+    with kvq.quantized_cache(model, recipe, fit_artefacts(recipe, describe(model.config), stats) if stats else None):
+        want = chunked_logits(model)
+    loaded = kvq.load(tmp_path / "out")
+    assert torch.equal(chunked_logits(loaded), want)
+    loaded.save_pretrained(tmp_path / "saved")
+    assert torch.equal(chunked_logits(kvq.load(tmp_path / "saved")), want)
+    assert not torch.equal(chunked_logits(AutoModelForCausalLM.from_pretrained(base)), want)
+
+
+def calibrated(model, recipe) -> Stats | None:
+    needs = needs_of(recipe, describe(model.config))
+    if not needs:
+        return None
+    stats = collect(model, TOKENS, needs=needs, strict=True)
+    return learn_codebooks(model, [recipe], stats, TOKENS)
 
 
 def test_saving_over_the_export_leaves_the_base_alone(exported, base):

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from transformers import Gemma2Config, GptOssConfig
+from transformers import Gemma2Config, GptOssConfig, SmolLM3Config
 
 from kvq.cache import make_plan
 from kvq.cache.two_view import TILE_SCORES
+from kvq.calib.artefacts import stand_in_artefacts
 from kvq.errors import CacheError, DataError
 from kvq.integrations import attention, runtime
 from kvq.integrations.two_view import NAME, two_view
@@ -58,6 +59,9 @@ RECIPES = {
     "nvfp4": load_recipe("nvfp4"),
     "gear": load_recipe("gear2").override({"value.group": 16, "tokens.sinks": 3}),
     "gear, pre-RoPE": load_recipe("gear4").override({"key.placement": "pre_rope"}),
+    "kvquant": load_recipe("kvquant3").override({"key.outliers": {"share": 0.1, "along": "token"}}),
+    "kvquant, dense": load_recipe("kvquant2-dense").override({"tokens.window": 21}),
+    "skvq": load_recipe("skvq2").override({"key.group": 16, "value.group": 16, "tokens.window": 32}),
     "bytes": recipe(CHANNEL2 | {"meta": "range8"}, TOKEN2 | {"meta": "zero8", "norm": {"over": "token"}}, window=32),
     "tiers": recipe({"codec": "tiers", "bits": [3], "group": 32}, TOKEN2, window=32, sinks=1),
     "by layer": recipe(CHANNEL2, TOKEN2, window=32, layers={"0": {"key": affine(8, "token", "head")}}),
@@ -83,7 +87,8 @@ def tokens_of(rows=1, length=LENGTH, seed=0):
 
 
 def plan_of(model, which):
-    return make_plan(RECIPES[which] if which in RECIPES else load_recipe(which), describe(model.config))
+    own, spec = RECIPES[which] if which in RECIPES else load_recipe(which), describe(model.config)
+    return make_plan(own, spec, stand_in_artefacts(own, spec))
 
 
 @torch.inference_mode()
@@ -161,7 +166,8 @@ def test_chunks_of_one_token_are_the_stream(model):
 @pytest.mark.parametrize("which", ["kivi2", "sinks", "by head", "rotated by layer", "pre-RoPE", "gear, pre-RoPE"])
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padded_rows_equal_rows_alone(model, which, side):
-    plan, lengths = plan_of(model, which), [LONG, 130, 223]
+    # Two tokens in the last block, so that pads (whose embedding is zero) would widen its range.
+    plan, lengths = plan_of(model, which), [LONG, 130 + RECIPES[which].tokens.sinks, 223]
     rows = [tokens_of(length=n, seed=n) for n in lengths]
     tokens, mask = torch.full((3, LONG), 2), torch.zeros(3, LONG, dtype=torch.long)
     spans = [slice(LONG - n, LONG) if side == "left" else slice(0, n) for n in lengths]
@@ -178,10 +184,10 @@ def test_padded_rows_equal_rows_alone(model, which, side):
         for b, span in enumerate(spans):
             assert gap(found[b, span], one_forward(model, plan, rows[b], "simulate")[0]) < TOLERANCE
         careless = one_forward(model, plan, tokens, "simulate")
-        assert gap(careless[1, :130], found[1, :130]) > DIFFERENT
+        assert gap(careless[1, : lengths[1]], found[1, : lengths[1]]) > DIFFERENT
 
 
-def test_simulate_quantizes_every_number(model):
+def test_simulate_quantizes_every_number_after_the_sinks(model):
     """Against a plain forward whose keys and values are replaced by their round trip, block by block."""
     plan, tokens = plan_of(model, "sinks"), tokens_of(seed=5)
     found = one_forward(model, plan, tokens, "simulate")
@@ -194,10 +200,12 @@ def _fake_quantized(model, plan, tokens):
 
     class Fake(DynamicCache):
         def update(self, key_states, value_states, layer_idx, *args, **kwargs):
-            codecs = plan.layers[layer_idx][0].codecs
-            return super().update(
-                _blocks(key_states, codecs["key"]), _blocks(value_states, codecs["value"]), layer_idx, *args, **kwargs
-            )
+            group = plan.layers[layer_idx][0]
+            sides = [
+                torch.cat([x[:, :, : group.sinks], _blocks(x[:, :, group.sinks :], group.codecs[side])], dim=2)
+                for side, x in (("key", key_states), ("value", value_states))
+            ]
+            return super().update(*sides, layer_idx, *args, **kwargs)
 
     with torch.inference_mode():
         return model(tokens, past_key_values=Fake(config=model.config)).logits
@@ -229,6 +237,32 @@ def test_softcap_learned_sinks_and_sliding_layers(tiny_model):
         expected = through_cache(model, plan, tokens, range(1, 77))
         assert gap(one_forward(model, plan, tokens, "stream"), expected) < TOLERANCE
         assert gap(one_forward(model, plan, tokens, "chunked", chunk=33), expected) > DIFFERENT
+
+
+def test_keys_before_rope_where_only_some_layers_rotate(tiny_model):
+    """SmolLM3 leaves the keys of some layers as they are; their codec sees the keys that are cached."""
+    sizes = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4}
+    sizes |= {"num_key_value_heads": 2, "num_hidden_layers": 2, "initializer_range": 0.15, "no_rope_layers": [1, 0]}
+    model = tiny_model(SmolLM3Config(**sizes, pad_token_id=0), dtype=torch.float64)
+    plan, tokens = plan_of(model, "pre-RoPE"), tokens_of(length=77)
+    assert [plan.layers[i][0].rope is None for i in (0, 1)] == [False, True]
+    expected = through_cache(model, plan, tokens, range(1, 77))
+    assert gap(one_forward(model, plan, tokens, "stream"), expected) < TOLERANCE
+    assert gap(one_forward(model, plan, tokens, "chunked", chunk=33), expected) > DIFFERENT
+
+
+def test_sixteen_bit_keys_go_back_through_rope_in_float32(tiny_model):
+    """The codec gets keys that were rotated back without rounding angles or results to 16 bits."""
+    model = tiny_model(dtype=torch.bfloat16)
+    plan = plan_of(model, "nf4, pre-RoPE")
+    rope, codec = plan.layers[0][0].rope, plan.layers[0][0].codecs["key"]
+    keys = torch.randn(1, 2, 300, 16, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    positions = torch.arange(300).unsqueeze(0)
+    back = rope.undo(keys, positions)
+    assert back.dtype == torch.float32
+    exact = rope.undo(keys.double(), positions)
+    assert (back - exact).abs().max() < 1e-5
+    assert torch.equal(codec.encode(back).codes, codec.encode(exact.float()).codes)
 
 
 def test_fp16_is_the_plain_model_to_the_bit(model):

@@ -8,7 +8,7 @@ import torch
 
 from kvq.errors import DataError, UnsupportedModelError
 from kvq.specs import TransformSpec
-from kvq.transforms import KINDS
+from kvq.transforms import KINDS, build_chain
 from kvq.transforms.evidence import measure
 from kvq.transforms.fit import fit_steps
 from kvq.transforms.hadamard import hadamard_matrix
@@ -242,3 +242,22 @@ def test_given_moments_go_through_a_step_exactly(kind, make_evidence):
         for field in ("mean", "covariance"):
             a, b = getattr(moved, field)(name), getattr(expected, field)(name)
             assert torch.allclose(a, b, atol=1e-5 * float(b.abs().max()) + 1e-9)
+
+
+def test_a_scale_before_a_shift_is_that_of_what_the_shift_leaves(make_evidence):
+    """Listed first, it folds into the weights; it must not be made for means that will be gone."""
+    evidence = make_evidence()
+    specs = [TransformSpec(kind="smooth"), TransformSpec(kind="shift"), TransformSpec(kind="hadamard")]
+    found, seen = fit_steps(specs, evidence)
+    keys = stacked(evidence, "key")
+    distance = (keys - keys.mean(1, keepdim=True)).abs().amax(1)
+    expected = torch.maximum(distance[:, :8], distance[:, 8:]).repeat(1, 2).sqrt()
+    assert torch.allclose(found["transforms.0.scale"].double(), normalised(expected), rtol=1e-5)
+    assert float(seen.mean("key").abs().max()) < 1e-5
+    searched = [TransformSpec(kind="smooth", alpha="search"), *specs[1:]]
+    errors = []
+    for chain in (specs, searched):
+        tensors, _ = fit_steps(chain, evidence)
+        whole = build_chain(chain, 16, tensors)
+        errors.append(attention_error(evidence, whole))
+    assert errors[1] <= errors[0] * 1.001

@@ -35,7 +35,7 @@ def slow_error(evidence, window):
         last = first + (row + 1 - first) // codec.block_tokens * codec.block_tokens
         whole = x[:, first : first + (96 - first) // codec.block_tokens * codec.block_tokens]
         decoded = step.undo(codec.decode(codec.encode(step.write(whole)), torch.float32))
-        read = range(first, min(row - evidence.window + 1, last if codec.block_tokens == 1 else first + whole.shape[1]))
+        read = range(first, min(row - evidence.window, last if codec.block_tokens == 1 else first + whole.shape[1]))
         for t in read:
             x[:, t] = decoded[:, t - first]
         exact = slow_output(evidence, window, row, window.key, window.value)

@@ -10,6 +10,7 @@ from typing import Any, Protocol, Self
 
 import torch
 
+from kvq.calib.kinds.bins import Bins
 from kvq.calib.kinds.histogram import Histogram
 from kvq.calib.kinds.massive import Massive
 from kvq.calib.kinds.moments import Moments
@@ -18,7 +19,20 @@ from kvq.calib.kinds.reservoir import Reservoir
 from kvq.calib.kinds.sinks import Sinks
 from kvq.calib.kinds.tops import Tops
 
-__all__ = ["KINDS", "Histogram", "Massive", "Moments", "Range", "Reservoir", "Sinks", "Statistic", "Tops", "to_cpu"]
+__all__ = [
+    "KINDS",
+    "STORED",
+    "Bins",
+    "Histogram",
+    "Massive",
+    "Moments",
+    "Range",
+    "Reservoir",
+    "Sinks",
+    "Statistic",
+    "Tops",
+    "to_cpu",
+]
 
 
 class Statistic(Protocol):
@@ -47,6 +61,8 @@ KINDS: dict[str, type[Statistic]] = {
     "massive": Massive,
     "sinks": Sinks,
 }
+# And those that only an unfinished run keeps on disk.
+STORED = KINDS | {"bins": Bins}
 
 
 def to_cpu(statistic: Statistic) -> Statistic:

@@ -14,29 +14,42 @@ from kvq.calib.kinds.tops import Tops
 PROBES = 8
 # Positions whose attention is kept by head; later ones are summed up.
 POSITIONS = 16
+_STORED = ("mass", "first_key", "first_value")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sinks:
     """mass     [H, POSITIONS] float64: attention given to each of the first positions, summed over the probes.
     probes   probing queries of each head.
+    first_key, first_value   [K, D] float64: of each window's first token (after RoPE), summed over windows. That token
+             is nearly the same in all windows, and unlike all others where it is a sink.
+    windows  how many.
     tops     the tokens that take most of a window's attention; ``strength`` is the mean share over heads and probes.
     """
 
     mass: torch.Tensor
     probes: int
+    first_key: torch.Tensor
+    first_value: torch.Tensor
+    windows: int
     tops: Tops
 
     @classmethod
     def observe(
         cls,
         weights: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
         tokens: torch.Tensor,
         valid: torch.Tensor | None,
         priority: torch.Tensor,
         counts: torch.Tensor,
     ) -> "Sinks":
-        """weights [B, H, PROBES, T] of probing queries, tokens [B, T]; counts int [B]: probes of each row."""
+        """Measure one batch.
+
+        weights [B, H, PROBES, T] of probing queries, key and value [B, K, T, D], tokens [B, T]; counts int [B]: probes
+        of each row.
+        """
         share = weights.float().sum(2)  # [B, H, T]
         # Real tokens to the left, so that a column is a position.
         if valid is not None:
@@ -46,8 +59,20 @@ class Sinks:
             left = share
         mass = left[..., :POSITIONS].double().sum(0)
         mass = torch.nn.functional.pad(mass, (0, POSITIONS - mass.shape[-1]))
+        used = counts > 0
+        # The first real token of each row; argmax finds the first True.
+        first = torch.zeros_like(counts) if valid is None else valid.int().argmax(1)
+        place = first[:, None, None, None].expand(-1, key.shape[1], 1, key.shape[3])
+        firsts = [x.gather(2, place)[used].double().sum(0).squeeze(1) for x in (key, value)]
         strength = share.mean(1) / counts.clamp(min=1)[:, None]
-        return cls(mass=mass, probes=int(counts.sum()), tops=Tops.observe(strength, tokens, valid, priority))
+        return cls(
+            mass=mass,
+            probes=int(counts.sum()),
+            first_key=firsts[0],
+            first_value=firsts[1],
+            windows=int(used.sum()),
+            tops=Tops.observe(strength, tokens, valid, priority),
+        )
 
     @property
     def share(self) -> torch.Tensor:
@@ -56,17 +81,25 @@ class Sinks:
 
     @property
     def is_finite(self) -> bool:
-        return bool(self.mass.isfinite().all())
+        return all(bool(x.isfinite().all()) for x in (self.mass, self.first_key, self.first_value))
 
     def merge(self, other: "Sinks") -> "Sinks":
-        return Sinks(mass=self.mass + other.mass, probes=self.probes + other.probes, tops=self.tops.merge(other.tops))
+        return Sinks(
+            mass=self.mass + other.mass,
+            probes=self.probes + other.probes,
+            first_key=self.first_key + other.first_key,
+            first_value=self.first_value + other.first_value,
+            windows=self.windows + other.windows,
+            tops=self.tops.merge(other.tops),
+        )
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        return {"mass": self.mass} | {f"tops_{name}": x for name, x in self.tops.tensors().items()}
+        own = {name: getattr(self, name) for name in _STORED}
+        return own | {f"tops_{name}": x for name, x in self.tops.tensors().items()}
 
     def facts(self) -> dict[str, Any]:
-        return {"probes": self.probes}
+        return {"probes": self.probes, "windows": self.windows}
 
     @classmethod
     def restore(cls, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any]) -> "Sinks":
-        return cls(mass=tensors["mass"], probes=facts["probes"], tops=Tops.restore(tensors, "tops_"))
+        return cls(**{name: tensors[name] for name in _STORED}, **facts, tops=Tops.restore(tensors, "tops_"))

@@ -7,7 +7,7 @@ exact tokens stays behind: the cache is the engine's.
 from kvq.cache import CachePlan
 from kvq.errors import RecipeError
 from kvq.export.card import plain_card
-from kvq.export.checkpoint import shard_index, to_json
+from kvq.export.checkpoint import PROVENANCE, shard_index, to_json
 from kvq.export.folding import folded_field
 from kvq.export.targets.base import Job, Target
 from kvq.export.targets.kvq_format import weights
@@ -20,6 +20,7 @@ def contents(target: Target, job: Job) -> dict[str, bytes]:
     return {
         "config.json": to_json({**job.config, **folded_field(job)}),
         INDEX_FILE: shard_index(job.source),
+        PROVENANCE: to_json(dict(sorted({**job.provenance, "target": target.name}.items()))),
         "README.md": plain_card(job.plan, job.check, job.provenance, job.licence).encode(),
     }
 
