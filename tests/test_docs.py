@@ -17,7 +17,12 @@ from kvq.recipe import list_recipes, parse_recipe
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [
     ROOT / name
-    for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/architecture.md", "docs/compatibility.md")
+    for name in (
+        "README.md",
+        "CONTRIBUTING.md",
+        "CHANGELOG.md",
+        *(f"docs/{page}.md" for page in ("architecture", "codecs", "compatibility")),
+    )
 ]
 README = (ROOT / "README.md").read_text()
 
