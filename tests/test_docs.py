@@ -15,20 +15,7 @@ from kvq.export.exporter import export
 from kvq.recipe import list_recipes, parse_recipe
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = [
-<<<<<<< HEAD
-    *(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "CHANGELOG")),
-    *sorted(ROOT.glob("docs/*.md")),
-=======
-    ROOT / name
-    for name in (
-        "README.md",
-        "CONTRIBUTING.md",
-        "CHANGELOG.md",
-        *(f"docs/{page}.md" for page in ("architecture", "codecs", "compatibility")),
-    )
->>>>>>> codecs
-]
+DOCUMENTS = [*(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "CHANGELOG")), *sorted(ROOT.glob("docs/*.md"))]
 README = (ROOT / "README.md").read_text()
 
 
