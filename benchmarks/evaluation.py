@@ -4,10 +4,11 @@
     python benchmarks/evaluation.py needles
     python benchmarks/evaluation.py faithful --task-data DIR
 
-cost       one stream-scored forward beside a plain forward of the same tokens, logits included, in turns in one run, so
-           that the machine's pace meets both. The bar is a median ratio of 2.2.
-needles    a sweep of the needle task to the model's whole 8,192 tokens, and how long it takes. The bar is 20 minutes on
-           two cores.
+cost       one stream-scored forward beside a plain forward of the same tokens, logits included, in turns in one run,
+           so that the machine's pace meets both. The bar is a median ratio of 2.2. Seconds are the process's own (CPU time),
+           which other programs on the machine disturb least.
+needles    a sweep of the needle task to the model's whole 8,192 tokens, and how long it takes: on the clock, and in the
+           process's own time, all threads together. The bar is 20 minutes on two cores.
 faithful   50 requests of real lm-eval tasks scored both ways, by two-view forwards and by decoding token by token
            through the packed cache in float64; and for every local task, whether fp16 through kvq gives the answers of
            lm-eval's own ``hf`` model, to the bit.
@@ -37,12 +38,11 @@ from kvq.integrations.subject import load_subject
 from kvq.integrations.two_view import two_view
 
 RESULTS = Path(__file__).parent / "results"
-COST_RECIPES = ("int4", "kivi4", "kivi2", "turboquant2")
+COST_RECIPES = ("int4", "kivi2", "turboquant2")
 COST_LENGTHS, COST_BAR, TURNS = (512, 2048), 2.2, 3
-SWEEP_RECIPES, SWEEP_LENGTHS, SWEEP_BAR = ("kivi4", "kivi2"), (1024, 2048, 4096, 8192), 1200.0
-# Requests of each task: 50 together, and of boolq because its passages fill kivi2's exact window.
-FAITHFUL = {"arc_easy": 26, "piqa": 16, "boolq": 8}
-FAITHFUL_RECIPES = ("int4", "kivi2")
+SWEEP_RECIPES, SWEEP_LENGTHS, SWEEP_BAR = ("kivi2",), (1024, 2048, 4096, 8192), 1200.0
+# Requests of each task, 50 together; kivi2 keeps 128 tokens exact, which boolq's passages exceed.
+FAITHFUL = {"int4": {"arc_easy": 26, "piqa": 16, "boolq": 8}, "kivi2": {"boolq": 8}}
 # Documents of each task that are asked of both models.
 CONTROL = {"gsm8k": 1, "wikitext": 1}
 
@@ -53,11 +53,11 @@ def hardware() -> dict:
 
 def whole_forward(model, tokens: torch.Tensor) -> float:
     """Seconds of the decoder and of the logits of every token, a block at a time as both ways of scoring need them."""
-    start = time.perf_counter()
+    start = time.process_time()
     hidden = hidden_states(model, tokens)
     for first in range(0, tokens.shape[1], 256):
         logits_of(model, hidden, 0, first, min(first + 256, tokens.shape[1])).log_softmax(-1)
-    return time.perf_counter() - start
+    return time.process_time() - start
 
 
 def cost(arguments: argparse.Namespace) -> dict:
@@ -91,10 +91,10 @@ def cost(arguments: argparse.Namespace) -> dict:
 
 
 def needles(arguments: argparse.Namespace) -> dict:
-    start = time.perf_counter()
+    start, own_start = time.perf_counter(), time.process_time()
     settings = {"tasks": ("needle",), "lengths": SWEEP_LENGTHS, "limit": 1, "cache": None}
     results = compare(["builtin"], SWEEP_RECIPES, **settings)
-    seconds = time.perf_counter() - start
+    seconds, own_seconds = time.perf_counter() - start, time.process_time() - own_start
     cells = {
         result.recipe["name"]: [
             {**cell.labels, "questions": cell.questions, "found": cell.metrics["choice"][0]}
@@ -109,6 +109,7 @@ def needles(arguments: argparse.Namespace) -> dict:
     return {
         "bar_seconds": SWEEP_BAR,
         "seconds": seconds,
+        "cpu_seconds": own_seconds,
         "met": seconds < SWEEP_BAR,
         "lengths": SWEEP_LENGTHS,
         "found": cells,
@@ -156,11 +157,11 @@ def both_ways(tasks) -> list[dict]:
 
     subject = load_subject("builtin", dtype=torch.float64)
     rows = []
-    for recipe in FAITHFUL_RECIPES:
+    for recipe, requests in FAITHFUL.items():
         plan = subject.plan_for(recipe)
         lm = KvqLM(subject.model, plan=plan, mode="stream", tokenizer=subject.tokenizer)
         plain = KvqLM(subject.model, tokenizer=subject.tokenizer)
-        for task, count in FAITHFUL.items():
+        for task, count in requests.items():
             asked = requests_of(tasks, task, subject.tokenizer)[:count]
             scored = [value for value, _ in lm._loglikelihood_tokens([(None, *own) for own in asked])]
             exact = [value for value, _ in plain._loglikelihood_tokens([(None, *own) for own in asked])]
