@@ -5,8 +5,8 @@
     python benchmarks/evaluation.py faithful --task-data DIR
 
 cost       one stream-scored forward beside a plain forward of the same tokens, logits included, in turns in one run,
-           so that the machine's pace meets both. The bar is a median ratio of 2.2. Seconds are the process's own (CPU time),
-           which other programs on the machine disturb least.
+           so that the machine's pace meets both. The bar is a median ratio of 2.2. Seconds are the process's own (CPU
+           time), which other programs on the machine disturb least.
 needles    a sweep of the needle task to the model's whole 8,192 tokens, and how long it takes: on the clock, and in the
            process's own time, all threads together. The bar is 20 minutes on two cores.
 faithful   50 requests of real lm-eval tasks scored both ways, by two-view forwards and by decoding token by token
