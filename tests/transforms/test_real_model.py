@@ -43,8 +43,8 @@ def real(builtin_dir):
     """(folder, model, plan with the folds given to it, text, random embeddings)."""
     model, mine = load_model(builtin_dir, dtype=torch.float32), recipe()
     tokenizer, spec = load_tokenizer(builtin_dir), describe(model.config)
-    ids = torch.tensor(tokenizer(builtin_text("calibration")[:20_000])["input_ids"][: 4 * 256])
-    stats = collect(model, ids.view(4, 256), needs=needs_of(mine, spec))
+    ids = torch.tensor(tokenizer(builtin_text("calibration")[:20_000])["input_ids"][: 2 * 128])
+    stats = collect(model, ids.view(2, 128), needs=needs_of(mine, spec))
     artefacts = fit_artefacts(mine, spec, stats, builtin_dir)
     table = model.get_input_embeddings().weight
     noise = torch.randn(1, TOKENS, table.shape[1], generator=torch.Generator().manual_seed(0)) * table.std()
