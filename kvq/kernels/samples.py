@@ -19,8 +19,11 @@ def side_of(width: str, head_dim: int, page_tokens: int) -> SideLayout:
     4/32    the same for groups of 32 channels                  4s      a scale and no minimum
     e4m3    fp8                                                 book4   levels of a book times a norm a token
     nf4     levels of a book times a scale a token              mx4     levels times a power of two for 32 channels
+    dense   fp16 numbers
     """
     common = {"head_dim": head_dim, "page_tokens": page_tokens}
+    if width == "dense":
+        return SideLayout(format="dense", bits=16, **common)
     if width == "e4m3":
         return SideLayout(format="e4m3", bits=8, **common)
     if width.startswith("book"):
@@ -99,6 +102,11 @@ def random_pages(
 def _fill(pages: Pages, side: str, lengths: list[int], spread: float, generator: torch.Generator) -> None:
     """Numbers of one side's sections, NaN first."""
     layout, size = pages.layout.side(side), pages.layout.page_tokens
+    if layout.format == "dense":
+        words = pages.words(pages.pool, side)
+        words.fill_(torch.nan)
+        for page, used in _used(pages, lengths):
+            words[page, :, :used] = torch.randn(words[page, :, :used].shape, generator=generator).half()
     if layout.format == "e4m3":
         # Some of 256 bytes are NaN: real tokens get numbers.
         codes = torch.randint(0, 127, (*pages.pool.shape[:2], size, layout.head_dim), generator=generator)

@@ -53,6 +53,9 @@ CASES = [
     *(Case(key="4", value="4", head_dim=d) for d in (80, 96, 128, 256)),
     *(Case(key="2", value="3", head_dim=d) for d in (80, 96, 128, 256)),
     Case(key="book4", value="e4m3", head_dim=80),
+    # What other formats are turned into.
+    *(Case(key="dense", value="dense", head_dim=d) for d in (80, 128)),
+    Case(key="dense", value="4", counts=((70, 64, 75), (1, 0, 1), (192, 192, 195))),
     # Query heads of a KV head, and query tokens.
     *(Case(key="4", value="4", group=g) for g in (1, 3, 4, 7, 8, 16)),
     Case(key="2c32", value="2/32", group=16, counts=((64, 50, 70), (0, 0, 0), (128, 128, 130))),
