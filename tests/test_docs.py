@@ -15,7 +15,10 @@ from kvq.export.exporter import export
 from kvq.recipe import list_recipes, parse_recipe
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = [*(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "CHANGELOG")), *sorted(ROOT.glob("docs/*.md"))]
+DOCUMENTS = [
+    *(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "CHANGELOG")),
+    *sorted(ROOT.glob("docs/*.md")),
+]
 README = (ROOT / "README.md").read_text()
 
 
