@@ -22,6 +22,7 @@ COMMANDS = (
     "generate",
     "recipes",
     "inspect",
+    "bench",
     "doctor",
 )
 # Modules whose command's name is a Python builtin.

@@ -1,4 +1,4 @@
-"""Attention over a store's segments, and packing into its pages, through the Triton kernels.
+"""Attention over a store's segments through the Triton kernels.
 
 What the kernels read as it lies in pages: uniform codes, levels of a book, norms, fp8 and fp4, of every width. What
 they do not (keys before RoPE, sparse outliers, low-rank factors, tiers) is decoded a step at a time into fp16 pages
@@ -10,6 +10,7 @@ from functools import lru_cache
 
 import torch
 
+from kvq.cache.fused_pack import pages_of
 from kvq.cache.plan import SIDES, HeadGroup
 from kvq.cache.store import HeadStore, Snapshot, group_rows
 from kvq.kernels.attention import Exact, Query, decode_attention
@@ -17,7 +18,7 @@ from kvq.kernels.choice import LARGEST_HEAD, LARGEST_QUERIES, why_no_layout
 from kvq.kernels.pages import Pages
 from kvq.kernels.plan import DecodePlan
 from kvq.kernels.spec import DEFAULT_PAGE_TOKENS, PageLayout, SideLayout
-from kvq.quantizers.static import StaticNumbers, static_numbers
+from kvq.quantizers.static import static_numbers
 
 # Tokens that are decoded at once for the two-pass form.
 DENSE_TOKENS = 4096
@@ -97,11 +98,6 @@ def obstacle(store: HeadStore, snapshot: Snapshot, q: torch.Tensor, mask, valid)
     return f"{longest} query tokens at once, more than {LARGEST_QUERIES}" if longest > LARGEST_QUERIES else None
 
 
-@lru_cache(maxsize=256)
-def _why_two_passes(layout: PageLayout) -> str | None:
-    return why_no_layout(layout)
-
-
 def why_two_passes(group: HeadGroup) -> str | None:
     """Why pages of this group are decoded before the kernels attend, or None if they are read as they are."""
     if group.rope is not None:
@@ -110,7 +106,7 @@ def why_two_passes(group: HeadGroup) -> str | None:
         numbers = static_numbers(group.codecs[side])
         if isinstance(numbers, str):
             return f"{side}: {numbers}"
-    return _why_two_passes(group.layout)
+    return why_no_layout(group.layout)
 
 
 def attend(store: HeadStore, snapshot: Snapshot, q: torch.Tensor, options, steps: Steps) -> torch.Tensor:
@@ -164,42 +160,6 @@ def _exact(store: HeadStore, snapshot: Snapshot, step: _Step) -> Exact:
         mixed_key=store.group.rules["key"] != store.group.rules["value"],
         mixed_value=store.group.rules["key"] != store.group.rules["value"],
     )
-
-
-def pages_of(store: HeadStore, rows: list[int] | None = None) -> Pages:
-    """The pages of some rows (all by default), by their distance from the arena's first page: slabs lie anywhere."""
-    if store.kernel_table is None:
-        store.kernel_table = _table(store)
-    table, slabs = store.kernel_table, store.arena.slabs
-    numbers = [static_numbers(store.group.codecs[side]) for side in SIDES]
-    key, value = (n if isinstance(n, StaticNumbers) else StaticNumbers() for n in numbers)
-    return Pages(
-        layout=store.group.layout,
-        pool=slabs[0].view(-1) if slabs else torch.zeros(_UNIT, dtype=torch.uint8, device=table.device),
-        table=table if rows is None or len(rows) == len(table) else table[rows],
-        heads=len(store.group.heads),
-        stride=_UNIT,
-        key_scale=key.scale,
-        value_scale=value.scale,
-        key_levels=key.levels,
-        value_levels=value.levels,
-    )
-
-
-# Page numbers count steps of so many bytes.
-_UNIT = 16
-
-
-def _table(store: HeadStore) -> torch.Tensor:
-    """[B, pages] int64, made anew whenever a page is added."""
-    longest = max(map(len, store.tables), default=0)
-    table = torch.zeros(len(store.tables), max(1, longest), dtype=torch.int64)
-    if longest:
-        first = store.arena.slabs[0].data_ptr()
-        for row, ids in enumerate(store.tables):
-            if ids:
-                table[row, : len(ids)] = torch.from_numpy((store.arena.addresses(ids) - first) // _UNIT)
-    return table.to(store.arena.device)
 
 
 def _dense_pages(store: HeadStore, packed: dict[str, tuple[int, ...]]) -> Pages:
