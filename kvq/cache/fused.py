@@ -41,7 +41,13 @@ class Steps:
             return self._last[1]
         plan = self._plan((layout, len(counts.ends), *shape, device))
         made = torch.tensor(counts.columns, dtype=torch.int32).to(device, non_blocking=True)
-        step = _Step(plan=plan, lengths=made[0].contiguous(), exact=made[:4].T.contiguous(), positions=made[4])
+        step = _Step(
+            plan=plan,
+            lengths=made[0],
+            exact=made[:4].T.contiguous(),
+            positions=made[4],
+            offsets={"key": made[5], "value": made[6]},
+        )
         plan.update(step.lengths)
         self._last = (key, step)
         return step
@@ -58,27 +64,34 @@ class Steps:
 
 @dataclass(frozen=True, kw_only=True)
 class _Step:
-    """lengths [B]: packed on both sides; exact [B, 4], see ``Exact.lengths``; positions [B]: of the first query."""
+    """lengths [B]: packed on both sides; exact [B, 4], see ``Exact.lengths``; positions [B]: of the first query.
+
+    offsets   by side, [B]: where the exact tokens lie in their buffer.
+    """
 
     plan: DecodePlan
     lengths: torch.Tensor
     exact: torch.Tensor
     positions: torch.Tensor
+    offsets: dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
 class _Counts:
-    """By row: packed keys and values, body tokens that the queries may see, and the first query's position."""
+    """By row: packed keys and values, body tokens that the queries may see, the first query's position, and where exact
+    keys and values lie."""
 
     keys: tuple[int, ...]
     values: tuple[int, ...]
     ends: tuple[int, ...]
     positions: tuple[int, ...]
+    key_offsets: tuple[int, ...]
+    value_offsets: tuple[int, ...]
 
     @property
     def columns(self) -> list[tuple[int, ...]]:
         low = tuple(map(min, self.keys, self.values))
-        return [low, self.keys, self.values, self.ends, self.positions]
+        return [low, self.keys, self.values, self.ends, self.positions, self.key_offsets, self.value_offsets]
 
 
 def obstacle(store: HeadStore, snapshot: Snapshot, q: torch.Tensor, mask, valid) -> str | None:
@@ -120,7 +133,7 @@ def attend(store: HeadStore, snapshot: Snapshot, q: torch.Tensor, options, steps
         packed = {side: tuple(min(row[i].packed[side], end) for row, end in zip(rows, ends)) for side in SIDES}
         pages = _dense_pages(store, packed) if two_passes else pages_of(store)
         positions = tuple(before + view.start for before in snapshot.before)
-        counts = _Counts(packed["key"], packed["value"], ends, positions)
+        counts = _Counts(packed["key"], packed["value"], ends, positions, *_offsets(snapshot, sinks))
         length = view.stop - view.start
         step = steps.step(pages.layout, counts, (K, G, length), q.device)
         query = Query(
@@ -141,24 +154,25 @@ def _views(store: HeadStore, snapshot: Snapshot) -> list:
     return [store.views(before, added, snapshot.prompt) for before, added in zip(snapshot.before, snapshot.added)]
 
 
+def _offsets(snapshot: Snapshot, sinks: int) -> list[tuple[int, ...]]:
+    """Of both sides: what is added to a body token's number to find it; a row's last token is the buffer's last."""
+    bodies = [max(0, before + added - sinks) for before, added in zip(snapshot.before, snapshot.added)]
+    capacities = [snapshot.exact[side].shape[2] for side in SIDES]
+    return [tuple((capacity - body) % capacity for body in bodies) for capacity in capacities]
+
+
 def _exact(store: HeadStore, snapshot: Snapshot, step: _Step) -> Exact:
-    """The exact tokens: the last one of every row is at the end of its buffer."""
-    bodies = [max(0, b + a - store.group.sinks) for b, a in zip(snapshot.before, snapshot.added)]
-    offsets = {}
-    for side in SIDES:
-        capacity = snapshot.exact[side].shape[2]
-        offsets[side] = torch.tensor([(capacity - body) % capacity for body in bodies], dtype=torch.int32)
-    made = torch.stack([offsets[side] for side in SIDES]).to(step.lengths.device, non_blocking=True)
+    mixed = store.group.rules["key"] != store.group.rules["value"]
     return Exact(
         lengths=step.exact,
         keys=snapshot.exact["key"],
         values=snapshot.exact["value"],
-        key_offsets=made[0],
-        value_offsets=made[1],
+        key_offsets=step.offsets["key"],
+        value_offsets=step.offsets["value"],
         sink_keys=store.sinks.get("key"),
         sink_values=store.sinks.get("value"),
-        mixed_key=store.group.rules["key"] != store.group.rules["value"],
-        mixed_value=store.group.rules["key"] != store.group.rules["value"],
+        mixed_key=mixed,
+        mixed_value=mixed,
     )
 
 
