@@ -22,8 +22,6 @@ from kvq.calib.diagnosis.tokens import LayerTokens
 SIDES = ("key", "value")
 KEY_WEIGHT = 0.25
 VALUE_WEIGHT = 0.52
-# Queries that see few tokens say little about a long context.
-_WARM = 32
 
 
 def attention_error(groups: tuple[HeadGroup, ...], tokens: LayerTokens, sides: tuple[str, ...] = SIDES) -> float:
@@ -64,18 +62,8 @@ def stored(group: HeadGroup, side: str, x: torch.Tensor, positions: torch.Tensor
 
 
 def _measured(key: torch.Tensor, value: torch.Tensor, tokens: LayerTokens) -> float:
-    exact = _attention(tokens.key, tokens.value, tokens)
-    return float((_attention(key, value, tokens) - exact).square().sum() / exact.square().sum())
-
-
-def _attention(key: torch.Tensor, value: torch.Tensor, tokens: LayerTokens) -> torch.Tensor:
-    """Causal attention outputs of all queries that see enough, [W, H, T, D]."""
-    groups = tokens.query.shape[1] // key.shape[1]
-    key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
-    out = torch.nn.functional.scaled_dot_product_attention(
-        tokens.query, key, value, is_causal=True, scale=tokens.scaling
-    )
-    return out[:, :, _WARM:]
+    exact = tokens.output
+    return float((tokens.attend(key, value) - exact).square().sum() / exact.square().sum())
 
 
 def _estimated(key: torch.Tensor, value: torch.Tensor, tokens: LayerTokens) -> float:

@@ -6,6 +6,7 @@ unlike all others where it is an attention sink.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -18,7 +19,11 @@ from kvq.models.rope import Rope
 # Tokens drawn: enough for an error, and few enough to try many recipes. Real windows are used whole up to a length.
 TOKENS = 256
 LONGEST = 512
-WINDOWS = 2
+WINDOWS = 1
+
+
+# Queries that see few tokens say little about a long context.
+_WARM = 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +47,20 @@ class LayerTokens:
     @property
     def is_real(self) -> bool:
         return self.query is not None
+
+    @cached_property
+    def output(self) -> torch.Tensor:
+        """Attention outputs of the exact keys and values, ``attend(key, value)``."""
+        return self.attend(self.key, self.value)
+
+    def attend(self, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """Causal attention outputs of the real queries that see more than _WARM tokens, [W, H, T - _WARM, D]."""
+        groups = self.query.shape[1] // key.shape[1]
+        key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+        out = torch.nn.functional.scaled_dot_product_attention(
+            self.query, key, value, is_causal=True, scale=self.scaling
+        )
+        return out[:, :, _WARM:]
 
 
 def layer_tokens(layer: LayerStats, rope: Rope | None, scaling: float, seed: int = 0) -> LayerTokens:
