@@ -4,8 +4,8 @@
 
 A random Llama of 1.5 GB (float32) is written to a temporary folder and calibrated by the command itself in processes of
 their own: with ``--memory-limit 256MB``, which it does not fit in, and without a limit. Peak memory is the largest
-resident set that the process ever had (VmHWM), less what it had with everything imported and nothing loaded. The floor
-of the first is the largest piece that must be in memory at a time: one decoder layer, or the embedding. The two files of
+resident set that the process ever had (VmHWM), less what it had with all imported and nothing loaded. The floor of
+the first is the largest piece that must be in memory at a time: one decoder layer, or the embedding. The two files of
 statistics must be the same, byte for byte.
 """
 

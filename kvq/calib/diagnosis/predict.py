@@ -5,8 +5,8 @@ A recipe's loss follows from the relative squared errors e^2 of its layers' atte
     loss = LOSS (mean e^2) max(1, FEW_LAYERS / n)^(1/2)        nats per token
 
 for n layers with full attention. Their errors are independent and average out; with fewer than FEW_LAYERS, less of them
-does. LOSS was fitted on SmolLM2-135M-Instruct (``benchmarks/diagnosis.py``). Other models take the same errors better or
-worse, so a prediction tells ruin from harm and harm from nothing, and is no measurement.
+does. LOSS was fitted on SmolLM2-135M-Instruct (``benchmarks/diagnosis.py``). Other models take the same errors better
+or worse, so a prediction tells ruin from harm and harm from nothing, and is no measurement.
 """
 
 from collections.abc import Mapping
