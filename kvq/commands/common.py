@@ -209,3 +209,12 @@ def progress_bars(*titles: str, **settings) -> Iterator[list[Callable[[int, int]
             bars[title](done, total, what)
 
         yield [functools.partial(step, title) for title in titles]
+
+
+def peak_memory() -> int | None:
+    """Most bytes of memory that this process has held, None where the system does not say."""
+    try:
+        status = Path("/proc/self/status").read_text()
+        return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        return None

@@ -171,24 +171,42 @@ def _inspect_export(folder: Path, output: Output) -> None:
 def _inspect_engine_export(folder: Path, output: Output) -> None:
     from kvq.export.checkpoint import PROVENANCE
     from kvq.export.manifest import read_manifest
-    from kvq.export.served import served_plan
     from kvq.report.tables import facts_table
 
-    plan = served_plan(folder)
+    listed = len(read_manifest(folder)["files"])
     provenance = json.loads((folder / PROVENANCE).read_bytes())
-    scales = {
-        side: [group.codecs[side].scale for groups in plan.layers.values() for group in groups]
-        for side in ("key", "value")
-    }
+    recipe, scales = _served_cache(folder)
     facts = {
         "target": provenance["target"],
         "base model": provenance["base_model"],
-        "recipe": f"{plan.recipe.name}: {plan.recipe.summary}",
-        "scales": f"{2 * len(plan.layers)} in {len(plan.layers)} layers",
+        "recipe": f"{recipe.name}: {recipe.summary}",
+        "cache": _cache_words(scales),
         **{f"{side} scales": f"{min(found):.4g} to {max(found):.4g}" for side, found in scales.items()},
         "statistics": (provenance["statistics"] or {}).get("sha256", "none needed"),
         "written by": f"kvq {provenance['kvq_version']}",
-        "files": f"{len(read_manifest(folder)['files'])} in the manifest; 'kvq check' compares them",
+        "files": f"{listed} in the manifest; 'kvq check' compares them",
     }
     output.show(facts_table(f"Engine export {folder.name}", facts))
-    output.write({"kind": "engine export", "recipe": plan.recipe.to_dict(), "scales": scales, "provenance": provenance})
+    output.write({"kind": "engine export", "recipe": recipe.to_dict(), "scales": scales, "provenance": provenance})
+
+
+def _served_cache(folder: Path) -> tuple[Any, dict[str, list[float]]]:
+    """The recipe of an engine export, and its scales by side; none if the engine computes them itself."""
+    from kvq.export.checkpoint import RECIPE
+    from kvq.export.served import is_served, served_plan
+    from kvq.recipe import load_recipe
+
+    recipe = load_recipe(folder / RECIPE)
+    if not is_served(folder):
+        return recipe, {}
+    plan = served_plan(folder)
+    return recipe, {
+        side: [group.codecs[side].scale for groups in plan.layers.values() for group in groups]
+        for side in ("key", "value")
+    }
+
+
+def _cache_words(scales: dict[str, list[float]]) -> str:
+    if not scales:
+        return "the engine's own, transforms are in the weights"
+    return f"FP8, {sum(map(len, scales.values()))} scales in the folder"
