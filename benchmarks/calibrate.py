@@ -1,30 +1,36 @@
-"""Time of calibration against plain forwards of the same model over the same tokens (bar: 1.15).
+"""Time of calibration against plain forwards of the same model over the same tokens.
 
     python benchmarks/calibrate.py
     python benchmarks/calibrate.py --model FOLDER --samples 32 --seq-len 1024 --json -
 
-Both sides run the decoder without its head, in float32 on the CPU, taking turns batch by batch in one process. The
-plain side keeps its ordinary cache; calibration adds the measuring and nothing else. The ratio is the median over the
-batches of calibrate / plain, so that load that comes and goes on the machine falls on both sides of each pair.
+All sides run the decoder without its head, in float32 on the CPU, taking turns batch by batch in one process. The plain
+side keeps its ordinary cache; calibration adds the measuring, and the look at a lone token that begins every run. A
+ratio is the median over the batches of side / plain, so that load that comes and goes on the machine falls on all sides
+of a round.
+
+    default   what ``kvq calibrate`` measures: ranges, quantiles, sinks, massive activations (bar: 1.15)
+    moments   second moments of queries, keys, values and weighted values beside them (bar: 1.4)
 """
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import sys
 import time
-from importlib.metadata import version
+from functools import partial
 from pathlib import Path
 
 import torch
+from machine import machine
 
 from kvq.calib.collect import collect
-from kvq.calib.data import load_texts, token_windows
+from kvq.calib.data import load_documents
+from kvq.calib.needs import ALL_NEEDS, DEFAULT_NEEDS
+from kvq.calib.windows import token_windows
 from kvq.models.resolve import load_model, load_tokenizer, resolve_model
 
-BAR = 1.15
+BARS = {"default": 1.15, "moments": 1.4}
+MOMENTS = DEFAULT_NEEDS | {need for need in ALL_NEEDS if need.endswith("moments")}
 RESULTS = Path(__file__).parent / "results" / "calibrate.json"
 
 
@@ -33,12 +39,12 @@ def plain_forward(model, batch: torch.Tensor) -> None:
         model.get_decoder()(input_ids=batch.to(model.device), use_cache=True)
 
 
-def calibrate(model, batch: torch.Tensor) -> None:
-    collect(model, batch, batch_size=len(batch))
+def calibrate(needs: frozenset[str], model, batch: torch.Tensor) -> None:
+    collect(model, batch, needs=needs, batch_size=len(batch))
 
 
 def seconds(model, batch: torch.Tensor, order: list[str]) -> dict[str, float]:
-    """Seconds of both sides on one batch, in this order."""
+    """Seconds of every side on one batch, in this order."""
     spent = {}
     for name in order:
         start = time.perf_counter()
@@ -47,49 +53,51 @@ def seconds(model, batch: torch.Tensor, order: list[str]) -> dict[str, float]:
     return spent
 
 
-SIDES = {"plain": plain_forward, "calibrate": calibrate}
+SIDES = {
+    "plain": plain_forward,
+    "default": partial(calibrate, DEFAULT_NEEDS),
+    "moments": partial(calibrate, MOMENTS),
+}
 
 
 def measure(arguments: argparse.Namespace) -> dict:
     folder = resolve_model(arguments.model)
     model = load_model(folder, dtype=torch.float32, device="cpu")
-    windows, data = token_windows(
+    windows = token_windows(
         load_tokenizer(folder),
-        load_texts(arguments.data),
+        load_documents(arguments.data),
         samples=arguments.samples,
         seq_len=arguments.seq_len,
         source=arguments.data,
     )
-    batches = list(windows.split(arguments.batch_size)) * arguments.repeats
+    batches = list(windows.tokens.split(arguments.batch_size)) * arguments.repeats
     seconds(model, batches[0], list(SIDES))
-    pairs = []
+    rounds, names = [], list(SIDES)
     for number, batch in enumerate(batches):
-        # Each side goes first every other time.
-        pairs.append(seconds(model, batch, sorted(SIDES, reverse=bool(number % 2))))
-        print(f"batch {number + 1:3} of {len(batches)}  {pairs[-1]}", file=sys.stderr)
-    medians = {name: statistics.median(pair[name] for pair in pairs) for name in SIDES}
+        # Every side goes first in turn.
+        turn = number % len(names)
+        rounds.append(seconds(model, batch, names[turn:] + names[:turn]))
+        print(f"batch {number + 1:3} of {len(batches)}  {rounds[-1]}", file=sys.stderr)
+    medians = {name: statistics.median(spent[name] for spent in rounds) for name in SIDES}
+    ratios = {name: sorted(spent[name] / spent["plain"] for spent in rounds) for name in BARS}
     return {
         "benchmark": "calibrate",
-        "ratio": round(statistics.median(pair["calibrate"] / pair["plain"] for pair in pairs), 4),
-        "bar": BAR,
+        "ratios": {name: round(statistics.median(found), 4) for name, found in ratios.items()},
+        "ratios_quartiles": {
+            name: [round(found[len(found) // 4], 4), round(found[-1 - len(found) // 4], 4)]
+            for name, found in ratios.items()
+        },
+        "bars": BARS,
         "median_seconds_per_batch": medians,
-        "seconds_per_batch": {name: [pair[name] for pair in pairs] for name in SIDES},
+        "seconds_per_batch": {name: [spent[name] for spent in rounds] for name in SIDES},
         "tokens_per_second": {
             name: round(arguments.batch_size * arguments.seq_len / value, 1) for name, value in medians.items()
         },
         "model": arguments.model if arguments.model == "builtin" else Path(arguments.model).name,
         "dtype": "float32",
-        "data": data.to_dict(),
+        "data": windows.identity.to_dict(),
         "batch_size": arguments.batch_size,
-        "machine": {
-            "cpus": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-            "architecture": platform.machine(),
-            "python": platform.python_version(),
-            "torch": version("torch"),
-            "transformers": version("transformers"),
-            "kvq": version("kvq-toolkit"),
-        },
+        "machine": machine(),
     }
 
 
@@ -112,7 +120,8 @@ def main() -> None:
         Path(arguments.json).write_text(text + "\n")
         for name, value in result["median_seconds_per_batch"].items():
             print(f"{name:9}  {value:7.2f} s a batch  {result['tokens_per_second'][name]:8.1f} tokens/s")
-        print(f"ratio      {result['ratio']:.3f}   (bar {BAR})")
+        for name, ratio in result["ratios"].items():
+            print(f"{name:9}  {ratio:.3f} of plain   (bar {BARS[name]})")
 
 
 if __name__ == "__main__":

@@ -111,13 +111,13 @@ def _inspect_model(name: str, measure: bool, stats: str | None, wishes: Wishes, 
 
 def _statistics(folder: Path, spec, name: str, stats: str | None, output: Output):
     """Statistics of the model: those given, which must be its own, or measured now."""
+    from kvq.calib.check import check_stats
     from kvq.calib.stats import Stats
-    from kvq.models.resolve import weights_fingerprint
 
     if stats is None:
         return measured(folder, Path(name).name, output)
     found = Stats.load(stats)
-    found.check_model(spec, weights_fingerprint(folder))
+    check_stats(found, spec, folder)
     return found
 
 

@@ -19,6 +19,7 @@ import torch
 
 from kvq.cache import CachePlan, make_plan
 from kvq.calib.artefacts import fit_artefacts, needed_artefacts
+from kvq.calib.check import check_stats
 from kvq.calib.stats import Stats
 from kvq.errors import CheckpointError
 from kvq.export.atomic import recover, whole_folder
@@ -113,7 +114,7 @@ def export(
     fingerprint = weights_fingerprint(source)
     loaded = stats if stats is None or isinstance(stats, Stats) else Stats.load(stats)
     if loaded is not None:
-        loaded.check_model(spec, None if other_weights else fingerprint)
+        check_stats(loaded, spec, source, other_weights=other_weights)
     view = _view(to, spec, loaded)
     artefacts, origin = _artefacts(loaded, stats, recipe, view, source)
     plan = make_plan(recipe, view, artefacts)
