@@ -176,10 +176,11 @@ def signed(text: str) -> str:
 
 def with_interval(value: float, low: float | None, high: float | None, digits: int, scale: float = 1) -> str:
     """'+1.2 [0.3, 2.1]', or without the interval where no error is known."""
-    text = signed(f"{scale * value:+.{digits}f}")
+    form = f".{digits}f" if abs(scale * value) < LARGE else ".3g"
+    text = signed(f"{scale * value:+{form}}")
     if low is None or high is None:
         return text
-    bounds = (signed(f"{scale * bound:.{digits}f}") for bound in (low, high))
+    bounds = (signed(f"{scale * bound:{form if abs(scale * bound) < LARGE else '.3g'}}") for bound in (low, high))
     return f"{text} [{', '.join(bounds)}]"
 
 
