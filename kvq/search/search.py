@@ -26,7 +26,7 @@ from kvq.search.verify import METRICS, Measured, Verifier
 # Of the time limit, what measuring sensitivities may take; the rest is for verification.
 MEASURING_SHARE = 0.7
 UNIFORM_CANDIDATES = 2
-FRONT_POINTS = 6
+FRONT_POINTS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
