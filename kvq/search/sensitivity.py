@@ -30,7 +30,7 @@ SLACK = 1.05
 # Tokens of a window that the scan reads.
 SCAN_TOKENS = 384
 # Likewise for the shares of heads, which only compare heads with each other.
-HEAD_TOKENS = 512
+HEAD_TOKENS = 384
 
 
 @dataclass(frozen=True, kw_only=True)
