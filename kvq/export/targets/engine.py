@@ -16,7 +16,7 @@ from kvq.export.folding import folded_field
 from kvq.export.targets import own
 from kvq.export.targets.base import Job, Target
 from kvq.export.targets.card import engine_card
-from kvq.export.targets.formats import FORMATS, has_kv_scheme
+from kvq.export.targets.formats import FORMATS, has_kv_scheme, has_packed_zeros
 from kvq.export.targets.scheme import Scheme, fp8_scheme
 from kvq.models.names import attention_modules, shared_layers
 from kvq.models.resolve import INDEX_FILE, check_weights, read_header
@@ -36,6 +36,11 @@ def contents(target: Target, job: Job) -> dict[str, bytes]:
     if has_kv_scheme(job.quantized):
         raise CheckpointError(
             f"model {job.source.name!r} has a quantized KV cache of its own: export the checkpoint without one."
+        )
+    if has_packed_zeros(job.quantized) and not release.readers[method].zeros:
+        raise CheckpointError(
+            f"model {job.source.name!r} has packed weights with zero points, which {release.title} does not load from "
+            "compressed-tensors checkpoints: use --target vllm."
         )
     scheme = _scheme(job, release, method)
     build, spelling = FORMATS[method]
