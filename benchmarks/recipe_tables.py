@@ -1,0 +1,78 @@
+"""Write the tables of recipes, in README.md and docs/recipes.md, from the measured results and the recipes themselves.
+
+python benchmarks/recipe_tables.py
+
+A recipe's numbers are those of benchmarks/results/{quality,transforms,codebooks,search}.json, the first that measured
+the recipe as it is now (its hash) on all six windows of the development span in mode ``stream``.
+"""
+
+import json
+from pathlib import Path
+
+from kvq.recipe import list_recipes, load_recipe
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks/results"
+SOURCES = ("quality", "transforms", "codebooks", "search")
+WINDOWS = 6
+BEGIN, END = "<!-- recipes: begin -->\n", "<!-- recipes: end -->"
+# What the README shows: the control, what everybody knows, and the best at each size.
+SHORT = (
+    "fp16", "fp8", "int8", "kivi4", "klt4", "auto-4.5", "int4", "qoq4", "smoothrot4", "klt3", "auto-3.25", "kvquant3",
+    "kivi2", "auto-2.5", "klt2",
+)  # fmt: skip
+
+
+def measured() -> dict[str, dict]:
+    """{recipe hash: perplexity, kl, top1, asymptotic_bits} of every complete measurement."""
+    found: dict[str, dict] = {}
+    for source in SOURCES:
+        path = RESULTS / f"{source}.json"
+        result = json.loads(path.read_text()) if path.is_file() else {"recipes": {}}
+        for row in result["recipes"].values():
+            own = row if "kl" in row else row.get("stream")
+            if own and own.get("windows", result.get("windows")) == WINDOWS:
+                found.setdefault(row["recipe_hash"], own | {"asymptotic_bits": row["asymptotic_bits"]})
+    return found
+
+
+def table(names: list[str], found: dict[str, dict]) -> str:
+    """One row a recipe: the measured ones by falling bits and rising KL, then the others."""
+    lines = [
+        "| recipe | what it does | paper | bits per element | perplexity | KL, nats | top-1 |",
+        "| --- | --- | --- | ---: | ---: | ---: | ---: |",
+    ]
+    rows = {name: (load_recipe(name), found.get(load_recipe(name).hash)) for name in names}
+
+    def order(name: str) -> tuple[float, float]:
+        row = rows[name][1]
+        return (-round(row["asymptotic_bits"], 2), row["kl"]) if row else (1.0, 0.0)
+
+    for name in sorted(rows, key=order):
+        recipe, row = rows[name]
+        numbers = ["-"] * 4
+        if row:
+            bits, kl = row["asymptotic_bits"], row["kl"]
+            numbers = [f"{bits:.2f}", f"{row['perplexity']:.2f}", f"{kl:.4f}", f"{row['top1']:.1%}"]
+        lines.append("| " + " | ".join([f"`{name}`", recipe.summary, recipe.paper, *numbers]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def with_table(page: str, names: list[str]) -> str:
+    head, rest = page.split(BEGIN)
+    return head + BEGIN + table(names, measured()) + END + rest.split(END)[1]
+
+
+def pages() -> dict[Path, list[str]]:
+    """Pages with a table, and the recipes that each shows."""
+    every = list_recipes()
+    return {ROOT / "README.md": [name for name in SHORT if name in every], ROOT / "docs/recipes.md": every}
+
+
+def main() -> None:
+    for path, names in pages().items():
+        path.write_text(with_table(path.read_text(), names))
+
+
+if __name__ == "__main__":
+    main()
