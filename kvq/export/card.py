@@ -67,8 +67,8 @@ model = AutoModelForCausalLM.from_pretrained("...")  # this folder, or its id on
 {transforms_table}
 
 Checked when it was exported, against `{base}` on {tokens} tokens: with weights in float32 the logits differ by at most
-{error:.1e} of the largest; rounded to {dtype}, KL {kl:.1e} nats a token, and {top1:.1%} of the tokens have the same
-most likely successor.
+{error:.1e} of the largest; rounded to {dtype}, KL {kl:.1e} nats a token (random changes of that size to the same
+weights: {noise_kl:.1e}), and {top1:.1%} of the tokens have the same most likely successor.
 
 ## Provenance
 
@@ -98,6 +98,7 @@ def plain_card(
         error=check.error,
         dtype=str(plan.model.dtype).removeprefix("torch."),
         kl=check.kl,
+        noise_kl=check.noise_kl,
         top1=check.top1,
         provenance_table=provenance_table(provenance),
     )
