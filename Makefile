@@ -49,8 +49,10 @@ $(VLLM_READY):
 	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
 
-test-vllm: $(READY) $(VLLM_READY)
-	$(OFFLINE) KVQ_VLLM_PYTHON=$(CURDIR)/$(VLLM)/bin/python $(VENV)/bin/python -m pytest -m engine tests/engines
+# VLLM_PYTHON=... names the Python of an environment that has vLLM already; none is made then.
+test-vllm: $(READY) $(if $(VLLM_PYTHON),,$(VLLM_READY))
+	$(OFFLINE) KVQ_VLLM_PYTHON=$(or $(VLLM_PYTHON),$(abspath $(VLLM))/bin/python) \
+		$(VENV)/bin/python -m pytest -m engine tests/engines
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .
