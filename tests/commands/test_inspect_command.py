@@ -105,3 +105,29 @@ def test_a_missing_or_altered_side_file_is_refused_by_every_command(refuse, expo
         refuse("inspect", folder, says=(repr(name), says))
         refuse("generate", folder, "--prompt", "x", says=(repr(name), says))
         refuse("eval", folder, "--limit", "1", says=(repr(name), says))
+
+
+ROTATED = """
+name: rotated
+key: {codec: affine, bits: 4, axis: token, group: head}
+value: {codec: affine, bits: 4, axis: token, group: head}
+transforms: {key: [%s], value: [{kind: hadamard}]}
+"""
+
+
+def test_inspect_says_where_the_transforms_of_an_export_are(run, tiny_checkpoint, tmp_path):
+    recipe = tmp_path / "rotated.yaml"
+    recipe.write_text(ROTATED % "{kind: hadamard}")
+    run("export", tiny_checkpoint(head_dim=32), "--recipe", recipe, "-o", tmp_path / "out")
+    report = json.loads(run("inspect", tmp_path / "out", "--json", "-").stdout)
+    assert report["transforms"] == [
+        "keys of layers 0 to 1: hadamard while the model runs",
+        "values of layers 0 to 1: hadamard in the weights",
+    ]
+    recipe.write_text(ROTATED % "")
+    run("export", tmp_path / "tiny", "--recipe", recipe, "--target", "plain", "-o", tmp_path / "plain")
+    result = run("inspect", tmp_path / "plain")
+    assert "Plain export plain" in result.stdout
+    assert "hadamard in the weights" in result.stdout
+    (tmp_path / "plain/kvq/manifest.json").write_text("{}")
+    assert run("inspect", tmp_path / "plain").exit_code == 2
