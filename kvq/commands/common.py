@@ -60,11 +60,14 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write a file whole or not at all; text as UTF-8. Raises CheckpointError if it cannot be written."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
         os.replace(temporary, path)
+    except OSError as error:
+        raise CheckpointError(f"{str(path)!r} cannot be written ({error.strerror}): choose another place.") from None
     finally:
         temporary.unlink(missing_ok=True)
 

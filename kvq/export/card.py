@@ -61,7 +61,7 @@ from transformers import AutoModelForCausalLM
 
 model = AutoModelForCausalLM.from_pretrained("...")  # this folder, or its id on the hub
 ```
-
+{serve}
 ## What changed
 
 {transforms_table}
@@ -76,8 +76,13 @@ weights: {noise_kl:.1e}), and {top1:.1%} of the tokens have the same most likely
 """
 
 
-def plain_card(plan: CachePlan, check, provenance: Mapping[str, Any], licence: Mapping[str, str]) -> str:
-    """The card of a plain export. ``check``: a ``kvq.export.fold_check.FoldCheck``."""
+def plain_card(
+    plan: CachePlan, check, provenance: Mapping[str, Any], licence: Mapping[str, str], serve: str = ""
+) -> str:
+    """The card of a checkpoint without kvq's format.
+
+    check   a ``kvq.export.fold_check.FoldCheck``; serve: a section that says how engines serve it.
+    """
     base = provenance["base_model"]
     front = front_matter(base, licence, ["kvq", "kv-cache", plan.recipe.name]) | {"base_model_relation": "finetune"}
     rows = [
@@ -87,6 +92,7 @@ def plain_card(plan: CachePlan, check, provenance: Mapping[str, Any], licence: M
     body = _PLAIN.format(
         base=base,
         recipe=plan.recipe.name,
+        serve=serve,
         transforms_table=_table(("side", "transforms"), rows),
         tokens=check.tokens,
         error=check.error,

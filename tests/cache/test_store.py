@@ -10,7 +10,7 @@ from kvq.cache.store import HeadStore
 from kvq.calib.artefacts import stand_in_artefacts
 from kvq.errors import CacheError
 from kvq.models.describe import describe
-from kvq.recipe import load_recipe, parse_recipe
+from kvq.recipe import list_recipes, load_recipe, parse_recipe
 
 RECIPES = {
     "kivi2": {},
@@ -227,3 +227,61 @@ def test_crop_of_quantized_tokens_is_refused(group):
     with pytest.raises(CacheError, match="activate_past_recording"):
         store.crop(200)
     assert store.counts == [300]
+
+
+def test_keys_before_rope_keep_the_positions_they_were_given(tiny_config):
+    """Positions with gaps, as after an eviction: what is read is what encoding at those very positions gives."""
+    recipe = parse_recipe({"name": "test"} | FAMILIES["kvquant"], source="test")
+    spec = describe(tiny_config(head_dim=32))
+    group = make_plan(recipe, spec, stand_in_artefacts(recipe, spec)).layers[0][0]
+    x, count, start = tokens(2, 150), 150, group.sinks
+    gaps = torch.randint(1, 9, (2, count), generator=torch.Generator().manual_seed(5))
+    positions = gaps.cumsum(1)
+    given = {"key": group.rope.rotate(x["key"], positions), "value": x["value"]}
+    store = HeadStore(group, 2, torch.device("cpu"))
+    for a, b in itertools.pairwise([0, 70, 71, 130, count]):
+        store.append({name: t[:, :, a:b] for name, t in given.items()}, None, None, positions[:, a:b])
+    packed = store.packed["key"][0]
+    codec = group.codecs["key"]
+    decoded = codec.decode(codec.encode(x["key"][:, :, start : start + packed]), torch.float32)
+    expected = group.rope.rotate(decoded, positions[:, start : start + packed])
+    found = store.dequantized("key", [0, 1])[:, :, start : start + packed]
+    # Taking a key back from its position rounds, so a number at the edge of two codes may change its code.
+    gap = (found - expected).abs().amax(-1)
+    assert (gap < 1e-4).double().mean() > 0.97
+    # Negative control: the same keys at positions without gaps are others.
+    counted = group.rope.rotate(decoded, torch.arange(start, start + packed).unsqueeze(0))
+    assert ((found - counted).abs().amax(-1) < 1e-4).double().mean() < 0.1
+
+
+def page_sections(group):
+    """Every section of a page, words of keys and values included."""
+    return [*group.layout.key.sections, *group.layout.value.sections, "key words", "value words"]
+
+
+def stored_differently():
+    """Names of shipped recipes, one for each choice of codecs and exact tokens."""
+    recipes = [load_recipe(name) for name in list_recipes()]
+    return sorted({(r.key, r.value, r.tokens): r.name for r in recipes if not r.is_exact}.values())
+
+
+@pytest.mark.parametrize("name", stored_differently())
+def test_bytes_law_of_every_recipe(tiny_config, name):
+    """Predicted bytes are stored bytes, and at 32,768 tokens those of whole pages; sections fill up to 128 bytes."""
+    recipe, spec = load_recipe(name), describe(tiny_config(layers=1, heads=1, kv_heads=1, head_dim=64))
+    plan = make_plan(recipe, spec, stand_in_artefacts(recipe, spec))
+    (group,) = plan.layers[0]
+    store, done = HeadStore(group, 1, torch.device("cpu")), 0
+    for length in (512, 4096, 32768):
+        x = torch.randn(2, 1, 1, length - done, 64, generator=torch.Generator().manual_seed(length))
+        store.append({"key": x[0].bfloat16(), "value": x[1].bfloat16()}, None)
+        done = length
+        assert store.nbytes == group.predicted_bytes(length, 2)
+    bits = 8 * store.nbytes / (2 * length * 64)
+    page = group.layout.record_bytes + group.layout.shared_bytes
+    page_bits, filled = (
+        8 * size / (2 * group.layout.page_tokens * 64) for size in (page, 128 * len(page_sections(group)))
+    )
+    exact_tokens = (group.sinks + 2 * 256) * 16 / length
+    assert plan.bits_per_element <= page_bits < plan.bits_per_element + filled
+    assert page_bits <= bits < page_bits + exact_tokens
