@@ -197,3 +197,29 @@ def test_without_matplotlib_pictures_are_refused_with_the_way_out(refuse, tiny_c
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     monkeypatch.delitem(sys.modules, "kvq.report.figures", raising=False)
     refuse("inspect", tiny_checkpoint(), "--png", tmp_path / "pictures", says=("matplotlib", "kvq-toolkit[report]"))
+
+
+ROTATED = """
+name: rotated
+key: {codec: affine, bits: 4, axis: token, group: head}
+value: {codec: affine, bits: 4, axis: token, group: head}
+transforms: {key: [%s], value: [{kind: hadamard}]}
+"""
+
+
+def test_inspect_says_where_the_transforms_of_an_export_are(run, tiny_checkpoint, tmp_path):
+    recipe = tmp_path / "rotated.yaml"
+    recipe.write_text(ROTATED % "{kind: hadamard}")
+    run("export", tiny_checkpoint(head_dim=32), "--recipe", recipe, "-o", tmp_path / "out")
+    report = json.loads(run("inspect", tmp_path / "out", "--json", "-").stdout)
+    assert report["transforms"] == [
+        "keys of layers 0 to 1: hadamard while the model runs",
+        "values of layers 0 to 1: hadamard in the weights",
+    ]
+    recipe.write_text(ROTATED % "")
+    run("export", tmp_path / "tiny", "--recipe", recipe, "--target", "plain", "-o", tmp_path / "plain")
+    result = run("inspect", tmp_path / "plain")
+    assert "Plain export plain" in result.stdout
+    assert "hadamard in the weights" in result.stdout
+    (tmp_path / "plain/kvq/manifest.json").write_text("{}")
+    assert run("inspect", tmp_path / "plain").exit_code == 2
