@@ -51,7 +51,7 @@ def test_doctor_names_versions_and_what_will_run(run):
     result = run("doctor")
     assert result.exit_code == 0
     assert version("torch") in result.stdout
-    assert "torch reference" in result.stdout
+    assert "attention: reference" in result.stdout
 
 
 def test_doctor_and_inspect_say_which_layers_can_be_quantized(run, folder_of):
