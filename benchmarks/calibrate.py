@@ -3,11 +3,11 @@
     python benchmarks/calibrate.py
     python benchmarks/calibrate.py --model FOLDER --samples 32 --seq-len 1024 --json -
 
-All sides run the decoder without its head, in float32 on the CPU, taking turns batch by batch in one process. The plain
-side keeps its ordinary cache; calibration adds the measuring of a batch and its joining with those before. A ratio is
-the median over the rounds of side / plain, in CPU seconds of the process: other load on the machine stretches wall
-time, and falls on sides of a round unevenly. Ratios of wall time are written beside them. What a run does once, a look at a
-lone token, is timed apart.
+All sides run the decoder without its head, in float32 on the CPU, taking turns batch by batch in one process. The
+plain side keeps its ordinary cache; calibration adds the measuring of a batch and its joining with those before. A
+ratio is the median over the rounds of side / plain, in CPU seconds of the process: other load on the machine
+stretches wall time, and falls on sides of a round unevenly. Ratios of wall time are written beside them. What a run
+does once, a look at a lone token, is timed apart.
 
     default   what ``kvq calibrate`` measures: ranges, quantiles, sinks, massive activations (bar: 1.15)
     moments   second moments of queries, keys, values and weighted values beside them (bar: 1.4)
