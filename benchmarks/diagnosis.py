@@ -108,6 +108,7 @@ def examine(name: str, arguments: argparse.Namespace) -> dict:
         if model is None:
             model, calibration, held_out, first = CASES[name](arguments)
         plans = {recipe.name: plan_of(recipe, full, folder) for recipe in missing}
+        held_out = held_out[: arguments.windows]
         held |= measured(model, plans, Windows(tokens=held_out, first=[first] * len(held_out)))
         losses.write_text(json.dumps(held, indent=1))
     rows = {}
@@ -147,6 +148,7 @@ def measured(model, plans, windows: Windows) -> dict[str, dict[str, float]]:
             "kl": float(torch.cat([part.kl for part in parts]).mean()),
             "delta_nll": float(torch.cat([part.losses - part.baseline_losses for part in parts]).mean()),
             "baseline_nll": float(torch.cat([part.baseline_losses for part in parts]).mean()),
+            "tokens": sum(len(part.kl) for part in parts),
         }
         for recipe, parts in scores.items()
     }
@@ -228,6 +230,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, metavar="FILE", help="a plain text of 60 kB or more")
     parser.add_argument("--cases", type=lambda text: text.split(","), default=list(CASES), metavar="NAME,...")
+    parser.add_argument("--windows", type=int, default=MEASURED, help="measured windows, for what --work does not hold")
     parser.add_argument("--work", metavar="FOLDER", help="default: a temporary folder")
     parser.add_argument("--recipes", type=lambda text: text.split(","), default=list(RECIPES), metavar="NAME,...")
     parser.add_argument("--json", default=str(RESULTS), metavar="FILE|-")
@@ -239,7 +242,6 @@ def main() -> None:
         "benchmark": "diagnosis",
         "data": Path(arguments.data).name,
         "calibration_windows": CALIBRATION,
-        "measured_windows": MEASURED,
         "seq_len": SEQ_LEN,
         "thresholds": {"good": GOOD, "collapse": COLLAPSE},
         "machine": machine(),

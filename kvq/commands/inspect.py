@@ -61,15 +61,17 @@ def command(thing: str, measure: bool, stats: str | None, recipe, settings, html
 
 def _inspect_stats(path: Path, wishes: Wishes, output: Output) -> None:
     from kvq.calib.stats import Stats
-    from kvq.report.stats_tables import stats_rows, stats_table
+    from kvq.report.stats_tables import stats_rows, stats_table, token_rows, tokens_table
     from kvq.report.tables import facts_table
 
     stats = Stats.load(path)
     facts = stats_facts(stats)
-    rows = stats_rows(stats)
+    rows, tokens = stats_rows(stats), token_rows(stats)
     output.show(facts_table(f"Statistics {path.name}", facts), stats_table(rows))
+    if tokens:
+        output.show(tokens_table(tokens))
     found = show_diagnosis(stats, f"Statistics {path.name}", facts, wishes, output)
-    output.write({"kind": "statistics"} | stats.provenance() | {"layers": rows} | found)
+    output.write({"kind": "statistics"} | stats.provenance() | {"layers": rows, "tokens": tokens} | found)
 
 
 def stats_facts(stats) -> dict[str, str]:
