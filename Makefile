@@ -27,7 +27,7 @@ $(READY): pyproject.toml requirements-builtin.txt
 	@rm -f $@
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[builtin,eval,data,cpu,targets,test]' $(PINNED)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[builtin,eval,data,cpu,search,report,targets,test]' $(PINNED)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements-builtin.txt
 	@touch $@
 

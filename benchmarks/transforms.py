@@ -4,7 +4,8 @@
     python benchmarks/transforms.py --data wikitext2_valid.txt --recipes int4,qoq4 --windows 1 --json -
 
 Data, windows and mode are those of benchmarks/quality.py. One calibration serves all recipes: its statistics and what
-learned transforms learn are kept in --work and used again, and so is every finished row of the table.
+learned transforms learn are kept in --work and used again, and so are the scores of every window: an interrupted run
+goes on where it was. Files are named by a recipe's hash alone, so take another --work when kvq itself has changed.
 """
 
 import argparse
@@ -12,19 +13,20 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 
 import torch
 from quality import CALIBRATION_TOKENS, FIRST_TOKEN, SEQ_LEN, row, wikitext_tokens
+from safetensors.torch import load_file, save_file
 
-from kvq.cache import make_plan
+from kvq.cache import CachePlan, make_plan
 from kvq.calib.artefacts import fit_artefacts, needed_artefacts
 from kvq.calib.collect import collect
 from kvq.calib.learn import fit_name, learn_fits, learned_steps
 from kvq.calib.needs import needs_of
 from kvq.calib.stats import Stats
-from kvq.eval.likelihood import score_windows
+from kvq.eval.likelihood import Windows, WindowScore, score_windows
 from kvq.eval.perplexity import cut_windows
 from kvq.eval.result import installed_versions
 from kvq.export.folding import fold_lines, plan_of_folds
@@ -86,16 +88,43 @@ def curve(recipe: Recipe, stats: Stats, spec) -> dict[str, dict[str, float]] | N
     } or None
 
 
-def score(recipes, model, spec, stats: Stats, folder: Path, windows, mode: str) -> Iterator[tuple[str, dict]]:
-    """Rows of some recipes, scored on one forward of the exact model."""
-    plans = {}
-    for name, recipe in recipes.items():
-        artefacts = fit_artefacts(recipe, spec, stats, folder) if needed_artefacts(recipe, spec) else {}
-        plans[name] = make_plan(recipe, spec, artefacts)
-    found = list(score_windows(model, plans, windows, mode))
-    for name, plan in plans.items():
-        folds = list(fold_lines(plan, plan_of_folds(plan, folder)))
-        yield name, row(plan, [window[name] for window in found], spec) | {"folds": folds}
+def plan_of(recipe: Recipe, spec, stats: Stats, folder: Path, work: Path) -> CachePlan:
+    """The recipe's plan, with artefacts that are fitted once."""
+    kept = work / f"artefacts-{recipe.hash[:16]}.safetensors"
+    if needed_artefacts(recipe, spec) and not kept.is_file():
+        save_file(fit_artefacts(recipe, spec, stats, folder), kept)
+    return make_plan(recipe, spec, load_file(kept) if kept.is_file() else {})
+
+
+def scores_file(plan: CachePlan, mode: str, number: int, work: Path) -> Path:
+    return work / f"scores-{plan.recipe.hash[:16]}-{mode}-{number}.safetensors"
+
+
+def score(plans: dict[str, CachePlan], model, windows: Windows, mode: str, work: Path) -> None:
+    """Score every window under every plan, and keep each in a file of its own."""
+    for number in range(len(windows.tokens)):
+        missing = {name: plan for name, plan in plans.items() if not scores_file(plan, mode, number, work).is_file()}
+        if not missing:
+            continue
+        one = Windows(tokens=windows.tokens[number : number + 1], first=windows.first[number : number + 1])
+        (found,) = score_windows(model, missing, one, mode)
+        for name, scored in found.items():
+            tensors = {field.name: getattr(scored, field.name).contiguous() for field in fields(scored)}
+            save_file(tensors, scores_file(plans[name], mode, number, work))
+            print(f"window {number}  {name:16} KL {float(scored.kl.mean()):.5f}", file=sys.stderr, flush=True)
+
+
+def finished_row(recipe: Recipe, plan: CachePlan, windows: Windows, mode: str, folder: Path, work: Path) -> dict:
+    """A recipe's row, which outlives its plan, so that a table is made without fitting anything again."""
+    kept = row_file(recipe, mode, len(windows.tokens), work)
+    scores = [load_file(scores_file(plan, mode, number, work)) for number in range(len(windows.tokens))]
+    found = row(plan, [WindowScore(**tensors) for tensors in scores], plan.model)
+    kept.write_text(json.dumps(found | {"folds": list(fold_lines(plan, plan_of_folds(plan, folder)))}))
+    return json.loads(kept.read_text())
+
+
+def row_file(recipe: Recipe, mode: str, windows: int, work: Path) -> Path:
+    return work / f"row-{recipe.hash[:16]}-{mode}-{windows}.json"
 
 
 def measure(arguments: argparse.Namespace) -> dict:
@@ -107,23 +136,19 @@ def measure(arguments: argparse.Namespace) -> dict:
     recipes = {name: load_recipe(name) for name in arguments.recipes}
     stats, seconds = statistics(folder, model, ids, recipes, work)
     windows = cut_windows(ids[FIRST_TOKEN:], SEQ_LEN, limit=arguments.windows, mode=arguments.mode)
-    kept = {
-        name: work / f"row-{recipe.hash[:16]}-{arguments.mode}-{arguments.windows}.json"
-        for name, recipe in recipes.items()
-    }
-    pending = [name for name in recipes if not kept[name].is_file()]
+    mode, count = arguments.mode, len(windows.tokens)
+    pending = [name for name, recipe in recipes.items() if not row_file(recipe, mode, count, work).is_file()]
     for start in range(0, len(pending), TOGETHER):
         names = pending[start : start + TOGETHER]
-        for name, found in score(
-            {name: recipes[name] for name in names}, model, spec, stats, folder, windows, arguments.mode
-        ):
-            kept[name].write_text(json.dumps(found))
-            print(f"{name:16} KL {found['kl']:.5f}  bits {found['asymptotic_bits']:.3f}", file=sys.stderr)
+        plans = {name: plan_of(recipes[name], spec, stats, folder, work) for name in names}
+        score(plans, model, windows, mode, work)
+        for name in names:
+            found = finished_row(recipes[name], plans[name], windows, mode, folder, work)
+            print(f"{name:16} KL {found['kl']:.5f}  bits {found['asymptotic_bits']:.3f}", file=sys.stderr, flush=True)
     rows = {}
     for name, recipe in recipes.items():
-        rows[name] = json.loads(kept[name].read_text()) | {"summary": recipe.summary}
-        rows[name]["learned"] = curve(recipe, stats, spec)
-        rows[name]["learning_seconds"] = seconds.get(name)
+        rows[name] = json.loads(row_file(recipe, mode, count, work).read_text()) | {"summary": recipe.summary}
+        rows[name] |= {"learned": curve(recipe, stats, spec), "learning_seconds": seconds.get(name)}
     return {
         "benchmark": "transforms",
         "model": arguments.model,
@@ -175,7 +200,7 @@ def main() -> None:
     parser.add_argument("--recipes", type=lambda text: text.split(","), metavar="NAME,...", help="default: all")
     parser.add_argument("--windows", type=int, default=6)
     parser.add_argument("--mode", choices=("stream", "simulate"), default="stream")
-    parser.add_argument("--work", default="transforms-work", metavar="DIR", help="statistics, fits and finished rows")
+    parser.add_argument("--work", default="transforms-work", metavar="DIR", help="statistics, fits and scores")
     parser.add_argument("--json", metavar="FILE|-", help="default: results/transforms.json, beside its table")
     arguments = parser.parse_args()
     arguments.recipes = arguments.recipes or default_recipes()

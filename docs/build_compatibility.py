@@ -100,7 +100,8 @@ def page(outcomes: dict) -> str:
             "",
             "## Cache dtypes of the engine's own",
             "",
-            "These need no scales from the checkpoint: the engine computes them token by token.",
+            "These need no scales from the checkpoint: the engine computes them token by token. A recipe of such",
+            "codecs whose transforms all fold is exported for the engine as an ordinary checkpoint.",
             "",
             *_own(),
             "",
@@ -179,8 +180,10 @@ def _own() -> list[str]:
     for releases in engines().values():
         release = list(releases.values())[-1]
         for name, own in release.own.items():
-            rows.append([release.name, f"`{release.dtype_flag} {name}`", str(own.bits), own.codec])
-    return _table(["engine", "flag", "bits", "numbers"], rows)
+            numbers = own.codec + (", rotated by the engine first" if own.rotates else "")
+            flag = f"`{release.dtype_flag} {name}`"
+            rows.append([release.name, flag, str(own.bits), numbers, own.where or "always"])
+    return _table(["engine", "flag", "bits", "numbers", "runs"], rows)
 
 
 def _table(head: list[str], rows: list[list[str]]) -> list[str]:

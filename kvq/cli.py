@@ -20,6 +20,7 @@ COMMANDS = (
     "report",
     "card",
     "generate",
+    "search",
     "recipes",
     "inspect",
     "doctor",

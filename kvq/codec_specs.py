@@ -32,7 +32,7 @@ WRAPPERS = ("permute", "norm", "signs", "low_rank", "outliers")
 _CODEC_FIELDS = {
     "exact": ((), ()),
     "affine": (("bits", "axis", "group"), ("clip", "symmetric", "meta", "placement", *WRAPPERS)),
-    "tiers": (("bits", "group"), ("meta", "placement")),
+    "tiers": (("bits", "group"), ("clip", "meta", "placement")),
     "book": (("bits", "levels", "scale"), ("axis", "group", "weights", "q_norm", "placement", *WRAPPERS)),
     "float8": (("scale",), ("method", "percentile", "granularity", "placement", *WRAPPERS)),
     "float4": (("group", "meta"), ("scale", "placement", *WRAPPERS)),
@@ -143,7 +143,8 @@ class CodecSpec:
             consecutive tokens of one channel (KIVI keys).
     group   numbers that share a scale; ``head`` for the whole head dimension and ``token`` for all heads that are
             stored alike (axis token only). float4: channels of a block. sketch: tokens that share outlier channels.
-    clip    affine: share of a group's range that the codes span, above 0 to 1; what lies outside saturates.
+    clip    affine: share of a group's range that the codes span, above 0 to 1; what lies outside saturates. tiers:
+            likewise, one number for each tier, or one for all.
     symmetric   affine: codes are centred on zero, and there is no minimum (ZeroQuant, arXiv 2206.01861).
     meta    how scale and minimum are stored; see ``kvq/quantizers/meta.py``. affine: ``float16`` (default), ``e4m3``,
             ``zero8``, ``range8``. float4: ``e8m0``, ``e4m3``.
@@ -169,7 +170,7 @@ class CodecSpec:
     bits: int | tuple[int, ...] | None = None
     axis: str | None = None
     group: int | str | None = None
-    clip: float | None = None
+    clip: float | tuple[float, ...] | None = None
     symmetric: bool | None = None
     meta: str | None = None
     levels: str | None = None
@@ -223,8 +224,7 @@ class CodecSpec:
     def _check_affine(self):
         self._check_bits(AFFINE_BITS)
         self._check_group()
-        if self.clip is not None and (not is_number(self.clip) or not 0 < self.clip <= 1):
-            raise RecipeError(f"clip={self.clip!r} is not a share of the range: use a number above 0 and at most 1.")
+        _check_clip(self.clip)
         check_flag("symmetric", self.symmetric)
         if self.symmetric and self.meta in ("zero8", "range8"):
             raise RecipeError(f"symmetric codes have no minimum for meta={self.meta} to store: use float16 or e4m3.")
@@ -243,6 +243,12 @@ class CodecSpec:
         if not any(self.bits):
             raise RecipeError("every tier has 0 bits, so nothing would be stored: give one of them bits.")
         check_choice("group", self.group, BLOCK_TOKENS, "a block of tokens")
+        if isinstance(self.clip, list | tuple):
+            object.__setattr__(self, "clip", tuple(self.clip))
+            if len(self.clip) != len(self.bits):
+                raise RecipeError(f"clip={list(self.clip)!r} does not name a share for each of {len(self.bits)} tiers.")
+        for share in self.clip if isinstance(self.clip, tuple) else (self.clip,):
+            _check_clip(share)
 
     def _check_book(self):
         self._check_bits(BOOK_BITS)
@@ -348,6 +354,11 @@ class CodecSpec:
 
     def to_dict(self) -> dict[str, Any]:
         return {"codec": self.codec} | given(self, *_CODEC_FIELDS[self.codec])
+
+
+def _check_clip(clip: Any) -> None:
+    if clip is not None and (not is_number(clip) or not 0 < clip <= 1):
+        raise RecipeError(f"clip={clip!r} is not a share of the range: use a number above 0 and at most 1.")
 
 
 def _check_seed(name: str, seed: Any) -> None:

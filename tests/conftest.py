@@ -7,11 +7,17 @@ Everything here is offline. The factories are fixtures that return functions, so
 
 import os
 import shutil
+import signal
 
 # Set before transformers is imported: no test may reach the network by accident.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Triton reads this when a kernel is defined. TRITON_INTERPRET=0 runs tests/kernels/device on a GPU.
+os.environ.setdefault("TRITON_INTERPRET", "1")
+# Background jobs of a shell ignore SIGINT, and so would the processes that tests start and interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import string
 from pathlib import Path

@@ -16,13 +16,8 @@ from kvq.recipe import list_recipes, parse_recipe
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [
-    ROOT / name
-    for name in (
-        "README.md",
-        "CONTRIBUTING.md",
-        "CHANGELOG.md",
-        *(f"docs/{page}.md" for page in ("architecture", "codecs", "compatibility")),
-    )
+    *(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "CHANGELOG")),
+    *sorted(ROOT.glob("docs/*.md")),
 ]
 README = (ROOT / "README.md").read_text()
 

@@ -17,6 +17,7 @@ FLOORS = (
     ("export",),
     ("integrations",),
     ("eval",),
+    ("search",),
     ("report",),
     ("cli", "commands"),
 )

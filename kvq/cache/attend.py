@@ -4,9 +4,11 @@ from dataclasses import dataclass
 
 import torch
 
+from kvq.cache import fused
 from kvq.cache.plan import SIDES
 from kvq.cache.store import HeadStore, Snapshot, View, group_rows
 from kvq.kernels import cpu
+from kvq.kernels.choice import Choice, choose, why_no_triton
 from kvq.kernels.decode import Partial, merge_partials, partial_attention
 
 # Numbers unpacked at once, and scores held at once: a tile fits a core's cache, never the whole past.
@@ -27,60 +29,86 @@ def attend(
     store: HeadStore,
     snapshot: Snapshot,
     q: torch.Tensor,
-    mask: torch.Tensor | None,
+    mask: list[torch.Tensor] | None,
     valid: torch.Tensor | None,
-    options,
+    options: Options,
+    steps: "fused.Steps",
 ) -> torch.Tensor:
     """Attention of the update's queries q [B, kv_heads, group, L, head_dim], same shape out.
 
-    mask   [B, 1, L, stored columns] (bool, True = attend, or additive) with one list of columns per row, or None; the
-           caller has reduced its columns to real tokens: ``mask[b]`` is [L, tokens of row b].
+    mask   by row, [L, tokens of the row] (bool, True = attend, or additive), the caller having reduced its columns to
+           real tokens; None if it says no more than causality.
     valid  [B, L] real query tokens, or None for all. Rows of pads come out as zeros.
+    steps  what the launches of one forward share.
+
+    What ran is noted in ``store.ran``. Raises KernelError if a kernel is asked for that cannot serve.
     """
+    device = q.device
+    valid = None if valid is None or bool(valid.all()) else valid
+    no_triton = why_no_triton(device) or fused.obstacle(store, snapshot, q, mask, valid)
+    ran = choose(store.impl, device, no_triton, _why_not_compiled(store, snapshot))
+    if ran.impl == "triton":
+        two_passes = fused.why_two_passes(store.group)
+        note = f"{ran.reason}; decoded to fp16 first: {two_passes}" if two_passes else ran.reason
+        store.ran.add(Choice(impl="triton", reason=note))
+        return fused.attend(store, snapshot, q, options, steps)
+    store.ran.add(ran)
+    return _attend_torch(store, snapshot, q, mask, valid, options, ran.impl == "numba")
+
+
+def _why_not_compiled(store: HeadStore, snapshot: Snapshot) -> str | None:
+    """Why the compiled CPU kernel cannot serve these queries, or None."""
+    if cpu.unavailable():
+        return cpu.unavailable()
+    if store.group.rope is not None:
+        return "keys are stored elsewhere than they are read"
+    if not cpu.supports(store.group.layout):
+        return "the CPU kernel reads plain codes only"
+    views = zip(snapshot.before, snapshot.added)
+    if any(view.stop - view.start > 1 for b, a in views for view in store.views(b, a, snapshot.prompt)):
+        return "the CPU kernel takes one query token at a time"
+    return None
+
+
+def _attend_torch(store, snapshot, q, mask, valid, options, compiled: bool) -> torch.Tensor:
+    """Row group by row group, each segment on its own."""
     out = torch.zeros_like(q)
     keys = list(zip(snapshot.before, snapshot.added))
-    if valid is not None and not bool(valid.all()):
+    if valid is not None:
         for b, (before, added) in enumerate(keys):
             real = valid[b].nonzero().squeeze(1).to(q.device)
             rows_mask = None if mask is None else mask[b][real].unsqueeze(0)
             if added:
-                part = _attend_rows(store, snapshot, [b], before, added, q[b : b + 1, :, :, real], rows_mask, options)
+                own = q[b : b + 1, :, :, real]
+                part = _attend_rows(store, snapshot, [b], before, added, own, rows_mask, options, compiled)
                 out[b : b + 1, :, :, real] = part
         return out
     for rows in group_rows(keys):
         before, added = keys[rows[0]]
         everyone = len(rows) == len(keys)
         rows_mask = None if mask is None else torch.stack([mask[b] for b in rows])
-        part = _attend_rows(store, snapshot, rows, before, added, q if everyone else q[rows], rows_mask, options)
+        own = q if everyone else q[rows]
+        part = _attend_rows(store, snapshot, rows, before, added, own, rows_mask, options, compiled)
         if everyone:
             return part
         out[rows] = part
     return out
 
 
-def _attend_rows(store, snapshot, rows, before, added, q, mask, options: Options) -> torch.Tensor:
+def _attend_rows(store, snapshot, rows, before, added, q, mask, options: Options, compiled: bool) -> torch.Tensor:
     """Rows of equal length. q [b, K, G, L, D], mask [b, L, tokens] or None."""
     outputs = []
     for view in store.views(before, added, snapshot.prompt):
         end = before + view.stop
         queries = q[:, :, :, view.start : view.stop]
         bias = _bias(mask, view, before, queries, end)
-        if view.stop - view.start == 1 and compiled_serves(store, q.device):
-            store.ran.add("compiled")
+        if compiled:
             outputs.append(_attend_compiled(store, snapshot, rows, view, end, options, queries, bias))
             continue
-        store.ran.add("reference")
         partials = _Segments(store, snapshot, rows, before + added, options, queries, bias).partials(view, end)
         merged = merge_partials(partials)
         outputs.append(merged.view(*queries.shape))
     return torch.cat(outputs, dim=3).to(q.dtype) if len(outputs) > 1 else outputs[0].to(q.dtype)
-
-
-def compiled_serves(store: HeadStore, device: torch.device) -> bool:
-    """True if single queries of this store are attended to by the compiled CPU kernel."""
-    return (
-        device.type == "cpu" and store.group.rope is None and cpu.supports(store.group.layout) and not cpu.unavailable()
-    )
 
 
 def _attend_compiled(store, snapshot, rows, view: View, end: int, options: Options, q, bias) -> torch.Tensor:

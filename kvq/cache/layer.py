@@ -7,9 +7,11 @@ import torch
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from kvq.cache.attend import Options, attend
+from kvq.cache.fused import Steps
 from kvq.cache.plan import SIDES, CachePlan, HeadGroup
 from kvq.cache.store import HeadStore, Snapshot, group_rows
 from kvq.errors import CacheError
+from kvq.kernels.choice import check_implementation
 
 # The attribute by which the tensors that `update` returns carry the packed storage to the attention function.
 HANDLE = "kvq_handle"
@@ -21,12 +23,25 @@ class Padding:
     mask     [B, T], which columns are real tokens; None if all are.
     prompt   columns of the prompt, if ``generate`` told; a first update may bring a draft behind it.
     positions   [B or 1, L], rotary positions of the running forward's tokens, if the forward told.
+    impl     what attends and packs, see ``kvq.kernels.choice``; steps: what the kernel launches of a forward share.
     """
 
     def __init__(self):
         self.mask: torch.Tensor | None = None
         self.prompt: int | None = None
         self.positions: torch.Tensor | None = None
+        self.impl = "auto"
+        self.steps = Steps()
+        self._checked: tuple[torch.Tensor, bool] | None = None
+
+    def only_causal(self, mask: torch.Tensor, rows: list[torch.Tensor], before: list[int]) -> bool:
+        """Whether a forward's mask, reduced to real tokens, says no more than causality; asked once for all layers.
+
+        rows: the mask by row, [L, tokens]; before: tokens of the row that came before these queries.
+        """
+        if self._checked is None or self._checked[0] is not mask:
+            self._checked = mask, all(_is_causal(own, start) for own, start in zip(rows, before))
+        return self._checked[1]
 
     def columns(self, start: int, length: int) -> torch.Tensor | None:
         """Mask of columns [start, start + length), or None if all are real."""
@@ -55,7 +70,7 @@ class Handle:
         B, H, L, D = query.shape
         heads = sum(len(store.group.heads) for store in self.layer.stores)
         grouped = query.view(B, heads, H // heads, L, D)
-        row_masks = None if mask is None else self._row_masks(mask, B)
+        row_masks = self._row_masks(mask, B)
         if len(self.layer.stores) == 1:
             return self._attend_heads(0, grouped, row_masks, options).view(B, H, L, D)
         out = torch.empty_like(grouped)
@@ -71,15 +86,21 @@ class Handle:
         store, chains = self.layer.stores[index], self.layer.stores[index].group.chains
         # Chains see [B, kv_heads, any, head_dim].
         q = chains["key"].dual(q.flatten(2, 3)).view_as(q)
-        out = attend(store, self.snapshots[index], q, row_masks, self.columns, options)
+        steps = self.layer.padding.steps
+        out = attend(store, self.snapshots[index], q, row_masks, self.columns, options, steps)
         return chains["value"].undo(out.flatten(2, 3)).view_as(out)
 
-    def _row_masks(self, mask: torch.Tensor, rows: int) -> list[torch.Tensor]:
-        """Drop the columns of pads: one [L, tokens] mask per row."""
-        mask = mask.expand(rows, *mask.shape[1:])[:, 0]
+    def _row_masks(self, given: torch.Tensor | None, rows: int) -> list[torch.Tensor] | None:
+        """Drop the columns of pads: one [L, tokens] mask per row; None if it says no more than causality."""
+        if given is None:
+            return None
+        mask = given.expand(rows, *given.shape[1:])[:, 0]
         real = self.layer.real
         total = self.start + self.snapshot_length
-        return [mask[b, :, :total] if real is None else mask[b, :, :total][:, real[b]] for b in range(rows)]
+        found = [mask[b, :, :total] if real is None else mask[b, :, :total][:, real[b]] for b in range(rows)]
+        if self.columns is None and self.layer.padding.only_causal(given, found, self.snapshots[0].before):
+            return None
+        return found
 
     @property
     def snapshot_length(self) -> int:
@@ -121,7 +142,7 @@ class PackedLayer(CacheLayerMixin):
         self.dtype, self.device = key_states.dtype, key_states.device
         self.stores = [HeadStore(group, key_states.shape[0], self.device) for group in self.groups]
         for store in self.stores:
-            store.recording = self.recording
+            store.recording, store.impl = self.recording, self.padding.impl
         self.is_initialized = True
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
@@ -277,9 +298,27 @@ def _scatter(tokens: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
     return out
 
 
-def pack_cache(cache, plan: CachePlan) -> None:
-    """Replace, in place, the plain full-attention layers of a fresh DynamicCache by packed ones."""
+def _is_causal(mask: torch.Tensor, before: int) -> bool:
+    """Whether a mask [L, before + L] hides exactly the tokens after each query."""
+    length, total = mask.shape
+    if total != before + length:
+        return False
+    position = torch.arange(before, total, device=mask.device)
+    seen = torch.arange(total, device=mask.device) <= position.unsqueeze(1)
+    if mask.dtype == torch.bool:
+        return torch.equal(mask, seen)
+    hidden = mask <= torch.finfo(mask.dtype).min / 2
+    return bool(((mask == 0) == seen).all() and (hidden == ~seen).all())
+
+
+def pack_cache(cache, plan: CachePlan, impl: str = "auto") -> None:
+    """Replace, in place, the plain full-attention layers of a fresh DynamicCache by packed ones.
+
+    ``impl``: what attends, a name of ``kvq.kernels.choice.IMPLEMENTATIONS``.
+    """
+    check_implementation(impl)
     padding = Padding()
+    padding.impl = impl
     if cache.layer_class_to_replicate is DynamicLayer:
         cache.layers += [DynamicLayer() for _ in range(len(cache.layers), len(plan.model.layers))]
     for index, groups in plan.layers.items():
@@ -294,8 +333,8 @@ def packed_layers(cache) -> list[PackedLayer]:
 
 
 def implementations(cache) -> list[str]:
-    """What attended to a cache's packed pages so far: ``compiled`` (numba, on the CPU), ``reference`` (torch)."""
-    return sorted({name for layer in packed_layers(cache) for store in layer.stores for name in store.ran})
+    """What attended to a cache's packed pages so far: ``triton``, ``numba`` or ``reference``, each with the reason."""
+    return sorted({str(ran) for layer in packed_layers(cache) for store in layer.stores for ran in store.ran})
 
 
 def cache_nbytes(cache) -> int:

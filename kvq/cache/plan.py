@@ -9,7 +9,7 @@ import torch
 from kvq.cache.policy import FlushRule
 from kvq.cache.tail import HEADROOM
 from kvq.codec_specs import CodecSpec
-from kvq.errors import RecipeError
+from kvq.errors import RecipeError, UnsupportedModelError
 from kvq.kernels.spec import PageLayout
 from kvq.models.architecture import Attention, describe_attention
 from kvq.models.describe import LayerSpec, ModelSpec
@@ -18,6 +18,7 @@ from kvq.quantizers import Codec, build_codec, codec_tensors
 from kvq.recipe import Recipe
 from kvq.specs import HeadSpec, Transforms
 from kvq.transforms import Chain, RopeBias, RopeOffset, build_chain
+from kvq.transforms.rope_bias import NO_BIAS
 
 SIDES = ("key", "value")
 
@@ -161,11 +162,19 @@ def _make_plan(recipe: Recipe, model: ModelSpec, artefacts, folded) -> CachePlan
 
 
 def check_transforms(recipe: Recipe, model: ModelSpec) -> None:
-    """Refuse a recipe with a transform that this model does not undo, before anything is measured for it."""
+    """Refuse a recipe with a transform that this model does not undo or has nothing for, before anything is measured.
+
+    Raises RecipeError or UnsupportedModelError.
+    """
     for layer in model.full_layers:
         spec = recipe.for_head(layer.index, 0, len(model.layers))
-        if not spec.is_exact:
-            _refuse_inexact(spec.transforms, model, layer.index)
+        if spec.is_exact:
+            continue
+        _refuse_inexact(spec.transforms, model, layer.index)
+        if any(step.kind == "rope_bias" for step in spec.transforms.key):
+            found = describe_attention(model.config).get(layer.index)
+            if found and found.key and (found.key.bias is None or found.key_norm):
+                raise UnsupportedModelError(NO_BIAS)
 
 
 def _refuse_inexact(transforms: Transforms, model: ModelSpec, index: int) -> None:

@@ -14,6 +14,7 @@ from kvq.cache.positions import Positions
 from kvq.cache.tail import Tail
 from kvq.errors import CacheError
 from kvq.kernels import cpu
+from kvq.kernels.choice import Choice
 from kvq.kernels.spec import PageLayout
 from kvq.quantizers import Encoded
 
@@ -57,8 +58,12 @@ class HeadStore:
         self.tails = {side: Tail(rows) for side in SIDES}
         self.positions = Positions(rows) if group.rope else None
         self.recording = False
-        # What attended so far, for reports: "compiled" (numba), "reference" (torch).
-        self.ran: set[str] = set()
+        # What attended so far and why, for reports.
+        self.ran: set[Choice] = set()
+        # What is asked for: a name of ``kvq.kernels.choice.IMPLEMENTATIONS``.
+        self.impl = "auto"
+        # Where the pages lie, as kernels on the device read it; made anew when that changes.
+        self.kernel_table: torch.Tensor | None = None
 
     def append(
         self,
@@ -177,6 +182,7 @@ class HeadStore:
         missing = [row for row in rows if len(self.tables[row]) < pages]
         if not missing:
             return
+        self.kernel_table = None
         have = len(self.tables[missing[0]])
         if all(len(self.tables[row]) == have for row in missing):
             ids = self.arena.allocate((pages - have) * len(missing))
@@ -244,7 +250,7 @@ class HeadStore:
                     table[p] = fresh
                 owned.add(table[p])
             tables.append(table)
-        self.tables = tables
+        self.tables, self.kernel_table = tables, None
         self.counts = [self.counts[b] for b in order]
         if self.positions is not None:
             self.positions.select(order)
@@ -272,12 +278,17 @@ class HeadStore:
             tail = tail[rows][:, :, tail.shape[2] - exact :]
         parts = [self.sinks[side][rows][:, :, : min(count, self.group.sinks)]] if side in self.sinks else []
         if done:
-            pages = -(-done // self.group.layout.page_tokens)
-            packed = self.arena.packed([self.tables[b][:pages] for b in rows], side, self.group.codecs[side])
-            numbers = packed.dequantize(_compute_dtype(tail.dtype))[:, :, :done]
-            numbers = self.roped(numbers, rows, 0, done) if side == "key" else numbers
-            parts.append(numbers.to(tail.dtype))
+            parts.append(self.decoded(side, rows, 0, done, _compute_dtype(tail.dtype)).to(tail.dtype))
         return torch.cat([*parts, tail], dim=2)
+
+    def decoded(self, side: str, rows: list[int], start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
+        """Packed body tokens [start, stop) of rows, [len(rows), kv_heads, stop - start, head_dim], as exact ones are:
+        in the basis of the group's transforms, keys after the rotary embedding."""
+        size = self.group.layout.page_tokens
+        first, last = start // size, -(-stop // size)
+        packed = self.arena.packed([self.tables[b][first:last] for b in rows], side, self.group.codecs[side])
+        numbers = packed.dequantize(dtype)[:, :, start - first * size : stop - first * size]
+        return self.roped(numbers, rows, start, stop) if side == "key" else numbers
 
     @property
     def nbytes(self) -> int:
@@ -285,8 +296,13 @@ class HeadStore:
         exact = sum(tail.nbytes for tail in self.tails.values()) + sum(s.nbytes for s in self.sinks.values())
         return self.arena.nbytes + exact
 
+    def __getstate__(self) -> dict:
+        # A copy's pages lie elsewhere.
+        return self.__dict__ | {"kernel_table": None}
+
     def to(self, device: torch.device) -> None:
         self.arena.to(device)
+        self.kernel_table = None
         for tail in self.tails.values():
             tail.to(device)
         self.sinks = {side: s.to(device) for side, s in self.sinks.items()}

@@ -93,7 +93,7 @@ def can_share(plan: CachePlan, schedule: Schedule, context: int, longest: int) -
             for side in SIDES:
                 if group.codecs[side].block_tokens == 1:
                     continue
-                last = int(schedule.packed(group.rules[side], context + longest).max()) + schedule.sinks(group)
+                last = int(schedule.packed(group.rules[side], context + longest).max()) + group.sinks
                 if schedule.mode == "simulate" or last > context:
                     return False
     return True

@@ -12,7 +12,7 @@ from kvq.models.describe import LayerSpec, ModelSpec
 from kvq.models.rope import rope_of
 from kvq.models.weights import Weights
 from kvq.quantizers import Codec
-from kvq.specs import HeadSpec
+from kvq.specs import HeadSpec, TransformSpec
 from kvq.transforms.evidence import Evidence, Measured, Window
 
 
@@ -30,6 +30,7 @@ class Source:
             self.rope = rope_of(model.config)
         except UnsupportedModelError:
             self.rope = None
+        self._pairs: dict[tuple[int, bool], tuple[torch.Tensor, torch.Tensor]] = {}
 
     def evidence(self, layer: LayerSpec, side: str, spec: HeadSpec, codec: Codec) -> Evidence:
         """What the first transform of a layer's side is fitted on. Raises DataError if the layer was not measured."""
@@ -41,7 +42,8 @@ class Source:
         measured = self.stats.layers[layer.index]
         attention = self.attention.get(layer.index) or Attention(index=layer.index, scaling=layer.head_dim**-0.5)
         reservoir = measured.parts.get("reservoir")
-        partner, second = self._partners(layer, attention)
+        partner, second = self._partners(layer.head_dim, attention.rotary)
+        reads = any(_reads_output(step, side) for step in getattr(spec.transforms, side))
         return Evidence(
             side=side,
             heads=layer.kv_heads,
@@ -52,17 +54,19 @@ class Source:
             partner=partner,
             second=second,
             given={name: given_of(measured, name) for name in ("query", "key", "value")},
-            output=self._output(attention, layer),
+            output=self._output(attention, layer) if reads else None,
             bias=self._bias(attention, layer) if side == "key" else None,
             shared=side == "key" and attention.key_norm is not None and attention.key_norm.shared,
             exact=spec.tokens.sinks,
             window=spec.tokens.window,
         )
 
-    def _partners(self, layer: LayerSpec, attention: Attention) -> tuple[torch.Tensor, torch.Tensor]:
-        if self.rope is not None and attention.rotary:
-            return self.rope.partners(layer.head_dim)
-        return torch.arange(layer.head_dim), torch.zeros(layer.head_dim, dtype=torch.bool)
+    def _partners(self, head_dim: int, rotary: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        key = head_dim, rotary and self.rope is not None
+        if key not in self._pairs:
+            alone = torch.arange(head_dim), torch.zeros(head_dim, dtype=torch.bool)
+            self._pairs[key] = self.rope.partners(head_dim) if key[1] else alone
+        return self._pairs[key]
 
     def _read(self, name: str | None) -> torch.Tensor | None:
         return None if self.weights is None or name is None else self.weights.read(name)
@@ -78,6 +82,12 @@ class Source:
         projection: Projection | None = attention.key if attention.key_norm is None else None
         bias = self._read(projection.bias) if projection else None
         return None if bias is None else torch.stack([bias[span] for span in projection.heads])
+
+
+def _reads_output(step: TransformSpec, side: str) -> bool:
+    """True if a step is fitted on the output projection: on the attention output, or on what reads values."""
+    reads_values = step.kind in ("balance", "principal") or bool(step.beta)
+    return step.searches or step.is_learned or (side == "value" and reads_values)
 
 
 def _plain(x: torch.Tensor) -> torch.Tensor:

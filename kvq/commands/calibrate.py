@@ -1,11 +1,13 @@
 """``kvq calibrate``: run a model over text and save statistics of its attention."""
 
 import sys
+import time
+from functools import partial
 from pathlib import Path
 
 import click
 
-from kvq.commands.common import Output, check_writable, json_option, progress_bars, quiet_transformers
+from kvq.commands.common import Output, check_writable, json_option, peak_memory, progress_bars, quiet_transformers
 
 USAGE_ERROR = 2
 DTYPES = ("float32", "bfloat16", "float16")
@@ -105,6 +107,7 @@ def _calibrate(
     from kvq.calib.windows import token_windows
     from kvq.models.describe import describe
     from kvq.models.resolve import load_config, load_tokenizer, resolve_model
+    from kvq.report.learned_tables import learned_table, learning_line
     from kvq.report.stats_tables import stats_rows, stats_table
 
     folder = resolve_model(model)
@@ -140,11 +143,14 @@ def _calibrate(
     if stats is None:
         return
     tokens = windows.tokens if settings["end_to_end"] else None
-    stats = _learn(stats, options.recipes, spec, folder, state_folder, tokens)
+    stats, times = _learn(stats, options.recipes, spec, folder, state_folder, tokens)
     stats.save(path)
     _remove(state_folder)
     data = stats.data
     output.show(stats_table(stats_rows(stats)), *_notes(stats))
+    transforms = [fit.facts for fit in stats.fits.values() if "objective" in fit.facts]
+    if transforms:
+        output.show(learned_table(transforms), *(learning_line(**entry) for entry in times))
     output.show(f"Statistics of {data.samples} windows, {data.tokens:,} tokens, written to {path}.")
     output.write(
         {
@@ -153,6 +159,7 @@ def _calibrate(
             "tokens": data.tokens,
             "needs": sorted(stats.needs),
             "fits": {name: fit.facts for name, fit in stats.fits.items()},
+            "learning": times,
             "missing": dict(stats.missing),
             "processes": processes.world,
             "layer_by_layer": sweeps > 1,
@@ -166,22 +173,35 @@ def _split(text: str | None) -> tuple[str, ...]:
 
 
 def _learn(stats, recipes, spec, folder: Path, state_folder: Path, tokens=None):
-    """The statistics with what the recipes' learned transforms learn on them; ``tokens`` [N, T] to learn end to end."""
-    from kvq.calib.learn import learn_fits
+    """The statistics with what the recipes' learned transforms learn on them, and the time and memory that took.
 
-    for recipe in recipes:
-        with progress_bars("Learning transforms") as (step,):
-            stats = learn_fits(recipe, spec, stats, folder, state_folder=state_folder, progress=step)
-    if tokens is None:
-        return stats
-    from kvq.integrations.end_to_end import learn_end_to_end
-    from kvq.models.resolve import load_model
+    tokens   [N, T] to learn end to end afterwards.
+    """
+    from kvq.calib.learn import learn_fits, learned_steps
 
-    model = load_model(folder)
-    for recipe in recipes:
-        with progress_bars("Learning end to end") as (step,):
-            stats = learn_end_to_end(model, recipe, stats, tokens, folder, state_folder=state_folder, progress=step)
-    return stats
+    loaded = [recipe for recipe in recipes if any(learned_steps(recipe, spec))]
+    learning = []
+
+    def timed(what: str, title: str, learn):
+        start = time.perf_counter()
+        with progress_bars(title) as (step,):
+            found = learn(state_folder=state_folder, progress=step)
+        learning.append({"what": what, "seconds": time.perf_counter() - start, "peak_bytes": peak_memory()})
+        return found
+
+    for recipe in loaded:
+        stats = timed(
+            f"{recipe.name} layer by layer", "Learning transforms", partial(learn_fits, recipe, spec, stats, folder)
+        )
+    if tokens is not None and loaded:
+        from kvq.integrations.end_to_end import learn_end_to_end
+        from kvq.models.resolve import load_model
+
+        model = load_model(folder)
+        for recipe in loaded:
+            learn = partial(learn_end_to_end, model, recipe, stats, tokens, folder)
+            stats = timed(f"{recipe.name} end to end", "Learning end to end", learn)
+    return stats, learning
 
 
 def _options(recipes: tuple[str, ...], full: bool, spec, settings):

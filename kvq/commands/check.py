@@ -69,7 +69,7 @@ def command(
         output.write(result)
         raise CheckpointError(_verdict(folder, reports))
     if start:
-        result["run"] = _run(folder, reports[0], engine_python, dtype, output)
+        result["run"] = _run(folder, reports[0], releases[0], engine_python, dtype, output)
         result["passes"] = not result["run"]["problems"]
     output.write(result)
     if not result["passes"]:
@@ -83,12 +83,15 @@ def _check_runnable(engine: str, python: str | None) -> None:
         raise click.UsageError("vllm is not installed here: name the Python of its environment with --engine-python.")
 
 
-def _run(folder: str, report, python: str | None, dtype: str, output: Output) -> dict[str, Any]:
+def _run(folder: str, report, release, python: str | None, dtype: str, output: Output) -> dict[str, Any]:
     from kvq.eval.engine import compare_with_engine, two_prompts
     from kvq.report.engines import comparison_table
 
-    path = Path(folder).expanduser()
-    settings = {"dtype": dtype, "cache_dtype": report.flag, "skip": report.skip}
+    path, flag = Path(folder).expanduser(), report.flag
+    if flag in release.own:
+        output.show(f"Run with a cache in 16 bits: what {flag} makes of a number is {release.title}'s own.")
+        flag = None
+    settings = {"dtype": dtype, "cache_dtype": flag, "skip": report.skip}
     found = compare_with_engine(path, two_prompts(path), python=python or sys.executable, **settings).to_dict()
     output.show(comparison_table(found))
     return found

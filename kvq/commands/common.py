@@ -60,11 +60,14 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write a file whole or not at all; text as UTF-8. Raises CheckpointError if it cannot be written."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
         os.replace(temporary, path)
+    except OSError as error:
+        raise CheckpointError(f"{str(path)!r} cannot be written ({error.strerror}): choose another place.") from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -206,3 +209,12 @@ def progress_bars(*titles: str, **settings) -> Iterator[list[Callable[[int, int]
             bars[title](done, total, what)
 
         yield [functools.partial(step, title) for title in titles]
+
+
+def peak_memory() -> int | None:
+    """Most bytes of memory that this process has held, None where the system does not say."""
+    try:
+        status = Path("/proc/self/status").read_text()
+        return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        return None

@@ -112,7 +112,7 @@ def _export(model: str, recipe, stats, out: str, output: Output, **settings) -> 
         check = result["check"]
         output.show(
             f"Checked on {check['tokens']} tokens: logits differ by {check['error']:.1e} of the largest; with rounded "
-            f"weights KL {check['kl']:.1e} nats a token."
+            f"weights KL {check['kl']:.1e} nats a token (random changes of that size: {check['noise_kl']:.1e})."
         )
     output.show(f"Try it: kvq generate {out} --prompt 'Hello'" if ours else f"See what loads it: kvq check {out}")
     output.write(result)

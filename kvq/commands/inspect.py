@@ -6,54 +6,82 @@ from typing import Any
 
 import click
 
-from kvq.commands.common import Output, json_option, quiet_transformers
+from kvq.commands.common import Output, chosen_recipe, json_option, quiet_transformers, settings_option
+from kvq.commands.diagnosis import Wishes, measured, show_diagnosis
 
 
 @click.command("inspect")
 @click.argument("thing", metavar="MODEL|STATS|DIR")
+@click.option("--measure", is_flag=True, help="Run MODEL over a little text, for a verdict from what it computes.")
+@click.option("--stats", metavar="STATS", help="Statistics of MODEL, for a verdict from them.")
+@click.option("--recipe", metavar="NAME|FILE", help="Also predict this recipe, and show its transforms in pictures.")
+@settings_option
+@click.option("--html", metavar="FILE", help="Write the verdict with pictures as one HTML file.")
+@click.option("--png", metavar="FOLDER", help="Write the pictures into a folder.")
 @json_option
-def command(thing: str, output: Output) -> None:
-    """Say what a model, a statistics file or an export is, and what can be quantized.
+def command(thing: str, measure: bool, stats: str | None, recipe, settings, html, png, output: Output) -> None:
+    """Say what a model, a statistics file or an export is, and what quantization would do to it.
+
+    Of statistics, and of a model with --measure or --stats: a verdict before anything is quantized, with the loss that
+    recipes would cause, the error of each layer at each bit width, and what is to blame.
 
     \b
     Examples:
       kvq inspect builtin
-      kvq inspect stats.safetensors
+      kvq inspect builtin --measure --html report.html
+      kvq inspect stats.safetensors --recipe klt3 --png pictures
       kvq inspect smollm2-kivi2 --json -
     """
+    wishes = Wishes(recipe=chosen_recipe(recipe, settings), html=html, png=png)
+    wishes.check()
     quiet_transformers()
+    from kvq.errors import CheckpointError
     from kvq.export.exporter import is_engine_export, is_export
 
-    if Path(thing).expanduser().is_file():
-        _inspect_stats(Path(thing).expanduser(), output)
-    elif is_export(Path(thing).expanduser()):
-        _inspect_export(Path(thing).expanduser(), output)
-    elif is_engine_export(Path(thing).expanduser()):
-        _inspect_engine_export(Path(thing).expanduser(), output)
+    path = Path(thing).expanduser()
+    if measure and stats:
+        raise click.UsageError("--measure and --stats exclude each other: leave one of them out.")
+    if path.is_file():
+        if measure or stats:
+            raise click.UsageError(f"{thing!r} is a file of statistics: leave --measure and --stats out.")
+        _inspect_stats(path, wishes, output)
+    elif is_export(path) or is_engine_export(path):
+        if measure or stats or wishes:
+            raise CheckpointError(f"{thing!r} is an export and quantized already: inspect its base model instead.")
+        _inspect_export(path, output) if is_export(path) else _inspect_engine_export(path, output)
     else:
-        _inspect_model(thing, output)
+        _inspect_model(thing, measure or (bool(wishes) and not stats), stats, wishes, output)
 
 
-def _inspect_stats(path: Path, output: Output) -> None:
+def _inspect_stats(path: Path, wishes: Wishes, output: Output) -> None:
     from kvq.calib.stats import Stats
     from kvq.report.stats_tables import stats_rows, stats_table
     from kvq.report.tables import facts_table
 
     stats = Stats.load(path)
+    facts = stats_facts(stats)
+    rows = stats_rows(stats)
+    output.show(facts_table(f"Statistics {path.name}", facts), stats_table(rows))
+    found = show_diagnosis(stats, f"Statistics {path.name}", facts, wishes, output)
+    output.write({"kind": "statistics"} | stats.provenance() | {"layers": rows} | found)
+
+
+def stats_facts(stats) -> dict[str, str]:
     data = stats.data.to_dict() if stats.data else {}
-    facts = {
+    return {
         "model": stats.model,
         "weights": stats.weights_fingerprint[:12] or "unknown",
         "text": data.get("source", "the caller's own"),
         "tokens": f"{data['samples']} x {data['seq_len']}, seed {data['seed']}" if data else "unknown",
     } | {f"{package} version": text for package, text in stats.versions.items()}
-    output.show(facts_table(f"Statistics {path.name}", facts), stats_table(stats_rows(stats)))
-    output.write({"kind": "statistics"} | stats.provenance() | {"layers": stats_rows(stats)})
 
 
-def _inspect_model(name: str, output: Output) -> None:
+def _inspect_model(name: str, measure: bool, stats: str | None, wishes: Wishes, output: Output) -> None:
+    from kvq.calib.diagnosis.causes import causes_of_weights
     from kvq.models.describe import describe
     from kvq.models.resolve import check_weights, load_config, resolve_model
+    from kvq.models.weights import Weights
+    from kvq.report.diagnosis_tables import cause_line
     from kvq.report.tables import facts_table, layers_table
 
     folder = resolve_model(name)
@@ -69,7 +97,28 @@ def _inspect_model(name: str, output: Output) -> None:
         "weights": f"{size / 1e6:,.0f} MB in {len(files)} safetensors file{'s' if len(files) > 1 else ''}",
     }
     output.show(facts_table(f"Model {name}", shown), layers_table(facts["layers"]))
-    output.write({"kind": "model", "model": name, "weights_bytes": size} | facts)
+    data = {"kind": "model", "model": name, "weights_bytes": size} | facts
+    if measure or stats:
+        found = _statistics(folder, spec, name, stats, output)
+        data |= show_diagnosis(found, f"Model {name}", shown | stats_facts(found), wishes, output, folder)
+    else:
+        causes = causes_of_weights(spec, Weights(folder))
+        data["causes"] = [vars(cause) for cause in causes]
+        output.show(*(cause_line(vars(cause)) for cause in causes))
+        output.show(f"For a verdict on recipes: kvq inspect {name} --measure")
+    output.write(data)
+
+
+def _statistics(folder: Path, spec, name: str, stats: str | None, output: Output):
+    """Statistics of the model: those given, which must be its own, or measured now."""
+    from kvq.calib.stats import Stats
+    from kvq.models.resolve import weights_fingerprint
+
+    if stats is None:
+        return measured(folder, Path(name).name, output)
+    found = Stats.load(stats)
+    found.check_model(spec, weights_fingerprint(folder))
+    return found
 
 
 def model_facts(spec) -> dict[str, Any]:
@@ -122,24 +171,42 @@ def _inspect_export(folder: Path, output: Output) -> None:
 def _inspect_engine_export(folder: Path, output: Output) -> None:
     from kvq.export.checkpoint import PROVENANCE
     from kvq.export.manifest import read_manifest
-    from kvq.export.served import served_plan
     from kvq.report.tables import facts_table
 
-    plan = served_plan(folder)
+    listed = len(read_manifest(folder)["files"])
     provenance = json.loads((folder / PROVENANCE).read_bytes())
-    scales = {
-        side: [group.codecs[side].scale for groups in plan.layers.values() for group in groups]
-        for side in ("key", "value")
-    }
+    recipe, scales = _served_cache(folder)
     facts = {
         "target": provenance["target"],
         "base model": provenance["base_model"],
-        "recipe": f"{plan.recipe.name}: {plan.recipe.summary}",
-        "scales": f"{2 * len(plan.layers)} in {len(plan.layers)} layers",
+        "recipe": f"{recipe.name}: {recipe.summary}",
+        "cache": _cache_words(scales),
         **{f"{side} scales": f"{min(found):.4g} to {max(found):.4g}" for side, found in scales.items()},
         "statistics": (provenance["statistics"] or {}).get("sha256", "none needed"),
         "written by": f"kvq {provenance['kvq_version']}",
-        "files": f"{len(read_manifest(folder)['files'])} in the manifest; 'kvq check' compares them",
+        "files": f"{listed} in the manifest; 'kvq check' compares them",
     }
     output.show(facts_table(f"Engine export {folder.name}", facts))
-    output.write({"kind": "engine export", "recipe": plan.recipe.to_dict(), "scales": scales, "provenance": provenance})
+    output.write({"kind": "engine export", "recipe": recipe.to_dict(), "scales": scales, "provenance": provenance})
+
+
+def _served_cache(folder: Path) -> tuple[Any, dict[str, list[float]]]:
+    """The recipe of an engine export, and its scales by side; none if the engine computes them itself."""
+    from kvq.export.checkpoint import RECIPE
+    from kvq.export.served import is_served, served_plan
+    from kvq.recipe import load_recipe
+
+    recipe = load_recipe(folder / RECIPE)
+    if not is_served(folder):
+        return recipe, {}
+    plan = served_plan(folder)
+    return recipe, {
+        side: [group.codecs[side].scale for groups in plan.layers.values() for group in groups]
+        for side in ("key", "value")
+    }
+
+
+def _cache_words(scales: dict[str, list[float]]) -> str:
+    if not scales:
+        return "the engine's own, transforms are in the weights"
+    return f"FP8, {sum(map(len, scales.values()))} scales in the folder"

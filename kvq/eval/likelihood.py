@@ -87,10 +87,10 @@ def score_windows(
                 found[name] = hidden_states(model, batch)
         for row in range(len(batch)):
             first = windows.first[start + row]
-            yield _score_row(baseline or model, model, plain, found, batch[row], row, first, start + row)
+            yield score_row(baseline or model, model, plain, found, batch[row], row, first, start + row)
 
 
-def _score_row(
+def score_row(
     baseline: PreTrainedModel,
     model: PreTrainedModel,
     plain: Hidden,

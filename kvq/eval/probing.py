@@ -1,10 +1,11 @@
 """Run kvq's own tasks with questions: the same passages under the baseline and every plan, paired by passage."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from statistics import fmean
 
 from kvq.cache import CachePlan
-from kvq.eval.paired import flips, mean_difference, mean_of, share_difference
+from kvq.eval.paired import Difference, flips, mean_difference, mean_of, share_difference
 from kvq.eval.probes.base import Outcome, Passage, Probe, outcomes
 from kvq.eval.result import Cell, MetricResult, TaskResult
 from kvq.integrations.answers import Answers
@@ -75,13 +76,14 @@ def _metric(name: str, found: Sequence[Sequence[Outcome]], base: Sequence[Sequen
     means = [[fmean(row) for row in rows] for rows in columns]
     flat = [[value for row in rows for value in row] for rows in columns]
     errors = [mean_of(rows).stderr for rows in means]
-    difference, own_flips = mean_difference(*means), None
+    difference, own_flips = replace(mean_difference(*means), identical=flat[0] == flat[1]), None
     if name in _SHARES:
         own_flips = flips(*flat)
-        if all(len(row) == 1 for rows in columns for row in rows) or not any(own_flips):
-            # One question a passage is a paired share; and where no answer changed, the passages' means say nothing
-            # of how sure that is.
-            difference = share_difference(*flat)
+        single = share_difference(*flat)
+        # One question a passage is a paired share. Of several, the passages' means say too little where answers change
+        # in both directions, or not at all: the wider interval counts.
+        if all(len(row) == 1 for rows in columns for row in rows) or _width(single) > _width(difference):
+            difference = single
     return MetricResult.of(
         fmean(flat[0]),
         fmean(flat[1]),
@@ -91,6 +93,11 @@ def _metric(name: str, found: Sequence[Sequence[Outcome]], base: Sequence[Sequen
         baseline_stderr=errors[1],
         flips=own_flips,
     )
+
+
+def _width(difference: Difference) -> float:
+    low, high = difference.interval()
+    return high - low
 
 
 def _is_weak(name: str, base: Sequence[Outcome], chance: float) -> bool:

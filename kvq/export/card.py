@@ -61,14 +61,14 @@ from transformers import AutoModelForCausalLM
 
 model = AutoModelForCausalLM.from_pretrained("...")  # this folder, or its id on the hub
 ```
-
+{serve}
 ## What changed
 
 {transforms_table}
 
 Checked when it was exported, against `{base}` on {tokens} tokens: with weights in float32 the logits differ by at most
-{error:.1e} of the largest; rounded to {dtype}, KL {kl:.1e} nats a token, and {top1:.1%} of the tokens have the same
-most likely successor.
+{error:.1e} of the largest; rounded to {dtype}, KL {kl:.1e} nats a token (random changes of that size to the same
+weights: {noise_kl:.1e}), and {top1:.1%} of the tokens have the same most likely successor.
 
 ## Provenance
 
@@ -76,8 +76,13 @@ most likely successor.
 """
 
 
-def plain_card(plan: CachePlan, check, provenance: Mapping[str, Any], licence: Mapping[str, str]) -> str:
-    """The card of a plain export. ``check``: a ``kvq.export.fold_check.FoldCheck``."""
+def plain_card(
+    plan: CachePlan, check, provenance: Mapping[str, Any], licence: Mapping[str, str], serve: str = ""
+) -> str:
+    """The card of a checkpoint without kvq's format.
+
+    check   a ``kvq.export.fold_check.FoldCheck``; serve: a section that says how engines serve it.
+    """
     base = provenance["base_model"]
     front = front_matter(base, licence, ["kvq", "kv-cache", plan.recipe.name]) | {"base_model_relation": "finetune"}
     rows = [
@@ -87,11 +92,13 @@ def plain_card(plan: CachePlan, check, provenance: Mapping[str, Any], licence: M
     body = _PLAIN.format(
         base=base,
         recipe=plan.recipe.name,
+        serve=serve,
         transforms_table=_table(("side", "transforms"), rows),
         tokens=check.tokens,
         error=check.error,
         dtype=str(plan.model.dtype).removeprefix("torch."),
         kl=check.kl,
+        noise_kl=check.noise_kl,
         top1=check.top1,
         provenance_table=provenance_table(provenance),
     )

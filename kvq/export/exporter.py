@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from kvq.cache import make_plan
+from kvq.cache import CachePlan, make_plan
 from kvq.calib.artefacts import fit_artefacts, needed_artefacts
 from kvq.calib.stats import Stats
 from kvq.errors import CheckpointError
@@ -117,7 +117,7 @@ def export(
     view = _view(to, spec, loaded)
     artefacts, origin = _artefacts(loaded, stats, recipe, view, source)
     plan = make_plan(recipe, view, artefacts)
-    folds = plan_of_folds(plan, source) if fold else FoldPlan()
+    folds = _folds(plan, source, config) if fold else FoldPlan()
     refuse_second_fold(config, folds)
     plan = make_plan(recipe, view, artefacts, folds.folded)
     provenance = provenance_of(
@@ -203,6 +203,14 @@ def _source_config(source: Path, target: Target) -> dict[str, Any]:
         raise CheckpointError(_refused_weights(source, method, target))
     # A cache_implementation there would make generate build another cache than the one that is exported.
     return {key: value for key, value in config.items() if key != "cache_implementation"}
+
+
+def _folds(plan: CachePlan, source: Path, config: Mapping[str, Any]) -> FoldPlan:
+    """What the weights can take over: nothing if they are quantized, since they would be rounded again."""
+    if not (config.get("quantization_config") or (config.get("text_config") or {}).get("quantization_config")):
+        return plan_of_folds(plan, source)
+    reason = "quantized weights would be rounded again"
+    return FoldPlan(left={i: {s: reason for s, chain in own.items() if chain.steps} for i, own in plan.chains.items()})
 
 
 def _refused_weights(source: Path, method: str, target: Target) -> str:

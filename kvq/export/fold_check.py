@@ -3,7 +3,8 @@
 The original runs on a few tokens in float32; then every tensor is folded in memory, from the same operations that are
 applied to the files, and it runs again. What separates the two is a mistake in a fold, since in exact arithmetic they
 are the same model. Rounding to the checkpoint's dtype comes afterwards and is reported, not judged: it moves each
-weight by up to half a unit in its last place, as any change to a 16-bit checkpoint does.
+weight by up to half a unit in its last place, as any change to a 16-bit checkpoint does. What random changes of that
+size do to the same weights is reported beside it.
 """
 
 from collections.abc import Mapping
@@ -28,11 +29,13 @@ class FoldCheck:
 
     error      largest difference of a logit over the largest logit, in float32; at most ``BOUND``.
     kl, top1   KL(original || folded) in nats a token and share of equal best tokens, weights rounded to their dtype.
+    noise_kl   KL(original || original with the same weights moved at random by up to half a unit in the last place).
     """
 
     error: float
     kl: float
     top1: float
+    noise_kl: float
     tokens: int
 
     def to_dict(self) -> dict[str, Any]:
@@ -52,6 +55,7 @@ def check_folds(
     tokens = torch.randint(vocabulary, (ROWS, TOKENS), generator=generator).to(model.device)
     exact = _logits(model, tokens)
     parameters = _parameters(model, operations)
+    noisy = _with_noise(model, parameters, dtype, tokens, generator)
     for name, own in operations.items():
         parameters[name].data.copy_(fold(parameters[name].data.cpu(), own))
     found = _logits(model, tokens)
@@ -65,10 +69,30 @@ def check_folds(
     for parameter in parameters.values():
         parameter.data.copy_(parameter.data.to(dtype))
     rounded = _logits(model, tokens)
-    before, after = exact.double().log_softmax(-1), rounded.double().log_softmax(-1)
+    kl, top1 = _divergence(exact, rounded)
+    return FoldCheck(error=error, kl=kl, top1=top1, noise_kl=_divergence(exact, noisy)[0], tokens=tokens.numel())
+
+
+def _with_noise(
+    model, parameters, dtype: torch.dtype, tokens: torch.Tensor, generator: torch.Generator
+) -> torch.Tensor:
+    """Logits with every number of the parameters moved by up to half a unit in its last place, and back."""
+    kept = {name: parameter.data.clone() for name, parameter in parameters.items()}
+    for parameter in parameters.values():
+        weight = parameter.data
+        unit = torch.ldexp(torch.full_like(weight, torch.finfo(dtype).eps / 2), torch.frexp(weight).exponent)
+        weight += unit * (torch.rand(weight.shape, generator=generator) - 0.5).to(weight)
+    noisy = _logits(model, tokens)
+    for name, parameter in parameters.items():
+        parameter.data.copy_(kept[name])
+    return noisy
+
+
+def _divergence(exact: torch.Tensor, found: torch.Tensor) -> tuple[float, float]:
+    """KL(exact || found) in nats a token, and the share of equal best tokens."""
+    before, after = exact.double().log_softmax(-1), found.double().log_softmax(-1)
     kl = float((before.exp() * (before - after)).sum(-1).mean().clamp_min(0))
-    top1 = float((before.argmax(-1) == after.argmax(-1)).double().mean())
-    return FoldCheck(error=error, kl=kl, top1=top1, tokens=tokens.numel())
+    return kl, float((before.argmax(-1) == after.argmax(-1)).double().mean())
 
 
 def _parameters(model, operations: Mapping[str, tuple[Operation, ...]]) -> dict[str, torch.nn.Parameter]:

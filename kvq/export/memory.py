@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from kvq.cache import CachePlan, make_plan
+from kvq.cache.plan import check_transforms
 from kvq.calib.artefacts import stand_in_artefacts
 from kvq.models.describe import ModelSpec
 from kvq.recipe import Recipe
@@ -61,8 +62,9 @@ class MemoryPlan:
 def memory_plan(spec: ModelSpec, recipe: Recipe) -> MemoryPlan:
     """Predict cache bytes of ``recipe`` on ``spec``; needs no weights and no statistics, since no byte depends on them.
 
-    Raises RecipeError as ``make_plan`` does.
+    Raises RecipeError or UnsupportedModelError as ``make_plan`` and ``check_transforms`` do.
     """
+    check_transforms(recipe, spec)
     model = replace(spec, dtype=torch.float16)
     plan = make_plan(recipe, model, stand_in_artefacts(recipe, model))
     plain = CachePlan(recipe=recipe, model=model, layers={})

@@ -24,6 +24,7 @@ from kvq.export.targets.scheme import engine_view
 from kvq.models.describe import ModelSpec, describe
 from kvq.models.resolve import load_config
 from kvq.recipe import Recipe, load_recipe, parse_recipe
+from kvq.specs import Transforms
 
 
 def is_served(folder: Path) -> bool:
@@ -88,8 +89,8 @@ def _artefacts(recipe: Recipe, scales: Scales, largest: bool) -> dict[str, torch
 
 
 def _recipe(folder: Path, view: ModelSpec, scales: Scales) -> Recipe:
-    """The recipe that was exported; a stranger's checkpoint is taken for the recipe ``fp8``. Layers without scales are
-    exact."""
+    """The recipe that was exported, without its transforms, which are in the weights; a stranger's checkpoint is taken
+    for the recipe ``fp8``. Layers without scales are exact."""
     try:
         recipe = parse_recipe(yaml.safe_load((folder / RECIPE).read_text()), source=RECIPE)
     except OSError:
@@ -98,7 +99,13 @@ def _recipe(folder: Path, view: ModelSpec, scales: Scales) -> Recipe:
             recipe = recipe.override({"key.granularity": "head", "value.granularity": "head"})
     exact = {"key": {"codec": "exact"}, "value": {"codec": "exact"}}
     empty = [layer.index for layer in view.full_layers if layer.index in scales.without()]
-    return replace(recipe, layers={**recipe.layers, **({",".join(map(str, empty)): exact} if empty else {})})
+    layers = {pattern: {k: v for k, v in own.items() if k != "transforms"} for pattern, own in recipe.layers.items()}
+    return replace(
+        recipe,
+        transforms=Transforms(),
+        layers={pattern: own for pattern, own in layers.items() if own}
+        | ({",".join(map(str, empty)): exact} if empty else {}),
+    )
 
 
 def _rounded(codecs, rounding: str):

@@ -12,6 +12,7 @@ from transformers.utils import logging
 from kvq.cache import CachePlan, make_plan, pack_cache, packed_layers
 from kvq.errors import CacheError, UnsupportedModelError
 from kvq.integrations import attention
+from kvq.kernels.choice import check_implementation
 from kvq.models.decoder import decoder_of
 from kvq.models.describe import describe, text_config
 from kvq.recipe import Recipe, load_recipe
@@ -21,19 +22,24 @@ logger = logging.get_logger(__name__)
 
 @dataclass
 class Runtime:
-    """What kvq installed on a model, as ``model.kvq``."""
+    """What kvq installed on a model, as ``model.kvq``.
+
+    impl   what the caches made from now on attend with: ``auto``, or ``triton``, ``numba`` or ``reference`` and nothing
+           else; may be set at any time.
+    """
 
     plan: CachePlan
     attention: str
     previous_attention: str
     hook: torch.utils.hooks.RemovableHandle
+    impl: str = "auto"
 
     @property
     def recipe(self) -> Recipe:
         return self.plan.recipe
 
 
-def install(model: PreTrainedModel, plan: CachePlan) -> Runtime:
+def install(model: PreTrainedModel, plan: CachePlan, impl: str = "auto") -> Runtime:
     """Make ``generate`` and plain calls of ``model`` use a packed cache.
 
     A cache that the caller passes, or asks for with ``cache_implementation``, is left alone. An attention
@@ -54,9 +60,15 @@ def install(model: PreTrainedModel, plan: CachePlan) -> Runtime:
         logger.warning_once(
             f"kvq: attention {previous!r} does not read packed pages; every step dequantizes the cache for it."
         )
-    hook = decoder_of(model).register_forward_pre_hook(functools.partial(_before_forward, plan), with_kwargs=True)
+    hook = decoder_of(model).register_forward_pre_hook(functools.partial(_before_forward, model), with_kwargs=True)
     model._prepare_cache_for_generation = functools.partial(_prepare_cache, model)
-    model.kvq = Runtime(plan=plan, attention=model.config._attn_implementation, previous_attention=previous, hook=hook)
+    model.kvq = Runtime(
+        plan=plan,
+        attention=model.config._attn_implementation,
+        previous_attention=previous,
+        hook=hook,
+        impl=impl,
+    )
     return model.kvq
 
 
@@ -70,15 +82,19 @@ def uninstall(model: PreTrainedModel) -> None:
 
 
 @contextmanager
-def quantized_cache(model: PreTrainedModel, recipe: "Recipe | str", artefacts=None) -> Iterator[PreTrainedModel]:
+def quantized_cache(
+    model: PreTrainedModel, recipe: "Recipe | str", artefacts=None, impl: str = "auto"
+) -> Iterator[PreTrainedModel]:
     """Run a model with a recipe's packed cache inside a ``with`` block, without an export.
 
         with kvq.quantized_cache(model, "kivi2"):
             model.generate(...)
 
-    artefacts: tensors for recipes that need statistics (``kvq.calib.artefacts.fit_artefacts``).
+    artefacts: tensors for recipes that need statistics (``kvq.calib.artefacts.fit_artefacts``). impl: what attends, see
+    ``Runtime``. Raises KernelError if there is no such implementation, or (when it is to run) if it cannot.
     """
-    install(model, make_plan(load_recipe(recipe), describe(model.config), artefacts))
+    check_implementation(impl)
+    install(model, make_plan(load_recipe(recipe), describe(model.config), artefacts), impl)
     try:
         yield model
     finally:
@@ -102,13 +118,13 @@ def running(model: PreTrainedModel, plan: CachePlan | None) -> Iterator[PreTrain
         if getattr(model, "kvq", None) is not None:
             uninstall(model)
         if runtime is not None:
-            install(model, runtime.plan)
+            install(model, runtime.plan, runtime.impl)
 
 
 def new_cache(model: PreTrainedModel) -> DynamicCache:
     """A fresh packed cache for a model that kvq is installed on."""
     cache = DynamicCache(config=text_config(model.config))
-    pack_cache(cache, model.kvq.plan)
+    pack_cache(cache, model.kvq.plan, model.kvq.impl)
     return cache
 
 
@@ -118,7 +134,7 @@ def _prepare_cache(model, generation_config, model_kwargs, *args, **kwargs):
     result = type(model)._prepare_cache_for_generation(model, generation_config, model_kwargs, *args, **kwargs)
     cache = model_kwargs.get("past_key_values")
     if ours and cache is not None:
-        pack_cache(cache, model.kvq.plan)
+        pack_cache(cache, model.kvq.plan, model.kvq.impl)
         # transformers asked for this before the layers were replaced.
         if generation_config.is_assistant:
             cache.activate_past_recording()
@@ -161,14 +177,15 @@ def _running_positions(cache, args, kwargs, plan: CachePlan) -> torch.Tensor | N
     return torch.arange(start, start + tokens.shape[1]).unsqueeze(0)
 
 
-def _before_forward(plan: CachePlan, module, args, kwargs):
+def _before_forward(model: PreTrainedModel, module, args, kwargs):
     """Give a forward without a cache a packed one, and tell packed layers which columns are pads."""
+    plan = model.kvq.plan
     cache = kwargs.get("past_key_values")
     use_cache = kwargs.get("use_cache")
     use_cache = module.config.use_cache if use_cache is None else use_cache
     if cache is None and use_cache and not (module.training and torch.is_grad_enabled()):
         cache = DynamicCache(config=text_config(module.config))
-        pack_cache(cache, plan)
+        pack_cache(cache, plan, model.kvq.impl)
         kwargs["past_key_values"] = cache
     layers = packed_layers(cache)
     if layers:

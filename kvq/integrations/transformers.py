@@ -69,12 +69,16 @@ class KvqQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
         """Read the side files before the weights: a broken export fails at once."""
+        import torch
+
         from kvq.export.checkpoint import load_plan, read_side_files
 
         fields = self.quantization_config.to_dict()
         folder = export_folder(model.config.name_or_path, checkpoint_files)
         _fetch_side_files(folder, fields)
-        self.plan = load_plan(folder, fields, model.config)
+        # transformers builds the model on the meta device; what a plan holds is real (rotary tables, bases).
+        with torch.device("cpu"):
+            self.plan = load_plan(folder, fields, model.config)
         self.carried = read_side_files(folder, fields)
         if (folder / CARD).is_file():
             self.carried[CARD] = (folder / CARD).read_bytes()

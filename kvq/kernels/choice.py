@@ -1,4 +1,9 @@
-"""Which implementation runs, and why. Asking for one never gives another; ``auto`` says what it took."""
+"""Which implementation runs, and why. Asking for one never gives another; ``auto`` says what it took.
+
+triton      fused kernels on CUDA devices (and, in Triton's interpreter, on CPU tensors)
+numba       compiled kernels on the CPU, for decoding through a cache
+reference   torch, on any device
+"""
 
 import importlib.util
 import os
@@ -11,7 +16,7 @@ import torch
 from kvq.errors import KernelError
 from kvq.kernels.spec import PageLayout, SideLayout
 
-IMPLEMENTATIONS = ("auto", "triton", "reference")
+IMPLEMENTATIONS = ("auto", "triton", "numba", "reference")
 # Versions that the kernels were compiled and counted with.
 TESTED_TRITON = ("3.6", "3.9")
 LARGEST_HEAD = 256
@@ -20,7 +25,7 @@ LARGEST_QUERIES = 16
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """What ran (``triton`` or ``reference``), and the reason in a few words."""
+    """What ran (``triton``, ``numba`` or ``reference``), and the reason in a few words."""
 
     impl: str
     reason: str
@@ -83,7 +88,7 @@ def why_no_layout(layout: PageLayout) -> str | None:
 
 
 def _why_no_side(side: SideLayout) -> str | None:
-    if side.format not in ("affine", "book", "e4m3"):
+    if side.format not in ("affine", "book", "e4m3", "dense"):
         return f"format {side.format!r}"
     for section in side.extras:
         if section.name != "norm" or section.shared:
@@ -105,22 +110,40 @@ def _why_no_side(side: SideLayout) -> str | None:
     return None
 
 
-def choose(impl: str, device: torch.device, obstacle: str | None = None) -> Choice:
-    """Resolve ``impl`` for tensors on ``device``. ``obstacle``: why the kernel cannot do what is asked, or None.
+def choose(
+    impl: str, device: torch.device, obstacle: str | None = None, no_numba: str | None = "this has no numba kernel"
+) -> Choice:
+    """Resolve ``impl`` for tensors on ``device``.
 
-    Raises KernelError if ``triton`` is asked for by name and cannot run.
+    obstacle   why the Triton kernel cannot do what is asked, or None. no_numba: likewise for the compiled CPU kernel.
+
+    Raises KernelError if a kernel is asked for by name and cannot run.
     """
-    if impl not in IMPLEMENTATIONS:
-        raise KernelError(f"impl={impl!r} is not an implementation: use {', '.join(IMPLEMENTATIONS)}.")
+    check_implementation(impl)
     if impl == "reference":
         return Choice(impl="reference", reason="asked for")
-    reason = why_no_triton(device) or obstacle
-    if impl == "triton":
-        if reason is not None:
-            raise KernelError(f"impl='triton' cannot run: {reason}; use impl='reference' or impl='auto'.")
-        return Choice(impl="triton", reason="asked for" if not interpreted() else "asked for, interpreted")
-    if reason is None and device.type != "cuda":
-        reason = f"tensors are on {device.type}"
-    if reason is not None:
-        return Choice(impl="reference", reason=reason)
+    reasons = {"triton": why_no_triton(device) or obstacle, "numba": _why_no_numba(device) or no_numba}
+    if impl != "auto":
+        if reasons[impl] is not None:
+            raise KernelError(f"impl={impl!r} cannot run: {reasons[impl]}; use impl='reference' or impl='auto'.")
+        interpreter = impl == "triton" and interpreted()
+        return Choice(impl=impl, reason="asked for, interpreted" if interpreter else "asked for")
+    if device.type == "cpu":
+        # Triton's interpreter is for tests: nobody wants it unasked.
+        reason = reasons["numba"]
+        if reason is None:
+            return Choice(impl="numba", reason="tensors are on the CPU")
+        return Choice(impl="reference", reason=f"tensors are on the CPU, and {reason}")
+    if reasons["triton"] is not None:
+        return Choice(impl="reference", reason=reasons["triton"])
     return Choice(impl="triton", reason=f"Triton {triton_version()} on compute capability {capability(device) / 10}")
+
+
+def check_implementation(impl: str) -> None:
+    """Raise KernelError if there is no implementation of that name."""
+    if impl not in IMPLEMENTATIONS:
+        raise KernelError(f"impl={impl!r} is not an implementation: use {', '.join(IMPLEMENTATIONS)}.")
+
+
+def _why_no_numba(device: torch.device) -> str | None:
+    return None if device.type == "cpu" else f"tensors are on {device.type}, and this kernel runs on the CPU"

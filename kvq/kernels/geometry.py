@@ -16,7 +16,7 @@ from kvq.kernels.spec import ATOM, CONTAINER_WORDS, FIELDS, PageLayout, SideLayo
 class Side:
     """One side (K or V) of a page, as a kernel sees it. All sizes in elements unless named bytes.
 
-    kind          ``affine``, ``book`` or ``e4m3``.
+    kind          ``affine``, ``book``, ``e4m3`` or ``dense``.
     by_channel    metadata per channel and token group (else per token and channel group).
     terms         numbers of metadata a group: 2 (scale, minimum), 1 (scale) or 0; meta: their format.
     scaled        whether tokens have a scale of their own (metadata or norm).
@@ -26,7 +26,7 @@ class Side:
     block         containers read as one operand, a power of two of at least 16; blocks of them cover ``width``.
     rows          rows of containers in a page (tokens / parts), each of ``row_words`` words.
     words_offset, meta_offset, norm_offset   bytes from the start of the record; a norm_offset of -1: no norms.
-    table         how each field is read, and ``ptx``, ``constraints`` the same as inline assembly (none for e4m3).
+    table         how each field is read, and ``ptx``, ``constraints`` the same as inline assembly (planes only).
     """
 
     kind: str
@@ -60,13 +60,14 @@ class Side:
 
 def side_of(layout: SideLayout, offsets: dict[str, int], name: str) -> Side:
     """Read a side's numbers off its layout; ``offsets`` are those of the record, ``name`` is key or value."""
-    e4m3 = layout.format == "e4m3"
+    e4m3, dense = layout.format == "e4m3", layout.format == "dense"
+    planes = not (e4m3 or dense)
     terms = layout.meta_terms if layout.meta else 0
     by_channel = terms > 0 and layout.axis == "channel"
     width = layout.head_dim // 2 if e4m3 else layout.width
     groups = layout.head_dim // layout.group if terms and not by_channel else 1
     block = max(ATOM, _power_of_two_divisor(width, layout.group if groups > 1 else width))
-    ptx, constraints = {"e4m3": lambda bits: ("", ""), "book": book_ptx}.get(layout.format, unpack_ptx)(layout.bits)
+    ptx, constraints = {"e4m3": _no_ptx, "dense": _no_ptx, "book": book_ptx}.get(layout.format, unpack_ptx)(layout.bits)
     norm_offset = offsets.get(f"{name}_norm", -1)
     return Side(
         kind=layout.format,
@@ -79,10 +80,10 @@ def side_of(layout: SideLayout, offsets: dict[str, int], name: str) -> Side:
         groups=groups,
         head_dim=layout.head_dim,
         page_tokens=layout.page_tokens,
-        fields=2 if e4m3 else FIELDS[layout.bits],
-        words=1 if e4m3 else CONTAINER_WORDS[layout.bits],
-        chunks=2 if e4m3 else layout.chunks,
-        parts=1 if e4m3 else layout.parts,
+        fields=FIELDS[layout.bits] if planes else 1 + e4m3,
+        words=CONTAINER_WORDS[layout.bits] if planes else 1,
+        chunks=layout.chunks if planes else 1 + e4m3,
+        parts=layout.parts,
         rows=layout.rows,
         width=width,
         # A word of e4m3 holds two neighbours; a word of planes holds channels that lie ``width`` apart.
@@ -90,14 +91,18 @@ def side_of(layout: SideLayout, offsets: dict[str, int], name: str) -> Side:
         width_stride=2 if e4m3 else 1,
         block=block,
         blocks=-(-width // block),
-        row_words=width if e4m3 else CONTAINER_WORDS[layout.bits] * width,
+        row_words=CONTAINER_WORDS[layout.bits] * width if planes else width,
         words_offset=offsets[f"{name}_words"],
         meta_offset=offsets.get(f"{name}_meta", 0),
         norm_offset=norm_offset,
-        table=() if e4m3 else FIELD_TABLES[layout.bits],
+        table=FIELD_TABLES[layout.bits] if planes else (),
         ptx=ptx,
         constraints=constraints,
     )
+
+
+def _no_ptx(bits: int) -> tuple[str, str]:
+    return "", ""
 
 
 def sides_of(layout: PageLayout) -> tuple[Side, Side]:

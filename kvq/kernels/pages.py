@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from kvq.kernels.bits import unpack_rows
-from kvq.kernels.spec import PageLayout, SideLayout
+from kvq.kernels.spec import PLANE_FORMATS, PageLayout, SideLayout
 
 _DTYPES = {"float16": torch.float16, "uint8": torch.uint8, "int16": torch.int16}
 
@@ -66,15 +66,16 @@ class Pages:
         return raw.view(_DTYPES[section.dtype]).unflatten(-1, section.page_shape(self.layout.page_tokens))
 
     def words(self, records: torch.Tensor, side: str) -> torch.Tensor:
-        """Words of records as a view: int16 of the layout's shape, or uint8 for e4m3."""
+        """Words of records as a view of the layout's shape: int16, uint8 for e4m3, fp16 for dense."""
         layout, start = self.layout.side(side), self.layout.offsets[f"{side}_words"]
         raw = records[..., start : start + layout.words_bytes]
-        return (raw if layout.format == "e4m3" else raw.view(torch.int16)).unflatten(-1, layout.words_shape)
+        dtype = {"e4m3": torch.uint8, "dense": torch.float16}.get(layout.format, torch.int16)
+        return raw.view(dtype).unflatten(-1, layout.words_shape)
 
     def codes(self, records: torch.Tensor, side: str) -> torch.Tensor:
         """Codes of records, [..., heads, page_tokens, head_dim] uint8."""
         layout, words = self.layout.side(side), self.words(records, side)
-        return words if layout.format == "e4m3" else unpack_rows(words, layout).flatten(-3, -2)
+        return unpack_rows(words, layout).flatten(-3, -2) if layout.format in PLANE_FORMATS else words
 
     def dense(self, side: str, numbers: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """The numbers of pages [B, P], dequantized: [B, heads, P * page_tokens, head_dim]."""
@@ -83,6 +84,8 @@ class Pages:
         levels = self.key_levels if side == "key" else self.value_levels
         if layout.format == "e4m3":
             x = codes.contiguous().view(torch.float8_e4m3fn).to(dtype)
+        elif layout.format == "dense":
+            x = codes.to(dtype)
         elif layout.format == "book":
             x = torch.tensor(levels, dtype=dtype, device=codes.device)[codes.int()]
         else:

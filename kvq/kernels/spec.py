@@ -29,6 +29,7 @@ What a code c stands for depends on the format:
     e4m3     the number, times one static scale per side outside the page
     signs    bits of a code are signs of random projections (``kvq/quantizers/sketch.py``)
     sections no words: the codec keeps its codes in sections (``kvq/quantizers/tiers.py``)
+    dense    fp16 numbers in channel order: what kernels read whose codes they do not (``kvq/cache/fused.py``)
 
 A side's other numbers are *sections*: each has one row for every ``tokens`` consecutive tokens. The section ``meta``
 holds the ``meta_terms`` numbers of every group, for 2 terms (scale, minimum or offset), for 1 the scale: rows
@@ -89,8 +90,8 @@ class Section:
 class SideLayout:
     """Layout of one side (K or V) of a page.
 
-    format        ``affine``, ``book`` and ``signs`` (planes of ``bits``-bit codes), ``e4m3``, or ``sections`` (no
-                  words: everything lies in ``extras``).
+    format        ``affine``, ``book`` and ``signs`` (planes of ``bits``-bit codes), ``e4m3``, ``dense`` (16 bits), or
+                  ``sections`` (no words: everything lies in ``extras``).
     axis, group   numbers that share metadata: ``group`` channels of a token, or ``group`` tokens of a channel.
     meta_terms    numbers of metadata per group: 2, 1, or 0 for none.
     meta_format   a key of ``META_FORMATS``.
@@ -140,8 +141,8 @@ class SideLayout:
 
     @property
     def words_shape(self) -> tuple[int, ...]:
-        """Shape of a page's words as int16 (planes) or of its bytes (e4m3)."""
-        if self.format == "e4m3":
+        """Shape of a page's words as int16 (planes), of its bytes (e4m3) or of its numbers (dense)."""
+        if self.format in ("e4m3", "dense"):
             return (self.page_tokens, self.head_dim)
         if self.format == "sections":
             return (self.page_tokens, 0)
@@ -154,7 +155,7 @@ class SideLayout:
     @property
     def meta(self) -> Section | None:
         """The section of scales and minima; None where a codec has none."""
-        if self.format in ("e4m3", "sections") or not self.meta_terms:
+        if self.format in ("e4m3", "dense", "sections") or not self.meta_terms:
             return None
         dtype = META_FORMATS[self.meta_format]
         if self.axis == "token":

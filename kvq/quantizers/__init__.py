@@ -112,7 +112,8 @@ def _base(spec: CodecSpec, head_dim: int, artefacts: Mapping[str, torch.Tensor])
     if spec.codec == "book":
         return _book(spec, head_dim, artefacts)
     if spec.codec == "tiers":
-        return TiersCodec(bits=spec.bits, group=spec.group, head_dim=head_dim, meta=spec.meta or "float16")
+        clip = spec.clip if isinstance(spec.clip, tuple) else (spec.clip,) * len(spec.bits) if spec.clip else ()
+        return TiersCodec(bits=spec.bits, group=spec.group, head_dim=head_dim, meta=spec.meta or "float16", clip=clip)
     return AffineCodec(
         bits=spec.bits,
         axis=spec.axis,

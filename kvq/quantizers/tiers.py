@@ -20,12 +20,16 @@ from kvq.quantizers.packed import Encoded, PackedKV, dequantized_scores, dequant
 
 @dataclass(frozen=True, kw_only=True)
 class TiersCodec:
-    """bits of each tier, 0, 2, 3, 4 or 8; group: consecutive tokens of a channel that share a scale; meta as affine."""
+    """bits of each tier, 0, 2, 3, 4 or 8; group: consecutive tokens of a channel that share a scale; meta as affine.
+
+    clip   share of a group's range that the codes of a tier span, as affine; empty: the whole range.
+    """
 
     bits: tuple[int, ...]
     group: int
     head_dim: int
     meta: str = "float16"
+    clip: tuple[float, ...] = ()
 
     scale = 1.0
 
@@ -49,13 +53,14 @@ class TiersCodec:
     def tiers(self) -> tuple[tuple[str, slice, AffineCodec], ...]:
         """Name, channels and codec of every tier that is stored."""
         width = self.head_dim // len(self.bits)
+        clips = self.clip or (1.0,) * len(self.bits)
         return tuple(
             (
                 f"tier{i}",
                 slice(i * width, (i + 1) * width),
-                AffineCodec(bits=bits, axis="channel", group=self.group, head_dim=width, meta=self.meta),
+                AffineCodec(bits=bits, axis="channel", group=self.group, head_dim=width, meta=self.meta, clip=clip),
             )
-            for i, bits in enumerate(self.bits)
+            for i, (bits, clip) in enumerate(zip(self.bits, clips))
             if bits
         )
 

@@ -71,9 +71,9 @@ def _front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def bits_against_score(names: Sequence[str], results: Sequence[Result]) -> Chart | None:
-    """Size against the mean score over tasks that all results have, beside the baseline's."""
+    """Size against the mean score over tasks that all results have, beside the baseline's. Needs two results."""
     shared = _shared_shares(results)
-    if not shared:
+    if not shared or len(results) < 2:
         return None
     means = [
         (

@@ -10,11 +10,11 @@ from markupsafe import Markup
 
 from kvq import __version__
 from kvq.report.charts import Chart, charts_of, head_maps, needle_maps
-from kvq.report.load import differences
+from kvq.report.load import commands_of, differences
 from kvq.report.rows import Row, names_of, number, rows_of
 from kvq.report.svg import interval_bar
 from kvq.report.tables import size
-from kvq.report.verdict import question, verdict_of
+from kvq.report.verdict import overall, question, verdict_of
 
 # Colours of the style sheet; results beyond them begin again.
 COLOURS = 8
@@ -31,6 +31,7 @@ def html_report(results: Sequence[Mapping[str, Any]]) -> str:
             css=Markup(resources.files("kvq.report.templates").joinpath("report.css").read_text()),
             title=_title(names, results),
             summary=_summary(names, coloured, results) if len(results) > 1 else None,
+            overall=overall(names, results),
             runs=[_run(name, colour, result) for name, colour, result in zip(names, coloured, results)],
             notes=differences(results),
             charts=[_drawn(chart) for chart in charts_of(names, results)],
@@ -38,7 +39,7 @@ def html_report(results: Sequence[Mapping[str, Any]]) -> str:
             heads=[_drawn(chart) for chart in head_maps(names, results)],
             table=_table(names, results),
             memory=_memory(names, results),
-            commands=list(dict.fromkeys(result["command"] for result in results if result["command"])),
+            commands=commands_of(results),
             data=_embedded(results),
             version=__version__,
         )

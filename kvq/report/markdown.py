@@ -3,17 +3,20 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from kvq.report.load import differences
+from kvq.report.load import commands_of, differences
 from kvq.report.rows import names_of, rows_of
-from kvq.report.verdict import question, verdict_of
+from kvq.report.verdict import overall, question, verdict_of
 
 BEGIN, END = "<!-- kvq evaluation: begin -->", "<!-- kvq evaluation: end -->"
 
 
 def markdown_report(results: Sequence[Mapping[str, Any]], heading: str = "## Evaluation") -> str:
     """A section with the verdict, a table of every measure, and the command that repeats it."""
+    names = names_of(results)
     parts = [heading, *differences(results)]
-    for name, result in zip(names_of(results), results):
+    if best := overall(names, results):
+        parts += [f"**{_plain(best)}**", _summary(names, results)]
+    for name, result in zip(names, results):
         verdict = verdict_of(result)
         if len(results) > 1:
             parts.append(f"#{heading.split(' ')[0]} {name}")
@@ -21,10 +24,28 @@ def markdown_report(results: Sequence[Mapping[str, Any]], heading: str = "## Eva
         if verdict.points:
             parts.append("\n".join(f"- {_plain(point)}" for point in verdict.points))
         parts += [_table(result), _how(result)]
-    commands = dict.fromkeys(result["command"] for result in results if result["command"])
+    commands = commands_of(results)
     if commands:
         parts.append("To repeat it:\n\n```bash\n" + "\n".join(commands) + "\n```")
     return "\n\n".join(parts) + "\n"
+
+
+def _summary(names: Sequence[str], results: Sequence[Mapping[str, Any]]) -> str:
+    """One line a result: size, and the main score of every task."""
+    columns = {}
+    for result in results:
+        for row in rows_of(result):
+            if row.value and row.name not in ("reverse kl", "kl p99 / max", "top5"):
+                columns.setdefault(row.task if row.task != "divergence" else row.name, row.baseline)
+    lines = [f"| recipe | bits | {' | '.join(columns)} |", f"| --- | ---: |{' ---: |' * len(columns)}"]
+    lines.append(f"| baseline | 16 | {' | '.join(columns.values())} |")
+    for name, result in zip(names, results):
+        found: dict[str, str] = {}
+        for row in rows_of(result):
+            found.setdefault(row.task if row.task != "divergence" else row.name, row.value.split(" ± ")[0])
+        cells = (found.get(column, "-") for column in columns)
+        lines.append(f"| {_plain(name)} | {result['bits_per_element']:.2f} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def _table(result: Mapping[str, Any]) -> str:

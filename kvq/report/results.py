@@ -9,7 +9,7 @@ from rich.table import Table
 
 from kvq.eval.paired import BETTER, SAME, UNCLEAR, WORSE
 from kvq.report.rows import Row, names_of, number, rows_of
-from kvq.report.verdict import question, verdict_of
+from kvq.report.verdict import overall, question, verdict_of
 
 # A terminal is narrow.
 _WORDS = {UNCLEAR: "unclear"}
@@ -44,7 +44,7 @@ def compare_table(results: Sequence[Mapping[str, Any]]) -> Group:
     bits = [number(result["bits_per_element"], 2) for result in results]
     table.add_row(f"bits at {results[0]['bits_tokens']:,} tokens", "16", *bits)
     legend = "Paired differences: v worse, ^ better, = the same; without a mark: too few samples to tell."
-    sentences = [verdict_of(result).headline for result in results]
+    sentences = [own for own in (overall(names, results), *(verdict_of(result).headline for result in results)) if own]
     return Group(table, legend, *dict.fromkeys(sentences), *dict.fromkeys(question(result) for result in results))
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from html import escape
 
 WIDTH, HEIGHT = 460, 300
-LEFT, RIGHT, TOP, BOTTOM = 56, 16, 14, 44
+LEFT, RIGHT, TOP, BOTTOM = 72, 16, 14, 44
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +21,7 @@ class Axis:
     high: float
     label: str
     log: bool = False
-    text: Callable[[float], str] = lambda value: f"{value:g}"
+    text: Callable[[float], str] = lambda value: _short(value)
 
     @classmethod
     def around(cls, values: Sequence[float], label: str, *, log: bool = False, zero: bool = False, text=None) -> "Axis":
@@ -59,6 +59,12 @@ class Axis:
             if len(found) <= most:
                 return found or [self.low, self.high]
         return found[:: math.ceil(len(found) / most)]
+
+
+def _short(value: float) -> str:
+    """0.3, 0.002, 3e-4: a tick has little room."""
+    text = f"{value:g}" if not value or abs(value) >= 0.001 else f"{value:.0e}"
+    return text.replace("e-0", "e-")
 
 
 @dataclass

@@ -48,6 +48,26 @@ def verdict_of(result: Mapping[str, Any]) -> Verdict:
     return Verdict(grade=grade, headline=headline, points=points)
 
 
+def overall(names: Sequence[str], results: Sequence[Mapping[str, Any]]) -> str:
+    """One sentence on several results: which of them no other one beats in size and in error. Empty if errors were not
+    measured, or of one result that quantizes."""
+    points = sorted(
+        (result["bits_per_element"], found["kl"], name)
+        for name, result in zip(names, results)
+        if result["asymptotic_bits"] < 16 and (found := result["results"].get("divergence"))
+    )
+    if len(points) < 2:
+        return ""
+    best = [own for i, own in enumerate(points) if all(own[1] < other[1] for other in points[:i])]
+    each = "; ".join(f"{name} ({bits:.2f} bits, KL {kl:.4f})" for bits, kl, name in best)
+    if len(best) == len(points):
+        return f"Each of these trades size for error: {each}."
+    one = len(best) == 1
+    return (
+        f"Nothing here is both smaller and closer to the baseline than {'this one' if one else 'any of these'}: {each}."
+    )
+
+
 def _by_tasks(recipe: str, results: Mapping[str, Any], worse: Sequence[str], saved: str) -> str:
     """The headline where there is no divergence to judge by."""
     unclear, same = _with(results, UNCLEAR), _with(results, SAME, BETTER)
@@ -60,9 +80,13 @@ def _by_tasks(recipe: str, results: Mapping[str, Any], worse: Sequence[str], sav
     return f"{recipe}: nothing here measures its quality, at {saved}."
 
 
+# Counted up to where a recipe leaves the baseline: by definition never better, and worse for whatever changes a token.
+DRIFT = "drift"
+
+
 def _with(results: Mapping[str, Any], *verdicts: str) -> list[str]:
-    """Tasks whose main metric got one of these verdicts."""
-    mains = {task: _main(found) for task, found in results.items()}
+    """Tasks whose main metric got one of these verdicts; drift, which is no score, aside."""
+    mains = {task: _main(found) for task, found in results.items() if task != DRIFT}
     return [task for task, main in mains.items() if main and main[1]["verdict"] in verdicts]
 
 
@@ -85,6 +109,10 @@ def _tasks(results: Mapping[str, Any]) -> list[str]:
             weak.append(task)
             continue
         name, metric = main
+        if task == DRIFT:
+            drift = f"Greedy text leaves the baseline's after {metric['value']:.0f} of {metric['baseline']:.0f} tokens"
+            refused.append(f"{drift} on average, {found['samples']} texts.")
+            continue
         share = name.split(",")[0] in SHARES
         shown = with_interval(
             metric["difference"], metric["low"], metric["high"], 1 if share else 3, 100 if share else 1

@@ -15,6 +15,11 @@ from kvq.specs import TransformSpec
 from kvq.transforms.chain import Chain
 from kvq.transforms.evidence import Evidence
 
+NO_BIAS = (
+    "transform 'rope_bias' takes away the bias of the key projection, and this model has none that reaches the cache: "
+    "remove it from the recipe."
+)
+
 
 @dataclass(frozen=True, eq=False)
 class RopeBias:
@@ -62,8 +67,5 @@ class RopeOffset:
 def fit_rope_bias(spec: TransformSpec, evidence: Evidence) -> dict[str, torch.Tensor]:
     """``bias`` [K, D]."""
     if evidence.bias is None:
-        raise UnsupportedModelError(
-            "transform 'rope_bias' takes away the bias of the key projection, and this model has none: remove it from "
-            "the recipe."
-        )
+        raise UnsupportedModelError(NO_BIAS)
     return {"bias": evidence.bias.float()}

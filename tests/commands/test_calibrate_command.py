@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers import AutoConfig
 
 from kvq.calib.needs import ALL_NEEDS, DEFAULT_NEEDS
 from kvq.calib.stats import LayerStats, Stats
@@ -173,3 +174,52 @@ def test_a_size_that_is_none_is_refused(refuse, tmp_path, size):
 )
 def test_sizes(text, size):
     assert Bytes().convert(text, None, None) == size
+
+
+LEARNING = """
+name: mine
+key: {codec: affine, bits: 3, axis: token, group: head}
+value: {codec: affine, bits: 3, axis: token, group: head}
+transforms:
+  key: [{kind: learned_matrix, steps: 6}]
+  value: [{kind: hadamard}, {kind: learned_rotation, steps: 6}]
+"""
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_learning_reports_time_memory_and_the_loss_curve(together, run, tiny_checkpoint, text, tmp_path):
+    out, recipe = tmp_path / "stats.safetensors", tmp_path / "mine.yaml"
+    recipe.write_text(LEARNING)
+    args = ["--for", recipe, "--data", text, "--samples", 4, "--seq-len", 32, "--json", tmp_path / "result.json"]
+    result = run("calibrate", tiny_checkpoint(), "-o", out, *args, *(["--end-to-end"] if together else []))
+    report = json.loads((tmp_path / "result.json").read_text())
+    assert [entry["what"] for entry in report["learning"]] == [
+        "mine layer by layer",
+        *(["mine end to end"] if together else []),
+    ]
+    assert all(entry["seconds"] > 0 and entry["peak_bytes"] > 1e7 for entry in report["learning"])
+    blocks = [facts for facts in report["fits"].values() if facts["objective"] == "block"]
+    assert {facts["step"]["kind"] for facts in blocks} == {"learned_matrix", "learned_rotation"}
+    for facts in blocks:
+        assert sorted(facts["layers"]) == ["0", "1"]
+        assert all(len(layer["losses"]) == 6 for layer in facts["layers"].values())
+    others = [facts for facts in report["fits"].values() if facts["objective"] == "logits"]
+    assert len(others) == (2 if together else 0)
+    assert all(len(facts["losses"]) == 100 for facts in others)
+    assert "learned_rotation" in result.stdout
+    assert "Learned mine layer by layer in" in result.stdout
+    assert ("Learned mine end to end in" in result.stdout) == together
+
+
+def test_a_transform_that_the_model_does_not_undo_is_refused_before_it_is_measured(
+    refuse, tiny_checkpoint, tiny_model, text, tmp_path
+):
+    config = AutoConfig.for_model(
+        "gemma2", vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=2, head_dim=32,
+        num_attention_heads=4, num_key_value_heads=2, attn_logit_softcapping=20.0, pad_token_id=0,
+    )  # fmt: skip
+    out = tmp_path / "stats.safetensors"
+    args = ("-o", out, "--for", "smoothrot4", "--data", text)
+    says = ("'shift' of keys is not exact for 'gemma2'", "softcap")
+    refuse("calibrate", tiny_checkpoint(tiny_model(config)), *args, says=says)
+    assert not out.exists()

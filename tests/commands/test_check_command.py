@@ -86,6 +86,48 @@ def test_a_run_passes_or_fails_with_the_comparison(run, folder, monkeypatch, pro
     assert asked == {"python": "some/python", "dtype": "float32", "cache_dtype": None, "skip": (), "prompts": 2}
 
 
+@pytest.fixture
+def own(run, model, stats, tmp_path):
+    """A folder for an engine's own cache dtype: a value rotation in the weights, no scales."""
+    (tmp_path / "rotated4.yaml").write_text(
+        "name: rotated4\ntransforms: {value: [{kind: hadamard}]}\n"
+        "key: {codec: affine, bits: 4, axis: token, group: head}\n"
+        "value: {codec: affine, bits: 4, axis: token, group: head}\n"
+    )
+    out = tmp_path / "own"
+    result = run("export", model, "--recipe", tmp_path / "rotated4.yaml", "--target", "vllm", "-o", out)
+    assert result.exit_code == 0, result.output
+    assert "values of layers 0 to 1: hadamard in the weights" in result.stdout
+    return out
+
+
+def test_an_engines_own_dtype(run, own):
+    result = run("check", own)
+    assert result.exit_code == 0
+    assert f"vllm serve {own} --kv-cache-dtype int4_per_token_head" in result.stdout
+    report = json.loads(run("inspect", own, "--json", "-").stdout)
+    assert (report["kind"], report["recipe"]["name"], report["scales"]) == ("engine export", "rotated4", {})
+    assert "recipe          fp16" in run("generate", own, "--prompt", "ab", "--max-new-tokens", 4).stdout
+
+
+def test_an_engines_own_dtype_is_run_in_16_bits(run, own, monkeypatch):
+    asked = {}
+
+    def compare(path, prompts, **settings):
+        asked.update(settings)
+        row = PromptComparison(text="abc", deviation=0.01, worst=0.1, noise=0.01, effect=0.0, greedy_gap=0.0)
+        return EngineComparison(
+            engine="vllm", version="0.33.0", platform="cpu", cache_dtype="auto", rounding="toward_zero",
+            scales_checked=0, prompts=(row, row), problems=(),
+        )  # fmt: skip
+
+    monkeypatch.setattr("kvq.eval.engine.compare_with_engine", compare)
+    result = run("check", own, "--run", "--engine-python", "some/python")
+    assert result.exit_code == 0, result.output
+    assert asked["cache_dtype"] is None
+    assert "int4_per_token_head makes of a number is vLLM's own" in result.stdout
+
+
 def test_a_python_that_has_no_engine(refuse, folder, tmp_path):
     refuse("check", folder, "--run", "--engine-python", tmp_path / "nothing", says=("cannot be run",))
 

@@ -105,3 +105,88 @@ def test_a_missing_or_altered_side_file_is_refused_by_every_command(refuse, expo
         refuse("inspect", folder, says=(repr(name), says))
         refuse("generate", folder, "--prompt", "x", says=(repr(name), says))
         refuse("eval", folder, "--limit", "1", says=(repr(name), says))
+
+
+def test_statistics_get_a_verdict_as_text_and_data(run, tiny_checkpoint, stats):
+    file = stats(tiny_checkpoint(head_dim=32))
+    result = run("inspect", file)
+    assert result.exit_code == 0
+    for said in ("Verdict:", "would ruin this model", "Predicted before anything is quantized", "K 4", "Cause: only 2"):
+        assert said in result.stdout
+    report = json.loads(run("inspect", file, "--json", "-").stdout)
+    assert report["diagnosis"]["verdict"] in result.stdout
+    assert set(report["bit_errors"]["layers"]) == {"0", "1"}
+
+
+def test_pictures_and_page_are_written(run, tiny_checkpoint, stats, tmp_path):
+    file, page, folder = stats(tiny_checkpoint(head_dim=32)), tmp_path / "report.html", tmp_path / "pictures"
+    assert run("inspect", file, "--html", page, "--png", folder, "--recipe", "turboquant4").exit_code == 0
+    names = {path.name for path in folder.iterdir()}
+    assert {"channels-key.png", "channels-value.png", "sinks.png", "massive.png", "bits.png", "losses.png"} <= names
+    assert {"tokens-000.png", "tokens-001.png"} <= names
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in folder.iterdir())
+    text = page.read_text()
+    assert text.count("data:image/png;base64,") == len(names)
+    assert "Verdict:" in text
+    assert "http" not in text.replace("http-equiv", "")
+
+
+def test_the_same_statistics_give_the_same_page(run, tiny_checkpoint, stats, tmp_path):
+    file = stats(tiny_checkpoint(head_dim=32))
+    pages = [tmp_path / name for name in ("a.html", "b.html")]
+    for page in pages:
+        run("inspect", file, "--html", page)
+    assert pages[0].read_bytes() == pages[1].read_bytes()
+
+
+def test_a_model_is_measured_when_asked(run, tiny_checkpoint, stats):
+    folder = tiny_checkpoint(head_dim=32)
+    plain = run("inspect", folder)
+    assert "Verdict" not in plain.stdout
+    assert "--measure" in plain.stdout
+    measured = json.loads(run("inspect", folder, "--measure", "--json", "-").stdout)
+    assert measured["kind"] == "model"
+    assert measured["diagnosis"]["predictions"]
+    given = json.loads(run("inspect", folder, "--stats", stats(folder), "--json", "-").stdout)
+    assert given["diagnosis"]["recommended"] == measured["diagnosis"]["recommended"]
+
+
+def test_a_recipe_is_predicted_with_its_settings(run, tiny_checkpoint, stats):
+    file = stats(tiny_checkpoint(head_dim=32))
+    arguments = ("inspect", file, "--recipe", "kivi2", "--set", "key.bits=8", "--set", "value.bits=8", "--json", "-")
+    report = json.loads(run(*arguments).stdout)
+    rows = [row for row in report["diagnosis"]["predictions"] if row["recipe"].startswith("kivi2")]
+    assert sorted(round(row["bits_per_element"]) for row in rows) == [3, 9]
+
+
+def test_inspect_refuses_what_does_not_go_together(refuse, run, tiny_checkpoint, stats, exported, tmp_path):
+    folder = tiny_checkpoint(head_dim=32)
+    file = stats(folder)
+    refuse("inspect", folder, "--measure", "--stats", file, says=("--measure", "--stats"))
+    refuse("inspect", file, "--measure", says=("statistics",))
+    refuse("inspect", file, "--recipe", "klt3", says=("'klt3'", "head_dim=32"))
+    refuse("inspect", file, "--html", tmp_path / "no" / "page.html", says=("does not exist",))
+    refuse("inspect", file, "--png", file, says=("is a file",))
+    refuse("inspect", tiny_checkpoint(layers=3, head_dim=32, name="other"), "--stats", file, says=("another shape",))
+    assert not list(tmp_path.glob("*.html"))
+
+
+def test_an_export_is_no_patient(refuse, exported):
+    refuse("inspect", exported("kivi2"), "--measure", says=("quantized already", "base model"))
+
+
+def test_statistics_that_hold_too_little_say_so(run, refuse, tiny_checkpoint, text, tmp_path):
+    file = tmp_path / "few.st"
+    run("calibrate", tiny_checkpoint(), "-o", file, "--data", text, "--samples", 2, "--seq-len", 64, "--for", "fp8")
+    result = run("inspect", file)
+    assert result.exit_code == 0
+    assert "No verdict: the statistics hold no queries" in result.stdout
+    refuse("inspect", file, "--html", tmp_path / "page.html", says=("no queries",))
+
+
+def test_without_matplotlib_pictures_are_refused_with_the_way_out(refuse, tiny_checkpoint, monkeypatch, tmp_path):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.delitem(sys.modules, "kvq.report.figures", raising=False)
+    refuse("inspect", tiny_checkpoint(), "--png", tmp_path / "pictures", says=("matplotlib", "kvq-toolkit[report]"))

@@ -14,6 +14,7 @@ import torch
 
 from kvq.calib.collect import collect
 from kvq.calib.data import builtin_text
+from kvq.calib.needs import DEFAULT_NEEDS
 from kvq.eval.engine import ask_engine, two_prompts
 from kvq.eval.result import installed_versions
 from kvq.export.exporter import export
@@ -39,7 +40,8 @@ def measured_stats(engine_python):
         tokenizer = load_tokenizer(folder)
         ids = tokenizer(builtin_text("calibration")[:60_000])["input_ids"][: 8 * 512]
         windows = torch.tensor(ids).view(8, 512)
-        return collect(load_model(folder), windows, weights_fingerprint=weights_fingerprint(folder))
+        needs = DEFAULT_NEEDS | {"reservoir"}
+        return collect(load_model(folder), windows, weights_fingerprint=weights_fingerprint(folder), needs=needs)
 
     return measure
 
@@ -67,16 +69,17 @@ def served(builtin_dir, builtin_stats, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def answers(served, engine_python):
-    """Factory ``answers(target, dtype) -> (folder, prompts, answer)``: vLLM's, asked once for each."""
+    """Factory ``answers(target, dtype, recipe="fp8") -> (folder, prompts, answer)``: vLLM's, asked once for each."""
     kept: dict[tuple, tuple] = {}
 
-    def ask(target: str, dtype: str) -> tuple:
-        if (target, dtype) not in kept:
-            folder = served(target)
+    def ask(target: str, dtype: str, recipe: str | Recipe = "fp8") -> tuple:
+        key = target, dtype, load_recipe(recipe).hash
+        if key not in kept:
+            folder = served(target, recipe)
             prompts = two_prompts(folder)
             answer = ask_engine(folder, prompts, python=engine_python, dtype=dtype, tokens=24)
-            kept[target, dtype] = folder, prompts, answer
-        return kept[target, dtype]
+            kept[key] = folder, prompts, answer
+        return kept[key]
 
     return ask
 
@@ -100,3 +103,29 @@ def _write_results(request, record):
     }
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "vllm.json").write_text(json.dumps(data, indent=2) + "\n")
+    (RESULTS / "vllm.md").write_text(_page(data))
+
+
+def _page(data: dict) -> str:
+    """The record as a page: a table of comparisons, and everything else as it is."""
+    compared = {name: row for name, row in data["results"].items() if isinstance(row, dict) and "prompts" in row}
+    lines = [
+        f"# {data['what']}",
+        "",
+        "Written by `make test-vllm`. Differences of log-probabilities in nats a token, of two prompts: *deviation*",
+        "of the engine from the simulation of the same folder, *noise* of two simulations in different precision from",
+        "each other, *effect* of the engine's cache on the answers of the model in 16 bits.",
+        "",
+        "| run | engine | cache | scales compared | deviation | noise | effect |",
+        "| --- | --- | --- | ---: | ---: | ---: | ---: |",
+    ]
+    for name, row in compared.items():
+        cells = [name, f"{row['engine']} {row['version']}", row["cache_dtype"], str(row["scales_checked"])]
+        for field in ("deviation", "noise", "effect"):
+            cells.append(", ".join(f"{prompt[field]:.4f}" for prompt in row["prompts"]))
+        lines.append(f"| {' | '.join(cells)} |")
+    for name, row in data["results"].items():
+        if name not in compared:
+            lines += ["", f"**{name}**", "", "```json", json.dumps(row, indent=2), "```"]
+    machine = ", ".join(f"{key} {value}" for key, value in (data["hardware"] | data["versions"]).items())
+    return "\n".join([*lines, "", f"Measured with {machine}.", ""])

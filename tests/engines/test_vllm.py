@@ -32,6 +32,11 @@ from kvq.recipe import load_recipe
 pytestmark = [pytest.mark.engine, pytest.mark.model]
 
 SCALES, INDEX = "kv_scales.safetensors", "model.safetensors.index.json"
+QOQ = load_recipe("qoq4")
+# The same transforms with an FP8 cache behind them.
+QOQ_FP8 = load_recipe("fp8").override(
+    {f"transforms.{side}": QOQ.transforms.to_dict()[side] for side in ("key", "value")}
+)
 
 
 def without_scales(folder: Path, out: Path) -> Path:
@@ -59,6 +64,42 @@ def test_offline_answers_are_those_of_the_simulation(answers, record, target, dt
     assert found.problems == ()
     assert found.cache_dtype.startswith("fp8")
     assert found.scales_checked == 60
+
+
+def test_transforms_in_the_weights_with_fp8_scales_behind_them(answers, served, record):
+    """Smoothed keys, rotated values: scales of what the folded weights compute, and the answers of its simulation."""
+    folder, prompts, answer = answers("vllm", "float32", QOQ_FP8)
+    found = judge(folder, prompts, answer, dtype="float32")
+    record["qoq4's transforms in the weights, FP8, float32"] = found.to_dict()
+    assert found.problems == ()
+    assert found.scales_checked == 60
+    # Not the scales of the plain model: its values were rotated.
+    problems = judge(served("vllm"), prompts, answer, dtype="float32").problems
+    assert any("has the value scale" in text for text in problems)
+
+
+def test_a_folder_for_the_engines_own_cache_answers_as_the_base_model(answers, builtin_dir, engine_python, record):
+    """qoq4 for int4_per_token_head, which vLLM's CPU backend lacks: in 16 bits its weights give the base's answers."""
+    folder, prompts, answer = answers("vllm", "float32", QOQ)
+    (report,) = check_folder(folder, [find_release("vllm", "0.32")])
+    assert report.serve.endswith("--kv-cache-dtype int4_per_token_head")
+    base = ask_engine(builtin_dir, prompts, python=engine_python, dtype="float32", tokens=24)
+    found = judge(folder, prompts, answer, dtype="float32")
+    gap = max(
+        abs(a - b)
+        for own, other in zip(answer["outputs"], base["outputs"])
+        for a, b in zip(own["prompt_logprobs"], other["prompt_logprobs"], strict=True)
+    )
+    record["qoq4 in the weights, 16-bit cache, float32"] = found.to_dict() | {"largest difference from the base": gap}
+    assert found.problems == ()
+    # Folding rounds the weights to bfloat16 once more.
+    assert gap < 0.5
+
+
+def test_the_engine_refuses_a_cache_dtype_that_this_machine_lacks(answers, engine_python):
+    folder, prompts, _ = answers("vllm", "float32", QOQ)
+    with pytest.raises(CheckpointError, match="does not serve"):
+        ask_engine(folder, prompts, python=engine_python, cache_dtype="int4_per_token_head")
 
 
 def test_greedy_text_is_the_simulations(answers, record):

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -40,18 +41,47 @@ def plain(result):
     return json.dumps(result.to_dict(), sort_keys=True, default=str)
 
 
-def test_a_killed_run_that_is_given_again_gives_the_same_json(folder, text_file, tmp_path):
-    cache, out = tmp_path / "cache", tmp_path / "out.json"
+def stopped_by(number, folder, text_file, cache, out):
+    """``kvq eval`` in a process of its own, which gets a signal when it has kept some answers: its exit code."""
     arguments = [sys.executable, "-m", "kvq.cli", "eval", str(folder), "--recipe", "int4", "--data", str(text_file)]
     arguments += ["--tasks", ",".join(TASKS), "--seq-len", "200", "--limit", "3", "--lengths", "600"]
     arguments += ["--cache", str(cache), "--json", str(out)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(arguments, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen(arguments, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
-    while not list(cache.glob("*.sqlite")) and process.poll() is None and time.monotonic() < deadline:
+    # Two windows: what is kept may not yet be counted.
+    while kept_windows(cache) < 2 and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.send_signal(number)
+    return process.wait()
+
+
+def kept_windows(cache):
+    """Windows of the text in the folder for answers."""
+    found = 0
+    for file in cache.glob("*.sqlite"):
+        try:
+            with sqlite3.connect(f"file:{file}?mode=ro", uri=True) as base:
+                found += base.execute("SELECT COUNT(*) FROM answers WHERE item LIKE 'window:%'").fetchone()[0]
+        except sqlite3.DatabaseError:
+            # It is being made.
+            continue
+    return found
+
+
+def test_an_interrupted_process_leaves_valid_results_marked_partial(folder, text_file, tmp_path):
+    out = tmp_path / "out.json"
+    assert stopped_by(signal.SIGINT, folder, text_file, tmp_path / "cache", out) == 130
+    found = json.loads(out.read_text())
+    assert found["partial"]
+    assert found["windows"] >= 1
+    assert found["unfinished"]
+    assert found["results"]["perplexity"]["windows"] == found["windows"]
+
+
+def test_a_killed_run_that_is_given_again_gives_the_same_json(folder, text_file, tmp_path):
+    cache, out = tmp_path / "cache", tmp_path / "out.json"
+    assert stopped_by(signal.SIGKILL, folder, text_file, cache, out) == -signal.SIGKILL
     assert not out.exists()
     settings = {**SETTINGS, "tasks": TASKS, "data": text_file}
     resumed = evaluate(folder, "int4", cache=cache, **settings)

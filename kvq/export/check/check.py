@@ -1,6 +1,7 @@
 """The rules of one engine, applied to one folder."""
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,21 @@ from kvq.export.check.scales import Scales, judge_values, read_scales
 from kvq.export.checkpoint import QUANT_METHOD, RECIPE
 from kvq.export.engines import Reader, Release
 from kvq.export.manifest import Progress
+from kvq.export.targets import TARGETS
+from kvq.export.targets.own import takes
 from kvq.models.describe import ModelSpec, describe
 from kvq.models.resolve import load_config
-from kvq.recipe import parse_recipe
+from kvq.recipe import Recipe, parse_recipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Cache:
+    """What an engine's cache holds; flag, skipped: what the serve command says; scaled: its scales are the folder's."""
+
+    dtype: str = "16 bits, as the model"
+    flag: str | None = None
+    skipped: tuple[str, ...] = ()
+    scaled: bool = False
 
 
 def check_folder(
@@ -53,44 +66,61 @@ def _judge(
     folder: Folder, model: ModelSpec | None, scales: Scales | None, findings: list[Finding], release: Release
 ) -> Report:
     """One engine's report; ``findings`` are those of the folder, and are added to."""
-    method = folder.quantization.get("quant_method")
-    reader = release.readers.get(method)
     if release.single_file_first and folder.hides_files:
         text = f"hides the other files, because {release.title} reads a file of this name alone: rename it."
         findings.append(_error("model.safetensors", text))
-    dtype, flag, skipped = "16 bits, as the model", None, ()
-    if method is not None and reader is None:
-        findings.append(_refused(folder, release, method, scales))
-    elif reader is not None:
-        flag = reader.flag
-        dtype = reader.dtype or flag
-        findings += _config_findings(folder, release, reader, scales)
-        if scales is not None and _has_kv_scheme(folder, scales):
-            skipped = _skipped(folder, model, scales)
-            findings += _scale_findings(folder, release, reader, scales, skipped)
-        elif scales is not None:
-            dtype, flag = "16 bits, as the model", None
-            findings += _unused(scales)
-    elif scales is not None:
-        findings += _unused(scales)
-    if skipped and not release.skip_flag:
-        text = f"layers {', '.join(skipped)} have no scales, and {release.title} has one cache dtype for all layers."
-        findings.append(Finding(level="error", about="scales", text=text))
+    cache = _cache(folder, model, scales, findings, release)
+    if cache.skipped and not release.skip_flag:
+        text = f"layers {', '.join(cache.skipped)} have no scales, and {release.title} has one cache dtype for all."
+        findings.append(_error("scales", text))
     failed = any(finding.level == "error" for finding in findings)
-    left = {layer.index for layer in model.layers if _is_skipped(layer, skipped)} if model else set()
+    summary = scales.summary(_unscaled(model, scales, cache)) if scales is not None else ScaleSummary()
     return Report(
         folder=folder.path.name,
         engine=release.engine,
         version=release.version,
         written_by=folder.written_by,
-        cache_dtype=None if failed else dtype,
-        serve=None if failed else release.command(str(folder.path), flag, skipped),
-        flag=flag,
-        skip=skipped,
-        scales=scales.summary(left) if scales is not None else ScaleSummary(),
+        cache_dtype=None if failed else cache.dtype,
+        serve=None if failed else release.command(str(folder.path), cache.flag, cache.skipped),
+        flag=cache.flag,
+        skip=cache.skipped,
+        scales=summary,
         findings=tuple(findings),
         recipes=recipes_in(release, model) if model else {},
     )
+
+
+def _cache(
+    folder: Folder, model: ModelSpec | None, scales: Scales | None, findings: list[Finding], release: Release
+) -> _Cache:
+    """The cache that an engine makes for a folder; adds to ``findings`` what is wrong with it."""
+    method = folder.quantization.get("quant_method")
+    reader = release.readers.get(method)
+    if method is not None and reader is None:
+        findings.append(_refused(folder, release, method, scales))
+        return _Cache()
+    if reader is None:
+        flag = _own_flag(folder, release)
+        findings += _unused(scales)
+        if flag and release.own[flag].where:
+            findings.append(Finding(level="warning", about="serving", text=f"{flag} runs {release.own[flag].where}."))
+        return _Cache(dtype=flag or _Cache.dtype, flag=flag)
+    findings += _config_findings(folder, release, reader, scales)
+    if scales is None:
+        return _Cache(dtype=reader.dtype or reader.flag, flag=reader.flag)
+    if not _has_kv_scheme(folder, scales):
+        findings += _unused(scales)
+        return _Cache()
+    skipped = _skipped(folder, model, scales)
+    findings += _scale_findings(folder, release, reader, scales, skipped)
+    return _Cache(dtype=reader.dtype or reader.flag, flag=reader.flag, skipped=skipped, scaled=True)
+
+
+def _unscaled(model: ModelSpec, scales: Scales, cache: _Cache) -> set[int]:
+    """Layers for which no scales are expected."""
+    if cache.scaled or scales.found:
+        return {layer.index for layer in model.layers if _is_skipped(layer, cache.skipped)}
+    return set(scales.layers)
 
 
 def _refused(folder: Folder, release: Release, method: str, scales: Scales | None) -> Finding:
@@ -192,8 +222,8 @@ def _naming_findings(folder: Folder, release: Release, reader: Reader, scales: S
     return found
 
 
-def _unused(scales: Scales) -> list[Finding]:
-    if not scales.found:
+def _unused(scales: Scales | None) -> list[Finding]:
+    if scales is None or not scales.found:
         return []
     return [_error("config.json", f"says nothing of a quantized KV cache, and there are {len(scales.found)} scales.")]
 
@@ -201,17 +231,29 @@ def _unused(scales: Scales) -> list[Finding]:
 def _skipped(folder: Folder, model: ModelSpec, scales: Scales) -> tuple[str, ...]:
     """Layers that are meant to stay in 16 bits: those the recipe keeps exact, and windows that nobody measured."""
     exact: list[str] = []
-    try:
-        recipe = parse_recipe(yaml.safe_load((folder.path / RECIPE).read_text()), source=RECIPE)
-        empty = set(scales.without())
-        for layer in model.layers:
-            if layer.index in empty and recipe.for_head(layer.index, 0, len(model.layers)).is_exact:
-                exact.append(str(layer.index))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, KvqError):
-        exact = []
+    recipe, empty = _recipe(folder), set(scales.without())
+    for layer in model.layers if recipe else ():
+        if layer.index in empty and recipe.for_head(layer.index, 0, len(model.layers)).is_exact:
+            exact.append(str(layer.index))
     windows = [layer.index for layer in model.layers if layer.kind == "sliding"]
     unmeasured = windows and set(windows) <= set(scales.without())
     return (*exact, *(("sliding_window",) if unmeasured else ()))
+
+
+def _own_flag(folder: Folder, release: Release) -> str | None:
+    """The engine's own cache dtype that a folder without scales was written for."""
+    target, recipe = TARGETS.get(folder.written_by), _recipe(folder)
+    if target is None or recipe is None or target.engines[0] != release.engine:
+        return None
+    return takes(target, recipe)
+
+
+def _recipe(folder: Folder) -> Recipe | None:
+    """The recipe that lies in a folder; None if there is none that can be read."""
+    try:
+        return parse_recipe(yaml.safe_load((folder.path / RECIPE).read_text()), source=RECIPE)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, KvqError):
+        return None
 
 
 def _is_skipped(layer, skipped: tuple[str, ...]) -> bool:

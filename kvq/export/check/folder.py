@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 
 from kvq.errors import KvqError
 from kvq.export.check.findings import Finding
-from kvq.export.checkpoint import QUANT_METHOD, load_plan
+from kvq.export.checkpoint import PROVENANCE, QUANT_METHOD, load_plan
 from kvq.export.manifest import MANIFEST, Progress, broken_files, read_manifest
 from kvq.models.resolve import INDEX_FILE, load_config, read_header, weights_fingerprint
 
@@ -60,10 +60,12 @@ def read_folder(path: Path, *, quick: bool, progress: Progress | None) -> tuple[
     if not isinstance(quantization, dict):
         found.append(_error("config.json", f"has {type(quantization).__name__} as quantization_config, not a mapping."))
         quantization = {}
+    own = quantization.get("quant_method") == QUANT_METHOD
     marked = any((header.get("__metadata__") or {}).get("written_by") == "kvq" for header in headers.values())
-    if written_by is None and marked:
+    marked = marked or (path / PROVENANCE).is_file()
+    if written_by is None and marked and not own:
         found.append(_error(MANIFEST, "is missing, and kvq wrote one: copy the whole folder again, or export again."))
-    if quantization.get("quant_method") == QUANT_METHOD:
+    if own:
         written_by = "kvq"
         found += _own_format(path, quantization)
     elif written_by is None and not marked:

@@ -1,7 +1,8 @@
 """Which shipped recipes an engine can have on a model, and why it cannot have the others."""
 
 from kvq.errors import KvqError
-from kvq.export.engines import OwnDtype, Release
+from kvq.export.engines import Release
+from kvq.export.targets.own import own_dtype
 from kvq.export.targets.scheme import engine_view, refusal
 from kvq.models.describe import ModelSpec
 from kvq.recipe import Recipe, list_recipes, load_recipe
@@ -24,16 +25,9 @@ def express(recipe: Recipe, release: Release, model: ModelSpec) -> str:
         reason = str(error)
     if reason is None:
         return f"how: --target {release.engine}, FP8 with scales from the checkpoint"
-    near = [name for name, own in release.own.items() if _resembles(recipe, own)]
-    hint = f"; nearest is its own {release.dtype_flag} {near[0]}, with scales of its own" if near else ""
-    return f"no: {reason}{hint}"
-
-
-def _resembles(recipe: Recipe, own: OwnDtype) -> bool:
-    """True if a recipe stores what an engine's own cache dtype stores, up to the way scales are kept."""
-    sides = (recipe.key, recipe.value)
-    plain = not (recipe.layers or recipe.tokens.sinks or recipe.tokens.window or recipe.transforms.to_dict())
-    if own.codec == "float8":
-        return plain and all(side.codec == "float8" for side in sides)
-    alike = all((side.codec, side.bits, side.axis) == ("affine", own.bits, "token") for side in sides)
-    return plain and alike and all(side.group == "head" for side in sides)
+    dtype = own_dtype(recipe, release)
+    if dtype is None:
+        return f"no: {reason}"
+    if recipe.transforms.to_dict():
+        return f"how: --target {release.engine}, transforms in the weights, served with {release.dtype_flag} {dtype}"
+    return f"no: {reason}; nearest is its own {release.dtype_flag} {dtype}, with scales of its own"

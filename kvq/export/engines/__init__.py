@@ -49,10 +49,17 @@ class Reader:
 
 @dataclass(frozen=True, kw_only=True)
 class OwnDtype:
-    """A cache dtype whose scales the engine computes itself. bits: of a stored number; codec: affine or float8."""
+    """A cache dtype whose scales the engine computes itself, token by token and head by head.
+
+    bits      of a stored number; codec: affine or float8.
+    rotates   True if the engine rotates keys and values itself before it rounds them.
+    where     under which condition it runs; '' for always.
+    """
 
     bits: int
     codec: str
+    rotates: bool = False
+    where: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,9 +13,10 @@ from kvq.export.targets.scheme import Scheme
 _BODY = """
 # {base} with calibrated FP8 KV scales
 
-The weights are those of `{base}`, unchanged. Beside them lie {count} scales for an FP8 cache of keys and values, one a
-{granularity}, measured on text. Engines take scales from the checkpoint or use 1.0: keys beyond 448 would then be
-clipped, and small values would lose most of their digits.
+The weights are those of `{base}`, {weights}.
+Beside them lie {count} scales for an FP8 cache of keys and values, one a {granularity}, measured on text.
+Engines take scales from the checkpoint or use 1.0: keys beyond 448 would then be clipped, and small values would lose
+most of their digits.
 
 ## Serve it
 
@@ -45,6 +46,7 @@ def engine_card(target: Target, job: Job, scheme: Scheme, method: str, tensors: 
     front = front_matter(base, job.licence, ["kvq", "kv-cache", "fp8", target.name])
     body = _BODY.format(
         base=base,
+        weights=_weights(job),
         count=len(tensors),
         granularity="layer and side" if scheme.granularity == "tensor" else "head and side",
         commands="\n\n".join(_command(engine, job, scheme, method) for engine in target.engines),
@@ -56,6 +58,16 @@ def engine_card(target: Target, job: Job, scheme: Scheme, method: str, tensors: 
         provenance_table=provenance_table(job.provenance),
     )
     return f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---\n{body}"
+
+
+def _weights(job: Job) -> str:
+    if job.check is None:
+        return "unchanged"
+    return (
+        f"with the transforms below folded in. Checked when it was exported:\nin float32 the logits differ by at most "
+        f"{job.check.error:.1e} of the largest; rounded to {str(job.model.dtype).removeprefix('torch.')}, KL "
+        f"{job.check.kl:.1e} nats a token"
+    )
 
 
 def _command(engine: str, job: Job, scheme: Scheme, method: str) -> str:

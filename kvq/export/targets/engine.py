@@ -13,6 +13,7 @@ from kvq.errors import CheckpointError, RecipeError, UnsupportedModelError
 from kvq.export.checkpoint import PROVENANCE, RECIPE, shard_index, to_json
 from kvq.export.engines import SPELLINGS, Release, find_release
 from kvq.export.folding import folded_field
+from kvq.export.targets import own
 from kvq.export.targets.base import Job, Target
 from kvq.export.targets.card import engine_card
 from kvq.export.targets.formats import FORMATS, has_kv_scheme
@@ -27,6 +28,9 @@ _SINGLE, _RENAMED = "model.safetensors", "model-00001-of-00001.safetensors"
 
 def contents(target: Target, job: Job) -> dict[str, bytes]:
     """Config, index, scales and side files; raises for what the target's main engine cannot read."""
+    dtype = own.takes(target, job.plan.recipe)
+    if dtype is not None:
+        return own.contents(target, job, dtype, _index(job.source, {}))
     release = find_release(target.engines[0])
     method = target.formats[(job.quantized or {}).get("quant_method")]
     if has_kv_scheme(job.quantized):
@@ -70,7 +74,8 @@ def scale_tensors(scheme: Scheme, modules: Mapping[int, str], spelling: str) -> 
 
 
 def _scheme(job: Job, release: Release, method: str) -> Scheme:
-    scheme = fp8_scheme(job.plan.recipe, job.plan.model, job.artefacts, job.folds)
+    instead = own.engine_of(job.plan.recipe) or "kvq"
+    scheme = fp8_scheme(job.plan.recipe, job.plan.model, job.artefacts, job.folds, instead)
     if scheme.granularity == "head" and release.readers[method].head is None:
         raise RecipeError(
             f"recipe {job.plan.recipe.name!r} has one scale a head, and {release.title} reads one a layer from "

@@ -57,7 +57,8 @@ def refusal(recipe: Recipe, model: ModelSpec, folds: FoldPlan | None = None) -> 
     for layer in model.full_layers:
         specs = {recipe.for_head(layer.index, head, len(model.layers)) for head in range(layer.kv_heads)}
         folded = folds.folded.get(layer.index, {}) if folds else None
-        reasons = [reason for spec in specs if (reason := _spec_refusal(spec, folded))]
+        left = folds.left.get(layer.index, {}) if folds else {}
+        reasons = [reason for spec in specs if (reason := _spec_refusal(spec, folded, left))]
         if reasons:
             return f"{reasons[0]} (layer {layer.index})"
         if len(specs) > 1:
@@ -67,18 +68,24 @@ def refusal(recipe: Recipe, model: ModelSpec, folds: FoldPlan | None = None) -> 
 
 
 def fp8_scheme(
-    recipe: Recipe, model: ModelSpec, artefacts: Mapping[str, torch.Tensor], folds: FoldPlan | None = None
+    recipe: Recipe,
+    model: ModelSpec,
+    artefacts: Mapping[str, torch.Tensor],
+    folds: FoldPlan | None = None,
+    instead: str = "kvq",
 ) -> Scheme:
     """Scales for every full-attention layer of ``model`` that the recipe quantizes.
 
     artefacts   ``scale`` of each layer and side, as ``kvq.calib.artefacts.fit_artefacts`` makes them.
+    instead     a target that takes the recipe, for the refusal.
+
     Raises RecipeError for a recipe that an FP8 cache cannot express.
     """
     reason = refusal(recipe, model, folds)
     if reason:
         raise RecipeError(
             f"recipe {recipe.name!r} cannot be written for a serving engine: {reason}, and their checkpoints express "
-            "FP8 with calibrated scales only; use --recipe fp8, or --target kvq."
+            f"FP8 with calibrated scales only; use --recipe fp8, or --target {instead}."
         )
     scales, exact, granularities = {}, [], set()
     for layer in model.full_layers:
@@ -106,7 +113,7 @@ def round_up(scale: torch.Tensor) -> torch.Tensor:
     return (rounded.view(torch.int16) + below.to(torch.int16)).view(torch.bfloat16).to(torch.float32)
 
 
-def _spec_refusal(spec: HeadSpec, folded: Mapping[str, int] | None) -> str | None:
+def _spec_refusal(spec: HeadSpec, folded: Mapping[str, int] | None, left: Mapping[str, str]) -> str | None:
     if spec.is_exact:
         return None
     for side in SIDES:
@@ -121,7 +128,8 @@ def _spec_refusal(spec: HeadSpec, folded: Mapping[str, int] | None) -> str | Non
         steps = getattr(spec.transforms, side)
         if folded is not None and len(steps) > folded.get(side, 0):
             kind = steps[folded.get(side, 0)].kind
-            return f"{side}s go through the transform {kind!r} while the model runs"
+            because = f", because {left[side]}" if side in left else ""
+            return f"{side}s go through the transform {kind!r} while the model runs{because}"
     if (spec.key.granularity or "tensor") != (spec.value.granularity or "tensor"):
         return "keys and values differ in granularity"
     if spec.tokens.sinks or spec.tokens.window:

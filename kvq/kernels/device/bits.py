@@ -53,11 +53,13 @@ def unpack(words, book, S: tl.constexpr, ASM: tl.constexpr):
     """Container words (a tuple of int16 tensors of one shape) to a tuple of ``S.fields`` fp16 tensors of that shape.
 
     affine: code + bias of the field. book: the level that the code names, ``book`` being the registers of
-    ``fields.book_registers``. e4m3: the numbers themselves. ``ASM``: compute capability (89 for 8.9) that inline PTX is
-    written for, or 0 for plain operations, which any target and the interpreter run.
+    ``fields.book_registers``. e4m3, dense: the numbers themselves. ``ASM``: compute capability (89 for 8.9) that inline
+    PTX is written for, or 0 for plain operations, which any target and the interpreter run.
     """
     if S.kind == "e4m3":
         return _unpack_e4m3(words[0], ASM)
+    elif S.kind == "dense":
+        return (words[0].to(tl.float16, bitcast=True),)
     elif ASM:
         return tl.inline_asm_elementwise(S.ptx, S.constraints, words + book, _half_types(S), is_pure=True, pack=2)
     elif S.kind == "book":

@@ -76,8 +76,8 @@ def _opens_group(S, T, b):
 
 @triton.constexpr_function
 def _reads_masked(S, masked):
-    """Whether words of tokens that do not exist must not be read: bytes of e4m3 may be NaN, codes cannot."""
-    return masked and S.kind == "e4m3"
+    """Whether words of tokens that do not exist must not be read: numbers may be NaN, codes cannot."""
+    return masked and S.kind in ("e4m3", "dense")
 
 
 @triton.jit

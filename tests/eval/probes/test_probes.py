@@ -9,7 +9,7 @@ import torch
 from kvq.cache import make_plan
 from kvq.errors import DataError
 from kvq.eval.probes import PROBES
-from kvq.eval.probes.base import Ask, Passage, Setting, outcomes
+from kvq.eval.probes.base import Ask, Outcome, Passage, Setting, outcomes
 from kvq.eval.probes.copying import _split
 from kvq.eval.probes.needle import default_lengths
 from kvq.eval.probing import ask, pair
@@ -212,6 +212,24 @@ def test_a_recipe_is_paired_with_its_baseline(tiny_model, tiny_tokenizer):
     assert {metric.verdict for metric in same.metrics.values()} == {"same"}
     # A random model finds needles by luck.
     assert same.weak
+
+
+def outcome(choice):
+    return Outcome(
+        labels={"length": 1, "depth": 0}, choice=choice, exact=choice, copied=1.0, tokens=1, agreement=1.0, nll=1.0,
+        packed=1, scored=1,
+    )  # fmt: skip
+
+
+def test_answers_that_change_in_both_directions_are_not_the_same():
+    """Within every passage one answer is lost and one won: the means agree to the bit, and prove nothing."""
+    base = [[outcome(True), outcome(False), outcome(True)] for _ in range(4)]
+    found = [[outcome(False), outcome(True), outcome(True)] for _ in range(4)]
+    metric = pair(PROBES["needle"], found, base, mode="stream", quantizes=True, data={}).metrics["choice"]
+    assert (metric.difference, metric.lost, metric.won) == (0, 4, 4)
+    assert metric.verdict == "too few samples to tell"
+    assert metric.low < -0.2
+    assert metric.high > 0.2
 
 
 def test_answers_that_read_nothing_quantized_get_no_number(tiny_model, tiny_tokenizer):

@@ -235,7 +235,7 @@ class TestQuantizedWeights:
     ("recipe", "match"),
     [
         ("kivi2", "codec 'affine' with 2 bits"),
-        ("int8", "codec 'affine' with 8 bits"),
+        ("int8", "needs no export for vLLM"),
         ("fp16", "nothing is quantized"),
         ({"value.scale": "unit"}, "value.scale is 'unit'"),
         ({"tokens.window": 128}, "last 128 tokens stay exact"),

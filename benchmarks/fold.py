@@ -1,0 +1,161 @@
+"""Time and memory of an export that folds transforms, against a plain copy of the checkpoint (bar: 3x the copy).
+
+    python benchmarks/fold.py
+    python benchmarks/fold.py --model FOLDER --recipe smooth4 --json -
+
+Copy and export take turns in one process. ``export`` streams the weights and folds one tensor at a time; ``checked`` is
+what users run, which first loads the model in float32 and compares logits. Peak memory is that of a process of its own
+that exports once. The floor of memory is the largest folded tensor and its copy; of time, the copy.
+"""
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import statistics
+import sys
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from export import peak_mb, timed
+
+from kvq.calib.collect import collect
+from kvq.calib.needs import needs_of
+from kvq.export import exporter
+from kvq.export.exporter import export
+from kvq.export.fold_check import FoldCheck
+from kvq.export.shards import tensor_names
+from kvq.models.describe import describe
+from kvq.models.resolve import check_weights, load_config, load_model, read_header, resolve_model, weights_fingerprint
+from kvq.recipe import load_recipe
+
+TIME_BAR = 3.0
+RESULTS = Path(__file__).parent / "results" / "fold.json"
+_IDLE = "import kvq, transformers, torch"
+_EXPORT = (
+    f"import sys\n{_IDLE}\nfrom kvq.export import exporter\n{{patch}}\nsource, recipe, out, stats = sys.argv[1:]\n"
+    + ("exporter.export(source, recipe, out, stats=stats)")
+)
+_UNCHECKED = (
+    "from kvq.export.fold_check import FoldCheck\n"
+    "exporter.check_folds = lambda *_: FoldCheck(error=0.0, kl=0.0, top1=1.0, noise_kl=0.0, tokens=0)"
+)
+
+
+def statistics_file(source: Path, recipe: str, path: Path) -> None:
+    """Statistics of a few random tokens: what they say changes neither time nor memory of folding."""
+    model = load_model(source)
+    needs = needs_of(load_recipe(recipe), describe(load_config(source)))
+    tokens = torch.randint(
+        model.config.get_text_config().vocab_size, (2, 64), generator=torch.Generator().manual_seed(0)
+    )
+    collect(model, tokens, needs=needs, weights_fingerprint=weights_fingerprint(source)).save(path)
+
+
+def measure_times(source: Path, recipe: str, stats: Path, root: Path, repeats: int) -> dict[str, list[float]]:
+    target, check = root / "target", exporter.check_folds
+
+    def run(checked: bool):
+        exporter.check_folds = check if checked else lambda *_: FoldCheck(error=0, kl=0, top1=1, noise_kl=0, tokens=0)
+        try:
+            export(source, recipe, target, stats=stats)
+        finally:
+            exporter.check_folds = check
+
+    sides = {
+        "copy": lambda: shutil.copytree(source, target),
+        "export": lambda: run(False),
+        "checked": lambda: run(True),
+    }
+    seconds = {name: [] for name in sides}
+    for turn in range(repeats + 1):
+        for name, side in sides.items():
+            # What earlier turns left unwritten would otherwise be paid for by this one.
+            os.sync()
+            spent = timed(side)
+            shutil.rmtree(target)
+            # The first turn fills the page cache.
+            if turn:
+                seconds[name].append(spent)
+                print(f"turn {turn}  {name:8} {spent:6.2f} s", file=sys.stderr)
+    return seconds
+
+
+def largest_tensor(source: Path) -> int:
+    """Bytes of the largest tensor that is no embedding or head, which are never folded."""
+    sizes = {}
+    for file in check_weights(source):
+        for name, entry in read_header(file).items():
+            if name != "__metadata__":
+                start, end = entry["data_offsets"]
+                sizes[name] = end - start
+    return max(size for name, size in sizes.items() if "layers." in name)
+
+
+def measure(arguments: argparse.Namespace) -> dict:
+    source = resolve_model(arguments.model)
+    with tempfile.TemporaryDirectory(dir=arguments.dir or source.parent) as folder:
+        root = Path(folder)
+        stats = root / "stats.safetensors"
+        statistics_file(source, arguments.recipe, stats)
+        seconds = measure_times(source, arguments.recipe, stats, root, arguments.repeats)
+        peaks = {"idle": peak_mb(_IDLE)}
+        for name, patch in (("export", _UNCHECKED), ("checked", "")):
+            code = _EXPORT.format(patch=patch)
+            peaks[name] = peak_mb(code, str(source), arguments.recipe, str(root / name), str(stats))
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    pairs = [a / b for a, b in zip(seconds["export"], seconds["copy"])]
+    return {
+        "benchmark": "fold",
+        "model": arguments.model if arguments.model == "builtin" else source.name,
+        "recipe": arguments.recipe,
+        "checkpoint_bytes": sum(p.stat().st_size for p in source.iterdir() if p.is_file()),
+        "tensors": len(tensor_names(source)),
+        "bar": TIME_BAR,
+        "ratio": round(statistics.median(pairs), 3),
+        "ratio_checked": round(medians["checked"] / medians["copy"], 3),
+        "peak_over_idle_mb": {name: round(peaks[name] - peaks["idle"], 1) for name in ("export", "checked")},
+        "largest_layer_tensor_mb": round(largest_tensor(source) / 1e6, 2),
+        "median_seconds": {name: round(value, 3) for name, value in medians.items()},
+        "seconds": {name: [round(value, 3) for value in values] for name, values in seconds.items()},
+        "peak_mb": {name: round(value, 1) for name, value in peaks.items()},
+        "machine": {
+            "cpus": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "architecture": platform.machine(),
+            "system": f"{platform.system()} {platform.release()}",
+            "python": platform.python_version(),
+            "torch": version("torch"),
+            "transformers": version("transformers"),
+            "kvq": version("kvq-toolkit"),
+        },
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="builtin", help="builtin, a folder, or a hub id")
+    parser.add_argument("--recipe", default="qoq4")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--dir", help="where to write (default: beside the model)")
+    parser.add_argument("--json", default=str(RESULTS), help="file to write, or - for standard output")
+    arguments = parser.parse_args()
+    result = measure(arguments)
+    text = json.dumps(result, indent=2)
+    if arguments.json == "-":
+        print(text)
+        return
+    Path(arguments.json).parent.mkdir(parents=True, exist_ok=True)
+    Path(arguments.json).write_text(text + "\n")
+    print(
+        f"folding export {result['ratio']:.2f}x of a copy (bar {TIME_BAR}), "
+        f"with the check {result['ratio_checked']:.2f}x"
+    )
+    print(f"peak over idle, MB: {result['peak_over_idle_mb']}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,227 @@
+"""Attention over a store's segments, and packing into its pages, through the Triton kernels.
+
+What the kernels read as it lies in pages: uniform codes, levels of a book, norms, fp8 and fp4, of every width. What
+they do not (keys before RoPE, sparse outliers, low-rank factors, tiers) is decoded a step at a time into fp16 pages
+that are thrown away after the layer, and attended to by the same kernels: two passes. docs/kernels.md has the reasons.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from kvq.cache.plan import SIDES, HeadGroup
+from kvq.cache.store import HeadStore, Snapshot, group_rows
+from kvq.kernels.attention import Exact, Query, decode_attention
+from kvq.kernels.choice import LARGEST_HEAD, LARGEST_QUERIES, why_no_layout
+from kvq.kernels.pages import Pages
+from kvq.kernels.plan import DecodePlan
+from kvq.kernels.spec import DEFAULT_PAGE_TOKENS, PageLayout, SideLayout
+from kvq.quantizers.static import StaticNumbers, static_numbers
+
+# Tokens that are decoded at once for the two-pass form.
+DENSE_TOKENS = 4096
+
+
+class Steps:
+    """Plans and counters of a cache's decode launches, shared by its layers; a copy starts without any."""
+
+    def __init__(self):
+        self._plans: dict[tuple, DecodePlan] = {}
+        self._last: tuple[tuple, _Step] | None = None
+
+    def __reduce__(self):
+        return Steps, ()
+
+    def step(self, layout: PageLayout, counts: "_Counts", shape: tuple[int, int, int], device: torch.device) -> "_Step":
+        """The step of this forward; layers that are alike share it. shape: KV heads, group, query tokens."""
+        key = (layout, counts, shape, device)
+        if self._last is not None and self._last[0] == key:
+            return self._last[1]
+        plan = self._plan((layout, len(counts.ends), *shape, device))
+        made = torch.tensor(counts.columns, dtype=torch.int32).to(device, non_blocking=True)
+        step = _Step(plan=plan, lengths=made[0].contiguous(), exact=made[:4].T.contiguous(), positions=made[4])
+        plan.update(step.lengths)
+        self._last = (key, step)
+        return step
+
+    def _plan(self, key: tuple) -> DecodePlan:
+        if key not in self._plans:
+            # Plans of other batches are not needed any more; a cache has few layouts.
+            self._plans = {old: plan for old, plan in self._plans.items() if old[1] == key[1]}
+            layout, batch, heads, group, queries, device = key
+            settings = {"batch": batch, "heads": heads, "group": group, "queries": queries, "device": device}
+            self._plans[key] = DecodePlan(layout, impl="triton", **settings)
+        return self._plans[key]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Step:
+    """lengths [B]: packed on both sides; exact [B, 4], see ``Exact.lengths``; positions [B]: of the first query."""
+
+    plan: DecodePlan
+    lengths: torch.Tensor
+    exact: torch.Tensor
+    positions: torch.Tensor
+
+
+@dataclass(frozen=True)
+class _Counts:
+    """By row: packed keys and values, body tokens that the queries may see, and the first query's position."""
+
+    keys: tuple[int, ...]
+    values: tuple[int, ...]
+    ends: tuple[int, ...]
+    positions: tuple[int, ...]
+
+    @property
+    def columns(self) -> list[tuple[int, ...]]:
+        low = tuple(map(min, self.keys, self.values))
+        return [low, self.keys, self.values, self.ends, self.positions]
+
+
+def obstacle(store: HeadStore, snapshot: Snapshot, q: torch.Tensor, mask, valid) -> str | None:
+    """Why the kernels cannot attend for these queries [B, kv_heads, group, L, head_dim], or None."""
+    if q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"queries of {str(q.dtype).removeprefix('torch.')}"
+    if q.shape[-1] > LARGEST_HEAD:
+        return f"head_dim {q.shape[-1]}, more than {LARGEST_HEAD}"
+    if valid is not None:
+        return "pads among the new tokens"
+    if mask is not None:
+        return "a mask other than the causal one"
+    views = {tuple((v.start, v.stop) for v in row) for row in _views(store, snapshot)}
+    if len(views) > 1:
+        return "rows that read different states"
+    longest = max((stop - start for start, stop in next(iter(views))), default=0)
+    return f"{longest} query tokens at once, more than {LARGEST_QUERIES}" if longest > LARGEST_QUERIES else None
+
+
+@lru_cache(maxsize=256)
+def _why_two_passes(layout: PageLayout) -> str | None:
+    return why_no_layout(layout)
+
+
+def why_two_passes(group: HeadGroup) -> str | None:
+    """Why pages of this group are decoded before the kernels attend, or None if they are read as they are."""
+    if group.rope is not None:
+        return "keys are stored before RoPE"
+    for side in SIDES:
+        numbers = static_numbers(group.codecs[side])
+        if isinstance(numbers, str):
+            return f"{side}: {numbers}"
+    return _why_two_passes(group.layout)
+
+
+def attend(store: HeadStore, snapshot: Snapshot, q: torch.Tensor, options, steps: Steps) -> torch.Tensor:
+    """Attention of queries [B, kv_heads, group, L, head_dim], same shape out; ``obstacle`` must have found none."""
+    B, K, G, _, D = q.shape
+    rows, sinks = _views(store, snapshot), store.group.sinks
+    two_passes = why_two_passes(store.group) is not None
+    outputs = []
+    for i, view in enumerate(rows[0]):
+        ends = tuple(max(0, before + view.stop - sinks) for before in snapshot.before)
+        packed = {side: tuple(min(row[i].packed[side], end) for row, end in zip(rows, ends)) for side in SIDES}
+        pages = _dense_pages(store, packed) if two_passes else pages_of(store)
+        positions = tuple(before + view.start for before in snapshot.before)
+        counts = _Counts(packed["key"], packed["value"], ends, positions)
+        length = view.stop - view.start
+        step = steps.step(pages.layout, counts, (K, G, length), q.device)
+        query = Query(
+            q=q[:, :, :, view.start : view.stop].reshape(B, K * G, length, D),
+            scale=options.scaling,
+            positions=step.positions,
+            softcap=options.softcap,
+            sinks=options.sinks,
+        )
+        exact = _exact(store, snapshot, step)
+        found = decode_attention(query, pages, step.lengths, step.plan, exact, impl="triton")
+        outputs.append(found.out.view(B, K, G, length, D))
+    return torch.cat(outputs, dim=3) if len(outputs) > 1 else outputs[0]
+
+
+def _views(store: HeadStore, snapshot: Snapshot) -> list:
+    """By row, what its queries read."""
+    return [store.views(before, added, snapshot.prompt) for before, added in zip(snapshot.before, snapshot.added)]
+
+
+def _exact(store: HeadStore, snapshot: Snapshot, step: _Step) -> Exact:
+    """The exact tokens: the last one of every row is at the end of its buffer."""
+    bodies = [max(0, b + a - store.group.sinks) for b, a in zip(snapshot.before, snapshot.added)]
+    offsets = {}
+    for side in SIDES:
+        capacity = snapshot.exact[side].shape[2]
+        offsets[side] = torch.tensor([(capacity - body) % capacity for body in bodies], dtype=torch.int32)
+    made = torch.stack([offsets[side] for side in SIDES]).to(step.lengths.device, non_blocking=True)
+    return Exact(
+        lengths=step.exact,
+        keys=snapshot.exact["key"],
+        values=snapshot.exact["value"],
+        key_offsets=made[0],
+        value_offsets=made[1],
+        sink_keys=store.sinks.get("key"),
+        sink_values=store.sinks.get("value"),
+        mixed_key=store.group.rules["key"] != store.group.rules["value"],
+        mixed_value=store.group.rules["key"] != store.group.rules["value"],
+    )
+
+
+def pages_of(store: HeadStore, rows: list[int] | None = None) -> Pages:
+    """The pages of some rows (all by default), by their distance from the arena's first page: slabs lie anywhere."""
+    if store.kernel_table is None:
+        store.kernel_table = _table(store)
+    table, slabs = store.kernel_table, store.arena.slabs
+    numbers = [static_numbers(store.group.codecs[side]) for side in SIDES]
+    key, value = (n if isinstance(n, StaticNumbers) else StaticNumbers() for n in numbers)
+    return Pages(
+        layout=store.group.layout,
+        pool=slabs[0].view(-1) if slabs else torch.zeros(_UNIT, dtype=torch.uint8, device=table.device),
+        table=table if rows is None or len(rows) == len(table) else table[rows],
+        heads=len(store.group.heads),
+        stride=_UNIT,
+        key_scale=key.scale,
+        value_scale=value.scale,
+        key_levels=key.levels,
+        value_levels=value.levels,
+    )
+
+
+# Page numbers count steps of so many bytes.
+_UNIT = 16
+
+
+def _table(store: HeadStore) -> torch.Tensor:
+    """[B, pages] int64, made anew whenever a page is added."""
+    longest = max(map(len, store.tables), default=0)
+    table = torch.zeros(len(store.tables), max(1, longest), dtype=torch.int64)
+    if longest:
+        first = store.arena.slabs[0].data_ptr()
+        for row, ids in enumerate(store.tables):
+            if ids:
+                table[row, : len(ids)] = torch.from_numpy((store.arena.addresses(ids) - first) // _UNIT)
+    return table.to(store.arena.device)
+
+
+def _dense_pages(store: HeadStore, packed: dict[str, tuple[int, ...]]) -> Pages:
+    """Decode the packed tokens of every row into fp16 pages, rotary embedding included."""
+    size, group = DEFAULT_PAGE_TOKENS, store.group
+    B, K, D = len(store.tables), len(group.heads), group.head_dim
+    count = max(1, -(-max(max(packed[side]) for side in SIDES) // size))
+    pool = torch.empty(B, count, K, len(SIDES), size, D, dtype=torch.float16, device=store.arena.device)
+    for i, side in enumerate(SIDES):
+        for rows in group_rows(list(packed[side])):
+            stop = packed[side][rows[0]]
+            for start in range(0, stop, DENSE_TOKENS):
+                numbers = store.decoded(side, rows, start, min(stop, start + DENSE_TOKENS), torch.float32)
+                tokens = -(-numbers.shape[2] // size) * size
+                numbers = torch.nn.functional.pad(numbers, (0, 0, 0, tokens - numbers.shape[2]))
+                numbers = numbers.unflatten(2, (-1, size)).transpose(1, 2).to(torch.float16)
+                pool[rows, start // size : (start + tokens) // size, :, i] = numbers
+    table = torch.arange(B * count, dtype=torch.int32, device=pool.device).view(B, count)
+    return Pages.of(_dense_layout(D), pool.view(torch.uint8).view(B * count, K, -1), table)
+
+
+@lru_cache(maxsize=16)
+def _dense_layout(head_dim: int) -> PageLayout:
+    side = SideLayout(format="dense", bits=16, head_dim=head_dim, page_tokens=DEFAULT_PAGE_TOKENS)
+    return PageLayout(key=side, value=side)

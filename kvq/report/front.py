@@ -1,0 +1,113 @@
+"""The Pareto front of a search (bits against damage) and the damage by layer, as PNG and HTML. Plain data come in."""
+
+import base64
+import html
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+_LABELS = {"kl": "KL to the exact model (nats a token)", "top1": "share of changed top-1 tokens"}
+
+
+def front_png(data: Mapping[str, Any]) -> bytes:
+    """Draw ``kvq.search.evidence.front_rows`` data. Measured points are filled, predictions a dashed line."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9.6, 8.4), layout="constrained")
+    upper, lower = figure.subplots(2, 1, height_ratios=(3, 2))
+    _draw_front(upper, data)
+    _draw_layers(lower, data["layers"])
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=120)
+    return picture.getvalue()
+
+
+def _damage(measured: Mapping[str, Any], metric: str) -> float:
+    return measured["kl"] if metric == "kl" else 1 - measured["top1"]
+
+
+def _draw_front(axes, data: Mapping[str, Any]) -> None:
+    metric = data["metric"]
+    searched = sorted([*data["front"], *data["points"]], key=lambda row: row["bits"])
+    axes.plot(
+        [row["bits"] for row in searched],
+        [row["predicted"] for row in searched],
+        "--",
+        color="0.6",
+        label="predicted (sum of single layers), not measured",
+    )
+    _scatter(axes, data["uniform"], metric, "s", "tab:orange", "measured: best uniform recipes")
+    _scatter(axes, data["front"], metric, "o", "tab:blue", "measured: mixed precision")
+    _scatter(axes, data["points"], metric, "*", "tab:red", "measured: chosen", size=150)
+    for row in data["points"]:
+        where = (row["bits"], _damage(row["measured"], metric))
+        axes.annotate(row["name"], where, xytext=(6, 6), textcoords="offset points")
+    axes.set_yscale("log")
+    axes.set_xlabel("bits per element")
+    axes.set_ylabel(_LABELS[metric])
+    axes.set_title(f"{data['model']}: mixed precision on unseen parts of {data['text']}")
+    axes.grid(True, which="both", alpha=0.25)
+    axes.legend()
+
+
+def _scatter(axes, rows: Sequence[Mapping[str, Any]], metric: str, marker: str, color: str, label: str, size: int = 36):
+    rows = [row for row in rows if row["measured"]]
+    if rows:
+        xs, ys = [row["bits"] for row in rows], [_damage(row["measured"], metric) for row in rows]
+        axes.scatter(xs, ys, marker=marker, s=size, color=color, label=label, zorder=3)
+
+
+def _draw_layers(axes, layers: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+    for shift, (side, color) in zip((-0.2, 0.2), (("key", "tab:purple"), ("value", "tab:green"))):
+        rows = layers[side]
+        axes.bar([r["layer"] + shift for r in rows], [r["damage"] for r in rows], 0.4, color=color, label=f"{side}s")
+    axes.set_yscale("log")
+    axes.set_xlabel("layer")
+    axes.set_ylabel("damage of that layer alone")
+    axes.set_title("Sensitivity: one side of one layer at its smallest measured option")
+    axes.grid(True, axis="y", alpha=0.25)
+    axes.legend()
+
+
+def front_html(data: Mapping[str, Any], png: bytes) -> str:
+    """One page without links to anything else: the picture, and a table of every measured point."""
+    rows = []
+    kinds = (("chosen", "points"), ("mixed precision", "front"), ("uniform", "uniform"))
+    for kind, name in kinds:
+        for row in data[name]:
+            rows.append((kind, row))
+    body = "\n".join(_html_row(kind, row) for kind, row in sorted(rows, key=lambda item: -item[1]["bits"]))
+    title = html.escape(f"kvq search: {data['model']}")
+    picture = base64.b64encode(png).decode()
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{title}</title>
+<style>
+body {{ font: 15px/1.5 sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem }}
+img {{ max-width: 100% }} table {{ border-collapse: collapse }}
+th, td {{ padding: .25rem .8rem; border-bottom: 1px solid #ddd; text-align: right }}
+th:first-child, td:first-child, th:nth-child(2), td:nth-child(2) {{ text-align: left }}
+</style></head><body>
+<h1>{title}</h1>
+<p>Bits: {html.escape(data["bits_of"])}. Measured numbers are of whole recipes, on text that the sensitivities were not
+measured on; predicted numbers are sums of single layers.</p>
+<img alt="Bits against damage of every recipe, and damage by layer" src="data:image/png;base64,{picture}">
+<table><thead><tr><th>kind</th><th>recipe</th><th>bits</th><th>KL measured</th><th>± (windows)</th><th>top-1</th>
+<th>predicted</th></tr></thead><tbody>
+{body}
+</tbody></table></body></html>
+"""
+
+
+def _html_row(kind: str, row: Mapping[str, Any]) -> str:
+    measured = row["measured"]
+    error = "" if measured["kl_stderr"] is None else f"{measured['kl_stderr']:.5f}"
+    cells = [
+        kind,
+        row["name"],
+        f"{row['bits']:.3f}",
+        f"{measured['kl']:.5f}",
+        error,
+        f"{measured['top1']:.4f}",
+        f"{row['predicted']:.5f}",
+    ]
+    return "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>"

@@ -1,0 +1,97 @@
+"""``kvq search``."""
+
+import json
+
+import pytest
+import yaml
+
+from kvq.recipe import load_recipe
+
+SPACE = {
+    "key": [
+        {"name": "plain", "codec": {"codec": "affine", "axis": "channel", "group": 32}, "vary": {"bits": [2, 4, 8]}}
+    ],
+    "value": [
+        {"name": "rotated", "codec": {"codec": "affine", "axis": "token", "group": "head"}, "vary": {"bits": [2, 4]}}
+    ],
+    "tokens": [{"sinks": 4, "window": 32}],
+}
+SMALL = ("--seq-len", 96, "--windows", 1, "--verify-windows", 2)
+
+
+@pytest.fixture
+def space(tmp_path):
+    file = tmp_path / "space.yaml"
+    file.write_text(yaml.safe_dump(SPACE))
+    return file
+
+
+@pytest.fixture
+def model(tiny_checkpoint):
+    return tiny_checkpoint(layers=2, head_dim=32)
+
+
+def test_recipe_evidence_and_pictures_are_written(run, model, text, space, tmp_path):
+    out = tmp_path / "mine.yaml"
+    result = run("search", model, "--budget", 4.5, "-o", out, "--data", text, "--space", space, *SMALL, "--json", "-")
+    assert result.exit_code == 0, result.output
+    data = json.loads(result.stdout)
+    proof = json.loads((tmp_path / "mine.evidence.json").read_text())
+    assert load_recipe(out).hash == proof["recipe_hash"] == data["points"][0]["recipe_hash"]
+    assert load_recipe(out).name == "mine"
+    assert proof["bits"] <= 4.5
+    assert str(tmp_path) not in json.dumps(proof)
+    assert proof["command"].startswith("kvq")
+    assert (tmp_path / "mine.front.png").read_bytes().startswith(b"\x89PNG")
+    assert "<html" in (tmp_path / "mine.front.html").read_text()
+    assert not (tmp_path / "mine.journal.jsonl").exists()
+    assert "is valid" in run("recipes", "check", out, "--model", model).stdout
+
+
+def test_several_budgets_from_one_table(run, model, text, space, tmp_path):
+    out = tmp_path / "mine-{budget}.yaml"
+    budgets = ("--budget", 4.5, "--budget", 6)
+    result = run("search", model, *budgets, "-o", out, "--data", text, "--space", space, *SMALL)
+    assert result.exit_code == 0, result.output
+    assert {path.name for path in tmp_path.glob("mine-*.yaml")} == {"mine-4.5.yaml", "mine-6.yaml"}
+    assert "Left out" not in result.output
+
+
+def test_bad_calls_are_refused_in_one_sentence(refuse, model, text, space, tmp_path):
+    out, data = tmp_path / "mine.yaml", ("--data", text, "--space", space, *SMALL)
+    refuse("search", model, "--budget", 4, "--budget", 5, "-o", out, says=("a name each",))
+    refuse("search", model, "--budget", 4, "-o", tmp_path / "mine.txt", says=("end it in .yaml",))
+    refuse("search", model, "--budget", 4, "-o", tmp_path / "no" / "mine.yaml", says=("does not exist",))
+    refuse("search", model, "--budget", 4, "-o", out, "--floor", "top=1", *data, says=("'top=1'", "top1"))
+    refuse("search", model, "--budget", 4, "-o", out, "--floor", "top1=x", *data, says=("no number",))
+    refuse("search", model, "--budget", 1, "-o", out, *data, says=("budget=1", "raise it"))
+    refuse("search", model, "--budget", 4.5, "-o", out, "--floor", "top1=1", *data, says=("top1=1", "unseen text"))
+    refuse(
+        "search",
+        model,
+        "--budget",
+        4,
+        "-o",
+        out,
+        "--data",
+        text,
+        "--space",
+        tmp_path / "none",
+        says=("cannot be read",),
+    )
+    refuse("search", model, "--budget", 4, "-o", out, "--data", text, says=("windows of 1024 tokens",))
+    assert not list(tmp_path.glob("mine.*yaml"))
+
+
+def test_an_interrupted_search_goes_on(run, model, text, space, tmp_path, monkeypatch):
+    out = tmp_path / "mine.yaml"
+    arguments = ("search", model, "--budget", 4.5, "-o", out, "--data", text, "--space", space, *SMALL)
+    monkeypatch.setattr("kvq.search.verify.Verifier.measure", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert run(*arguments).exit_code == 130
+    journal = tmp_path / "mine.journal.jsonl"
+    assert journal.exists()
+    monkeypatch.undo()
+    monkeypatch.setattr("kvq.search.sensitivity.Sensitivity._scan", None)
+    assert run(*arguments).exit_code == 0
+    assert out.exists()
+    assert not journal.exists()

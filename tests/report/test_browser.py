@@ -1,0 +1,182 @@
+"""The page in a real browser: light and dark, narrow and wide.
+
+Needs Chromium or Chrome (``KVQ_BROWSER`` names another place) and playwright; skipped without. With ``KVQ_SCREENSHOTS``
+set to a folder, what was seen is kept there.
+"""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from kvq.report.html import html_report
+
+sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+WIDTHS = {"narrow": 360, "wide": 1400}
+QUIET = (
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--no-first-run",
+)
+
+
+def find_browser() -> str | None:
+    return os.environ.get("KVQ_BROWSER") or next(filter(None, map(shutil.which, BROWSERS)), None)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    path = find_browser()
+    if path is None:
+        pytest.skip("no Chromium or Chrome is on this machine")
+    with sync_api.sync_playwright() as playwright:
+        own = playwright.chromium.launch(executable_path=path, args=QUIET)
+        yield own
+        own.close()
+
+
+@pytest.fixture
+def opened(browser, tmp_path):
+    """``opened(results, width, scheme) -> page``: a report opened as a file; fails on any request or script error."""
+    contexts, problems = [], []
+
+    def open_page(results, width="wide", scheme="light"):
+        file = tmp_path / "report.html"
+        file.write_text(html_report(results), encoding="utf-8")
+        context = browser.new_context(viewport={"width": WIDTHS[width], "height": 900}, color_scheme=scheme)
+        contexts.append(context)
+        page = context.new_page()
+        page.on("request", lambda own: problems.append(own.url) if own.url != file.as_uri() else None)
+        page.on("console", lambda own: problems.append(own.text))
+        page.on("pageerror", lambda own: problems.append(str(own)))
+        page.goto(file.as_uri())
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert problems == []
+
+
+@pytest.fixture
+def several(make_result):
+    names = ("fp16", "int8", "kivi4", "int4", "int3", "klt4", "klt2", "kivi2")
+    errors = (0.0, 0.0003, 0.0041, 0.0039, 0.03, 0.0035, 0.02, 0.06)
+    return [make_result(name, kl) for name, kl in zip(names, errors)]
+
+
+# Elements wider than the window that no scrolling box holds.
+OVERFLOW = """() => {
+    const width = document.documentElement.clientWidth;
+    const held = own => own.closest('.scroll') !== null;
+    return [...document.querySelectorAll('body *')]
+        .filter(own => own.getBoundingClientRect().right > width + 1 && !held(own))
+        .map(own => own.tagName + '.' + (own.className.baseVal ?? own.className));
+}"""
+
+# Texts of drawings that stick out of them, and pairs that lie on each other.
+DRAWN = """() => {
+    const found = [];
+    for (const svg of document.querySelectorAll('svg')) {
+        const box = svg.getBoundingClientRect();
+        const texts = [...svg.querySelectorAll('text')].map(own => [own.textContent, own.getBoundingClientRect()]);
+        for (const [text, own] of texts)
+            if (own.left < box.left - 1 || own.right > box.right + 1
+                || own.top < box.top - 2 || own.bottom > box.bottom + 2)
+                found.push('outside: ' + text + ' of ' + svg.getAttribute('aria-label'));
+        for (let i = 0; i < texts.length; i++) for (let j = 0; j < i; j++) {
+            const [a, one] = texts[i], [b, other] = texts[j];
+            const wide = Math.min(one.right, other.right) - Math.max(one.left, other.left);
+            const high = Math.min(one.bottom, other.bottom) - Math.max(one.top, other.top);
+            if (wide > 1 && high > 4) found.push(a + ' on ' + b + ' in ' + svg.getAttribute('aria-label'));
+        }
+    }
+    return found;
+}"""
+
+# Texts whose colour is too near to what is behind them (WCAG 2.2, 1.4.3: 4.5 to 1, large ones 3 to 1).
+CONTRAST = """() => {
+    const draw = document.createElement('canvas').getContext('2d', {willReadFrequently: true});
+    const rgb = colour => { draw.clearRect(0, 0, 1, 1); draw.fillStyle = colour; draw.fillRect(0, 0, 1, 1);
+        return [...draw.getImageData(0, 0, 1, 1).data]; };
+    const linear = v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4;
+    const light = ([r, g, b]) => {
+        const [x, y, z] = [r, g, b].map(v => linear(v / 255)); return 0.2126 * x + 0.7152 * y + 0.0722 * z; };
+    const behind = own => { for (; own; own = own.parentElement) {
+        const colour = getComputedStyle(own).backgroundColor; if (rgb(colour)[3] > 250) return colour; }
+        return 'white'; };
+    const found = [];
+    for (const own of document.querySelectorAll('body *:not(script)')) {
+        const words = [...own.childNodes].filter(n => n.nodeType === 3).map(n => n.textContent.trim()).join('');
+        if (!words || !own.getBoundingClientRect().width) continue;
+        const style = getComputedStyle(own), drawn = own instanceof SVGElement;
+        let under = behind(own);
+        if (drawn && own.classList.contains('value')) {
+            const cells = [...own.closest('svg').querySelectorAll('rect.cell')];
+            const box = own.getBoundingClientRect(), x = box.left + box.width / 2, y = box.top + box.height / 2;
+            const cell = cells.find(c => { const b = c.getBoundingClientRect();
+                return b.left < x && x < b.right && b.top < y && y < b.bottom; });
+            under = getComputedStyle(cell).fill;
+        }
+        const [one, other] = [drawn ? style.fill : style.color, under].map(rgb).map(light).sort((a, b) => b - a);
+        const size = parseFloat(style.fontSize), large = size >= 24 || (size >= 18.6 && style.fontWeight >= 700);
+        const ratio = (one + 0.05) / (other + 0.05);
+        if (ratio < (large ? 3 : 4.5)) found.push(ratio.toFixed(2) + ': ' + words.slice(0, 40));
+    }
+    return [...new Set(found)];
+}"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("count", [1, 8])
+def test_it_fits_and_can_be_read(opened, several, width, scheme, count):
+    page = opened(several[-count:], width, scheme)
+    page.evaluate("() => document.querySelectorAll('details').forEach(own => own.open = true)")
+    keep = os.environ.get("KVQ_SCREENSHOTS")
+    if keep:
+        page.screenshot(path=Path(keep) / f"{count}-{width}-{scheme}.png", full_page=True)
+    assert page.evaluate("() => document.documentElement.scrollWidth") <= WIDTHS[width]
+    assert page.evaluate(OVERFLOW) == []
+    assert page.evaluate(DRAWN) == []
+    assert page.evaluate(CONTRAST) == []
+
+
+def test_dark_and_light_are_different_pages(opened, several):
+    colours = {
+        scheme: opened(several, "wide", scheme).evaluate("() => getComputedStyle(document.body).backgroundColor")
+        for scheme in ("light", "dark")
+    }
+    assert colours["light"] != colours["dark"]
+
+
+def test_the_verdict_is_on_the_first_screen(opened, several):
+    for width in WIDTHS:
+        page = opened(several[-1:], width)
+        box = page.locator(".headline").bounding_box()
+        assert box["y"] + box["height"] < 500
+        assert "kivi2 changes the model noticeably" in page.locator(".headline").inner_text()
+
+
+def test_details_open_and_their_maps_are_drawn(opened, several):
+    page = opened(several)
+    section = page.locator("details", has_text="Error by layer and head")
+    assert not section.locator("svg").first.is_visible()
+    section.locator("summary").click()
+    assert section.locator("svg").first.is_visible()
+
+
+def test_the_checks_notice(opened, several):
+    """Negative controls: each check finds what was broken on purpose."""
+    page = opened(several, "narrow")
+    page.add_style_tag(content=".headline { color: #999; background: #aaa } h1 { width: 900px }")
+    assert any("kivi2" in line for line in page.evaluate(CONTRAST))
+    assert "H1." in page.evaluate(OVERFLOW)
+    page.evaluate("() => document.querySelectorAll('svg.chart text').forEach(own => own.setAttribute('x', 5))")
+    assert page.evaluate(DRAWN)
