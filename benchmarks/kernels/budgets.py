@@ -2,6 +2,7 @@
 
     python benchmarks/kernels/budgets.py --sm 90            one line an instance; exit code 1 if a budget is exceeded
     python benchmarks/kernels/budgets.py --sm 90 --json -
+    python benchmarks/kernels/budgets.py --sm 90 --others   the other kernels: compiled, and without a stack
     python benchmarks/kernels/budgets.py --sm 90 --controls one broken instance a budget, each of which must exceed it
 
 An instance is a launch as decoding makes it. Its main loop is disassembled and its instructions are counted, times the
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import sass
 import triton
-from instances import decode_launches
+from instances import decode_launches, other_launches
 
 LANES = 32
 # A row of one operand that is narrower than an async copy of a warp may be loaded to registers instead: same width.
@@ -148,6 +149,18 @@ def exceeded(measured: Measured, budget: Budget) -> list[str]:
     return found
 
 
+def _other(name: str, launch, sm: int) -> dict:
+    binary = sass.inspect(sass.compile_for(sm, launch))
+    over = [f"stack {binary.stack} > 0"] if binary.stack else []
+    return {
+        "instance": name,
+        "over": over,
+        "registers": binary.registers,
+        "stack": binary.stack,
+        "shared": binary.shared,
+    }
+
+
 def controls(sm: int) -> dict[str, tuple[Measured, list[str]]]:
     """Broken on purpose: by budget, what was measured and what it exceeds."""
     instance = INSTANCES[1]
@@ -173,9 +186,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sm", type=int, required=True, help="compute capability, 90 for 9.0")
     parser.add_argument("--controls", action="store_true")
+    parser.add_argument(
+        "--others", action="store_true", help="every other kernel: that it compiles, and nothing spills"
+    )
     parser.add_argument("--json", type=Path, help="a file, or - for stdout")
     args = parser.parse_args()
-    if args.controls:
+    if args.others:
+        rows = [_other(name, launch, args.sm) for name, launch in other_launches(args.sm)]
+    elif args.controls:
         rows = [{"instance": name, "over": over} | asdict(m) for name, (m, over) in controls(args.sm).items()]
     else:
         found = [(instance, measure(instance, args.sm)) for instance in INSTANCES if args.sm in instance.sms]
