@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 # Of the time limit, what measuring sensitivities may take; the rest is for verification.
 MEASURING_SHARE = 0.7
+REFINING_ROUNDS = 6
 UNIFORM_CANDIDATES = 2
 FRONT_POINTS = 4
 
@@ -202,7 +203,7 @@ class _Run:
         self.left_out |= dict.fromkeys(late, "time limit")
         if settings.heads and not self.sensitivity.heads_used:
             self.left_out["heads"] = "not measured, so that the heads of a layer are stored alike"
-        self.table = self.sensitivity.table()
+        self.table = self._refined()
         by_budget = {budget: self._candidates(budget) for budget in settings.budgets}
         front = self._front()
         every = [c.recipe for rows in by_budget.values() for c in rows] + [c.recipe for c in front]
@@ -228,6 +229,22 @@ class _Run:
             },
             seconds=self.log.seconds,
         )
+
+    def _refined(self) -> list[Entry]:
+        """The table once no allocation chooses what is interpolated, or time or rounds are over."""
+        for done in range(REFINING_ROUNDS):
+            self.progress("Refining", done, REFINING_ROUNDS)
+            table = self.sensitivity.table()
+            ways = (False, True) if self.sensitivity.heads_used else (False,)
+            allocations = [
+                allocate(table, self.variants.layers, budget, by_head=way)
+                for budget in self.settings.budgets
+                for way in ways
+            ]
+            entries = {choice.entry: None for allocation in allocations for choice in allocation.choices}
+            if not self.sensitivity.refine(entries, self._late):
+                break
+        return self.sensitivity.table()
 
     def _late(self) -> bool:
         limit = self.settings.time_limit
