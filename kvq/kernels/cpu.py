@@ -5,10 +5,11 @@ keeps a running maximum and sum (FlashDecoding), and the splits are merged. Each
 fits the core's cache. numba is optional; without it ``unavailable`` says so, and callers use the torch reference.
 """
 
+import contextlib
+import ctypes
 import importlib.util
-import itertools
-from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -68,32 +69,72 @@ def decode_row(
     learned     one more logit per query, [K, M], or None. bias: additive mask over all S + body tokens, or None.
     """
     K, M, D = q.shape
-    dtype = q.numpy().dtype
-    attend_units, merge = _compiled(dtype.name)
-    empty = np.empty((K, 0, D), dtype)
-    sink_k, sink_v = (x.numpy() for x in sinks) if sinks is not None else (empty, empty)
+    numbers = q.numpy().dtype
+    run, merge = _compiled(numbers.name)
+    exact = [_rows(x) for x in exact]
+    sinks = [_rows(x) for x in sinks] if sinks is not None else [q[:, :0], q[:, :0]]
+    bias = None if bias is None else bias.contiguous()
     threads = torch.get_num_threads()
     splits = max(1, min(4 * threads, body // SPLIT_TOKENS))
-    offsets = (layout.offsets.get(name, 0) for name in _OFFSETS)
-    partial = np.empty((K, splits, M), dtype), np.empty((K, splits, M), dtype), np.empty((K, splits, M, D), dtype)
-    arguments = (
-        q.numpy(),
-        addresses,
-        np.array([layout.record_bytes, *offsets, layout.page_tokens, *packed, body, splits]),
-        _side_numbers(layout.key),
-        _side_numbers(layout.value),
-        np.array([*scales, softcap or 0.0], dtype),
-        exact[0].numpy(),
-        exact[1].numpy(),
-        sink_k,
-        sink_v,
-        np.empty(0, dtype) if bias is None else bias.contiguous().numpy(),
-        *partial,
-    )
-    _share(attend_units, K * splits, threads, arguments)
+    partial = [np.empty(shape, numbers) for shape in ((K, splits, M), (K, splits, M), (K, splits, M, D))]
+    settings = np.array([*scales, softcap or 0.0], numbers)
+    job = [
+        *(0, splits, K, M, D, layout.record_bytes, layout.page_tokens, body, sinks[0].shape[1]),
+        *(q.data_ptr(), addresses.ctypes.data),
+        *(layout.offsets.get(name, 0) for name in _OFFSETS),
+        *packed,
+        *(number for x in exact for number in _strides(x, body)),
+        *(number for x in sinks for number in _strides(x, x.shape[1])),
+        *((0, 0) if bias is None else (bias.data_ptr(), bias.numel())),
+        settings.ctypes.data,
+        *(array.ctypes.data for array in partial),
+        *_side_numbers(layout.key),
+        *_side_numbers(layout.value),
+    ]
+    _share(run, np.array(job, np.int64), min(threads, K * splits))
     out = torch.empty_like(q)
-    merge(*partial, np.full((K, M), LOWEST, dtype) if learned is None else learned.contiguous().numpy(), out.numpy())
+    merge(*partial, np.full((K, M), LOWEST, numbers) if learned is None else learned.contiguous().numpy(), out.numpy())
     return out
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """x with the numbers of a token side by side."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _strides(x: torch.Tensor, tokens: int) -> tuple[int, int, int]:
+    """Where token 0 of ``tokens`` is if x [K, n, D] holds the last n; bytes between heads, and between tokens."""
+    size = x.element_size()
+    return x.data_ptr() + (x.shape[1] - tokens) * x.stride(1) * size, x.stride(0) * size, x.stride(1) * size
+
+
+def _share(run, job: np.ndarray, threads: int) -> None:
+    """Run a job on this thread and, where there is enough to do, on the threads of torch's own pool.
+
+    Those threads wait in a busy loop for some time after each of torch's operations: threads of another pool would have
+    to share the cores with them, which costs all that they gain.
+    """
+    team = _team()
+    if threads > 1 and team is not None:
+        team(run.address, job.ctypes.data, threads, 0)
+    else:
+        run.ctypes(job.ctypes.data_as(_JOB))
+
+
+_JOB = ctypes.POINTER(ctypes.c_int64)
+
+
+@lru_cache(maxsize=1)
+def _team():
+    """``GOMP_parallel`` of the OpenMP library that torch runs on, or None. LLVM's library has GNU's function too."""
+    folder = Path(torch.__file__).parent
+    for path in (*folder.glob("lib/lib*omp*"), *folder.glob("../torch.libs/lib*omp*")):
+        with contextlib.suppress(OSError, AttributeError):
+            function = ctypes.CDLL(str(path)).GOMP_parallel
+            function.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+            function.restype = None
+            return function
+    return None
 
 
 @lru_cache(maxsize=256)
@@ -114,21 +155,6 @@ def append_token(tokens: torch.Tensor, records: torch.Tensor, layout: PageLayout
     own, numbers = layout.side(side), tokens.numpy()
     sizes = layout.offsets[f"{side}_words"], own.words_bytes, layout.offsets[f"{side}_meta"]
     return _compiled_append(numbers.dtype.name)(numbers, records.numpy(), sizes, _side_numbers(own), slot, keep)
-
-
-def _share(attend_units, units: int, threads: int, arguments: tuple) -> None:
-    """Run the units on this thread and, where there is enough to do, on others: the loops hold no lock."""
-    shares = min(threads, units)
-    cuts = [units * i // shares for i in range(shares + 1)]
-    others = [_pool().submit(attend_units, a, b, *arguments) for a, b in itertools.pairwise(cuts[1:])]
-    attend_units(cuts[0], cuts[1], *arguments)
-    for other in others:
-        other.result()
-
-
-@lru_cache(maxsize=1)
-def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(thread_name_prefix="kvq")
 
 
 _OFFSETS = ("key_words", "value_words", "key_meta", "value_meta")

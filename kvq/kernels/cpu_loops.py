@@ -5,8 +5,9 @@ Numbers arrive in small integer arrays so that one compilation per dtype serves 
 """
 
 import numpy as np
-from numba import njit, types
-from numba.extending import overload
+from llvmlite import ir
+from numba import carray, cfunc, njit, types
+from numba.extending import intrinsic, overload
 
 from kvq.kernels.lanes import (
     LANES,
@@ -35,6 +36,10 @@ from kvq.kernels.lanes import (
 
 # Stands for minus infinity, which compiled arithmetic may not assume to be handled.
 LOWEST = -1e30
+# Where a job's numbers lie. Sides are in the order of ``_side_numbers``; exact tokens and sinks are (address, bytes
+# from head to head, bytes from token to token) of keys and then of values.
+COUNTER, SPLITS, HEADS, QUERIES, HEAD_DIM, RECORD, PAGE_TOKENS, BODY, SINKS, Q, ADDRESSES = range(11)
+OFFSETS, PACKED, EXACT, SINK, BIAS, NUMBERS, PARTIAL, SIDE, JOB = 11, 15, 17, 23, 29, 31, 32, 35, 49
 SETTINGS = {"cache": True, "fastmath": True, "nogil": True, "error_model": "numpy"}
 
 
@@ -268,46 +273,90 @@ def _merge(tops, totals, accs, learned, out):
                 row[d] /= total
 
 
-def _attend_units(
-    first_unit, last_unit, q, addresses, sizes, key, value, numbers, exact_k, exact_v, sink_k, sink_v, bias,
-    tops, totals, accs,
-):  # fmt: skip
-    """Units [first, last) of heads times splits; writes their partial results."""
-    M, D = q.shape[1:]
-    record, size, packed_k, packed_v, body, splits = sizes[0], sizes[5], sizes[6], sizes[7], sizes[8], sizes[9]
-    softcap, S = numbers[2], sink_k.shape[1]
+@intrinsic
+def _pointer(typingctx, address, like):
+    """An integer as a pointer to numbers of the type of ``like``."""
+
+    def generate(context, builder, signature, arguments):
+        return builder.inttoptr(arguments[0], context.get_value_type(types.CPointer(like)))
+
+    return types.CPointer(like)(types.int64, like), generate
+
+
+@intrinsic
+def _next_unit(typingctx, address):
+    """Count one up in memory and return what was there, whichever thread comes first."""
+
+    def generate(context, builder, signature, arguments):
+        pointer = builder.inttoptr(arguments[0], ir.IntType(64).as_pointer())
+        return builder.atomic_rmw("add", pointer, ir.Constant(ir.IntType(64), 1), "monotonic")
+
+    return types.int64(types.int64), generate
+
+
+@njit(**SETTINGS)
+def _copy(source, stride, first, last, target):
+    """Tokens [first, last) of exact numbers at ``source``, ``stride`` bytes apart, to the rows of target."""
+    one, row = target[0, 0], target.shape[1] * target.itemsize
+    for t in range(first, last):
+        for d in range(0, row, LANES * target.itemsize):
+            store_reals(target.ctypes.data + t * row + d, load_reals(source + t * stride + d, one))
+
+
+@njit(**SETTINGS)
+def _run(job, one):
+    """Work on heads times splits until none is left; threads of one job share its counter and write partial results."""
+    splits, K, M, D, size = job[SPLITS], job[HEADS], job[QUERIES], job[HEAD_DIM], job[PAGE_TOKENS]
+    packed_k, packed_v, body, S = job[PACKED], job[PACKED + 1], job[BODY], job[SINKS]
     pages = (body + size - 1) // size
+    q = carray(_pointer(job[Q], one), (K, M, D))
+    addresses = carray(_pointer(job[ADDRESSES], np.int64(0)), (pages,))
+    bias = carray(_pointer(job[BIAS], one), (job[BIAS + 1],))
+    numbers = carray(_pointer(job[NUMBERS], one), (3,))
+    tops = carray(_pointer(job[PARTIAL], one), (K, splits, M))
+    sums = carray(_pointer(job[PARTIAL + 1], one), (K, splits, M))
+    accs = carray(_pointer(job[PARTIAL + 2], one), (K, splits, M, D))
+    key, value = job[SIDE : SIDE + 7], job[SIDE + 7 : SIDE + 14]
+    most = (max(size, S) + LANES - 1) // LANES * LANES
     steps, minima = np.empty(D * size, q.dtype), np.empty(D * size, q.dtype)
-    keys, values = np.empty((size, D), q.dtype), np.empty((size, D), q.dtype)
-    scores = np.empty((M, (max(size, S) + LANES - 1) // LANES * LANES), q.dtype)
-    for unit in range(first_unit, last_unit):
+    keys, values, scores = np.empty((most, D), q.dtype), np.empty((most, D), q.dtype), np.empty((M, most), q.dtype)
+    while True:
+        unit = _next_unit(job.ctypes.data)
+        if unit >= K * splits:
+            return
         head, split = unit // splits, unit % splits
-        top, total, acc = tops[head, split], totals[head, split], accs[head, split]
-        top[:], total[:], acc[:] = LOWEST, 0, 0
+        top, total_sum, acc = tops[head, split], sums[head, split], accs[head, split]
+        top[:], total_sum[:], acc[:] = LOWEST, 0, 0
         if split == 0 and S:
-            _take(q[head], sink_k[head].copy(), sink_v[head].copy(), S, softcap, bias, 0, scores, top, total, acc)
+            _copy(job[SINK] + head * job[SINK + 1], job[SINK + 2], 0, S, keys)
+            _copy(job[SINK + 3] + head * job[SINK + 4], job[SINK + 5], 0, S, values)
+            _take(q[head], keys, values, S, numbers[2], bias, 0, scores, top, total_sum, acc)
         for p in range(pages * split // splits, pages * (split + 1) // splits):
             first, count = p * size, min(size, body - p * size)
             from_k, from_v = min(count, max(0, packed_k - first)), min(count, max(0, packed_v - first))
             if from_k or from_v:
-                page = addresses[p] + head * record
+                page = addresses[p] + head * job[RECORD]
+                at = page + job[OFFSETS], page + job[OFFSETS + 1], page + job[OFFSETS + 2], page + job[OFFSETS + 3]
                 if from_k:
-                    _numbers(page + sizes[1], page + sizes[3], key, numbers[0], steps, minima, keys)
+                    _numbers(at[0], at[2], key, numbers[0], steps, minima, keys[:size])
                 if from_v:
-                    _numbers(page + sizes[2], page + sizes[4], value, numbers[1], steps, minima, values)
-            for t in range(from_k, count):
-                keys[t] = exact_k[head, exact_k.shape[1] - body + first + t]
-            for t in range(from_v, count):
-                values[t] = exact_v[head, exact_v.shape[1] - body + first + t]
-            _take(q[head], keys, values, count, softcap, bias, S + first, scores, top, total, acc)
+                    _numbers(at[1], at[3], value, numbers[1], steps, minima, values[:size])
+            _copy(job[EXACT] + head * job[EXACT + 1] + first * job[EXACT + 2], job[EXACT + 2], from_k, count, keys)
+            _copy(
+                job[EXACT + 3] + head * job[EXACT + 4] + first * job[EXACT + 5], job[EXACT + 5], from_v, count, values
+            )
+            _take(q[head], keys, values, count, numbers[2], bias, S + first, scores, top, total_sum, acc)
 
 
 def compiled(real):
-    """(attend_units, merge) for float32 or float64 numbers (a numba type); compiled once and kept on disk."""
-    integers, strided = types.int64[::1], real[:, :, :]
-    lines, whole = real[:, :, ::1], real[:, :, :, ::1]
-    units = types.void(
-        types.int64, types.int64, lines, integers, integers, integers, integers, real[::1], strided, strided, strided,
-        strided, real[::1], lines, lines, whole,
-    )  # fmt: skip
-    return njit(units, **SETTINGS)(_attend_units), _merge
+    """(run, merge) for float32 or float64 numbers (a numba type); compiled once and kept on disk.
+
+    run   a C function of one pointer, that of the int64 job which ``cpu.decode_row`` writes.
+    """
+    zero = np.dtype(str(real)).type(0)
+
+    def run(pointer):
+        _run(carray(pointer, (JOB,)), real(zero))
+
+    kind = types.void(types.CPointer(types.int64))
+    return cfunc(kind, cache=True, nopython=True, error_model="numpy")(run), _merge
