@@ -28,7 +28,6 @@ logger = logging.getLogger(__name__)
 
 # Of the time limit, what measuring sensitivities may take; the rest is for verification.
 MEASURING_SHARE = 0.7
-REFINING_ROUNDS = 6
 UNIFORM_CANDIDATES = 2
 FRONT_POINTS = 4
 
@@ -43,6 +42,7 @@ class Settings:
     windows         of the text that sensitivities are measured on; verify_windows: of each part that verifies.
     anchors         options measured for each side of each layer; the others are interpolated.
     heads           measure head shares, and give heads options of their own.
+    refine          rounds in which what an allocation chose by interpolation is measured, and allocated again.
     time_limit      seconds; measuring stops at a share of it.
     """
 
@@ -56,6 +56,7 @@ class Settings:
     verify_windows: int = 4
     anchors: int = 4
     heads: bool = True
+    refine: int = 4
     time_limit: float | None = None
 
     def __post_init__(self):
@@ -226,14 +227,15 @@ class _Run:
                 "prefix_reuse": bool(self.log.found["reuse"]),
                 "windows_used": self.sensitivity.windows_used,
                 "heads_measured": self.sensitivity.heads_used,
+                "refining_rounds": self.settings.refine,
             },
             seconds=self.log.seconds,
         )
 
     def _refined(self) -> list[Entry]:
         """The table once no allocation chooses what is interpolated, or time or rounds are over."""
-        for done in range(REFINING_ROUNDS):
-            self.progress("Refining", done, REFINING_ROUNDS)
+        for done in range(self.settings.refine):
+            self.progress("Refining", done, self.settings.refine)
             table = self.sensitivity.table()
             ways = (False, True) if self.sensitivity.heads_used else (False,)
             allocations = [

@@ -14,6 +14,7 @@ it, those of its own family if there are any. The table says of every number whe
 
 import itertools
 import math
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -234,7 +235,7 @@ class Sensitivity:
         return pooled.kl if self.metric == "kl" else pooled.flips
 
     def _found(self, window: int, unit: Unit, option: str) -> Damage:
-        refined = self.journal.found.get(f"refine/{window}/{unit.name}/{option}")
+        refined = self.journal.found.get(_refined(window, unit, option))
         return Damage(**(refined or self.journal.found[f"anchors/{window}/{unit.layer}"][unit.name][option]))
 
     def table(self, everything: bool = False) -> list[Entry]:
@@ -274,24 +275,33 @@ class Sensitivity:
 
     def refine(self, chosen: Iterable[Entry], late: Callable[[], bool]) -> bool:
         """Measure chosen entries that were interpolated; True if something was learned before it got late."""
-        learned = False
+        wanted: dict[int, list[tuple[Unit, str]]] = {}
         for entry in chosen:
             unit = Unit(layer=entry.layer, side=entry.side, policy=entry.policy)
-            if entry.measured or entry.option in self.refined.get(unit, ()):
-                continue
-            jobs = [f"refine/{window}/{unit.name}/{entry.option}" for window in range(self.windows_used)]
-            if late() and any(job not in self.journal.found for job in jobs):
-                return learned
-            option = self.variants.space.named(unit.side, entry.option)
-            for window, job in enumerate(jobs):
-                self.journal.do(job, lambda w=window, o=option, u=unit: self._measure_one(w, o, u))
-            self.refined.setdefault(unit, []).append(entry.option)
-            learned = True
+            if not entry.measured and entry.option not in self.refined.get(unit, ()):
+                wanted.setdefault(entry.layer, []).append((unit, entry.option))
+        learned = False
+        for rows in wanted.values():
+            for window in range(self.windows_used):
+                new = [(unit, name) for unit, name in rows if _refined(window, unit, name) not in self.journal.found]
+                if new and late():
+                    return learned
+                self._refine(window, new)
+            for unit, name in rows:
+                self.refined.setdefault(unit, []).append(name)
+                learned = True
         return learned
 
-    def _measure_one(self, window: int, option: Option, unit: Unit) -> dict[str, float]:
-        rows = self._damages(window, {(unit.name, option.name): self._plan(option, unit)})
-        return rows[unit.name][option.name]
+    def _refine(self, window: int, rows: Sequence[tuple[Unit, str]]) -> None:
+        """Measure options of one layer on one window, each a job of its own."""
+        if not rows:
+            return
+        start = time.monotonic()
+        plans = {(unit.name, name): self._plan(self.variants.space.named(unit.side, name), unit) for unit, name in rows}
+        found = self._damages(window, plans)
+        seconds = (time.monotonic() - start) / len(rows)
+        for unit, name in rows:
+            self.journal.note(_refined(window, unit, name), found[unit.name][name], seconds)
 
     def _shares(self, unit: Unit) -> tuple[float, ...]:
         if not self.heads_used:
@@ -300,6 +310,11 @@ class Sensitivity:
         damages = [max(damage["kl"], 0.0) for damage in row.values()]
         total = sum(damages)
         return tuple(damage / total if total else 1 / len(damages) for damage in damages)
+
+
+def _refined(window: int, unit: Unit, option: str) -> str:
+    """Name of the job that measures a chosen option."""
+    return f"refine/{window}/{unit.name}/{option}"
 
 
 class _Ratios:
