@@ -134,7 +134,7 @@ def check(found, want: torch.Tensor, lse: torch.Tensor, tolerance: float = 1.0) 
     seen = torch.isfinite(lse.cpu())
     # A row whose values cancel has a large relative error and a small one beside the batch's typical row. Queries are
     # multiplied with 11 bits, so a score, and with it the logarithm of a weight, is off by up to 2^-11 of its own size.
-    row = (lse.cpu().abs().where(seen, torch.zeros(())).squeeze(-1) * 2**-11).clamp_min(WORST_ROW)
+    row = (lse.cpu().abs().where(seen, torch.zeros(())) * 2**-11).clamp_min(WORST_ROW)
     assert (error <= tolerance * row * size.clamp_min(size[size > 0].median())).all()
     assert torch.equal(torch.isfinite(found.lse.cpu()), seen)
     wanted = lse.cpu()[seen]
