@@ -39,6 +39,9 @@ class Padding:
 
         rows: the mask by row, [L, tokens]; before: tokens of the row that came before these queries.
         """
+        if mask.is_inference():
+            # Nothing tells whether it was written to since.
+            return all(_is_causal(own, start) for own, start in zip(rows, before))
         state = (mask._version, *before)
         if self._checked is None or self._checked[0] is not mask or self._checked[1] != state:
             self._checked = mask, state, all(_is_causal(own, start) for own, start in zip(rows, before))

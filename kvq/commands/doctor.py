@@ -10,7 +10,10 @@ import click
 from kvq.commands.common import Output, json_option, quiet_transformers
 from kvq.errors import KvqError
 
-PACKAGES = ("kvq-toolkit", "torch", "transformers", "safetensors", "triton", "lm-eval", "datasets", "gguf")
+PACKAGES = (
+    "kvq-toolkit", "torch", "transformers", "safetensors", "triton", "lm-eval", "datasets", "gguf",
+    "compressed-tensors", "vllm",
+)  # fmt: skip
 
 
 @click.command("doctor")
@@ -39,6 +42,7 @@ def command(model: str | None, output: Output) -> None:
         if model is not None:
             report["model"] = _diagnosis(model)
             output.show(layers_table(report["model"]["layers"]), _verdict(model, report["model"]))
+            output.show(*(f"FP8 in {engine}: {text}." for engine, text in report["model"]["fp8"].items()))
     except KvqError as error:
         report["model"] = {"model": model, "quantizable": False, "reason": str(error)}
         # The diagnosis stays complete for a machine to read, and the exit code still says no.
@@ -93,7 +97,17 @@ def _diagnosis(model: str) -> dict[str, Any]:
     folder = resolve_model(model)
     spec = describe(load_config(folder))
     check_weights(folder)
-    return {"model": model, "quantizable": True} | model_facts(spec)
+    return {"model": model, "quantizable": True} | model_facts(spec) | {"fp8": _fp8(spec)}
+
+
+def _fp8(spec) -> dict[str, str]:
+    """Whether each engine can have an FP8 cache of a model with scales from the checkpoint."""
+    from kvq.export.check.recipes import express
+    from kvq.export.engines import engines, find_release
+    from kvq.recipe import load_recipe
+
+    releases = [find_release(name) for name in engines() if name != "transformers"]
+    return {release.name: express(load_recipe("fp8"), release, spec).removeprefix("how: ") for release in releases}
 
 
 def _verdict(model: str, facts: dict[str, Any]) -> str:
