@@ -9,14 +9,16 @@ reach its keys; and a model made by hand whose recall passes through one full-at
 measured on another text: KL divergence from the exact model in nats per token, mode stream. Predictions are made twice,
 with what plain ``kvq calibrate`` measures and with ``--full``.
 
-A case that is in the results file already is kept, unless --cases names it.
+--work keeps what takes long, statistics and measured losses of each case, for another run.
 """
 
 import argparse
 import json
 import math
 import sys
+import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -33,7 +35,7 @@ from kvq.calib.collect import collect
 from kvq.calib.diagnosis import CANDIDATES, diagnose, layers_of
 from kvq.calib.diagnosis.predict import COLLAPSE, GOOD, plan_of
 from kvq.calib.needs import ALL_NEEDS, DEFAULT_NEEDS
-from kvq.errors import KvqError
+from kvq.calib.stats import LayerStats, Stats
 from kvq.eval.likelihood import Windows, score_windows
 from kvq.models.resolve import load_model, load_tokenizer, resolve_model
 from kvq.recipe import load_recipe
@@ -41,7 +43,7 @@ from kvq.recipe import load_recipe
 RESULTS = Path(__file__).parent / "results" / "diagnosis.json"
 RECIPES = (*CANDIDATES, "int3")
 # The channel in which SmolLM2's first token has its massive activation, and how large its keys are made.
-MASSIVE_CHANNEL, MASSIVE_SIZE = 325, 400.0
+MASSIVE_CHANNEL, MASSIVE_SIZE = 507, 400.0
 CALIBRATION, MEASURED, SEQ_LEN = 8, 2, 1024
 
 
@@ -81,40 +83,45 @@ CASES = {
 
 
 def examine(name: str, arguments: argparse.Namespace) -> dict:
-    model, calibration, held_out, first = CASES[name](arguments)
+    work = Path(arguments.work) / name
+    work.mkdir(parents=True, exist_ok=True)
+    folder, file, losses = work / "model", work / "stats.safetensors", work / "losses.json"
+    model = None
+    if not file.exists():
+        model, calibration, held_out, first = CASES[name](arguments)
+        # For transforms that read weights.
+        model.save_pretrained(folder)
+        collect(model, calibration, needs=ALL_NEEDS, batch_size=1, reservoir_bytes=2**28).save(file)
+    full = Stats.load(file)
     recipes = [load_recipe(recipe) for recipe in arguments.recipes]
     found = {}
-    for how, needs in (("default", DEFAULT_NEEDS), ("full", ALL_NEEDS)):
-        stats = collect(model, calibration, needs=needs, batch_size=1, reservoir_bytes=2**28)
+    for how, stats in (("default", only(full, DEFAULT_NEEDS)), ("full", full)):
         start = time.perf_counter()
-        found[how] = diagnose(stats, recipes, layers=layers_of(stats))
+        found[how] = diagnose(stats, recipes, layers=layers_of(stats), folder=folder)
         print(f"{name}: {how} diagnosis in {time.perf_counter() - start:.1f} s", file=sys.stderr)
         print(f"  {found[how].sentence()} Causes: {[c.kind for c in found[how].causes]}", file=sys.stderr)
-    plans = {}
-    for recipe in recipes:
-        try:
-            plans[recipe.name] = plan_of(recipe, stats)
-        except KvqError as error:
-            print(f"  {recipe.name}: {error}", file=sys.stderr)
-    windows = Windows(tokens=held_out, first=[first] * len(held_out))
-    scores = {recipe: [] for recipe in plans}
-    for window in score_windows(model, plans, windows, "stream"):
-        for recipe, score in window.items():
-            scores[recipe].append(score)
+    held = json.loads(losses.read_text()) if losses.exists() else {}
+    missing = [
+        recipe for recipe in recipes if recipe.name not in held and not _prediction(found["full"], recipe).why_not
+    ]
+    if missing:
+        if model is None:
+            model, calibration, held_out, first = CASES[name](arguments)
+        plans = {recipe.name: plan_of(recipe, full, folder) for recipe in missing}
+        held_out = held_out[: arguments.windows]
+        held |= measured(model, plans, Windows(tokens=held_out, first=[first] * len(held_out)))
+        losses.write_text(json.dumps(held, indent=1))
     rows = {}
-    for recipe, parts in scores.items():
-        rows[recipe] = {
-            "kl": float(torch.cat([part.kl for part in parts]).mean()),
-            "delta_nll": float(torch.cat([part.losses - part.baseline_losses for part in parts]).mean()),
-            "predicted": {how: _loss(diagnosis, recipe) for how, diagnosis in found.items()},
-            "mean_error": {how: _error(diagnosis, recipe) for how, diagnosis in found.items()},
-        }
-        print(f"  {recipe:12} {rows[recipe]}", file=sys.stderr)
-    baseline = torch.cat([part.baseline_losses for part in parts])
+    for recipe in recipes:
+        if recipe.name in held:
+            predicted = {how: _prediction(diagnosis, recipe) for how, diagnosis in found.items()}
+            rows[recipe.name] = held[recipe.name] | {
+                "predicted": {how: None if p.why_not else p.loss for how, p in predicted.items()},
+                "verdict": {how: p.verdict for how, p in predicted.items()},
+            }
+            print(f"  {recipe.name:12} {rows[recipe.name]}", file=sys.stderr)
     return {
-        "full_layers": len(stats.spec().full_layers),
-        "baseline_nll": float(baseline.mean()),
-        "scored_tokens": len(baseline),
+        "full_layers": len(full.spec().full_layers),
         "verdict": {how: diagnosis.sentence() for how, diagnosis in found.items()},
         "causes": {how: [cause.text for cause in diagnosis.causes] for how, diagnosis in found.items()},
         "cause_kinds": {how: [cause.kind for cause in diagnosis.causes] for how, diagnosis in found.items()},
@@ -123,18 +130,32 @@ def examine(name: str, arguments: argparse.Namespace) -> dict:
     }
 
 
-def _prediction(diagnosis, recipe: str):
-    return next(p for p in diagnosis.predictions if p.recipe == recipe)
+def only(stats: Stats, needs: frozenset[str]) -> Stats:
+    layers = {
+        index: LayerStats({need: part for need, part in layer.items() if need in needs})
+        for index, layer in stats.layers.items()
+    }
+    return replace(stats, layers=layers)
 
 
-def _loss(diagnosis, recipe: str) -> float | None:
-    found = _prediction(diagnosis, recipe)
-    return None if found.why_not else found.loss
+def measured(model, plans, windows: Windows) -> dict[str, dict[str, float]]:
+    scores = {recipe: [] for recipe in plans}
+    for window in score_windows(model, plans, windows, "stream"):
+        for recipe, score in window.items():
+            scores[recipe].append(score)
+    return {
+        recipe: {
+            "kl": float(torch.cat([part.kl for part in parts]).mean()),
+            "delta_nll": float(torch.cat([part.losses - part.baseline_losses for part in parts]).mean()),
+            "baseline_nll": float(torch.cat([part.baseline_losses for part in parts]).mean()),
+            "tokens": sum(len(part.kl) for part in parts),
+        }
+        for recipe, parts in scores.items()
+    }
 
 
-def _error(diagnosis, recipe: str) -> float | None:
-    found = _prediction(diagnosis, recipe)
-    return None if found.why_not else sum(found.errors.values()) / len(found.errors)
+def _prediction(diagnosis, recipe):
+    return next(p for p in diagnosis.predictions if p.recipe == recipe.name)
 
 
 def summary(cases: dict) -> dict:
@@ -208,32 +229,30 @@ def _cell(value: float | None) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, metavar="FILE", help="a plain text of 60 kB or more")
-    parser.add_argument("--cases", type=lambda text: text.split(","), metavar="NAME,...")
+    parser.add_argument("--cases", type=lambda text: text.split(","), default=list(CASES), metavar="NAME,...")
+    parser.add_argument("--windows", type=int, default=MEASURED, help="measured windows, for what --work does not hold")
+    parser.add_argument("--work", metavar="FOLDER", help="default: a temporary folder")
     parser.add_argument("--recipes", type=lambda text: text.split(","), default=list(RECIPES), metavar="NAME,...")
     parser.add_argument("--json", default=str(RESULTS), metavar="FILE|-")
     arguments = parser.parse_args()
-    held = {}
-    if arguments.json != "-" and Path(arguments.json).exists():
-        held = json.loads(Path(arguments.json).read_text())["cases"]
-    wanted = arguments.cases or [name for name in CASES if name not in held]
-    for name in wanted:
-        held[name] = examine(name, arguments)
-        result = {
-            "benchmark": "diagnosis",
-            "data": Path(arguments.data).name,
-            "calibration_windows": CALIBRATION,
-            "measured_windows": MEASURED,
-            "seq_len": SEQ_LEN,
-            "thresholds": {"good": GOOD, "collapse": COLLAPSE},
-            "machine": machine(),
-            "cases": {case: held[case] for case in CASES if case in held},
-        }
-        result["summary"] = summary(result["cases"])
-        if arguments.json == "-":
-            print(json.dumps(result, indent=2))
-        else:
-            Path(arguments.json).write_text(json.dumps(result, indent=2) + "\n")
-            Path(arguments.json).with_suffix(".md").write_text(table(result))
+    with tempfile.TemporaryDirectory() as temporary:
+        arguments.work = arguments.work or temporary
+        cases = {name: examine(name, arguments) for name in arguments.cases}
+    result = {
+        "benchmark": "diagnosis",
+        "data": Path(arguments.data).name,
+        "calibration_windows": CALIBRATION,
+        "seq_len": SEQ_LEN,
+        "thresholds": {"good": GOOD, "collapse": COLLAPSE},
+        "machine": machine(),
+        "cases": cases,
+        "summary": summary(cases),
+    }
+    if arguments.json == "-":
+        print(json.dumps(result, indent=2))
+    else:
+        Path(arguments.json).write_text(json.dumps(result, indent=2) + "\n")
+        Path(arguments.json).with_suffix(".md").write_text(table(result))
 
 
 if __name__ == "__main__":

@@ -113,7 +113,7 @@ def recall_model(full_layers: int, local_layers: int = 1) -> PreTrainedModel:
     return model
 
 
-_HEAD_DIM, _NAME, _MEANING = 32, 12, 24
+_HEAD_DIM, _NAME, _MEANING = 32, 12, 12
 _THIS = slice(0, _NAME)
 _WORD = slice(_THIS.stop, _THIS.stop + _MEANING)
 _BEFORE = slice(_WORD.stop, _WORD.stop + _NAME)

@@ -129,10 +129,10 @@ def joined(
     """
     done = state.load() if state and ranks.is_first else {}
     nodes: list[Node] = ranks.agree(list(done))
-    finished = Tree(_join)
+    finished = Tree(join_layers)
     finished.nodes = dict.fromkeys(nodes)
     mine = list(ranks.share(finished.missing(job.batches)))
-    tree = Tree(_join)
+    tree = Tree(join_layers)
     tree.nodes = done
 
     def run() -> dict[Node, Layers]:
@@ -187,7 +187,7 @@ def state_of(folder: str | Path | None, job: Job, config: PretrainedConfig, *mor
     return RunState(folder, job.identity(config_data(config), *more)) if folder else None
 
 
-def _join(left: Layers, right: Layers) -> Layers:
+def join_layers(left: Layers, right: Layers) -> Layers:
     return {index: layer.merge(right[index]) for index, layer in left.items()}
 
 

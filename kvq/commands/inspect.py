@@ -61,15 +61,17 @@ def command(thing: str, measure: bool, stats: str | None, recipe, settings, html
 
 def _inspect_stats(path: Path, wishes: Wishes, output: Output) -> None:
     from kvq.calib.stats import Stats
-    from kvq.report.stats_tables import stats_rows, stats_table
+    from kvq.report.stats_tables import stats_rows, stats_table, token_rows, tokens_table
     from kvq.report.tables import facts_table
 
     stats = Stats.load(path)
     facts = stats_facts(stats)
-    rows = stats_rows(stats)
+    rows, tokens = stats_rows(stats), token_rows(stats)
     output.show(facts_table(f"Statistics {path.name}", facts), stats_table(rows))
+    if tokens:
+        output.show(tokens_table(tokens))
     found = show_diagnosis(stats, f"Statistics {path.name}", facts, wishes, output)
-    output.write({"kind": "statistics"} | stats.provenance() | {"layers": rows} | found)
+    output.write({"kind": "statistics"} | stats.provenance() | {"layers": rows, "tokens": tokens} | found)
 
 
 def stats_facts(stats) -> dict[str, str]:
@@ -117,13 +119,13 @@ def _inspect_model(name: str, measure: bool, stats: str | None, wishes: Wishes, 
 
 def _statistics(folder: Path, spec, name: str, stats: str | None, output: Output):
     """Statistics of the model: those given, which must be its own, or measured now."""
+    from kvq.calib.check import check_stats
     from kvq.calib.stats import Stats
-    from kvq.models.resolve import weights_fingerprint
 
     if stats is None:
         return measured(folder, Path(name).name, output)
     found = Stats.load(stats)
-    found.check_model(spec, weights_fingerprint(folder))
+    check_stats(found, spec, folder)
     return found
 
 

@@ -9,6 +9,7 @@ def load_with_cache(name: str, recipe, stats: str | None):
     """Load ``name`` and its tokenizer; a recipe is installed on a plain model for good."""
     from kvq.cache import make_plan
     from kvq.calib.artefacts import fit_artefacts
+    from kvq.calib.check import check_stats
     from kvq.calib.stats import Stats
     from kvq.export.exporter import is_export
     from kvq.export.served import is_served, served_config, served_plan
@@ -20,7 +21,6 @@ def load_with_cache(name: str, recipe, stats: str | None):
         load_model,
         load_tokenizer,
         resolve_model,
-        weights_fingerprint,
     )
 
     folder = resolve_model(name)
@@ -38,7 +38,7 @@ def load_with_cache(name: str, recipe, stats: str | None):
         return load_model(folder), load_tokenizer(folder)
     statistics = Stats.load(stats) if stats else None
     if statistics is not None:
-        statistics.check_model(spec, weights_fingerprint(folder))
+        check_stats(statistics, spec, folder)
     plan = make_plan(recipe, spec, fit_artefacts(recipe, spec, statistics, folder) if statistics else None)
     model = load_model(folder)
     install(model, plan)

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvq.cache import CachePlan, make_plan
 from kvq.calib.artefacts import fit_artefacts
+from kvq.calib.check import check_stats
 from kvq.calib.stats import Stats
 from kvq.errors import RecipeError
 from kvq.export.checkpoint import PROVENANCE
@@ -92,5 +93,5 @@ def _artefacts(recipe: Recipe, stats: Stats | str | Path | None, spec, folder: P
     if stats is None:
         return None
     stats = stats if isinstance(stats, Stats) else Stats.load(stats)
-    stats.check_model(spec, weights_fingerprint(folder))
+    check_stats(stats, spec, folder)
     return fit_artefacts(recipe, spec, stats, folder)

@@ -38,8 +38,10 @@ def predictions_table(diagnosis: Mapping[str, Any]) -> Group:
             row["verdict"],
         )
     how = "tokens of the text" if diagnosis["tokens"] == "real" else "tokens drawn by the measured distributions"
-    notes = [f"Tried on {how}; in brackets the relative error of the worst layer's attention. A prediction is right "
-             "within a factor of about three: 'kvq eval' measures."]  # fmt: skip
+    notes = [
+        f"Tried on {how}; in brackets the relative error of the worst layer's attention. Predictions tell ruin from "
+        "harm and harm from nothing; 'kvq eval' measures."
+    ]
     notes += [f"Not predicted: {', '.join(names)}, because {why}" for why, names in unknown.items()]
     return Group(table, *notes)
 

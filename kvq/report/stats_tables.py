@@ -64,5 +64,62 @@ def stats_table(rows: list[dict[str, Any]]) -> Table:
     return table
 
 
+# A token that gets this share of a window's attention, over heads and probes, is called a sink.
+SINK_SHARE = 0.2
+
+
+def token_rows(stats) -> list[dict[str, Any]]:
+    """Tokens that are attention sinks or hold massive activations, strongest first.
+
+    kind        ``sink`` (strength: share of attention) or ``massive`` (strength: magnitude).
+    positions   first and last position at which it was one.  windows  in how many windows.
+    layer       where it was strongest.  channel  of the massive activation, else None.
+    """
+    found: dict[tuple[str, int], dict[str, Any]] = {}
+    for index, layer in stats.layers.items():
+        for kind, need in (("sink", "sinks"), ("massive", "massive")):
+            if need in layer:
+                least = SINK_SHARE if kind == "sink" else layer[need].threshold
+                _add_tops(found, kind, index, layer[need].tops, least)
+    for (_, token), row in found.items():
+        row["text"] = stats.token_texts.get(token)
+        row["windows"] = len(row["windows"])
+    return sorted(found.values(), key=lambda row: (row["kind"], -row["windows"], -row["strength"]))
+
+
+def _add_tops(found: dict, kind: str, layer: int, tops, least: float) -> None:
+    for window, place in (tops.strength >= least).nonzero().tolist():
+        token, position = int(tops.token[window, place]), int(tops.position[window, place])
+        strength = float(tops.strength[window, place])
+        row = found.setdefault(
+            (kind, token),
+            {"kind": kind, "token": token, "positions": [position, position], "windows": set(), "strength": 0.0},
+        )
+        row["positions"] = [min(position, row["positions"][0]), max(position, row["positions"][1])]
+        row["windows"].add(int(tops.priority[window]))
+        if strength > row["strength"]:
+            channel = int(tops.extra[window, place]) if kind == "massive" else None
+            row |= {"strength": strength, "layer": layer, "channel": channel}
+
+
+def tokens_table(rows: list[dict[str, Any]], most: int = 6) -> Table:
+    """Rows of ``token_rows``, so many of each kind."""
+    table = plain_table(
+        "Attention sinks and massive activations", "token", "kind", "positions", "windows", "strongest", "layer"
+    )
+    for kind in ("sink", "massive"):
+        for row in [row for row in rows if row["kind"] == kind][:most]:
+            first, last = row["positions"]
+            table.add_row(
+                repr(row["text"]) if row["text"] is not None else str(row["token"]),
+                kind if row["channel"] is None else f"{kind}, channel {row['channel']}",
+                str(first) if first == last else f"{first} to {last}",
+                str(row["windows"]),
+                percent(row["strength"]) if kind == "sink" else number(row["strength"], 0),
+                str(row["layer"]),
+            )
+    return table
+
+
 def percent(share: float | None) -> str:
     return "-" if share is None else f"{share:.0%}"

@@ -48,7 +48,7 @@ def candidate_row(candidate: Candidate) -> dict[str, Any]:
     return {
         "how": candidate.how,
         "recipe_hash": candidate.recipe.hash,
-        "options": candidate.recipe.name if candidate.how == "uniform" else None,
+        "recipe": candidate.recipe.to_dict() if candidate.how == "uniform" else None,
         "bits": candidate.bits,
         "predicted": candidate.predicted,
         "measured": asdict(candidate.measured) if candidate.measured else None,

@@ -1,5 +1,6 @@
 """Search a model's mixed-precision recipe: measure sensitivities, allocate bits, verify on other text."""
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,10 +24,12 @@ from kvq.search.text import Text, cut_text
 from kvq.search.variants import Variants
 from kvq.search.verify import METRICS, Measured, Verifier
 
+logger = logging.getLogger(__name__)
+
 # Of the time limit, what measuring sensitivities may take; the rest is for verification.
 MEASURING_SHARE = 0.7
 UNIFORM_CANDIDATES = 2
-FRONT_POINTS = 6
+FRONT_POINTS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,6 +153,11 @@ def search(
         "settings": settings.identity(),
         "versions": installed_versions("scipy"),
     }
+    facts["statistics_saw_the_text"] = _saw(stats, text.identity)
+    if facts["statistics_saw_the_text"]:
+        logger.warning(
+            "The statistics are of the text that confirms, so that transforms have seen it: use --verify-data."
+        )
     expanded = expand(chosen, spec, stats, sees_exact_tokens=settings.tokens is not None)
     # More windows go on where fewer ended.
     same = {**facts, "text": {**text.identity, "search": {**text.identity["search"], "windows": None}}}
@@ -160,6 +168,12 @@ def search(
         return _Run(loaded, spec, stats, folder, expanded, settings, text, log, names, progress, facts).result()
     finally:
         log.close()
+
+
+def _saw(stats: Stats | None, identity: Mapping[str, Mapping[str, Any]]) -> bool:
+    """True if the statistics were made of the text that confirms."""
+    own = identity.get("verify", identity["search"])["documents_sha256"]
+    return stats is not None and stats.data is not None and stats.data.text_sha256 == own
 
 
 class _Run:

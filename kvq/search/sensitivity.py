@@ -28,9 +28,9 @@ from kvq.specs import TokenPolicy
 # Options whose error is within this factor of the best at no more bits stay: the scan is a proxy.
 SLACK = 1.05
 # Tokens of a window that the scan reads.
-SCAN_TOKENS = 512
+SCAN_TOKENS = 384
 # Likewise for the shares of heads, which only compare heads with each other.
-HEAD_TOKENS = 512
+HEAD_TOKENS = 384
 
 
 @dataclass(frozen=True, kw_only=True)

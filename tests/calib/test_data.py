@@ -158,3 +158,54 @@ def test_identities_join():
         IDENTITY.join(IDENTITY)
     with pytest.raises(DataError, match="different tokenizers"):
         IDENTITY.join(replace(other, tokenizer_sha256="uu"))
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """Hub data sets as folders of ``tmp_path``: ``owner/name/{config}/{split}.jsonl``, streamed by datasets itself."""
+    datasets = pytest.importorskip("datasets", reason="hub data sets need the extra 'data'")
+    real = datasets.load_dataset
+
+    def load(repository, config=None, *, split, streaming):
+        file = tmp_path / repository / (config or "default") / f"{split}.jsonl"
+        return real("json", data_files={split: str(file)}, split=split, streaming=streaming)
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+
+    def add(name: str, rows: list[dict], config: str = "default", split: str = "train") -> None:
+        file = tmp_path / name / config / f"{split}.jsonl"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    return add
+
+
+def test_a_hub_data_set_is_read_by_its_columns_configs_and_splits(hub):
+    hub("owner/data", [{"text": "first"}, {"text": "second"}])
+    hub("owner/data", [{"text": "other"}], config="small", split="validation")
+    hub("owner/chats", [{"messages": CHAT, "text": "not this"}])
+    assert load_documents("owner/data") == ["first", "second"]
+    assert load_documents("owner/data:small", split="validation") == ["other"]
+    assert load_documents("owner/chats") == [CHAT]
+    assert load_documents("owner/chats", field="text") == ["not this"]
+
+
+def test_an_unknown_column_of_a_hub_data_set_names_those_it_has(hub):
+    hub("owner/data", [{"body": "first", "n": 1}])
+    with pytest.raises(DataError, match=r"'owner/data' has no field 'text' \(it has body, n\)"):
+        load_documents("owner/data")
+    with pytest.raises(DataError, match="field 'n' is int"):
+        load_documents("owner/data", field="n")
+
+
+def test_of_a_large_hub_data_set_only_the_beginning_is_read(hub, monkeypatch):
+    monkeypatch.setattr("kvq.calib.data.HUB_CHARACTERS", 25)
+    hub("owner/data", [{"text": f"{i:010}"} for i in range(100)])
+    assert load_documents("owner/data") == [f"{i:010}" for i in range(3)]
+
+
+def test_a_split_that_is_not_there_is_one_sentence(hub):
+    hub("owner/data", [{"text": "first"}])
+    with pytest.raises(ModelNotFoundError, match="'owner/data' is neither a file nor") as error:
+        load_documents("owner/data", split="test")
+    assert "\n" not in str(error.value)

@@ -6,7 +6,7 @@ from importlib.metadata import version
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import BertConfig, Gemma3TextConfig, MambaConfig, RwkvConfig, T5Config
+from transformers import BertConfig, Gemma3TextConfig, MambaConfig, Olmo2Config, RwkvConfig, T5Config
 
 WITHOUT_CACHE = {
     "mamba": (MambaConfig(architectures=["MambaForCausalLM"]), ("'mamba'",)),
@@ -51,7 +51,7 @@ def test_doctor_names_versions_and_what_will_run(run):
     result = run("doctor")
     assert result.exit_code == 0
     assert version("torch") in result.stdout
-    assert "torch reference" in result.stdout
+    assert "attention: reference" in result.stdout
 
 
 def test_doctor_and_inspect_say_which_layers_can_be_quantized(run, folder_of):
@@ -61,6 +61,13 @@ def test_doctor_and_inspect_say_which_layers_can_be_quantized(run, folder_of):
     report = json.loads(run("inspect", folder, "--json", "-").stdout)
     assert report["kind"] == "model"
     assert [layer["kind"] for layer in report["layers"]] == ["sliding"] * 5 + ["full"]
+
+
+def test_doctor_says_which_engines_take_fp8_scales(run, folder_of):
+    config = Olmo2Config(num_hidden_layers=1, hidden_size=64, num_attention_heads=2, architectures=["Olmo2ForCausalLM"])
+    found = json.loads(run("doctor", folder_of(config), "--json", "-").stdout)["model"]["fp8"]
+    assert found["SGLang 0.5.23"] == "no: it loads no KV scales for Olmo2ForCausalLM"
+    assert found["vLLM 0.33"].startswith("--target vllm")
 
 
 def test_inspect_a_model(run, tiny_checkpoint):
@@ -111,7 +118,7 @@ def test_statistics_get_a_verdict_as_text_and_data(run, tiny_checkpoint, stats):
     file = stats(tiny_checkpoint(head_dim=32))
     result = run("inspect", file)
     assert result.exit_code == 0
-    for said in ("Verdict:", "would ruin this model", "Predicted before anything is quantized", "K 4", "Cause: only 2"):
+    for said in ("Verdict:", "Predicted before anything is quantized", "K 4", "Cause: only 2 of 2 layers have"):
         assert said in result.stdout
     report = json.loads(run("inspect", file, "--json", "-").stdout)
     assert report["diagnosis"]["verdict"] in result.stdout

@@ -102,14 +102,10 @@ def few_layers(spec: ModelSpec) -> list[Cause]:
     if full >= FEW_LAYERS:
         return []
     layers = tuple(layer.index for layer in spec.full_layers)
-    plural = "layer has" if full == 1 else "layers have"
-    text = f"only {full} of {cached} {plural} full attention, and all long-range recall passes through {_them(full)}"
+    has, them = ("has", "it") if full == 1 else ("have", "them")
+    text = f"only {full} of {cached} layers {has} full attention, and all long-range recall passes through {them}"
     advice = "use kivi4 or klt4 rather than fewer bits, and measure recall over long texts with 'kvq eval'"
     return [Cause(kind="few_layers", layers=layers, size=full, text=text, advice=advice)]
-
-
-def _them(count: int) -> str:
-    return "it" if count == 1 else "them"
 
 
 def _massive(layer: LayerStats) -> Sequence[int]:

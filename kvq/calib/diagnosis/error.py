@@ -4,14 +4,15 @@ The measure is the relative squared error of the attention output,
 
     e^2 = sum |o' - o|^2 / sum |o|^2
 
-with keys and values as the recipe would store them. With real tokens it is computed. With drawn tokens there is no real
-attention, and it is estimated from what causes it:
+with keys and values as the recipe would store them, first and last tokens exact as it says. With real tokens it is
+computed. With drawn tokens there is no real attention, and it is estimated from what causes it:
 
-    E = KEY_WEIGHT n^2 + VALUE_WEIGHT r^2,     n^2 = (1 - a) n_t^2 + a (1 - a) n_0^2,     e^2 = E / (1 + E / 2)
+    E = KEY_WEIGHT w n^2 + VALUE_WEIGHT w r^2,     n^2 = (1 - a) n_t^2 + a (1 - a) n_0^2,     e^2 = E / (1 + E / 2)
 
 n_t^2 and n_0^2 are the variances of the scaled logits' error at ordinary tokens and at the first token, which gets the
-share a of attention; r is the relative error of values. The weights were fitted on SmolLM2-135M-Instruct by
-``benchmarks/diagnosis.py``, whose results show how well the estimate holds.
+share a of attention; r is the relative error of values; w = 1 - RECENT min(1, window / 128) is what errors come down to
+where the last tokens stay exact. The weights were fitted on SmolLM2-135M-Instruct by ``benchmarks/diagnosis.py``, whose
+results show how well the estimate holds.
 """
 
 import torch
@@ -22,8 +23,7 @@ from kvq.calib.diagnosis.tokens import LayerTokens
 SIDES = ("key", "value")
 KEY_WEIGHT = 0.25
 VALUE_WEIGHT = 0.52
-# Queries that see few tokens say little about a long context.
-_WARM = 32
+RECENT = 0.5
 
 
 def attention_error(groups: tuple[HeadGroup, ...], tokens: LayerTokens, sides: tuple[str, ...] = SIDES) -> float:
@@ -36,11 +36,25 @@ def attention_error(groups: tuple[HeadGroup, ...], tokens: LayerTokens, sides: t
         for side, x in (("key", key), ("value", value)):
             if side in sides:
                 x[:, own] = stored(group, side, x[:, own], tokens.positions)
-    return _measured(key, value, tokens) if tokens.is_real else _estimated(key, value, tokens)
+    if tokens.is_real:
+        exact = tokens.output
+        found = tokens.output_with(key, value, {side: exact_places(groups, side, tokens) for side in SIDES})
+        return float((found - exact).square().sum() / exact.square().sum())
+    return _estimated(key, value, tokens, min(group.rules["value"].longest_tail for group in groups))
+
+
+def exact_places(groups: tuple[HeadGroup, ...], side: str, tokens: LayerTokens) -> torch.Tensor:
+    """Whether a probe's query reads a token exactly, bool [K, P, T]."""
+    place = torch.arange(tokens.key.shape[2])
+    exact = torch.zeros(tokens.key.shape[1], len(tokens.probes), len(place), dtype=torch.bool)
+    for group in groups:
+        seen = torch.tensor([group.rules[side].seen(position) for position in tokens.probes.tolist()])
+        exact[list(group.heads)] = (place < group.sinks) | (place >= group.sinks + seen[:, None])
+    return exact
 
 
 def stored(group: HeadGroup, side: str, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """What the cache would give back for x [W, K, T, D] in a long context: all but the sinks quantized.
+    """What the cache would give back for x [W, K, T, D] once all but the sinks is quantized.
 
     Tokens that fill no whole block stay exact.
     """
@@ -63,22 +77,7 @@ def stored(group: HeadGroup, side: str, x: torch.Tensor, positions: torch.Tensor
     return chain.undo(found)
 
 
-def _measured(key: torch.Tensor, value: torch.Tensor, tokens: LayerTokens) -> float:
-    exact = _attention(tokens.key, tokens.value, tokens)
-    return float((_attention(key, value, tokens) - exact).square().sum() / exact.square().sum())
-
-
-def _attention(key: torch.Tensor, value: torch.Tensor, tokens: LayerTokens) -> torch.Tensor:
-    """Causal attention outputs of all queries that see enough, [W, H, T, D]."""
-    groups = tokens.query.shape[1] // key.shape[1]
-    key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
-    out = torch.nn.functional.scaled_dot_product_attention(
-        tokens.query, key, value, is_causal=True, scale=tokens.scaling
-    )
-    return out[:, :, _WARM:]
-
-
-def _estimated(key: torch.Tensor, value: torch.Tensor, tokens: LayerTokens) -> float:
+def _estimated(key: torch.Tensor, value: torch.Tensor, tokens: LayerTokens, window: int) -> float:
     error = key - tokens.key
     # What all tokens share changes no softmax.
     error = error - error[:, :, 1:].mean(2, keepdim=True)
@@ -86,6 +85,6 @@ def _estimated(key: torch.Tensor, value: torch.Tensor, tokens: LayerTokens) -> f
     first = tokens.first
     logits = (1 - first) * noise[:, 1:].mean(1) + first * (1 - first) * noise[:, 0]
     lost = (value - tokens.value)[:, :, 1:].square().sum((0, 2, 3)) / tokens.value[:, :, 1:].square().sum((0, 2, 3))
-    small = (KEY_WEIGHT * logits + VALUE_WEIGHT * lost).mean()
+    small = (KEY_WEIGHT * logits + VALUE_WEIGHT * lost).mean() * (1 - RECENT * min(1, window / 128))
     # An output that has nothing to do with the right one, and is as long, is off by sqrt(2).
     return float(small / (1 + small / 2))

@@ -2,11 +2,11 @@
 
 A recipe's loss follows from the relative squared errors e^2 of its layers' attention (``error.py``):
 
-    loss = LOSS (mean e^2)^POWER / n        nats per token
+    loss = LOSS (mean e^2) max(1, FEW_LAYERS / n)^(1/2)        nats per token
 
-for n layers with full attention: their errors are independent, so more layers make up for each other. LOSS and POWER
-were fitted on SmolLM2-135M-Instruct (``benchmarks/diagnosis.py``), and say how bad, not how much: a factor of three is
-usual.
+for n layers with full attention. Their errors are independent and average out; with fewer than FEW_LAYERS, less of them
+does. LOSS was fitted on SmolLM2-135M-Instruct (``benchmarks/diagnosis.py``). Other models take the same errors better
+or worse, so a prediction tells ruin from harm and harm from nothing, and is no measurement.
 """
 
 from collections.abc import Mapping
@@ -16,6 +16,7 @@ from pathlib import Path
 from kvq.cache import make_plan
 from kvq.cache.plan import CachePlan
 from kvq.calib.artefacts import fit_artefacts, needed_artefacts
+from kvq.calib.diagnosis.causes import FEW_LAYERS
 from kvq.calib.diagnosis.error import SIDES, attention_error
 from kvq.calib.diagnosis.tokens import LayerTokens, layer_tokens
 from kvq.calib.evidence import Source
@@ -24,7 +25,7 @@ from kvq.errors import DataError, RecipeError, UnsupportedModelError
 from kvq.models.architecture import Attention
 from kvq.recipe import Recipe, load_recipe
 
-LOSS, POWER = 30.0, 1.0
+LOSS = 1.0
 # What a recipe may cost (nats per token) to be good, and from where on a model is of no use.
 GOOD, COLLAPSE = 0.05, 0.5
 WIDTHS = (2, 3, 4, 8)
@@ -95,7 +96,8 @@ def predict(recipe: Recipe, stats: Stats, layers: Mapping[int, LayerTokens], fol
 
 def predicted_loss(errors: Mapping[int, float]) -> float:
     """Nats per token from e^2 of all full-attention layers."""
-    return LOSS * (sum(errors.values()) / len(errors)) ** POWER / len(errors)
+    mean = sum(errors.values()) / len(errors)
+    return LOSS * mean * max(1.0, FEW_LAYERS / len(errors)) ** 0.5
 
 
 def bit_errors(

@@ -5,7 +5,9 @@ or, where only second moments were measured, these moments. The first is no draw
 unlike all others where it is an attention sink.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -15,10 +17,12 @@ from kvq.calib.stats import LayerStats
 from kvq.errors import DataError
 from kvq.models.rope import Rope
 
-# Tokens drawn: enough for an error, and few enough to try many recipes. Real windows are used whole up to a length.
+# Tokens drawn: enough for an error, and few enough to try many recipes. Real windows are used up to a length.
 TOKENS = 256
-LONGEST = 512
-WINDOWS = 2
+LONGEST = 1024
+WINDOWS = 1
+# Queries of a real window that stand for all, from its second half: those of a long context.
+PROBES = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +46,40 @@ class LayerTokens:
     @property
     def is_real(self) -> bool:
         return self.query is not None
+
+    @cached_property
+    def probes(self) -> torch.Tensor:
+        """Positions of the queries that are looked at, int64 [P]."""
+        tokens = self.key.shape[2]
+        return torch.linspace(tokens // 2, tokens - 1, PROBES).long()
+
+    @cached_property
+    def scores(self) -> torch.Tensor:
+        """q . k of the probes and the exact keys, scaled, [W, H, P, T]."""
+        return self._scores(self.key)
+
+    @cached_property
+    def output(self) -> torch.Tensor:
+        """The probes' attention outputs, [W, H, P, D]."""
+        return self._softmax(self.scores) @ self._repeated(self.value)
+
+    def output_with(self, key: torch.Tensor, value: torch.Tensor, exact: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """The probes' outputs if they read other keys and values, except where ``exact``: by side, bool [K, P, T]."""
+        mask = {side: self._repeated(places[None]) for side, places in exact.items()}
+        weights = self._softmax(torch.where(mask["key"], self.scores, self._scores(key)))
+        kept = weights * mask["value"]
+        return kept @ self._repeated(self.value) + (weights - kept) @ self._repeated(value)
+
+    def _scores(self, key: torch.Tensor) -> torch.Tensor:
+        return self.query[:, :, self.probes] @ self._repeated(key).transpose(-1, -2) * self.scaling
+
+    def _softmax(self, scores: torch.Tensor) -> torch.Tensor:
+        later = torch.arange(self.key.shape[2]) > self.probes[:, None]
+        return scores.masked_fill(later, float("-inf")).softmax(-1)
+
+    def _repeated(self, x: torch.Tensor) -> torch.Tensor:
+        """[W, K, ...] for every query head, [W, H, ...]."""
+        return x.repeat_interleave(self.query.shape[1] // x.shape[1], dim=1)
 
 
 def layer_tokens(layer: LayerStats, rope: Rope | None, scaling: float, seed: int = 0) -> LayerTokens:

@@ -66,9 +66,10 @@ def test_moments_alone_predict_a_recipe_that_reads_them(tiny_model, measured):
     assert 0.3 < found[0] / found[1] < 3
 
 
-def test_loss_grows_with_errors_and_shrinks_with_layers():
-    few, many = {0: 0.1, 1: 0.1}, dict.fromkeys(range(20), 0.1)
-    assert predicted_loss(few) == pytest.approx(10 * predicted_loss(many))
+def test_loss_grows_with_errors_and_with_few_layers():
+    few, many, more = (dict.fromkeys(range(n), 0.1) for n in (2, 8, 20))
+    assert predicted_loss(few) == pytest.approx(2 * predicted_loss(many))
+    assert predicted_loss(many) == pytest.approx(predicted_loss(more))
     assert predicted_loss({0: 0.2, 1: 0.2}) > predicted_loss(few)
     assert predicted_loss({0: 0.0, 1: 0.0}) == 0.0
 
