@@ -35,7 +35,7 @@ demo: $(READY)
 	$(VENV)/bin/python examples/demo.py --model $(MODEL)
 
 test: $(READY)
-	$(OFFLINE) $(VENV)/bin/python -m pytest
+	$(OFFLINE) OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto
 
 test-oldest:
 	$(MAKE) test VENV=$(OLDEST) PINNED="'transformers==5.17.*'"
@@ -49,8 +49,10 @@ $(VLLM_READY):
 	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
 
-test-vllm: $(READY) $(VLLM_READY)
-	$(OFFLINE) KVQ_VLLM_PYTHON=$(CURDIR)/$(VLLM)/bin/python $(VENV)/bin/python -m pytest -m engine tests/engines
+# VLLM_PYTHON=... names the Python of an environment that has vLLM already; none is made then.
+test-vllm: $(READY) $(if $(VLLM_PYTHON),,$(VLLM_READY))
+	$(OFFLINE) KVQ_VLLM_PYTHON=$(or $(VLLM_PYTHON),$(abspath $(VLLM))/bin/python) \
+		$(VENV)/bin/python -m pytest -m engine tests/engines
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .

@@ -1,6 +1,6 @@
 """Encode and decode throughput of every recipe's codecs, beside a copy of the same bytes.
 
-    python benchmarks/codecs.py --json benchmarks/results/codecs_speed.json
+    python benchmarks/codecs.py --json benchmarks/results/codecs.json
 
 Keys or values of a block of tokens go through a codec (codes and metadata; packing into words is measured apart) and
 back. Each turn measures a copy of the input, then encode, then decode, so that a change of the machine's pace meets all
@@ -102,7 +102,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=9)
     parser.add_argument("--threads", type=int, default=1, help="more of them disturb each other on a busy machine")
     parser.add_argument("--device", default="cpu", choices=("cpu",), help="the only one that is timed so far")
-    parser.add_argument("--json", metavar="FILE|-", help="default: results/codecs_speed.json, with its table")
+    parser.add_argument("--json", metavar="FILE|-", help="default: results/codecs.json, with its table")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     specs = distinct(arguments.recipes)
@@ -128,7 +128,7 @@ def main() -> None:
     if arguments.json == "-":
         print(text, end="")
         return
-    target = Path(arguments.json) if arguments.json else RESULTS / "codecs_speed.json"
+    target = Path(arguments.json) if arguments.json else RESULTS / "codecs.json"
     target.write_text(text, encoding="utf-8")
     target.with_suffix(".md").write_text(table(result), encoding="utf-8")
 

@@ -21,11 +21,13 @@ from quality import CALIBRATION_TOKENS, FIRST_TOKEN, SEQ_LEN, row, wikitext_toke
 from safetensors.torch import load_file, save_file
 
 from kvq.cache import CachePlan, make_plan
+from kvq.cache.plan import check_transforms
 from kvq.calib.artefacts import fit_artefacts, needed_artefacts
 from kvq.calib.collect import collect
 from kvq.calib.learn import fit_name, learn_fits, learned_steps
 from kvq.calib.needs import needs_of
 from kvq.calib.stats import Stats
+from kvq.errors import UnsupportedModelError
 from kvq.eval.likelihood import Windows, WindowScore, score_windows
 from kvq.eval.perplexity import cut_windows
 from kvq.eval.result import installed_versions
@@ -37,20 +39,31 @@ from kvq.recipe import Recipe, list_recipes, load_recipe
 RESULTS = Path(__file__).parent / "results"
 RESERVOIR_BYTES = 1 << 30
 # Recipes that are measured beside those with transforms, for comparison.
-PLAIN = ("int4", "int3", "int2", "kivi4", "kivi2", "sinks4")
+INTEGERS = ("int4", "int3", "int2")
+PLAIN = (*INTEGERS, "kivi4", "kivi2", "sinks4")
 # Recipes that share one forward of the exact model.
 TOGETHER = 4
 
 
-def default_recipes() -> list[str]:
-    return [name for name in list_recipes() if load_recipe(name).transforms.to_dict() or name in PLAIN]
+def default_recipes(spec) -> list[str]:
+    """Recipes with transforms that fit the model, and those for comparison."""
+    return [name for name in list_recipes() if name in PLAIN or is_transformed(load_recipe(name), spec)]
+
+
+def is_transformed(recipe: Recipe, spec) -> bool:
+    try:
+        check_transforms(recipe, spec)
+    except UnsupportedModelError as error:
+        print(f"{recipe.name}: {error}", file=sys.stderr)
+        return False
+    return bool(recipe.transforms.to_dict())
 
 
 def statistics(folder: Path, model, ids: list[int], recipes: dict[str, Recipe], work: Path) -> tuple[Stats, dict]:
     """Statistics with all fits that the recipes need, and the seconds that learning took."""
     spec, path, times = describe(model.config), work / "stats.safetensors", work / "seconds.json"
     # Those of all recipes, so that every selection of them is calibrated alike.
-    every = [*recipes.values(), *map(load_recipe, default_recipes())]
+    every = [*recipes.values(), *map(load_recipe, default_recipes(spec))]
     needs = frozenset().union(*(needs_of(recipe, spec) for recipe in every))
     stats = Stats.load(path) if path.is_file() else None
     if stats is None or not needs <= stats.needs:
@@ -133,7 +146,7 @@ def measure(arguments: argparse.Namespace) -> dict:
     model = load_model(folder, dtype=torch.float32, device="cpu")
     spec = describe(load_config(folder))
     ids = wikitext_tokens(Path(arguments.data), load_tokenizer(folder))
-    recipes = {name: load_recipe(name) for name in arguments.recipes}
+    recipes = {name: load_recipe(name) for name in arguments.recipes or default_recipes(spec)}
     stats, seconds = statistics(folder, model, ids, recipes, work)
     windows = cut_windows(ids[FIRST_TOKEN:], SEQ_LEN, limit=arguments.windows, mode=arguments.mode)
     mode, count = arguments.mode, len(windows.tokens)
@@ -168,15 +181,18 @@ def table(result: dict) -> str:
         f"SmolLM2-135M-Instruct, float32, mode `{result['mode']}`, {result['windows']} windows of {result['seq_len']} "
         f"tokens of WikiText-2 (validation) from token {result['first_token']:,}; calibrated on the first "
         f"{result['calibration_tokens']:,}. Bits: codes and metadata. 'In weights' names what costs nothing while the "
-        "model runs.",
+        "model runs; 'of plain' is the KL over that of plain integers at the same bits.",
         "",
-        "| recipe | bits | KL (nats) | perplexity | top-1 | in weights | while it runs |",
-        "| --- | ---: | ---: | ---: | ---: | --- | --- |",
+        "| recipe | bits | KL (nats) | of plain | perplexity | top-1 | in weights | while it runs |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | --- | --- |",
     ]
+    plain = {round(row["asymptotic_bits"], 6): row["kl"] for name, row in result["recipes"].items() if name in INTEGERS}
     for name, found in sorted(result["recipes"].items(), key=lambda item: (-item[1]["asymptotic_bits"], item[1]["kl"])):
         folded, online = places(found["folds"])
+        same = plain.get(round(found["asymptotic_bits"], 6))
+        share = f"{found['kl'] / same:.2f}" if same else "-"
         lines.append(
-            f"| {name} | {found['asymptotic_bits']:.2f} | {found['kl']:.5f} | {found['perplexity']:.3f} | "
+            f"| {name} | {found['asymptotic_bits']:.2f} | {found['kl']:.5f} | {share} | {found['perplexity']:.3f} | "
             f"{found['top1']:.4f} | {folded} | {online} |"
         )
     return "\n".join(lines) + "\n"
@@ -203,7 +219,6 @@ def main() -> None:
     parser.add_argument("--work", default="transforms-work", metavar="DIR", help="statistics, fits and scores")
     parser.add_argument("--json", metavar="FILE|-", help="default: results/transforms.json, beside its table")
     arguments = parser.parse_args()
-    arguments.recipes = arguments.recipes or default_recipes()
     result = measure(arguments)
     print(table(result), file=sys.stderr if arguments.json == "-" else sys.stdout)
     text = json.dumps(result, indent=2) + "\n"

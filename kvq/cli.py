@@ -23,6 +23,7 @@ COMMANDS = (
     "search",
     "recipes",
     "inspect",
+    "bench",
     "doctor",
 )
 # Modules whose command's name is a Python builtin.

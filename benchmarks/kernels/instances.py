@@ -4,8 +4,10 @@ from types import SimpleNamespace
 
 import torch
 
+from kvq.kernels.append import DecodeState, ExactStore, Rule
 from kvq.kernels.attention import Exact, Query
 from kvq.kernels.device import launch
+from kvq.kernels.packing import Rotation, Source
 from kvq.kernels.pages import Pages
 from kvq.kernels.plan import geometry_of
 from kvq.kernels.samples import layout_of, levels_of
@@ -41,15 +43,7 @@ def decode_launches(
         partial_lse=partial[..., 0].contiguous(),
         lse=partial[:batch, ..., 0].contiguous(),
     )
-    pool = torch.zeros(2, HEADS, layout.record_bytes, dtype=torch.uint8)
-    pages = Pages.of(
-        layout,
-        pool,
-        torch.zeros(batch, 16, dtype=torch.int32),
-        value_limit=torch.ones(HEADS),
-        key_levels=levels_of(layout.key),
-        value_levels=levels_of(layout.value),
-    )
+    pages = _pages(layout, batch)
     q = torch.zeros(batch, HEADS * group, queries, head_dim, dtype=torch.bfloat16)
     query = Query(q=q, scale=head_dim**-0.5, positions=numbers, **settings)
     ring = torch.zeros(batch, HEADS, 160, head_dim, dtype=torch.bfloat16)
@@ -68,3 +62,56 @@ def decode_launches(
         "exact": launch.exact(plan, pages, query, tokens),
         "merge": launch.merge(plan, query, q.clone(), True),
     }
+
+
+def other_launches(sm: int):
+    """(name, launch) of every other kernel: what packs, moves and plans, and decoding of plain fp16 pages."""
+    # Launches ask the device for its capability; here it is the target's.
+    launch.capability = lambda device: sm
+    layout, channels = layout_of("4", "4"), layout_of("2c32", "2/32")
+    batch, head_dim = 2, 128
+    x = torch.zeros(batch, HEADS, 64, head_dim, dtype=torch.bfloat16)
+    numbers = torch.zeros(batch, dtype=torch.int32)
+    source = Source(x=x, ranges=torch.zeros(batch, 2, dtype=torch.int32), offsets=numbers, longest=64)
+    rotation = Rotation(block=head_dim, signs=torch.ones(head_dim))
+    for name, side, made in (("tokens", "value", layout), ("channels", "key", channels), ("groups", "value", channels)):
+        yield f"pack {name}", launch.pack(source, _pages(made, batch), side, 1.0, None)
+    yield "pack tokens rotated", launch.pack(source, _pages(layout, batch), "key", 0.95, rotation)
+    for made in (layout, layout_of("nf4", "e4m3")):
+        for side in ("key", "value"):
+            yield f"unpack {made.side(side).format}", launch.unpack(_pages(made, batch), side, numbers, x)
+    yield "hadamard", launch.hadamard(x, rotation, x, False)
+    rules = {"key": Rule(window=32, unit=32), "value": Rule(window=32)}
+    state = DecodeState(batch=batch, sinks=4, **rules, impl="reference")
+    yield "advance", launch.advance(state, 1)
+    store = ExactStore.empty(state, heads=HEADS, head_dim=head_dim, dtype=torch.bfloat16)
+    token = x[:, :, :1]
+    for name, made in (("tokens", layout), ("channels", channels)):
+        yield f"append {name}", launch.append(token, token, store, _pages(made, batch), state, {}, (1.0, 1.0))
+    geometry, decode = decode_launches("dense", "dense", sm=sm)
+    yield "decode dense", decode["split"]
+    geometry, decode = decode_launches("4", "4", sm=sm)
+    yield "decode exact", decode["exact"]
+    yield "decode merge", decode["merge"]
+    plan = SimpleNamespace(
+        geometry=geometry,
+        batch=batch,
+        capacity=4,
+        slots=8,
+        heads=HEADS,
+        queries=1,
+        items=torch.zeros(4, 4, dtype=torch.int32),
+        spans=torch.zeros(batch, 2, dtype=torch.int32),
+    )
+    yield "plan", launch.plan_items(plan, numbers, None, None, 0)
+
+
+def _pages(layout, batch: int) -> Pages:
+    return Pages.of(
+        layout,
+        torch.zeros(2, HEADS, layout.record_bytes, dtype=torch.uint8),
+        torch.zeros(batch, 16, dtype=torch.int32),
+        value_limit=torch.ones(HEADS),
+        key_levels=levels_of(layout.key),
+        value_levels=levels_of(layout.value),
+    )

@@ -1,4 +1,4 @@
-"""Attention over a store's segments, and packing into its pages, through the Triton kernels.
+"""Attention over a store's segments through the Triton kernels.
 
 What the kernels read as it lies in pages: uniform codes, levels of a book, norms, fp8 and fp4, of every width. What
 they do not (keys before RoPE, sparse outliers, low-rank factors, tiers) is decoded a step at a time into fp16 pages
@@ -10,6 +10,7 @@ from functools import lru_cache
 
 import torch
 
+from kvq.cache.fused_pack import pages_of
 from kvq.cache.plan import SIDES, HeadGroup
 from kvq.cache.store import HeadStore, Snapshot, group_rows
 from kvq.kernels.attention import Exact, Query, decode_attention
@@ -17,7 +18,7 @@ from kvq.kernels.choice import LARGEST_HEAD, LARGEST_QUERIES, why_no_layout
 from kvq.kernels.pages import Pages
 from kvq.kernels.plan import DecodePlan
 from kvq.kernels.spec import DEFAULT_PAGE_TOKENS, PageLayout, SideLayout
-from kvq.quantizers.static import StaticNumbers, static_numbers
+from kvq.quantizers.static import static_numbers
 
 # Tokens that are decoded at once for the two-pass form.
 DENSE_TOKENS = 4096
@@ -40,7 +41,13 @@ class Steps:
             return self._last[1]
         plan = self._plan((layout, len(counts.ends), *shape, device))
         made = torch.tensor(counts.columns, dtype=torch.int32).to(device, non_blocking=True)
-        step = _Step(plan=plan, lengths=made[0].contiguous(), exact=made[:4].T.contiguous(), positions=made[4])
+        step = _Step(
+            plan=plan,
+            lengths=made[0],
+            exact=made[:4].T.contiguous(),
+            positions=made[4],
+            offsets={"key": made[5], "value": made[6]},
+        )
         plan.update(step.lengths)
         self._last = (key, step)
         return step
@@ -57,27 +64,34 @@ class Steps:
 
 @dataclass(frozen=True, kw_only=True)
 class _Step:
-    """lengths [B]: packed on both sides; exact [B, 4], see ``Exact.lengths``; positions [B]: of the first query."""
+    """lengths [B]: packed on both sides; exact [B, 4], see ``Exact.lengths``; positions [B]: of the first query.
+
+    offsets   by side, [B]: where the exact tokens lie in their buffer.
+    """
 
     plan: DecodePlan
     lengths: torch.Tensor
     exact: torch.Tensor
     positions: torch.Tensor
+    offsets: dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
 class _Counts:
-    """By row: packed keys and values, body tokens that the queries may see, and the first query's position."""
+    """By row: packed keys and values, body tokens that the queries may see, the first query's position, and where exact
+    keys and values lie."""
 
     keys: tuple[int, ...]
     values: tuple[int, ...]
     ends: tuple[int, ...]
     positions: tuple[int, ...]
+    key_offsets: tuple[int, ...]
+    value_offsets: tuple[int, ...]
 
     @property
     def columns(self) -> list[tuple[int, ...]]:
         low = tuple(map(min, self.keys, self.values))
-        return [low, self.keys, self.values, self.ends, self.positions]
+        return [low, self.keys, self.values, self.ends, self.positions, self.key_offsets, self.value_offsets]
 
 
 def obstacle(store: HeadStore, snapshot: Snapshot, q: torch.Tensor, mask, valid) -> str | None:
@@ -97,11 +111,6 @@ def obstacle(store: HeadStore, snapshot: Snapshot, q: torch.Tensor, mask, valid)
     return f"{longest} query tokens at once, more than {LARGEST_QUERIES}" if longest > LARGEST_QUERIES else None
 
 
-@lru_cache(maxsize=256)
-def _why_two_passes(layout: PageLayout) -> str | None:
-    return why_no_layout(layout)
-
-
 def why_two_passes(group: HeadGroup) -> str | None:
     """Why pages of this group are decoded before the kernels attend, or None if they are read as they are."""
     if group.rope is not None:
@@ -110,7 +119,7 @@ def why_two_passes(group: HeadGroup) -> str | None:
         numbers = static_numbers(group.codecs[side])
         if isinstance(numbers, str):
             return f"{side}: {numbers}"
-    return _why_two_passes(group.layout)
+    return why_no_layout(group.layout)
 
 
 def attend(store: HeadStore, snapshot: Snapshot, q: torch.Tensor, options, steps: Steps) -> torch.Tensor:
@@ -124,7 +133,7 @@ def attend(store: HeadStore, snapshot: Snapshot, q: torch.Tensor, options, steps
         packed = {side: tuple(min(row[i].packed[side], end) for row, end in zip(rows, ends)) for side in SIDES}
         pages = _dense_pages(store, packed) if two_passes else pages_of(store)
         positions = tuple(before + view.start for before in snapshot.before)
-        counts = _Counts(packed["key"], packed["value"], ends, positions)
+        counts = _Counts(packed["key"], packed["value"], ends, positions, *_offsets(snapshot, sinks))
         length = view.stop - view.start
         step = steps.step(pages.layout, counts, (K, G, length), q.device)
         query = Query(
@@ -145,61 +154,26 @@ def _views(store: HeadStore, snapshot: Snapshot) -> list:
     return [store.views(before, added, snapshot.prompt) for before, added in zip(snapshot.before, snapshot.added)]
 
 
+def _offsets(snapshot: Snapshot, sinks: int) -> list[tuple[int, ...]]:
+    """Of both sides: what is added to a body token's number to find it; a row's last token is the buffer's last."""
+    bodies = [max(0, before + added - sinks) for before, added in zip(snapshot.before, snapshot.added)]
+    capacities = [snapshot.exact[side].shape[2] for side in SIDES]
+    return [tuple((capacity - body) % capacity for body in bodies) for capacity in capacities]
+
+
 def _exact(store: HeadStore, snapshot: Snapshot, step: _Step) -> Exact:
-    """The exact tokens: the last one of every row is at the end of its buffer."""
-    bodies = [max(0, b + a - store.group.sinks) for b, a in zip(snapshot.before, snapshot.added)]
-    offsets = {}
-    for side in SIDES:
-        capacity = snapshot.exact[side].shape[2]
-        offsets[side] = torch.tensor([(capacity - body) % capacity for body in bodies], dtype=torch.int32)
-    made = torch.stack([offsets[side] for side in SIDES]).to(step.lengths.device, non_blocking=True)
+    mixed = store.group.rules["key"] != store.group.rules["value"]
     return Exact(
         lengths=step.exact,
         keys=snapshot.exact["key"],
         values=snapshot.exact["value"],
-        key_offsets=made[0],
-        value_offsets=made[1],
+        key_offsets=step.offsets["key"],
+        value_offsets=step.offsets["value"],
         sink_keys=store.sinks.get("key"),
         sink_values=store.sinks.get("value"),
-        mixed_key=store.group.rules["key"] != store.group.rules["value"],
-        mixed_value=store.group.rules["key"] != store.group.rules["value"],
+        mixed_key=mixed,
+        mixed_value=mixed,
     )
-
-
-def pages_of(store: HeadStore, rows: list[int] | None = None) -> Pages:
-    """The pages of some rows (all by default), by their distance from the arena's first page: slabs lie anywhere."""
-    if store.kernel_table is None:
-        store.kernel_table = _table(store)
-    table, slabs = store.kernel_table, store.arena.slabs
-    numbers = [static_numbers(store.group.codecs[side]) for side in SIDES]
-    key, value = (n if isinstance(n, StaticNumbers) else StaticNumbers() for n in numbers)
-    return Pages(
-        layout=store.group.layout,
-        pool=slabs[0].view(-1) if slabs else torch.zeros(_UNIT, dtype=torch.uint8, device=table.device),
-        table=table if rows is None or len(rows) == len(table) else table[rows],
-        heads=len(store.group.heads),
-        stride=_UNIT,
-        key_scale=key.scale,
-        value_scale=value.scale,
-        key_levels=key.levels,
-        value_levels=value.levels,
-    )
-
-
-# Page numbers count steps of so many bytes.
-_UNIT = 16
-
-
-def _table(store: HeadStore) -> torch.Tensor:
-    """[B, pages] int64, made anew whenever a page is added."""
-    longest = max(map(len, store.tables), default=0)
-    table = torch.zeros(len(store.tables), max(1, longest), dtype=torch.int64)
-    if longest:
-        first = store.arena.slabs[0].data_ptr()
-        for row, ids in enumerate(store.tables):
-            if ids:
-                table[row, : len(ids)] = torch.from_numpy((store.arena.addresses(ids) - first) // _UNIT)
-    return table.to(store.arena.device)
 
 
 def _dense_pages(store: HeadStore, packed: dict[str, tuple[int, ...]]) -> Pages:

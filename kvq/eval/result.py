@@ -49,6 +49,9 @@ class MetricResult:
         flips: tuple[int, int] | None = None,
     ) -> "MetricResult":
         low, high = difference.interval() if difference.stderr is not None else (None, None)
+        if flips is not None and low is not None:
+            # Two shares differ by 1 at most.
+            low, high = max(low, -1.0), min(high, 1.0)
         return cls(
             value=value,
             baseline=baseline,

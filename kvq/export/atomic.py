@@ -40,9 +40,21 @@ def whole_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
         shutil.rmtree(work, ignore_errors=True)
 
 
+@contextmanager
+def scratch_folder(target: Path) -> Iterator[Path]:
+    """Yield a temporary folder beside ``target``, on the same disk, that vanishes in the end."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    work = _sibling(target, "scratch")
+    work.mkdir()
+    try:
+        yield work
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
 def recover(target: Path) -> None:
     """Clear what dead processes left beside ``target``; a folder they had moved aside is put back."""
-    pattern = re.compile(rf"\.{re.escape(target.name)}\.kvq-(tmp|old)-([0-9]+)")
+    pattern = re.compile(rf"\.{re.escape(target.name)}\.kvq-(tmp|old|scratch)-([0-9]+)")
     if not target.parent.is_dir():
         return
     for path in sorted(target.parent.iterdir()):

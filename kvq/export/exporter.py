@@ -11,6 +11,7 @@ import json
 import re
 import tempfile
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from kvq.calib.artefacts import fit_artefacts, needed_artefacts
 from kvq.calib.check import check_stats
 from kvq.calib.stats import Stats
 from kvq.errors import CheckpointError
-from kvq.export.atomic import recover, whole_folder
+from kvq.export.atomic import recover, scratch_folder, whole_folder
 from kvq.export.card import licence_of
 from kvq.export.checkpoint import QUANT_METHOD, provenance_of, to_json
 from kvq.export.engines import find_release
@@ -31,6 +32,8 @@ from kvq.export.folding import fold_lines, plan_of_folds, refuse_second_fold
 from kvq.export.manifest import MANIFEST, Progress, build_manifest
 from kvq.export.shards import place_weights
 from kvq.export.targets import TARGETS, Job, Target, find_target
+from kvq.export.targets.base import quantization_of
+from kvq.export.targets.repack import METHODS, repack
 from kvq.export.targets.scheme import engine_view
 from kvq.models.builtin import BUILTIN, MODEL_NAME
 from kvq.models.describe import ModelSpec, describe
@@ -127,35 +130,25 @@ def export(
     try:
         recover(folder)
         _check_target(folder, source, force)
-        check = check_folds(source, folds.operations, spec.dtype) if folds.operations else None
-        job = Job(
-            source=source,
-            config=config,
-            model=spec,
-            plan=plan,
-            artefacts=artefacts,
-            companions=_companions(source),
-            provenance=provenance,
-            licence=licence_of(source),
-            folder=folder.name,
-            weights=fingerprint,
-            folds=folds,
-            check=check,
-        )
-        contents = {**job.companions, **to.contents(to, job)}
-        with whole_folder(folder, replace=force) as work:
-            counts = place_weights(to.weights(source), work, folds.operations)
-            if folds.operations:
-                # Only now are the weights known that the config names.
-                job = replace(job, weights=weights_fingerprint(work))
-                contents = {**job.companions, **to.contents(to, job)}
-            for name, content in contents.items():
-                (work / name).parent.mkdir(exist_ok=True)
-                (work / name).write_bytes(content)
-            if to.manifest:
-                known = {} if folds.operations else _known_hashes(to.weights(source))
-                (work / MANIFEST).write_bytes(build_manifest(work, to.name, known, progress))
-            files = tuple(sorted(str(path.relative_to(work)) for path in work.rglob("*") if path.is_file()))
+        with ExitStack() as stack:
+            placed, config = _in_layout(source, config, to, folder, stack)
+            job = Job(
+                source=placed,
+                config=config,
+                model=spec,
+                plan=plan,
+                artefacts=artefacts,
+                companions=_companions(source),
+                provenance=provenance | ({} if placed == source else {"repacked_from": _method(source)}),
+                licence=licence_of(source),
+                folder=folder.name,
+                weights=fingerprint,
+                folds=folds,
+                check=check_folds(source, folds.operations, spec.dtype) if folds.operations else None,
+            )
+            job, counts, files = _write(job, to, folder, force, progress)
+            if placed != source:
+                counts = {**counts, "linked": 0, "copied": counts["linked"] + counts["copied"]}
     except OSError as error:
         raise _write_error(error, out) from None
     return ExportResult(
@@ -168,9 +161,46 @@ def export(
         bits_per_element=plan.bits_per_element,
         **counts,
         folds=tuple(fold_lines(plan, folds)),
-        check=check.to_dict() if check else None,
+        check=job.check.to_dict() if job.check else None,
         files=files,
     )
+
+
+def _write(
+    job: Job, to: Target, folder: Path, force: bool, progress: Progress | None
+) -> tuple[Job, dict[str, int], tuple[str, ...]]:
+    """Write the folder; returns the job with the fingerprint of what was written, how weights came, and all files."""
+    folds, contents = job.folds, {**job.companions, **to.contents(to, job)}
+    with whole_folder(folder, replace=force) as work:
+        counts = place_weights(to.weights(job.source), work, folds.operations)
+        if folds.operations:
+            # Only now are the weights known that the config names.
+            job = replace(job, weights=weights_fingerprint(work))
+            contents = {**job.companions, **to.contents(to, job)}
+        for name, content in contents.items():
+            (work / name).parent.mkdir(exist_ok=True)
+            (work / name).write_bytes(content)
+        if to.manifest:
+            known = {} if folds.operations else _known_hashes(to.weights(job.source))
+            (work / MANIFEST).write_bytes(build_manifest(work, to.name, known, progress))
+        files = tuple(sorted(str(path.relative_to(work)) for path in work.rglob("*") if path.is_file()))
+    return job, counts, files
+
+
+def _in_layout(
+    source: Path, config: dict[str, Any], to: Target, folder: Path, stack: ExitStack
+) -> tuple[Path, dict[str, Any]]:
+    """The folder whose weights are written, and its config: a repacked copy where the target cannot take the layout."""
+    method = _method(source)
+    if method not in METHODS or to.formats.get(method) == method:
+        return source, config
+    work = stack.enter_context(scratch_folder(folder))
+    return work, repack(source, work, config)
+
+
+def _method(source: Path) -> str | None:
+    """The quant_method of a folder's weights."""
+    return (quantization_of(json.loads((source / "config.json").read_bytes())) or {}).get("quant_method")
 
 
 def is_export(folder: Path) -> bool:
@@ -191,8 +221,7 @@ def _source_config(source: Path, target: Target) -> dict[str, Any]:
     """The source's config.json as plain data; refuses caches, and weights, that the target cannot take as they are."""
     try:
         config = json.loads((source / "config.json").read_bytes())
-        nested = config.get("text_config") or {}
-        quantized = config.get("quantization_config") or nested.get("quantization_config")
+        quantized = quantization_of(config)
         method = quantized.get("quant_method") if quantized else None
     except (OSError, ValueError, AttributeError):
         raise CheckpointError(
@@ -208,7 +237,7 @@ def _source_config(source: Path, target: Target) -> dict[str, Any]:
 
 def _folds(plan: CachePlan, source: Path, config: Mapping[str, Any]) -> FoldPlan:
     """What the weights can take over: nothing if they are quantized, since they would be rounded again."""
-    if not (config.get("quantization_config") or (config.get("text_config") or {}).get("quantization_config")):
+    if not quantization_of(config):
         return plan_of_folds(plan, source)
     reason = "quantized weights would be rounded again"
     return FoldPlan(left={i: {s: reason for s, chain in own.items() if chain.steps} for i, own in plan.chains.items()})

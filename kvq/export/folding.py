@@ -7,6 +7,7 @@ from typing import Any
 from kvq import __version__
 from kvq.cache import CachePlan
 from kvq.errors import CheckpointError, UnsupportedModelError
+from kvq.export.manifest import read_manifest
 from kvq.export.shards import tensor_names
 from kvq.models.architecture import describe_attention
 from kvq.models.rope import rope_of
@@ -52,6 +53,15 @@ def refuse_second_fold(config: Mapping[str, Any], folds: FoldPlan) -> None:
             f"the weights of this model have taken over the transforms of recipe {config[FOLDED].get('recipe')!r} "
             "already: fold into the original checkpoint instead, or add --no-fold."
         )
+
+
+def is_plain_export(folder: Path) -> bool:
+    """True if kvq wrote a folder as an ordinary checkpoint with transforms in its weights.
+
+    Raises CheckpointError for an altered manifest.
+    """
+    manifest = read_manifest(folder)
+    return manifest is not None and manifest["target"] == "plain"
 
 
 def fold_lines(plan: CachePlan, folds: FoldPlan) -> Iterator[str]:

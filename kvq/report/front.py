@@ -62,6 +62,7 @@ def _draw_layers(axes, layers: Mapping[str, Sequence[Mapping[str, Any]]]) -> Non
         rows = layers[side]
         axes.bar([r["layer"] + shift for r in rows], [r["damage"] for r in rows], 0.4, color=color, label=f"{side}s")
     axes.set_yscale("log")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel("layer")
     axes.set_ylabel("damage of that layer alone")
     axes.set_title("Sensitivity: one side of one layer at its smallest measured option")

@@ -67,10 +67,10 @@ def _notes(rows: Sequence[Row]) -> list[str]:
 
 def _table(title: str, columns: Sequence[str]) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("measure", overflow="fold", min_width=18)
+    # Where a terminal is too narrow for all, numbers wrap and names stay: a number without a name says nothing.
+    table.add_column("measure", no_wrap=True, min_width=18)
     for column in columns:
-        wide = column.startswith("difference")
-        table.add_column(column, justify="right" if column else "left", no_wrap=not wide)
+        table.add_column(column, justify="right" if column else "left", overflow="fold")
     return table
 
 

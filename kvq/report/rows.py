@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 MINUS = "\u2212"
+# Numbers from here on are written by their power of ten: a broken model's perplexity has no digits that matter.
+LARGE = 1e6
 
 # Metrics in points of a hundred; all others keep their unit.
 SHARES = ("acc", "acc_norm", "exact_match", "choice", "exact", "copied", "agreement", "f1", "em")
@@ -163,6 +165,8 @@ def number(value: float | None, digits: int) -> str:
         return "-"
     if value and abs(value) < 10**-digits / 2:
         return f"{value:.1e}".replace("-", MINUS, 1) if value < 0 else f"{value:.1e}"
+    if abs(value) >= LARGE:
+        return signed(f"{value:.3g}")
     return signed(f"{value:,.{digits}f}")
 
 
@@ -172,10 +176,11 @@ def signed(text: str) -> str:
 
 def with_interval(value: float, low: float | None, high: float | None, digits: int, scale: float = 1) -> str:
     """'+1.2 [0.3, 2.1]', or without the interval where no error is known."""
-    text = signed(f"{scale * value:+.{digits}f}")
+    form = f".{digits}f" if abs(scale * value) < LARGE else ".3g"
+    text = signed(f"{scale * value:+{form}}")
     if low is None or high is None:
         return text
-    bounds = (signed(f"{scale * bound:.{digits}f}") for bound in (low, high))
+    bounds = (signed(f"{scale * bound:{form if abs(scale * bound) < LARGE else '.3g'}}") for bound in (low, high))
     return f"{text} [{', '.join(bounds)}]"
 
 

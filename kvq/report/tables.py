@@ -109,6 +109,45 @@ MEMORY_KINDS = {
 }
 
 
+def bench_tables(report: Mapping[str, Any]) -> list[Any]:
+    """Roofline tables of ``kvq bench``: one for each shape, its exact attention first."""
+    shown: list[Any] = [
+        f"{report['device']}, copy bandwidth {report['copy_bandwidth'] / 1e9:.1f} GB/s (read and written)"
+    ]
+    for exact in report["exact"]:
+        columns = ("width", "error", "MiB", "floor", "time", "of copy", "vs best exact", "ran")
+        table = plain_table(exact["shape"], *columns)
+        for name, seconds in exact["seconds"].items():
+            table.add_row(name, "", "", "", _duration(seconds), _share(exact["fraction"].get(name)), "", "")
+        for row in report["rows"]:
+            if row["shape"] == exact["shape"]:
+                table.add_row(*_bench_row(row))
+        shown += [table, *(f"{name}: {why}" for name, why in exact["not_run"].items())]
+    shown += sorted({f"ran: {row['ran']}" for row in report["rows"]})
+    return shown
+
+
+def _bench_row(row: Mapping[str, Any]) -> tuple[str, ...]:
+    error, mib = f"{row['error']:.1e}", f"{row['bytes'] / 2**20:.1f}"
+    if row["seconds"] is None:
+        return row["width"], error, mib, "", row["note"], "", "", row["ran"].partition(" ")[0]
+    measured = (
+        _duration(row["floor"]),
+        _duration(row["seconds"]),
+        f"{row['fraction']:.0%}",
+        f"{row['vs_best_exact']:.2f}x",
+    )
+    return (row["width"], error, mib, *measured, row["ran"].partition(" ")[0])
+
+
+def _share(fraction: float | None) -> str:
+    return "" if fraction is None else f"{fraction:.0%}"
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds * 1e6:.1f} us" if seconds < 1e-3 else f"{seconds * 1e3:.2f} ms"
+
+
 def memory_table(plan: Mapping[str, Any]) -> Group:
     """A MemoryPlan: growth by kind of layer, and the cache of one sequence at a few lengths."""
     recipe = plan["recipe"]

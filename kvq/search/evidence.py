@@ -48,7 +48,7 @@ def candidate_row(candidate: Candidate) -> dict[str, Any]:
     return {
         "how": candidate.how,
         "recipe_hash": candidate.recipe.hash,
-        "options": candidate.recipe.name if candidate.how == "uniform" else None,
+        "recipe": candidate.recipe.to_dict() if candidate.how == "uniform" else None,
         "bits": candidate.bits,
         "predicted": candidate.predicted,
         "measured": asdict(candidate.measured) if candidate.measured else None,
@@ -129,7 +129,8 @@ def _solver(chosen: Candidate) -> dict[str, Any] | None:
         return None
     facts = asdict(chosen.allocation)
     del facts["choices"]
-    return {"name": "scipy.optimize.milp (HiGHS)", **facts}
+    interpolated = sum(not choice.entry.measured for choice in chosen.allocation.choices)
+    return {"name": "scipy.optimize.milp (HiGHS)", **facts, "interpolated_choices": interpolated}
 
 
 def _what_bits(found: Search) -> str:

@@ -1,5 +1,6 @@
 """Search a model's mixed-precision recipe: measure sensitivities, allocate bits, verify on other text."""
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,10 +24,12 @@ from kvq.search.text import Text, cut_text
 from kvq.search.variants import Variants
 from kvq.search.verify import METRICS, Measured, Verifier
 
+logger = logging.getLogger(__name__)
+
 # Of the time limit, what measuring sensitivities may take; the rest is for verification.
 MEASURING_SHARE = 0.7
 UNIFORM_CANDIDATES = 2
-FRONT_POINTS = 6
+FRONT_POINTS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +42,7 @@ class Settings:
     windows         of the text that sensitivities are measured on; verify_windows: of each part that verifies.
     anchors         options measured for each side of each layer; the others are interpolated.
     heads           measure head shares, and give heads options of their own.
+    refine          rounds in which what an allocation chose by interpolation is measured, and allocated again.
     time_limit      seconds; measuring stops at a share of it.
     """
 
@@ -52,6 +56,7 @@ class Settings:
     verify_windows: int = 4
     anchors: int = 4
     heads: bool = True
+    refine: int = 4
     time_limit: float | None = None
 
     def __post_init__(self):
@@ -150,6 +155,11 @@ def search(
         "settings": settings.identity(),
         "versions": installed_versions("scipy"),
     }
+    facts["statistics_saw_the_text"] = _saw(stats, text.identity)
+    if facts["statistics_saw_the_text"]:
+        logger.warning(
+            "The statistics are of the text that confirms, so that transforms have seen it: use --verify-data."
+        )
     expanded = expand(chosen, spec, stats, sees_exact_tokens=settings.tokens is not None)
     # More windows go on where fewer ended.
     same = {**facts, "text": {**text.identity, "search": {**text.identity["search"], "windows": None}}}
@@ -160,6 +170,12 @@ def search(
         return _Run(loaded, spec, stats, folder, expanded, settings, text, log, names, progress, facts).result()
     finally:
         log.close()
+
+
+def _saw(stats: Stats | None, identity: Mapping[str, Mapping[str, Any]]) -> bool:
+    """True if the statistics were made of the text that confirms."""
+    own = identity.get("verify", identity["search"])["documents_sha256"]
+    return stats is not None and stats.data is not None and stats.data.text_sha256 == own
 
 
 class _Run:
@@ -188,7 +204,7 @@ class _Run:
         self.left_out |= dict.fromkeys(late, "time limit")
         if settings.heads and not self.sensitivity.heads_used:
             self.left_out["heads"] = "not measured, so that the heads of a layer are stored alike"
-        self.table = self.sensitivity.table()
+        self.table = self._refined()
         by_budget = {budget: self._candidates(budget) for budget in settings.budgets}
         front = self._front()
         every = [c.recipe for rows in by_budget.values() for c in rows] + [c.recipe for c in front]
@@ -211,9 +227,26 @@ class _Run:
                 "prefix_reuse": bool(self.log.found["reuse"]),
                 "windows_used": self.sensitivity.windows_used,
                 "heads_measured": self.sensitivity.heads_used,
+                "refining_rounds": self.settings.refine,
             },
             seconds=self.log.seconds,
         )
+
+    def _refined(self) -> list[Entry]:
+        """The table once no allocation chooses what is interpolated, or time or rounds are over."""
+        for done in range(self.settings.refine):
+            self.progress("Refining", done, self.settings.refine)
+            table = self.sensitivity.table()
+            ways = (False, True) if self.sensitivity.heads_used else (False,)
+            allocations = [
+                allocate(table, self.variants.layers, budget, by_head=way)
+                for budget in self.settings.budgets
+                for way in ways
+            ]
+            entries = {choice.entry: None for allocation in allocations for choice in allocation.choices}
+            if not self.sensitivity.refine(entries, self._late):
+                break
+        return self.sensitivity.table()
 
     def _late(self) -> bool:
         limit = self.settings.time_limit

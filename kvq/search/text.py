@@ -1,6 +1,7 @@
 """The text of a search, cut into parts that share no token: measuring, choosing, confirming."""
 
 import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,8 @@ def cut_text(tokenizer, data: str | Path, verify_data: str | Path | None, settin
 
 
 def _windows(tokenizer, data: str | Path, length: int, count: int, seed: int) -> tuple[torch.Tensor, dict[str, Any]]:
-    text = SEPARATOR.join(load_texts(data, part="evaluation"))
+    texts = load_texts(data, part="evaluation")
+    text = SEPARATOR.join(texts)
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     whole = len(ids) // length
     if whole < count:
@@ -56,6 +58,8 @@ def _windows(tokenizer, data: str | Path, length: int, count: int, seed: int) ->
     identity = {
         "source": source_name(data),
         "sha256": hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest(),
+        # As calibration names its text, so that the same text is seen.
+        "documents_sha256": hashlib.sha256(json.dumps(texts).encode("utf-8", "surrogatepass")).hexdigest(),
         "tokenizer_sha256": tokenizer_hash(tokenizer),
         "tokens": len(ids),
         "windows": order.tolist(),

@@ -6,7 +6,7 @@ from importlib.metadata import version
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import BertConfig, Gemma3TextConfig, MambaConfig, RwkvConfig, T5Config
+from transformers import BertConfig, Gemma3TextConfig, MambaConfig, Olmo2Config, RwkvConfig, T5Config
 
 WITHOUT_CACHE = {
     "mamba": (MambaConfig(architectures=["MambaForCausalLM"]), ("'mamba'",)),
@@ -51,7 +51,7 @@ def test_doctor_names_versions_and_what_will_run(run):
     result = run("doctor")
     assert result.exit_code == 0
     assert version("torch") in result.stdout
-    assert "torch reference" in result.stdout
+    assert "attention: reference" in result.stdout
 
 
 def test_doctor_and_inspect_say_which_layers_can_be_quantized(run, folder_of):
@@ -61,6 +61,13 @@ def test_doctor_and_inspect_say_which_layers_can_be_quantized(run, folder_of):
     report = json.loads(run("inspect", folder, "--json", "-").stdout)
     assert report["kind"] == "model"
     assert [layer["kind"] for layer in report["layers"]] == ["sliding"] * 5 + ["full"]
+
+
+def test_doctor_says_which_engines_take_fp8_scales(run, folder_of):
+    config = Olmo2Config(num_hidden_layers=1, hidden_size=64, num_attention_heads=2, architectures=["Olmo2ForCausalLM"])
+    found = json.loads(run("doctor", folder_of(config), "--json", "-").stdout)["model"]["fp8"]
+    assert found["SGLang 0.5.23"] == "no: it loads no KV scales for Olmo2ForCausalLM"
+    assert found["vLLM 0.33"].startswith("--target vllm")
 
 
 def test_inspect_a_model(run, tiny_checkpoint):
@@ -190,3 +197,29 @@ def test_without_matplotlib_pictures_are_refused_with_the_way_out(refuse, tiny_c
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     monkeypatch.delitem(sys.modules, "kvq.report.figures", raising=False)
     refuse("inspect", tiny_checkpoint(), "--png", tmp_path / "pictures", says=("matplotlib", "kvq-toolkit[report]"))
+
+
+ROTATED = """
+name: rotated
+key: {codec: affine, bits: 4, axis: token, group: head}
+value: {codec: affine, bits: 4, axis: token, group: head}
+transforms: {key: [%s], value: [{kind: hadamard}]}
+"""
+
+
+def test_inspect_says_where_the_transforms_of_an_export_are(run, tiny_checkpoint, tmp_path):
+    recipe = tmp_path / "rotated.yaml"
+    recipe.write_text(ROTATED % "{kind: hadamard}")
+    run("export", tiny_checkpoint(head_dim=32), "--recipe", recipe, "-o", tmp_path / "out")
+    report = json.loads(run("inspect", tmp_path / "out", "--json", "-").stdout)
+    assert report["transforms"] == [
+        "keys of layers 0 to 1: hadamard while the model runs",
+        "values of layers 0 to 1: hadamard in the weights",
+    ]
+    recipe.write_text(ROTATED % "")
+    run("export", tmp_path / "tiny", "--recipe", recipe, "--target", "plain", "-o", tmp_path / "plain")
+    result = run("inspect", tmp_path / "plain")
+    assert "Plain export plain" in result.stdout
+    assert "hadamard in the weights" in result.stdout
+    (tmp_path / "plain/kvq/manifest.json").write_text("{}")
+    assert run("inspect", tmp_path / "plain").exit_code == 2

@@ -1,6 +1,10 @@
 """``kvq search``."""
 
 import json
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 import yaml
@@ -95,3 +99,35 @@ def test_an_interrupted_search_goes_on(run, model, text, space, tmp_path, monkey
     assert run(*arguments).exit_code == 0
     assert out.exists()
     assert not journal.exists()
+
+
+def test_killed_without_warning_it_gives_the_same_files(run, model, text, space, tmp_path):
+    """SIGKILL while the journal grows; the second call goes on and writes what an undisturbed search writes."""
+    arguments = ["search", model, "--budget", "4.5", "--data", text, "--space", space, *SMALL, "-o"]
+    killed, whole = tmp_path / "killed.yaml", tmp_path / "whole.yaml"
+    journal = tmp_path / "killed.journal.jsonl"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "kvq.cli", *map(str, [*arguments, killed])],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    while process.poll() is None and not (journal.exists() and journal.read_bytes().count(b"\n") > 3):
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not killed.exists()
+    assert journal.read_bytes().count(b"\n") > 3
+    for out in (killed, whole):
+        assert run(*arguments, out).exit_code == 0
+    first, second = (json.loads(out.with_suffix(".evidence.json").read_text()) for out in (killed, whole))
+    for name in ("recipe_hash", "confirmed", "chosen_from", "table", "solver"):
+        assert first[name] == second[name]
+    assert load_recipe(killed).layers == load_recipe(whole).layers
+
+
+def test_statistics_of_the_confirming_text_are_noticed(run, model, text, space, tmp_path):
+    stats = tmp_path / "s.safetensors"
+    assert run("calibrate", model, "-o", stats, "--data", text, "--samples", 4, "--seq-len", 64).exit_code == 0
+    arguments = ("search", model, "--stats", stats, "--budget", 4.5, "--data", text, "--space", space, *SMALL)
+    assert "use --verify-data" in run(*arguments, "-o", tmp_path / "mine.yaml").stderr
+    assert json.loads((tmp_path / "mine.evidence.json").read_text())["statistics_saw_the_text"]

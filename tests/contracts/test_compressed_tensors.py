@@ -57,3 +57,19 @@ def test_stored_numbers_are_value_over_scale_rounded_to_e4m3():
     found = fake_quantize(x=x, scale=scale, zero_point=None, args=arguments)
     wanted = (x / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale
     assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_codes_are_packed_along_the_input_from_the_lowest_bits(bits):
+    """What kvq packs GPTQ and AWQ codes with: code + 2^(bits - 1), one after another from the lowest bits of a word."""
+    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+
+    middle, per = 1 << (bits - 1), 32 // bits
+    codes = torch.randint(-middle, middle, (3, 2 * per), generator=torch.Generator().manual_seed(0), dtype=torch.int8)
+    packed = pack_to_int32(codes, bits)
+    assert (packed.dtype, tuple(packed.shape)) == (torch.int32, (3, 2))
+    for row in range(3):
+        for column in range(2 * per):
+            word = int(packed[row, column // per]) & 0xFFFFFFFF
+            assert (word >> (bits * (column % per))) % (1 << bits) == int(codes[row, column]) + middle
+    assert torch.equal(pack_to_int32(codes.T.contiguous(), bits, packed_dim=0), packed.T)

@@ -1,7 +1,7 @@
 """A real serving engine: exports of the embedded model that it serves, and a record of what was measured.
 
 ``make test-vllm`` sets KVQ_VLLM_PYTHON; without it everything here is skipped. What the tests measure is written to
-``benchmarks/results/vllm.json`` when all of them have passed.
+``benchmarks/results/vllm.json`` and ``vllm.md`` if none has failed; both say how many ran.
 """
 
 import json
@@ -90,6 +90,14 @@ def record():
     return {}
 
 
+_passed: list[str] = []
+
+
+def pytest_runtest_logreport(report):
+    if report.when == "call" and report.passed and "engines/" in report.nodeid:
+        _passed.append(report.nodeid.rpartition("::")[2])
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _write_results(request, record):
     yield
@@ -99,6 +107,7 @@ def _write_results(request, record):
         "what": "FP8 KV scales in vLLM on the CPU, compared with kvq's simulation of the same folder",
         "hardware": {"machine": platform.machine(), "cores": os.cpu_count()},
         "versions": installed_versions(),
+        "tests": {"passed": len(_passed), "collected": request.session.testscollected},
         "results": record,
     }
     RESULTS.mkdir(exist_ok=True)
@@ -128,4 +137,5 @@ def _page(data: dict) -> str:
         if name not in compared:
             lines += ["", f"**{name}**", "", "```json", json.dumps(row, indent=2), "```"]
     machine = ", ".join(f"{key} {value}" for key, value in (data["hardware"] | data["versions"]).items())
-    return "\n".join([*lines, "", f"Measured with {machine}.", ""])
+    tests = f"{data['tests']['passed']} of {data['tests']['collected']} tests ran and passed"
+    return "\n".join([*lines, "", f"Measured with {machine}; {tests}.", ""])

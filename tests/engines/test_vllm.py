@@ -55,8 +55,7 @@ def perplexity(output) -> float:
     return math.exp(-sum(found) / len(found))
 
 
-@pytest.mark.parametrize(("target", "dtype"), [("vllm", "float32"), ("vllm", "bfloat16"), ("modelopt", "bfloat16")])
-def test_offline_answers_are_those_of_the_simulation(answers, record, target, dtype):
+def judged(answers, record, target, dtype):
     """Scales arrived number for number, the cache is FP8, and log-probabilities agree within FP8 noise."""
     folder, prompts, answer = answers(target, dtype)
     found = judge(folder, prompts, answer, dtype=dtype)
@@ -64,6 +63,11 @@ def test_offline_answers_are_those_of_the_simulation(answers, record, target, dt
     assert found.problems == ()
     assert found.cache_dtype.startswith("fp8")
     assert found.scales_checked == 60
+
+
+# The runs that say most come first, so that an interrupted session has measured something.
+def test_offline_answers_are_those_of_the_simulation(answers, record):
+    judged(answers, record, "vllm", "float32")
 
 
 def test_transforms_in_the_weights_with_fp8_scales_behind_them(answers, served, record):
@@ -76,30 +80,6 @@ def test_transforms_in_the_weights_with_fp8_scales_behind_them(answers, served, 
     # Not the scales of the plain model: its values were rotated.
     problems = judge(served("vllm"), prompts, answer, dtype="float32").problems
     assert any("has the value scale" in text for text in problems)
-
-
-def test_a_folder_for_the_engines_own_cache_answers_as_the_base_model(answers, builtin_dir, engine_python, record):
-    """qoq4 for int4_per_token_head, which vLLM's CPU backend lacks: in 16 bits its weights give the base's answers."""
-    folder, prompts, answer = answers("vllm", "float32", QOQ)
-    (report,) = check_folder(folder, [find_release("vllm", "0.32")])
-    assert report.serve.endswith("--kv-cache-dtype int4_per_token_head")
-    base = ask_engine(builtin_dir, prompts, python=engine_python, dtype="float32", tokens=24)
-    found = judge(folder, prompts, answer, dtype="float32")
-    gap = max(
-        abs(a - b)
-        for own, other in zip(answer["outputs"], base["outputs"])
-        for a, b in zip(own["prompt_logprobs"], other["prompt_logprobs"], strict=True)
-    )
-    record["qoq4 in the weights, 16-bit cache, float32"] = found.to_dict() | {"largest difference from the base": gap}
-    assert found.problems == ()
-    # Folding rounds the weights to bfloat16 once more.
-    assert gap < 0.5
-
-
-def test_the_engine_refuses_a_cache_dtype_that_this_machine_lacks(answers, engine_python):
-    folder, prompts, _ = answers("vllm", "float32", QOQ)
-    with pytest.raises(CheckpointError, match="does not serve"):
-        ask_engine(folder, prompts, python=engine_python, cache_dtype="int4_per_token_head")
 
 
 def test_greedy_text_is_the_simulations(answers, record):
@@ -135,14 +115,6 @@ def test_without_scales_the_engine_answers_otherwise_and_check_refuses(served, e
     record["without scales, float32"] = found.to_dict() | {"problems": len(found.problems)}
     assert any("engine and simulation differ" in text for text in found.problems)
     assert any("has the key scale [1.0]" in text for text in found.problems)
-
-
-def test_a_missing_file_is_refused_by_the_engine(served, engine_python, tmp_path):
-    broken = tmp_path / "broken"
-    shutil.copytree(served("vllm"), broken, copy_function=shutil.copy)
-    (broken / "model-00001-of-00001.safetensors").unlink()
-    with pytest.raises(CheckpointError, match="vllm does not serve 'broken'"):
-        ask_engine(broken, two_prompts(broken), python=engine_python)
 
 
 def test_large_keys_collapse_at_one_and_are_whole_with_scales(
@@ -288,3 +260,40 @@ def test_scales_of_the_folder_are_what_kernels_use(served, engine_python, tmp_pa
     answer = ask_engine(folder, prompts, python=engine_python, dtype="float32")
     assert judge(folder, prompts, answer, dtype="float32").problems == ()
     assert judge(served("vllm"), prompts, answer, dtype="float32").problems != ()
+
+
+@pytest.mark.parametrize(("target", "dtype"), [("vllm", "bfloat16"), ("modelopt", "bfloat16")])
+def test_offline_answers_in_16_bits_and_from_other_names(answers, record, target, dtype):
+    judged(answers, record, target, dtype)
+
+
+def test_a_folder_for_the_engines_own_cache_answers_as_the_base_model(answers, builtin_dir, engine_python, record):
+    """qoq4 for int4_per_token_head, which vLLM's CPU backend lacks: in 16 bits its weights give the base's answers."""
+    folder, prompts, answer = answers("vllm", "float32", QOQ)
+    (report,) = check_folder(folder, [find_release("vllm", "0.32")])
+    assert report.serve.endswith("--kv-cache-dtype int4_per_token_head")
+    base = ask_engine(builtin_dir, prompts, python=engine_python, dtype="float32", tokens=24)
+    found = judge(folder, prompts, answer, dtype="float32")
+    gap = max(
+        abs(a - b)
+        for own, other in zip(answer["outputs"], base["outputs"])
+        for a, b in zip(own["prompt_logprobs"], other["prompt_logprobs"], strict=True)
+    )
+    record["qoq4 in the weights, 16-bit cache, float32"] = found.to_dict() | {"largest difference from the base": gap}
+    assert found.problems == ()
+    # Folding rounds the weights to bfloat16 once more.
+    assert gap < 0.5
+
+
+def test_the_engine_refuses_a_cache_dtype_that_this_machine_lacks(answers, engine_python):
+    folder, prompts, _ = answers("vllm", "float32", QOQ)
+    with pytest.raises(CheckpointError, match="does not serve"):
+        ask_engine(folder, prompts, python=engine_python, cache_dtype="int4_per_token_head")
+
+
+def test_a_missing_file_is_refused_by_the_engine(served, engine_python, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(served("vllm"), broken, copy_function=shutil.copy)
+    (broken / "model-00001-of-00001.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="vllm does not serve 'broken'"):
+        ask_engine(broken, two_prompts(broken), python=engine_python)

@@ -15,7 +15,7 @@ from kvq.integrations.subject import load_subject
 from kvq.recipe import load_recipe
 
 TOLERANCE, DIFFERENT = 1e-9, 1e-4
-LENGTH = 301
+LENGTH = 201
 ROTATED = {"transforms.key": [{"kind": "hadamard"}], "transforms.value": [{"kind": "hadamard"}]}
 RECIPES = {
     "kivi2": load_recipe("kivi2"),
@@ -65,7 +65,7 @@ def test_one_forward_scores_what_the_exported_model_decodes(folder):
 def test_continuations_score_what_the_exported_model_decodes(folder):
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
     subject = load_subject(folder, dtype=torch.float64)
-    context, continuations = tokens(1, 270), [tokens(2, 1), tokens(3, 9), tokens(4, 5)]
+    context, continuations = tokens(1, 180), [tokens(2, 1), tokens(3, 9), tokens(4, 5)]
     question = Question(context=tuple(context), continuations=tuple(map(tuple, continuations)))
     (scores,) = score_continuations(subject.model, subject.plan, [question], "stream")
     for own, found in zip(continuations, scores):

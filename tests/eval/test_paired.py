@@ -15,6 +15,7 @@ from kvq.eval.paired import (
     student_quantile,
     verdict,
 )
+from kvq.eval.result import MetricResult
 
 
 @pytest.mark.parametrize("freedom", [1, 2, 3, 5, 10, 37, 150, 500, 501])
@@ -115,3 +116,11 @@ def test_one_sided_bounds_are_tighter():
     found = Difference(value=0.0, stderr=1.0, units=10_000)
     assert found.interval()[1] == pytest.approx(1.96, abs=0.01)
     assert found.interval(one_sided=True)[1] == pytest.approx(1.645, abs=0.01)
+
+
+def test_two_shares_differ_by_one_at_most():
+    difference = share_difference([True, True], [True, True])
+    assert difference.interval()[1] > 1
+    metric = MetricResult.of(1.0, 1.0, difference, higher_is_better=True, flips=(0, 0))
+    assert (metric.low, metric.high) == (-1.0, 1.0)
+    assert MetricResult.of(1.0, 1.0, difference, higher_is_better=True).high > 1

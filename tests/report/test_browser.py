@@ -50,6 +50,8 @@ def opened(browser, tmp_path):
         file = tmp_path / "report.html"
         file.write_text(html_report(results), encoding="utf-8")
         context = browser.new_context(viewport={"width": WIDTHS[width], "height": 900}, color_scheme=scheme)
+        # A busy machine may take its time.
+        context.set_default_timeout(180_000)
         contexts.append(context)
         page = context.new_page()
         page.on("request", lambda own: problems.append(own.url) if own.url != file.as_uri() else None)

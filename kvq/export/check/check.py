@@ -16,6 +16,7 @@ from kvq.export.checkpoint import QUANT_METHOD, RECIPE
 from kvq.export.engines import Reader, Release
 from kvq.export.manifest import Progress
 from kvq.export.targets import TARGETS
+from kvq.export.targets.formats import has_packed_zeros
 from kvq.export.targets.own import takes
 from kvq.models.describe import ModelSpec, describe
 from kvq.models.resolve import load_config
@@ -148,6 +149,9 @@ def _config_findings(folder: Folder, release: Release, reader: Reader, scales: S
         if not folder.quantization.get(field):
             text = f"quantization_config has an empty {field!r}, and {release.name} fails on it; take another release."
             found.append(_error("config.json", text))
+    if has_packed_zeros(folder.quantization) and not reader.zeros:
+        text = f"says that packed weights have zero points, which {release.name} does not load."
+        found.append(_error("config.json", text))
     scheme = folder.quantization.get("kv_cache_scheme")
     if isinstance(scheme, dict):
         found += [_error("config.json", text) for text in _scheme_problems(scheme, release, reader)]

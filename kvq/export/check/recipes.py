@@ -2,7 +2,7 @@
 
 from kvq.errors import KvqError
 from kvq.export.engines import Release
-from kvq.export.targets.own import own_dtype
+from kvq.export.targets.own_dtypes import own_dtype
 from kvq.export.targets.scheme import engine_view, refusal
 from kvq.models.describe import ModelSpec
 from kvq.recipe import Recipe, list_recipes, load_recipe
@@ -20,7 +20,7 @@ def express(recipe: Recipe, release: Release, model: ModelSpec) -> str:
     if recipe.is_exact:
         return "how: any checkpoint without KV scales"
     try:
-        reason = refusal(recipe, engine_view(model))
+        reason = refusal(recipe, engine_view(model)) or _unread(release, model)
     except KvqError as error:
         reason = str(error)
     if reason is None:
@@ -31,3 +31,11 @@ def express(recipe: Recipe, release: Release, model: ModelSpec) -> str:
     if recipe.transforms.to_dict():
         return f"how: --target {release.engine}, transforms in the weights, served with {release.dtype_flag} {dtype}"
     return f"no: {reason}; nearest is its own {release.dtype_flag} {dtype}, with scales of its own"
+
+
+def _unread(release: Release, model: ModelSpec) -> str | None:
+    """Why an engine reads no scales of a model's architecture, as the end of a sentence; None if it does."""
+    architecture = (model.config.architectures or ["?"])[0]
+    if release.architectures is None or architecture in release.architectures:
+        return None
+    return f"it loads no KV scales for {architecture}"

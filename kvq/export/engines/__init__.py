@@ -34,6 +34,7 @@ class Reader:
     needs     fields that ``quantization_config`` must have; filled: those that must not be empty.
     missing   what a scale that is not there becomes.
     package   a package that must be installed beside the engine.
+    zeros     False if it fails on packed integer weights that have zero points.
     """
 
     spelled: tuple[str, ...] = ()
@@ -45,6 +46,7 @@ class Reader:
     filled: tuple[str, ...] = ()
     missing: str = ""
     package: str | None = None
+    zeros: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)

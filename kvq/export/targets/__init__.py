@@ -22,6 +22,8 @@ TARGETS = {
             formats={
                 None: "compressed-tensors",
                 "compressed-tensors": "compressed-tensors",
+                "gptq": "compressed-tensors",
+                "awq": "compressed-tensors",
                 "fp8": "fp8",
                 "modelopt": "modelopt",
             },
@@ -34,6 +36,8 @@ TARGETS = {
             formats={
                 None: "compressed-tensors",
                 "compressed-tensors": "compressed-tensors",
+                "gptq": "compressed-tensors",
+                "awq": "compressed-tensors",
                 "fp8": "fp8",
                 "modelopt": "modelopt",
             },
@@ -43,7 +47,7 @@ TARGETS = {
             name="compressed-tensors",
             summary="compressed-tensors: read by transformers, vLLM and SGLang",
             engines=("transformers", "vllm", "sglang"),
-            formats={None: "compressed-tensors", "compressed-tensors": "compressed-tensors"},
+            formats=dict.fromkeys((None, "compressed-tensors", "gptq", "awq"), "compressed-tensors"),
             **_ENGINE,
         ),
         Target(

@@ -43,9 +43,8 @@ class Job:
 
     @property
     def quantized(self) -> Mapping[str, Any] | None:
-        """The source's own ``quantization_config``, wherever it sits; None for unquantized weights."""
-        nested = self.config.get("text_config") or {}
-        return self.config.get("quantization_config") or nested.get("quantization_config")
+        """The source's own ``quantization_config``; None for unquantized weights."""
+        return quantization_of(self.config)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,3 +69,9 @@ class Target:
     weights: Callable[[Path], dict[str, Path]]
     sliding: bool = True
     manifest: bool = True
+
+
+def quantization_of(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The ``quantization_config`` of a config.json, wherever it sits; None if there is none."""
+    nested = config.get("text_config") or {}
+    return config.get("quantization_config") or nested.get("quantization_config")

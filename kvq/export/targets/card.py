@@ -61,6 +61,9 @@ def engine_card(target: Target, job: Job, scheme: Scheme, method: str, tensors: 
 
 
 def _weights(job: Job) -> str:
+    repacked = job.provenance.get("repacked_from")
+    if repacked:
+        return f"code for code and scale for scale,\nin the layout of compressed-tensors instead of {repacked!r}"
     if job.check is None:
         return "unchanged"
     return (

@@ -16,7 +16,8 @@ from kvq.export.folding import folded_field
 from kvq.export.targets import own
 from kvq.export.targets.base import Job, Target
 from kvq.export.targets.card import engine_card
-from kvq.export.targets.formats import FORMATS, has_kv_scheme
+from kvq.export.targets.formats import FORMATS, has_kv_scheme, has_packed_zeros
+from kvq.export.targets.own_dtypes import engine_of
 from kvq.export.targets.scheme import Scheme, fp8_scheme
 from kvq.models.names import attention_modules, shared_layers
 from kvq.models.resolve import INDEX_FILE, check_weights, read_header
@@ -36,6 +37,11 @@ def contents(target: Target, job: Job) -> dict[str, bytes]:
     if has_kv_scheme(job.quantized):
         raise CheckpointError(
             f"model {job.source.name!r} has a quantized KV cache of its own: export the checkpoint without one."
+        )
+    if has_packed_zeros(job.quantized) and not release.readers[method].zeros:
+        raise CheckpointError(
+            f"model {job.source.name!r} has packed weights with zero points, which {release.title} does not load from "
+            "compressed-tensors checkpoints: use --target vllm."
         )
     scheme = _scheme(job, release, method)
     build, spelling = FORMATS[method]
@@ -74,7 +80,7 @@ def scale_tensors(scheme: Scheme, modules: Mapping[int, str], spelling: str) -> 
 
 
 def _scheme(job: Job, release: Release, method: str) -> Scheme:
-    instead = own.engine_of(job.plan.recipe) or "kvq"
+    instead = engine_of(job.plan.recipe) or "kvq"
     scheme = fp8_scheme(job.plan.recipe, job.plan.model, job.artefacts, job.folds, instead)
     if scheme.granularity == "head" and release.readers[method].head is None:
         raise RecipeError(

@@ -85,3 +85,12 @@ def has_kv_scheme(config: Mapping[str, Any] | None) -> bool:
     config = config or {}
     inner = config.get("quantization") if isinstance(config.get("quantization"), Mapping) else {}
     return any(part.get(name) for part in (config, inner) for name in ("kv_cache_scheme", "kv_cache_quant_algo"))
+
+
+def has_packed_zeros(config: Mapping[str, Any] | None) -> bool:
+    """True if a ``quantization_config`` says that packed integer weights have zero points."""
+    groups = (config or {}).get("config_groups")
+    if (config or {}).get("format") != "pack-quantized" or not isinstance(groups, Mapping):
+        return False
+    weights = [group.get("weights") for group in groups.values() if isinstance(group, Mapping)]
+    return any(isinstance(own, Mapping) and own.get("symmetric") is False for own in weights)

@@ -8,9 +8,11 @@ from kvq.cache import CachePlan
 from kvq.errors import RecipeError
 from kvq.export.card import plain_card
 from kvq.export.checkpoint import PROVENANCE, shard_index, to_json
+from kvq.export.engines import find_release
 from kvq.export.folding import folded_field
 from kvq.export.targets.base import Job, Target
 from kvq.export.targets.kvq_format import weights
+from kvq.export.targets.own_dtypes import engine_of, own_dtype, serve_section
 from kvq.models.resolve import INDEX_FILE
 from kvq.transforms.plan import FoldPlan
 
@@ -21,8 +23,17 @@ def contents(target: Target, job: Job) -> dict[str, bytes]:
         "config.json": to_json({**job.config, **folded_field(job)}),
         INDEX_FILE: shard_index(job.source),
         PROVENANCE: to_json(dict(sorted({**job.provenance, "target": target.name}.items()))),
-        "README.md": plain_card(job.plan, job.check, job.provenance, job.licence).encode(),
+        "README.md": plain_card(job.plan, job.check, job.provenance, job.licence, serve=_serve(target, job)).encode(),
     }
+
+
+def _serve(target: Target, job: Job) -> str:
+    """How engines serve the folder: with a cache dtype of their own where one stores what the recipe says."""
+    engine = engine_of(job.plan.recipe)
+    if engine is not None:
+        return serve_section(job.folder, own_dtype(job.plan.recipe, find_release(engine)), find_release(engine))
+    commands = "\n".join(find_release(name).command(job.folder) for name in target.engines[1:])
+    return f"\n## Serve it\n\n```bash\n{commands}\n```\n\nWith the engine's own flag for the dtype of its cache.\n"
 
 
 def refuse_not_folded(plan: CachePlan, folds: FoldPlan, target: str) -> None:

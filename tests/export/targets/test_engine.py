@@ -200,10 +200,9 @@ class TestQuantizedWeights:
         assert "model.layers.0.self_attn.k_proj.k_scale" in scales_of(out)
 
     @pytest.mark.parametrize("method", ["gptq", "awq"])
-    @pytest.mark.parametrize("target", ENGINE_TARGETS)
-    def test_gptq_and_awq(self, written, source, target, method):
-        with pytest.raises(CheckpointError, match=f"quantized by '{method}'.*compressed-tensors"):
-            written(target, quantized(source, {"quant_method": method, "bits": 4}))
+    def test_modelopt_takes_no_gptq_or_awq(self, written, source, method):
+        with pytest.raises(CheckpointError, match=f"quantized by '{method}'.*use --target vllm"):
+            written("modelopt", quantized(source, {"quant_method": method, "bits": 4}))
 
     def test_the_way_out_is_named(self, written, source):
         with pytest.raises(CheckpointError, match="use --target vllm"):

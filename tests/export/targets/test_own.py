@@ -16,7 +16,7 @@ from kvq.export.engines import engines, find_release
 from kvq.export.exporter import export
 from kvq.export.served import served_config, served_plan
 from kvq.export.targets import TARGETS
-from kvq.export.targets.own import own_dtype
+from kvq.export.targets.own_dtypes import own_dtype
 from kvq.models.describe import describe
 from kvq.models.resolve import load_config, load_model, weights_fingerprint
 from kvq.recipe import load_recipe
@@ -41,8 +41,8 @@ def measured(folder, **settings):
 def written(source, tmp_path):
     """Factory ``written(recipe, target="vllm", source=source) -> Path``."""
 
-    def write(recipe, target="vllm", source=source):
-        export(source, recipe, tmp_path / f"out-{target}", target=target, stats=measured(source))
+    def write(recipe, target="vllm", source=source, **settings):
+        export(source, recipe, tmp_path / f"out-{target}", target=target, stats=measured(source), **settings)
         return tmp_path / f"out-{target}"
 
     return write
@@ -104,6 +104,14 @@ def test_the_card_and_the_check_state_the_command(written):
     assert found["sglang"].cache_dtype == "16 bits, as the model"
     assert found["sglang"].serve == f"python -m sglang.launch_server --model-path {out}"
     assert {report.scales.expected for report in found.values()} == {0}
+
+
+def test_the_card_of_a_plain_folder_states_commands_too(written):
+    card = (written(INT4, "plain") / "README.md").read_text()
+    assert "```bash\nvllm serve out-plain --kv-cache-dtype int4_per_token_head\n```" in card
+    other = load_recipe("kivi4").override({"transforms.value": [{"kind": "hadamard"}]})
+    card = (written(other, "plain", force=True) / "README.md").read_text()
+    assert "vllm serve out-plain\npython -m sglang.launch_server --model-path out-plain\n" in card
 
 
 def test_every_file_that_is_lost_or_altered_is_an_error(written):

@@ -33,6 +33,12 @@ def test_main_loops_stay_within_their_budgets(sm):
     assert all(row["lane_instructions"] > 0.9 and row["wide_bytes"] >= row["code_bytes"] for row in rows)
 
 
+def test_every_other_kernel_compiles_without_a_stack():
+    rows = report("--sm", "90", "--others")
+    assert len(rows) >= 15
+    assert {row["instance"]: row["over"] for row in rows if row["over"]} == {}
+
+
 def test_every_budget_can_be_exceeded():
     rows = {row["instance"]: row["over"] for row in report("--sm", "90", "--controls")}
     assert len(rows) >= 5

@@ -1,0 +1,68 @@
+"""A store's pages as the Triton kernels take them, and packing into them."""
+
+import torch
+
+from kvq.cache.plan import SIDES
+from kvq.kernels.choice import why_no_layout, why_no_triton
+from kvq.kernels.packing import Source, pack_tokens
+from kvq.kernels.pages import Pages
+from kvq.quantizers.affine import AffineCodec
+from kvq.quantizers.float8 import Float8Codec
+from kvq.quantizers.static import StaticNumbers, static_numbers
+
+# Page numbers count steps of so many bytes.
+_UNIT = 16
+
+
+def pages_of(store, rows: list[int] | None = None) -> Pages:
+    """The pages of some rows (all by default), by their distance from the arena's first page: slabs lie anywhere."""
+    if store.kernel_table is None:
+        store.kernel_table = _table(store)
+    table, slabs = store.kernel_table, store.arena.slabs
+    numbers = [static_numbers(store.group.codecs[side]) for side in SIDES]
+    key, value = (n if isinstance(n, StaticNumbers) else StaticNumbers() for n in numbers)
+    return Pages(
+        layout=store.group.layout,
+        pool=slabs[0].view(-1) if slabs else torch.zeros(_UNIT, dtype=torch.uint8, device=table.device),
+        table=table if rows is None or len(rows) == len(table) else table[rows],
+        heads=len(store.group.heads),
+        stride=_UNIT,
+        key_scale=key.scale,
+        value_scale=value.scale,
+        key_levels=key.levels,
+        value_levels=value.levels,
+    )
+
+
+def _table(store) -> torch.Tensor:
+    """[B, pages] int64, made anew whenever a page is added."""
+    longest = max(map(len, store.tables), default=0)
+    table = torch.zeros(len(store.tables), max(1, longest), dtype=torch.int64)
+    if longest:
+        first = store.arena.slabs[0].data_ptr()
+        for row, ids in enumerate(store.tables):
+            if ids:
+                table[row, : len(ids)] = torch.from_numpy((store.arena.addresses(ids) - first) // _UNIT)
+    return table.to(store.arena.device)
+
+
+def serves(store, side: str, tokens: torch.Tensor) -> bool:
+    """Whether a store packs these tokens [rows, kv_heads, t, head_dim] in the kernel: the plain grid, and fp8."""
+    if store.impl not in ("auto", "triton") or (store.impl == "auto" and tokens.device.type != "cuda"):
+        return False
+    codec = store.group.codecs[side]
+    plain = codec.is_min_max if isinstance(codec, AffineCodec) else _casts(codec)
+    known = tokens.dtype in (torch.float16, torch.bfloat16, torch.float32)
+    return plain and known and why_no_triton(tokens.device) is None and why_no_layout(store.group.layout) is None
+
+
+def _casts(codec) -> bool:
+    return isinstance(codec, Float8Codec) and codec.rounding == "nearest"
+
+
+def pack(store, side: str, rows: list[int], start: int, tokens: torch.Tensor) -> None:
+    """Quantize tokens [rows, kv_heads, t, head_dim] from body token ``start`` and write them to the rows' pages."""
+    ranges = torch.tensor([[start, start + tokens.shape[2]]], dtype=torch.int32).expand(len(rows), 2)
+    ranges = ranges.contiguous().to(tokens.device, non_blocking=True)
+    source = Source(x=tokens, ranges=ranges, offsets=-ranges[:, 0].contiguous(), longest=tokens.shape[2])
+    pack_tokens(source, pages_of(store, rows), side, impl="triton")
