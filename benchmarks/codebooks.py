@@ -176,7 +176,7 @@ def main() -> None:
     parser.add_argument("--modes", type=lambda text: text.split(","), default=list(MODES), metavar="MODE,...")
     parser.add_argument("--windows", type=int, default=6)
     parser.add_argument(
-        "--seconds", type=float, default=float("inf"), help="begin nothing new after this long; 0: report only"
+        "--seconds", type=float, default=float("inf"), help="begin nothing new after it; 0: report only"
     )
     parser.add_argument("--write", action="store_true", help="write results/codebooks.json and its table")
     arguments = parser.parse_args()
