@@ -2,16 +2,17 @@
 
     python benchmarks/evaluation.py cost
     python benchmarks/evaluation.py needles
-    python benchmarks/evaluation.py faithful --task-data DIR
+    python benchmarks/evaluation.py both_ways --task-data DIR
+    python benchmarks/evaluation.py control --task-data DIR
 
 cost       one stream-scored forward beside a plain forward of the same tokens, logits included, in turns in one run,
            so that the machine's pace meets both. The bar is a median ratio of 2.2. Seconds are the process's own (CPU
            time), which other programs on the machine disturb least.
 needles    a sweep of the needle task to the model's whole 8,192 tokens, and how long it takes: on the clock, and in the
            process's own time, all threads together. The bar is 20 minutes on two cores.
-faithful   50 requests of real lm-eval tasks scored both ways, by two-view forwards and by decoding token by token
-           through the packed cache in float64; and for every local task, whether fp16 through kvq gives the answers of
-           lm-eval's own ``hf`` model, to the bit.
+both_ways  real lm-eval requests, 50 of them with int4, scored by two-view forwards and by decoding token by token
+           through the packed cache, in float64.
+control    for every local task, whether fp16 through kvq gives the answers of lm-eval's own ``hf`` model, to the bit.
 """
 
 import argparse
@@ -41,10 +42,10 @@ RESULTS = Path(__file__).parent / "results"
 COST_RECIPES = ("int4", "kivi2", "turboquant2")
 COST_LENGTHS, COST_BAR, TURNS = (512, 2048), 2.2, 3
 SWEEP_RECIPES, SWEEP_LENGTHS, SWEEP_BAR = ("kivi2",), (1024, 2048, 4096, 8192), 1200.0
-# Requests of each task, 50 together; kivi2 keeps 128 tokens exact, which boolq's passages exceed.
-FAITHFUL = {"int4": {"arc_easy": 26, "piqa": 16, "boolq": 8}, "kivi2": {"boolq": 8}}
+# Requests of each task; kivi2 keeps 128 tokens exact, which a passage of boolq exceeds.
+FAITHFUL = {"int4": {"arc_easy": 50}, "kivi2": {"boolq": 2}}
 # Documents of each task that are asked of both models.
-CONTROL = {"gsm8k": 1, "wikitext": 1}
+CONTROL, CONTROL_OTHERS = {"gsm8k": 1, "wikitext": 1}, 2
 
 
 def hardware() -> dict:
@@ -65,7 +66,7 @@ def cost(arguments: argparse.Namespace) -> dict:
     subject = load_subject("builtin")
     ids = subject.tokenizer(builtin_text("evaluation"), add_special_tokens=False, verbose=False)["input_ids"]
     rows = []
-    for length in COST_LENGTHS:
+    for length in arguments.lengths or COST_LENGTHS:
         tokens = torch.tensor([ids[:length]])
         plans = {name: subject.plan_for(name) for name in COST_RECIPES}
         times: dict[str, list[float]] = {name: [] for name in ("plain", *plans)}
@@ -146,13 +147,13 @@ def decoded(model, plan, context: list[int], continuations: list[list[int]]) -> 
     return found
 
 
-def faithful(arguments: argparse.Namespace) -> dict:
-    names = [name for name in local_names() if arguments.only is None or name in arguments.only]
+def both_ways(arguments: argparse.Namespace) -> dict:
+    names = sorted({name for requests in FAITHFUL.values() for name in requests})
     with find_tasks(names, task_dir=None, task_data=arguments.task_data, own=()) as tasks:
-        return {"both_ways": both_ways(tasks), "control": [control(tasks, name) for name in names]}
+        return {"rows": _both_ways(tasks)}
 
 
-def both_ways(tasks) -> list[dict]:
+def _both_ways(tasks) -> list[dict]:
     from kvq.integrations.lm_eval import KvqLM
 
     subject = load_subject("builtin", dtype=torch.float64)
@@ -187,7 +188,14 @@ def both_ways(tasks) -> list[dict]:
     return rows
 
 
-def control(tasks, name: str) -> dict:
+def control(arguments: argparse.Namespace) -> dict:
+    names = [name for name in local_names() if arguments.only is None or name in arguments.only]
+    with find_tasks(names, task_dir=None, task_data=arguments.task_data, own=()) as tasks:
+        rows = [_control(tasks, name) for name in names]
+    return {"rows": rows, "met": all(row["equal"] for row in rows)}
+
+
+def _control(tasks, name: str) -> dict:
     """fp16 through kvq beside lm-eval's own model, on a few documents: responses and scores must be equal."""
     import lm_eval
     from lm_eval.models.huggingface import HFLM
@@ -195,7 +203,7 @@ def control(tasks, name: str) -> dict:
     from kvq.integrations.lm_eval import KvqLM
 
     subject = load_subject("builtin")
-    limit = CONTROL.get(name, 4)
+    limit = CONTROL.get(name, CONTROL_OTHERS)
 
     def answers(model) -> tuple[list, dict]:
         found = lm_eval.simple_evaluate(
@@ -211,19 +219,22 @@ def control(tasks, name: str) -> dict:
     return row
 
 
+WHAT = {"cost": cost, "needles": needles, "both_ways": both_ways, "control": control}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["cost", "needles", "faithful"])
-    parser.add_argument("--task-data", help="folder with the rows of local tasks (faithful)")
-    parser.add_argument("--only", type=lambda text: text.split(","), help="local tasks (faithful)")
+    parser.add_argument("what", choices=list(WHAT))
+    parser.add_argument("--task-data", help="folder with the rows of local tasks")
+    parser.add_argument("--lengths", type=lambda text: [int(own) for own in text.split(",")], help="tokens (cost)")
+    parser.add_argument("--only", type=lambda text: text.split(","), help="local tasks (control)")
     parser.add_argument("--json", help="file for the result; by default in benchmarks/results")
     arguments = parser.parse_args()
-    if arguments.what == "faithful" and not arguments.task_data:
-        parser.error("faithful needs --task-data DIR")
-    found = {"cost": cost, "needles": needles, "faithful": faithful}[arguments.what](arguments)
-    facts = {"hardware": hardware(), "versions": installed_versions("lm_eval"), "model": "builtin", "dtype": "float32"}
-    if arguments.what == "faithful":
-        facts["dtype"] = "float64 (both ways), float32 (control)"
+    if arguments.what in ("both_ways", "control") and not arguments.task_data:
+        parser.error(f"{arguments.what} needs --task-data DIR")
+    found = WHAT[arguments.what](arguments)
+    facts = {"hardware": hardware(), "versions": installed_versions("lm_eval"), "model": "builtin"}
+    facts["dtype"] = "float64" if arguments.what == "both_ways" else "float32"
     out = Path(arguments.json or RESULTS / f"evaluation_{arguments.what}.json")
     out.write_text(json.dumps({"what": arguments.what, **facts, **found}, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(found, indent=1))

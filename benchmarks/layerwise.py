@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 
 RESULTS = Path(__file__).parent / "results" / "layerwise.json"
 LIMIT = "256MB"
-VOCABULARY, SAMPLES, SEQ_LEN = 8192, 8, 256
+VOCABULARY, SAMPLES, SEQ_LEN = 8192, 4, 128
 
 CHILD = """
 import json, sys

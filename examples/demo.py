@@ -127,7 +127,7 @@ def main() -> None:
     console.print(
         f"[dim]Perplexity and KL: {EVAL_WINDOWS} windows of {EVAL_TOKENS:,} tokens. Memory: with exact numbers in 16 "
         f"bits, as on a GPU; this run, in {caches[0]['exact_dtype']}, held {held} MiB. "
-        f"Speed: batch 1, {SPEED_TOKENS} tokens, torch reference, "
+        f"Speed: batch 1, {SPEED_TOKENS} tokens, {RECIPE} with {caches[1]['implementation']}, "
         f"{os.cpu_count()} cores. The whole run took {(time.monotonic() - start) / 60:.1f} minutes.[/dim]",
         soft_wrap=True,
     )

@@ -39,9 +39,11 @@ def command(shapes: tuple[str, ...], bits: str, impl: str, device: str, output: 
     import torch
 
     from kvq.kernels import bench
+    from kvq.kernels.choice import check_implementation
     from kvq.kernels.roofline import Shape
     from kvq.report.tables import bench_tables
 
+    check_implementation(impl)
     if device == "cuda" and not torch.cuda.is_available():
         raise KernelError("--device cuda: there is no CUDA device; leave the option out to measure the CPU.")
     where = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")

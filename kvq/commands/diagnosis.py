@@ -109,7 +109,10 @@ def _save(title, facts, stats, layers, found, errors, widths_of, plan, wishes: W
     made = pictures(stats, layers, found, errors, widths_of, plan)
     if wishes.png:
         target = Path(wishes.png)
-        target.mkdir(parents=True, exist_ok=True)
+        try:
+            target.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CheckpointError(f"folder {wishes.png!r} cannot be made ({error.strerror}): choose another.") from None
         for name, data in made.items():
             write_atomically(target / name, data)
         output.show(f"{len(made)} pictures written to {target}.")
@@ -119,7 +122,7 @@ def _save(title, facts, stats, layers, found, errors, widths_of, plan, wishes: W
         output.show(f"Report written to {wishes.html}.")
 
 
-def measured(folder: Path, name: str, output: Output):
+def measured(folder: Path, name: str):
     """Statistics of a model over a little built-in text, for a look at it."""
     from kvq.calib.calibrate import Options, calibrate
     from kvq.calib.data import load_documents

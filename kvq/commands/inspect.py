@@ -107,8 +107,8 @@ def _inspect_model(name: str, measure: bool, stats: str | None, wishes: Wishes, 
     output.show(facts_table(f"Model {name}", shown), layers_table(facts["layers"]))
     data = {"kind": "model", "model": name, "weights_bytes": size} | facts
     if measure or stats:
-        found = _statistics(folder, spec, name, stats, output)
-        data |= show_diagnosis(found, f"Model {name}", shown | stats_facts(found), wishes, output, folder)
+        found = _statistics(folder, spec, name, stats)
+        data |= show_diagnosis(found, f"Model {name}", stats_facts(found) | shown, wishes, output, folder)
     else:
         causes = causes_of_weights(spec, Weights(folder))
         data["causes"] = [vars(cause) for cause in causes]
@@ -117,13 +117,13 @@ def _inspect_model(name: str, measure: bool, stats: str | None, wishes: Wishes, 
     output.write(data)
 
 
-def _statistics(folder: Path, spec, name: str, stats: str | None, output: Output):
+def _statistics(folder: Path, spec, name: str, stats: str | None):
     """Statistics of the model: those given, which must be its own, or measured now."""
     from kvq.calib.check import check_stats
     from kvq.calib.stats import Stats
 
     if stats is None:
-        return measured(folder, Path(name).name, output)
+        return measured(folder, Path(name).name)
     found = Stats.load(stats)
     check_stats(found, spec, folder)
     return found

@@ -41,6 +41,9 @@ from kvq.errors import DataError
     "--anchors", default=4, show_default=True, type=click.IntRange(2), help="Options measured per side and layer."
 )
 @click.option("--heads/--no-heads", default=True, show_default=True, help="Give heads options of their own.")
+@click.option(
+    "--refine", default=4, show_default=True, type=click.IntRange(0), help="Rounds of measuring what was chosen."
+)
 @click.option("--time-limit", type=click.FloatRange(0, min_open=True), metavar="MINUTES", help="Bound the measuring.")
 @click.option("--seed", default=0, show_default=True, help="Seed of the choice of windows.")
 @json_option

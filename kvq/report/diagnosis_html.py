@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from kvq.report.diagnosis_tables import loss, percent, verdict_lines
+from kvq.report.diagnosis_tables import loss, not_predicted, percent, verdict_lines
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1150px; margin: 2rem auto; padding: 0 1rem; color: #222; }
@@ -65,13 +65,10 @@ def diagnosis_html(
 
 
 def _predictions(diagnosis: Mapping[str, Any]) -> str:
-    rows = []
-    for row in diagnosis["predictions"]:
-        if row["why_not"]:
-            rows.append([row["recipe"], "-", "-", f"unknown: {row['why_not']}"])
-        else:
-            rows.append([row["recipe"], f"{row['bits_per_element']:.2f}", loss(row["loss"]), row["verdict"]])
-    return _table(["recipe", "bits", "predicted loss, nats per token", "verdict"], rows)
+    tried = [row for row in diagnosis["predictions"] if not row["why_not"]]
+    rows = [[row["recipe"], f"{row['bits_per_element']:.2f}", loss(row["loss"]), row["verdict"]] for row in tried]
+    notes = "".join(f"<p>{escape(line)}</p>" for line in not_predicted(diagnosis))
+    return _table(["recipe", "bits", "predicted loss, nats per token", "verdict"], rows) + notes
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -23,10 +23,8 @@ def predictions_table(diagnosis: Mapping[str, Any]) -> Group:
     table = plain_table(
         "Predicted before anything is quantized", "recipe", "bits", "loss, nats per token", "worst layer", "verdict"
     )
-    unknown: dict[str, list[str]] = {}
     for row in diagnosis["predictions"]:
         if row["why_not"]:
-            unknown.setdefault(row["why_not"], []).append(row["recipe"])
             continue
         errors = row["errors"]
         worst = max(errors, key=errors.get)
@@ -42,8 +40,16 @@ def predictions_table(diagnosis: Mapping[str, Any]) -> Group:
         f"Tried on {how}; in brackets the relative error of the worst layer's attention. Predictions tell ruin from "
         "harm and harm from nothing; 'kvq eval' measures."
     ]
-    notes += [f"Not predicted: {', '.join(names)}, because {why}" for why, names in unknown.items()]
-    return Group(table, *notes)
+    return Group(table, *notes, *not_predicted(diagnosis))
+
+
+def not_predicted(diagnosis: Mapping[str, Any]) -> list[str]:
+    """A line for each reason."""
+    reasons: dict[str, list[str]] = {}
+    for row in diagnosis["predictions"]:
+        if row["why_not"]:
+            reasons.setdefault(row["why_not"], []).append(row["recipe"])
+    return [f"Not predicted: {', '.join(names)}, because {why}" for why, names in reasons.items()]
 
 
 def bit_errors_table(errors: Mapping[int, Mapping[str, Mapping[int, float]]], recipe: str) -> Table:

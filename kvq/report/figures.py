@@ -120,12 +120,15 @@ def losses_figure(rows: Sequence[Mapping], good: float, collapse: float) -> byte
     top = max([collapse * 4, *(row["loss"] for row in rows)])
     panel.axhspan(collapse, top * 2, color="tab:red", alpha=0.08)
     panel.axhline(good, color="tab:green", linestyle=":")
+    labels: dict[tuple[float, float], list[str]] = {}
     for row in rows:
         size = max(row["loss"], 1e-5)
         panel.semilogy(row["bits_per_element"], size, "o", color=colors[row["verdict"]])
-        panel.annotate(
-            row["recipe"], (row["bits_per_element"], size), xytext=(5, 3), textcoords="offset points", fontsize=9
-        )
+        # Recipes at nearly one place share a label.
+        near = (p for p in labels if abs(p[0] - row["bits_per_element"]) < 0.2 and 0.7 < size / p[1] < 1.4)
+        labels.setdefault(next(near, (row["bits_per_element"], size)), []).append(row["recipe"])
+    for place, names in labels.items():
+        panel.annotate(", ".join(names), place, xytext=(5, 3), textcoords="offset points", fontsize=9)
     panel.set_ylim(top=top * 2)
     panel.margins(x=0.15)
     panel.set_xlabel("bits per element")

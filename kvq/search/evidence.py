@@ -129,7 +129,8 @@ def _solver(chosen: Candidate) -> dict[str, Any] | None:
         return None
     facts = asdict(chosen.allocation)
     del facts["choices"]
-    return {"name": "scipy.optimize.milp (HiGHS)", **facts}
+    interpolated = sum(not choice.entry.measured for choice in chosen.allocation.choices)
+    return {"name": "scipy.optimize.milp (HiGHS)", **facts, "interpolated_choices": interpolated}
 
 
 def _what_bits(found: Search) -> str:

@@ -42,6 +42,7 @@ class Settings:
     windows         of the text that sensitivities are measured on; verify_windows: of each part that verifies.
     anchors         options measured for each side of each layer; the others are interpolated.
     heads           measure head shares, and give heads options of their own.
+    refine          rounds in which what an allocation chose by interpolation is measured, and allocated again.
     time_limit      seconds; measuring stops at a share of it.
     """
 
@@ -55,6 +56,7 @@ class Settings:
     verify_windows: int = 4
     anchors: int = 4
     heads: bool = True
+    refine: int = 4
     time_limit: float | None = None
 
     def __post_init__(self):
@@ -202,7 +204,7 @@ class _Run:
         self.left_out |= dict.fromkeys(late, "time limit")
         if settings.heads and not self.sensitivity.heads_used:
             self.left_out["heads"] = "not measured, so that the heads of a layer are stored alike"
-        self.table = self.sensitivity.table()
+        self.table = self._refined()
         by_budget = {budget: self._candidates(budget) for budget in settings.budgets}
         front = self._front()
         every = [c.recipe for rows in by_budget.values() for c in rows] + [c.recipe for c in front]
@@ -225,9 +227,26 @@ class _Run:
                 "prefix_reuse": bool(self.log.found["reuse"]),
                 "windows_used": self.sensitivity.windows_used,
                 "heads_measured": self.sensitivity.heads_used,
+                "refining_rounds": self.settings.refine,
             },
             seconds=self.log.seconds,
         )
+
+    def _refined(self) -> list[Entry]:
+        """The table once no allocation chooses what is interpolated, or time or rounds are over."""
+        for done in range(self.settings.refine):
+            self.progress("Refining", done, self.settings.refine)
+            table = self.sensitivity.table()
+            ways = (False, True) if self.sensitivity.heads_used else (False,)
+            allocations = [
+                allocate(table, self.variants.layers, budget, by_head=way)
+                for budget in self.settings.budgets
+                for way in ways
+            ]
+            entries = {choice.entry: None for allocation in allocations for choice in allocation.choices}
+            if not self.sensitivity.refine(entries, self._late):
+                break
+        return self.sensitivity.table()
 
     def _late(self) -> bool:
         limit = self.settings.time_limit

@@ -6,13 +6,16 @@
               from the smallest to the largest.
     heads     the same with one KV head quantized at a time, at one option: a head's share of its layer.
 
-The KL of an option between two anchors follows from its scan, on straight lines of log KL over log error. The table
-says of every number whether it was measured.
+    refine   the same as anchors, for options that an allocation chose before they were measured.
+
+The KL of another option follows from its scan: its error times the ratio of KL to error of the measured options next to
+it, those of its own family if there are any. The table says of every number whether it was measured.
 """
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedModel
@@ -29,6 +32,7 @@ from kvq.specs import TokenPolicy
 SLACK = 1.05
 # Tokens of a window that the scan reads.
 SCAN_TOKENS = 384
+_TINY = 1e-30
 # Likewise for the shares of heads, which only compare heads with each other.
 HEAD_TOKENS = 384
 
@@ -98,7 +102,7 @@ class Sensitivity:
             for unit in self.units
             for option in variants.space.of(unit.side)
         }
-        self.reuse = True
+        self.refined: dict[Unit, list[str]] = {}
         self.windows_used, self.heads_used = 0, False
         self._probe: tuple[tuple[int, int], Probe] | None = None
 
@@ -126,7 +130,6 @@ class Sensitivity:
             self.heads_used |= last == "heads"
         if progress:
             progress(total, total)
-        self._probe = None
         return left_out
 
     def _jobs(self) -> list[tuple[str, Callable[[], object], str]]:
@@ -228,21 +231,19 @@ class Sensitivity:
         return rows
 
     def _pooled(self, unit: Unit, option: str) -> float:
-        parts = [
-            Damage(**self.journal.found[f"anchors/{window}/{unit.layer}"][unit.name][option])
-            for window in range(self.windows_used)
-        ]
-        pooled = Damage.pooled(parts)
+        pooled = Damage.pooled([self._found(window, unit, option) for window in range(self.windows_used)])
         return pooled.kl if self.metric == "kl" else pooled.flips
+
+    def _found(self, window: int, unit: Unit, option: str) -> Damage:
+        refined = self.journal.found.get(_refined(window, unit, option))
+        return Damage(**(refined or self.journal.found[f"anchors/{window}/{unit.layer}"][unit.name][option]))
 
     def table(self, everything: bool = False) -> list[Entry]:
         """Every option of every unit's front, or every option of the space."""
         return [entry for unit in self.units for entry in self._rows(unit, everything)]
 
     def _rows(self, unit: Unit, everything: bool) -> list[Entry]:
-        errors = self.errors(unit)
-        anchors = {option.name: self._pooled(unit, option.name) for option in self.anchors_of(unit)}
-        curve = _Curve([(errors[name], damage) for name, damage in anchors.items()])
+        errors, measured = self.errors(unit), self._measured(unit)
         shares = self._shares(unit)
         return [
             Entry(
@@ -253,12 +254,54 @@ class Sensitivity:
                 chain=repr(option.chain),
                 bits=self.bits[unit, option.name],
                 error=errors[option.name],
-                damage=anchors[option.name] if option.name in anchors else curve(errors[option.name]),
-                measured=option.name in anchors,
+                damage=self._damage(option, errors, measured),
+                measured=option in measured,
                 shares=shares,
             )
             for option in (self.variants.space.of(unit.side) if everything else self.front(unit))
         ]
+
+    def _measured(self, unit: Unit) -> dict[Option, float]:
+        names = [option.name for option in self.anchors_of(unit)]
+        names += [name for name in self.refined.get(unit, ()) if name not in names]
+        return {self.variants.space.named(unit.side, name): self._pooled(unit, name) for name in names}
+
+    @staticmethod
+    def _damage(option: Option, errors: Mapping[str, float], measured: Mapping[Option, float]) -> float:
+        if option in measured:
+            return measured[option]
+        own = {o: damage for o, damage in measured.items() if o.family == option.family} or measured
+        return _Ratios([(errors[o.name], damage) for o, damage in own.items()]).damage(errors[option.name])
+
+    def refine(self, chosen: Iterable[Entry], late: Callable[[], bool]) -> bool:
+        """Measure chosen entries that were interpolated; True if something was learned before it got late."""
+        wanted: dict[int, list[tuple[Unit, str]]] = {}
+        for entry in chosen:
+            unit = Unit(layer=entry.layer, side=entry.side, policy=entry.policy)
+            if not entry.measured and entry.option not in self.refined.get(unit, ()):
+                wanted.setdefault(entry.layer, []).append((unit, entry.option))
+        learned = False
+        for rows in wanted.values():
+            for window in range(self.windows_used):
+                new = [(unit, name) for unit, name in rows if _refined(window, unit, name) not in self.journal.found]
+                if new and late():
+                    return learned
+                self._refine(window, new)
+            for unit, name in rows:
+                self.refined.setdefault(unit, []).append(name)
+                learned = True
+        return learned
+
+    def _refine(self, window: int, rows: Sequence[tuple[Unit, str]]) -> None:
+        """Measure options of one layer on one window, each a job of its own."""
+        if not rows:
+            return
+        start = time.monotonic()
+        plans = {(unit.name, name): self._plan(self.variants.space.named(unit.side, name), unit) for unit, name in rows}
+        found = self._damages(window, plans)
+        seconds = (time.monotonic() - start) / len(rows)
+        for unit, name in rows:
+            self.journal.note(_refined(window, unit, name), found[unit.name][name], seconds)
 
     def _shares(self, unit: Unit) -> tuple[float, ...]:
         if not self.heads_used:
@@ -269,23 +312,23 @@ class Sensitivity:
         return tuple(damage / total if total else 1 / len(damages) for damage in damages)
 
 
-class _Curve:
-    """Damage over error through measured points, on straight lines of their logarithms, never falling."""
+def _refined(window: int, unit: Unit, option: str) -> str:
+    """Name of the job that measures a chosen option."""
+    return f"refine/{window}/{unit.name}/{option}"
+
+
+class _Ratios:
+    """KL over error as a function of the error, on straight lines of logarithms through measured points."""
 
     def __init__(self, points: Sequence[tuple[float, float]]):
-        # A measurement without damage has no logarithm.
-        least = min((d for _, d in points if d > 0), default=1e-12)
-        best, self.points = 0.0, []
-        for error, damage in sorted(points):
-            best = max(best, damage, least)
-            self.points.append((math.log(max(error, 1e-30)), math.log(best)))
+        # What does no damage at all has no logarithm.
+        self.points = sorted((math.log(max(e, _TINY)), math.log(max(d, _TINY) / max(e, _TINY))) for e, d in points)
 
-    def __call__(self, error: float) -> float:
-        x = math.log(max(error, 1e-30))
-        points = self.points
-        if len(points) == 1 or x <= points[0][0]:
-            return math.exp(points[0][1])
+    def damage(self, error: float) -> float:
+        x, points = math.log(max(error, _TINY)), self.points
+        if x <= points[0][0]:
+            return error * math.exp(points[0][1])
         for (x0, y0), (x1, y1) in itertools.pairwise(points):
             if x <= x1:
-                return math.exp(y0 + (y1 - y0) * (x - x0) / (x1 - x0)) if x1 > x0 else math.exp(y1)
-        return math.exp(points[-1][1])
+                return error * math.exp(y0 + (y1 - y0) * (x - x0) / (x1 - x0) if x1 > x0 else y1)
+        return error * math.exp(points[-1][1])

@@ -30,10 +30,14 @@ PARTNER = CodecSpec(codec="affine", bits=8, axis="token", group="head")
 
 @dataclass(frozen=True, kw_only=True)
 class Option:
-    """One way to store one side. ``chain`` is its transforms as plain data; ``name`` is unique within its side."""
+    """One way to store one side. ``chain`` is its transforms as plain data; ``name`` is unique within its side.
+
+    Options of one ``family`` differ in settings alone.
+    """
 
     side: str
     name: str
+    family: str
     codec: CodecSpec
     chain: tuple[Mapping[str, Any], ...] = field(default=(), hash=False)
 
@@ -127,7 +131,8 @@ def _family(side, family, model, stats, policies: Sequence[TokenPolicy]):
         own = _resolved(dict(zip(vary, values)))
         name = " ".join([str(family.get("name")), *(f"{key}={_short(value)}" for key, value in own.items())])
         try:
-            option = Option(side=side, name=name, chain=chain, codec=build(CodecSpec, {**family["codec"], **own}, name))
+            codec = build(CodecSpec, {**family["codec"], **own}, name)
+            option = Option(side=side, name=name, family=str(family.get("name")), chain=chain, codec=codec)
             _check(option, model, stats, policies)
         except (KvqError, KeyError) as error:
             yield name, f"{error}"

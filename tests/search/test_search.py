@@ -103,6 +103,13 @@ def test_predictions_are_never_given_as_measured(found):
         assert rows[f"{entry.side} {entry.layer}"][entry.option][2] is entry.measured
 
 
+def test_what_is_chosen_was_measured(found):
+    """Refinement measures what an allocation chose by interpolation, and allocates again."""
+    for point in found.points:
+        assert all(choice.entry.measured for choice in point.chosen.allocation.choices)
+        assert evidence(found, point, [])["solver"]["interpolated_choices"] == 0
+
+
 def test_the_parts_of_the_text_share_no_window(found):
     windows = found.facts["text"]["search"]["windows"]
     assert len(windows) == len(set(windows)) == 2 + 2 + 2
@@ -125,11 +132,11 @@ def test_killed_anywhere_it_goes_on_to_the_same_answer(made, text, space_data, f
     for one, other in zip(found.points, again.points):
         assert one.chosen.recipe.hash == other.chosen.recipe.hash
         assert one.confirmed == other.confirmed
-    measured = []
-    monkeypatch.setattr(Sensitivity, "_damages", lambda *_: measured.append(1))
+    # Another budget needs neither the scan nor the anchors again.
+    monkeypatch.setattr(Sensitivity, "_scan", None)
+    monkeypatch.setattr(Sensitivity, "_measure", None)
     last = run(made, text, space_data, budgets=(4.0,), journal=journal)
     assert last.points[0].budget == 4.0
-    assert not measured
 
 
 def test_a_floor_that_cannot_be_kept_is_refused_with_the_best(made, text, space_data):
