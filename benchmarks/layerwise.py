@@ -2,7 +2,7 @@
 
     python benchmarks/layerwise.py
 
-A random Llama of 1.5 GB (float32) is written to a temporary folder and calibrated by the command itself in processes of
+A random Llama of 1 GB (float32) is written to a temporary folder and calibrated by the command itself in processes of
 their own: with ``--memory-limit 256MB``, which it does not fit in, and without a limit. Peak memory is the largest
 resident set that the process ever had (VmHWM), less what it had with all imported and nothing loaded. The floor of
 the first is the largest piece that must be in memory at a time: one decoder layer, or the embedding. The two files of
@@ -116,7 +116,7 @@ def measure(layers: int) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--layers", type=int, default=20)
     parser.add_argument("--json", default=str(RESULTS), help="file to write, or - for standard output")
     arguments = parser.parse_args()
     text = json.dumps(measure(arguments.layers), indent=2)

@@ -23,7 +23,8 @@ ALL_NEEDS = frozenset(
     [f"{tensor}.{kind}" for tensor in TENSORS for kind in ("range", "histogram", "moments")]
     + ["value.weighted_moments", "reservoir", "massive", "sinks"]
 )
-# What keeps within 1.15 times a plain forward: enough for a diagnosis and for every recipe without moments.
+# What costs a fifth of a plain forward (``benchmarks/calibrate.py``): enough for a diagnosis and every recipe without
+# moments.
 DEFAULT_NEEDS = frozenset(
     [f"{tensor}.range" for tensor in TENSORS]
     + [f"{tensor}.histogram" for tensor in ("key_pre", "value")]
