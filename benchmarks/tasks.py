@@ -3,11 +3,11 @@
     kvq calibrate builtin --for klt2 -o stats.safetensors
     python benchmarks/tasks.py --task-data DIR --stats stats.safetensors
 
-DIR holds the rows of the tasks (``kvq.eval.local``) and wikitext2_valid.txt. Documents are few, so that this takes
-about twenty minutes of one core, and their number stands beside every score: with so few, most differences cannot be
-told from chance, and the table says so; --scale 10 asks ten times as many. Examples in the prompt make requests long
-enough to read quantized tokens, of which these recipes keep the last 128 exact. Results are written after every group
-of tasks, and a run that was interrupted goes on where it was.
+DIR holds the rows of the tasks (``kvq.eval.local``) and wikitext2_valid.txt. Documents are few, to keep it short on a
+CPU, and their number stands beside every score: with so few, most differences cannot be told from chance, and the
+table says so; --scale 10 asks ten times as many. Examples in the prompt make requests long enough to read quantized
+tokens, of which these recipes keep the last 128 exact. Results are written after every group of tasks, and a run that
+was interrupted goes on where it was.
 """
 
 import argparse
