@@ -2,7 +2,7 @@
 
 A page holds ``page_tokens`` tokens of one KV head as one contiguous record
 
-    [ K words | V words | K meta | V meta ]        every section starts at a multiple of 128 bytes
+    [ K words | V words | K meta | V meta ]        these four start at multiples of 128 bytes
 
 Words are 16-bit. Codes are packed in *planes*, never next to their neighbours, so that unpacking one field of every
 word yields a whole sub-tile. The unit is an atom of 16 channels. ``FIELDS`` codes share a container (one word; three
@@ -35,7 +35,7 @@ A side's other numbers are *sections*: each has one row for every ``tokens`` con
 holds the ``meta_terms`` numbers of every group, for 2 terms (scale, minimum or offset), for 1 the scale: rows
 ``[groups, terms]`` of one token for axis token, rows ``[head_dim, terms]`` of a token group for axis channel. They are
 fp16 numbers, or bytes as ``META_FORMATS`` says (``kvq/quantizers/meta.py`` turns them into numbers). A codec without
-metadata has no such section. Further sections follow the four of the record, keys before values, each aligned alike. A
+metadata has no such section. Further sections follow the four of the record, keys before values, at multiples of 16. A
 section that all heads share lies in a second record per page, beside the heads' records.
 
 Codecs that are wrapped add sections of these names, on the side that they wrap (``kvq/quantizers``):
@@ -54,6 +54,9 @@ from functools import cached_property
 
 ATOM = 16
 SECTION_ALIGNMENT = 128
+# Sections beside the four of the record are small: the largest loads of them are 16 bytes.
+EXTRA_ALIGNMENT = 16
+MAIN_SECTIONS = ("key_words", "value_words", "key_meta", "value_meta")
 DEFAULT_PAGE_TOKENS = 64
 FIELDS = {2: 8, 3: 16, 4: 4, 8: 2}
 CONTAINER_WORDS = {2: 1, 3: 3, 4: 1, 8: 1}
@@ -187,8 +190,8 @@ class SideLayout:
         return 8 * total / (self.page_tokens * self.head_dim)
 
 
-def _aligned(size: int) -> int:
-    return -(-size // SECTION_ALIGNMENT) * SECTION_ALIGNMENT
+def _aligned(size: int, step: int) -> int:
+    return -(-size // step) * step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,6 +247,6 @@ def _starts(*parts: list[tuple[str, int]]) -> dict[str, int]:
     """Aligned start of each part, and of what follows the last one under ``end``."""
     starts, end = {}, 0
     for name, size in itertools.chain(*parts):
-        starts[name] = end
-        end += _aligned(size)
-    return starts | {"end": end}
+        starts[name] = _aligned(end, SECTION_ALIGNMENT if name in MAIN_SECTIONS else EXTRA_ALIGNMENT)
+        end = starts[name] + size
+    return starts | {"end": _aligned(end, SECTION_ALIGNMENT)}
