@@ -22,7 +22,7 @@ from quality import CALIBRATION_TOKENS, FIRST_TOKEN, RESULTS, SEQ_LEN, row, wiki
 from safetensors.torch import load_file, save_file
 
 from kvq.cache import CachePlan, make_plan
-from kvq.calib.artefacts import fit_artefacts
+from kvq.calib.artefacts import fit_artefacts, stand_in_artefacts
 from kvq.calib.codebooks import learn_codebooks
 from kvq.calib.collect import collect
 from kvq.calib.needs import needs_of
@@ -90,6 +90,19 @@ def score(model, plans: Mapping[str, CachePlan], tokens: torch.Tensor, modes, wo
                     save_file({what: x.contiguous() for what, x in vars(scores).items()}, path)
                 took = time.monotonic() - began
                 print(f"window {number} {mode}: {', '.join(names)} in {took:.0f} s", file=sys.stderr, flush=True)
+
+
+def run(arguments, everything: Mapping[str, Recipe], spec) -> None:
+    """Measure what the recipes read, and score what is missing."""
+    until = time.monotonic() + arguments.seconds
+    folder = resolve_model(arguments.model)
+    model = load_model(folder, dtype=torch.float32, device="cpu")
+    ids = wikitext_tokens(arguments.data, load_tokenizer(folder))
+    stats = statistics(model, everything, ids, arguments.work)
+    chosen = {name: everything[name] for name in arguments.recipes}
+    plans = {name: make_plan(recipe, spec, fit_artefacts(recipe, spec, stats)) for name, recipe in chosen.items()}
+    windows = cut_windows(ids[FIRST_TOKEN:], SEQ_LEN, limit=arguments.windows, mode="stream")
+    score(model, plans, windows.tokens, arguments.modes, arguments.work, until)
 
 
 def kept(work: Path, mode: str, name: str, window: int) -> Path:
@@ -162,20 +175,18 @@ def main() -> None:
     parser.add_argument("--recipes", type=lambda text: text.split(","), default=NAMES, metavar="NAME,...")
     parser.add_argument("--modes", type=lambda text: text.split(","), default=list(MODES), metavar="MODE,...")
     parser.add_argument("--windows", type=int, default=6)
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin nothing new after this long")
+    parser.add_argument(
+        "--seconds", type=float, default=float("inf"), help="begin nothing new after it; 0: report only"
+    )
     parser.add_argument("--write", action="store_true", help="write results/codebooks.json and its table")
     arguments = parser.parse_args()
-    until = time.monotonic() + arguments.seconds
     arguments.work.mkdir(parents=True, exist_ok=True)
-    folder = resolve_model(arguments.model)
-    model, spec = load_model(folder, dtype=torch.float32, device="cpu"), describe(load_config(folder))
-    ids = wikitext_tokens(arguments.data, load_tokenizer(folder))
+    spec = describe(load_config(resolve_model(arguments.model)))
     everything = {name: variant(name) for name in dict.fromkeys([*NAMES, *arguments.recipes])}
-    stats = statistics(model, everything, ids, arguments.work)
-    plans = {name: make_plan(recipe, spec, fit_artefacts(recipe, spec, stats)) for name, recipe in everything.items()}
-    windows = cut_windows(ids[FIRST_TOKEN:], SEQ_LEN, limit=arguments.windows, mode="stream")
-    chosen = {name: plans[name] for name in arguments.recipes}
-    score(model, chosen, windows.tokens, arguments.modes, arguments.work, until)
+    if arguments.seconds > 0:
+        run(arguments, everything, spec)
+    # Bits do not depend on what calibration found.
+    plans = {name: make_plan(recipe, spec, stand_in_artefacts(recipe, spec)) for name, recipe in everything.items()}
     found = result(arguments, plans, spec)
     print(table(found))
     if arguments.write:

@@ -9,7 +9,7 @@ reach its keys; and a model made by hand whose recall passes through one full-at
 measured on another text: KL divergence from the exact model in nats per token, mode stream. Predictions are made twice,
 with what plain ``kvq calibrate`` measures and with ``--full``.
 
---work keeps what takes long, statistics and measured losses of each case, for another run.
+--work keeps what takes long, statistics and measured losses of each case; an interrupted run continues with it.
 """
 
 import argparse
@@ -90,8 +90,10 @@ def examine(name: str, arguments: argparse.Namespace) -> dict:
     if not file.exists():
         model, calibration, held_out, first = CASES[name](arguments)
         # For transforms that read weights.
-        model.save_pretrained(folder)
-        collect(model, calibration, needs=ALL_NEEDS, batch_size=1, reservoir_bytes=2**28).save(file)
+        if not folder.exists():
+            model.save_pretrained(folder)
+        settings = {"needs": ALL_NEEDS, "batch_size": 1, "reservoir_bytes": 2**28, "state_folder": work / "state"}
+        collect(model, calibration, **settings).save(file)
     full = Stats.load(file)
     recipes = [load_recipe(recipe) for recipe in arguments.recipes]
     found = {}
@@ -107,10 +109,11 @@ def examine(name: str, arguments: argparse.Namespace) -> dict:
     if missing:
         if model is None:
             model, calibration, held_out, first = CASES[name](arguments)
-        plans = {recipe.name: plan_of(recipe, full, folder) for recipe in missing}
         held_out = held_out[: arguments.windows]
-        held |= measured(model, plans, Windows(tokens=held_out, first=[first] * len(held_out)))
-        losses.write_text(json.dumps(held, indent=1))
+        windows = Windows(tokens=held_out, first=[first] * len(held_out))
+        for recipe in missing:
+            held |= measured(model, {recipe.name: plan_of(recipe, full, folder)}, windows)
+            losses.write_text(json.dumps(held, indent=1))
     rows = {}
     for recipe in recipes:
         if recipe.name in held:

@@ -31,6 +31,8 @@ from kvq.transforms.hadamard import hadamard_matrix, rotate
 RESULTS = Path(__file__).parent / "results" / "hadamard.json"
 HEAD_DIMS = (64, 80, 96, 112, 128, 160, 192, 256, 512, 576)
 QUERY_HEADS, KV_HEADS, CACHED = 32, 8, 2048
+# Calls of a turn.
+CALLS = 10
 PAIRS = ("int4", "quarot4")
 
 
@@ -68,7 +70,7 @@ def one_order(order: int, turns: int) -> dict:
     spent = {name: [] for name in sides}
     for turn in range(turns + 1):
         for name, side in sides.items():
-            found = seconds(side, 20)
+            found = seconds(side, CALLS)
             if turn:
                 spent[name].append(found)
     ratio = statistics.median(a / b for a, b in zip(spent["rotation"], spent["attention"]))
@@ -89,20 +91,21 @@ def decoding(context: int, turns: int) -> dict:
     folder = resolve_model("builtin")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     rows = run(model, AutoTokenizer.from_pretrained(folder), context, ["DynamicCache", *PAIRS], {}, turns, 8)
-    return {row["method"]: {"tokens_per_s": row["tokens_per_s"], "vs_dynamic": row["vs_dynamic"]} for row in rows}
+    found = {row["method"]: {"tokens_per_s": row["tokens_per_s"], "vs_dynamic": row["vs_dynamic"]} for row in rows}
+    return {"model": "builtin", "context": context} | found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--turns", type=int, default=9)
-    parser.add_argument("--context", type=int, default=2048)
+    parser.add_argument("--context", type=int, default=2048, help="of decoding; 0: leave it out")
     parser.add_argument("--json", default=str(RESULTS), help="file to write, or - for standard output")
     arguments = parser.parse_args()
     result = {
         "benchmark": "hadamard",
         "shape": {"query_heads": QUERY_HEADS, "kv_heads": KV_HEADS, "cached_tokens": CACHED, "dtype": "float32"},
         "orders": [one_order(order, arguments.turns) for order in HEAD_DIMS],
-        "decoding": {"context": arguments.context, "model": "builtin"} | decoding(arguments.context, arguments.turns),
+        "decoding": decoding(arguments.context, arguments.turns) if arguments.context else None,
         "machine": {
             "cpus": os.cpu_count(),
             "threads": torch.get_num_threads(),

@@ -43,8 +43,8 @@ def with_large_key_bias(model: PreTrainedModel, size: float = 120.0, layers=None
 def with_massive_keys(model: PreTrainedModel, channel: int, size: float) -> PreTrainedModel:
     """Let hidden channel ``channel``, where the first token's massive activation sits, into the keys.
 
-    It is written to the slowest rotary pair, which queries are made not to read: attention as it is computed exactly
-    hardly changes, and only the range of the first token's key does.
+    It is written to the slowest rotary pair, which queries are made not to read, so only the range of keys changes.
+    SmolLM2 without what its queries read there is a worse model (1.7 nats per token), but still one.
     """
     config = model.config
     with torch.no_grad():

@@ -5,8 +5,8 @@
 
 Tokens, windows and calibration are those of ``quality.py``: tokens from 16,384 on, windows of 2,048, mode stream,
 float32, statistics of the first 8,192 tokens unless --stats names others. A recipe found on another text keeps its
-allocation; its transforms are fitted to the statistics given here. The uniform recipes that a search compared with are
-read from the evidence beside a recipe (--uniform). --journal keeps what is measured: an interrupted run goes on.
+allocation; its transforms are fitted to the statistics given here. The best uniform recipe that a search found is
+read from the evidence beside its recipe (--uniform). --journal keeps what is measured: an interrupted run goes on.
 """
 
 import argparse
@@ -40,15 +40,15 @@ GOALS = {4.5: 0.004, 3.25: 0.03, 2.5: 0.12}
 
 
 def uniform_recipes(names: Iterable[str]) -> list[Recipe]:
-    """The uniform recipes that the searches of these recipes measured, from the evidence beside them."""
+    """The best uniform recipe that each of these recipes' searches measured, from the evidence beside it."""
     found = {}
     for name in names:
         path = Path(name).with_suffix("") if name.endswith(".yaml") else resources.files("kvq.recipes").joinpath(name)
         proof = Path(f"{path}.evidence.json")
-        for row in json.loads(proof.read_text())["chosen_from"] if proof.exists() else ():
-            if row["recipe"]:
-                recipe = parse_recipe(row["recipe"], source=str(proof.name))
-                found[recipe.hash] = recipe
+        row = json.loads(proof.read_text())["best_uniform"] if proof.exists() else None
+        if row:
+            recipe = parse_recipe(row["recipe"], source=proof.name)
+            found[recipe.hash] = recipe
     return list(found.values())
 
 
@@ -162,7 +162,7 @@ def main() -> None:
     parser.add_argument("--model", default="builtin", help="default: the embedded model")
     parser.add_argument("--recipes", type=names, default=["auto-4.5", "auto-3.25", "auto-2.5"], metavar="NAME|FILE,...")
     parser.add_argument("--spread", type=names, default=[], metavar="FILE,...", help="recipes of other searches")
-    parser.add_argument("--uniform", action="store_true", help="also the uniform recipes that the searches tried")
+    parser.add_argument("--uniform", action="store_true", help="also the best uniform recipe that each search found")
     parser.add_argument("--windows", type=int, default=6)
     parser.add_argument("--stats", metavar="FILE", help="statistics to use instead of calibrating here")
     parser.add_argument("--journal", metavar="FILE", help="where to keep what is measured")

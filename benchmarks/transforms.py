@@ -1,7 +1,7 @@
 """Quality of transforms at 4, 3 and 2 bits: what each takes away of a per-token codec's loss, at the same bits.
 
     python benchmarks/transforms.py --data wikitext2_valid.txt
-    python benchmarks/transforms.py --data wikitext2_valid.txt --recipes int4,qoq4 --windows 1 --json -
+    python benchmarks/transforms.py --data wikitext2_valid.txt --recipes int4,qoq4:tokens.sinks=4 --windows 1 --json -
 
 Data, windows and mode are those of benchmarks/quality.py. One calibration serves all recipes: its statistics and what
 learned transforms learn are kept in --work and used again, and so are the scores of every window: an interrupted run
@@ -17,6 +17,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import torch
+import yaml
 from quality import CALIBRATION_TOKENS, FIRST_TOKEN, SEQ_LEN, row, wikitext_tokens
 from safetensors.torch import load_file, save_file
 
@@ -48,6 +49,13 @@ TOGETHER = 4
 def default_recipes(spec) -> list[str]:
     """Recipes with transforms that fit the model, and those for comparison."""
     return [name for name in list_recipes() if name in PLAIN or is_transformed(load_recipe(name), spec)]
+
+
+def load_variant(text: str) -> Recipe:
+    """``NAME``, or ``NAME:KEY=VALUE`` for a recipe with a setting changed."""
+    name, *settings = text.split(":")
+    changes = {key: yaml.safe_load(value) for key, value in (setting.split("=", 1) for setting in settings)}
+    return load_recipe(name).override(changes) if changes else load_recipe(name)
 
 
 def is_transformed(recipe: Recipe, spec) -> bool:
@@ -146,7 +154,7 @@ def measure(arguments: argparse.Namespace) -> dict:
     model = load_model(folder, dtype=torch.float32, device="cpu")
     spec = describe(load_config(folder))
     ids = wikitext_tokens(Path(arguments.data), load_tokenizer(folder))
-    recipes = {name: load_recipe(name) for name in arguments.recipes or default_recipes(spec)}
+    recipes = {name: load_variant(name) for name in arguments.recipes or default_recipes(spec)}
     stats, seconds = statistics(folder, model, ids, recipes, work)
     windows = cut_windows(ids[FIRST_TOKEN:], SEQ_LEN, limit=arguments.windows, mode=arguments.mode)
     mode, count = arguments.mode, len(windows.tokens)

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from kvq.calib.forward import look, plan_layers
 from kvq.calib.job import Job, joined, refuse_missing, state_of
-from kvq.calib.kinds.bins import Bins
+from kvq.calib.kinds.bins import BINS, Bins
 from kvq.calib.observe import Batch
 from kvq.calib.ranges import static_tensors
 from kvq.calib.ranks import Ranks
@@ -108,6 +108,11 @@ def learned(stats: Stats, layer: int, book: Book) -> Bins:
             "calibrate' with --for and this recipe."
         )
     bins = Bins(**{what: fit.tensors[name] for what, name in names.items()})
+    if len(bins.counts) != BINS:
+        raise DataError(
+            f"the codebooks of {stats.model!r} were learned by another version of kvq, from {len(bins.counts)} bins "
+            f"instead of {BINS}: run 'kvq calibrate' again."
+        )
     if book.spec.weights == "fisher" and not fit.facts.get("weighted"):
         raise DataError(
             f"the codebooks of {stats.model!r} were learned without gradients and the recipe wants weights=fisher: "

@@ -1,6 +1,6 @@
 """How much a layer's attention output changes when its keys or values are quantized: what every search minimises."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -83,11 +83,20 @@ def relative_error(found: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
     return (found - exact).square().sum() / exact.square().sum().clamp_min(torch.finfo(exact.dtype).tiny)
 
 
-def attention_error(evidence: Evidence, step, windows: int = 4, queries: int = 64) -> float:
+def attention_error(evidence: Evidence, step) -> float:
     """Relative error of the attention output if the side goes through ``step`` (and the steps after it) and its codec,
-    under the recipe's token policy. The queries are spread over the second half of each of the first windows."""
-    chosen = [Probe.of(evidence, window, spread(window, queries)) for window in evidence.windows[:windows]]
-    return probes_error(evidence, chosen, step, lambda x: evidence.codec.decode(evidence.codec.encode(x), x.dtype))
+    under the recipe's token policy."""
+    return attention_errors(evidence, [step])[0]
+
+
+def attention_errors(evidence: Evidence, steps: Iterable, windows: int = 4, queries: int = 64) -> list[float]:
+    """``attention_error`` of each step. The queries are spread over the second half of each of the first windows."""
+    probes = [Probe.of(evidence, window, spread(window, queries)) for window in evidence.windows[:windows]]
+
+    def quantize(x: torch.Tensor) -> torch.Tensor:
+        return evidence.codec.decode(evidence.codec.encode(x), x.dtype)
+
+    return [probes_error(evidence, probes, step, quantize) for step in steps]
 
 
 def spread(window: Window, queries: int) -> torch.Tensor:

@@ -16,7 +16,7 @@ import torch
 from kvq.errors import DataError
 from kvq.specs import TransformSpec
 from kvq.transforms.evidence import Evidence
-from kvq.transforms.objective import attention_error
+from kvq.transforms.objective import attention_errors
 from kvq.transforms.steps import Diagonal
 
 GRID = tuple(i / 20 for i in range(1, 20))
@@ -28,7 +28,7 @@ def fit_smooth(spec: TransformSpec, evidence: Evidence) -> dict[str, torch.Tenso
     """``scale`` [K, D]."""
     candidates = list(_candidates(spec, evidence))
     if len(candidates) > 1:
-        errors = [attention_error(evidence, Diagonal(scale)) for scale in candidates]
+        errors = attention_errors(evidence, map(Diagonal, candidates))
         candidates = [candidates[errors.index(min(errors))]]
     return {"scale": candidates[0].float()}
 

@@ -7,7 +7,7 @@ import torch
 
 from kvq.transforms.chain import Chain
 from kvq.transforms.hadamard import Hadamard
-from kvq.transforms.objective import Probe, attention_error, fake_quantized, spread
+from kvq.transforms.objective import Probe, attention_error, attention_errors, fake_quantized, spread
 
 
 def slow_output(evidence, window, row, keys, values):
@@ -50,7 +50,7 @@ def slow_error(evidence, window):
 )
 def test_the_error_is_that_of_attention_over_what_the_codec_gives_back(side, settings, make_evidence):
     evidence = make_evidence(side, windows=1, bits=2, **settings)
-    found = attention_error(evidence, Hadamard(block=16), queries=5)
+    (found,) = attention_errors(evidence, [Hadamard(block=16)], queries=5)
     assert found == pytest.approx(slow_error(evidence, evidence.windows[0]), rel=2e-3)
     assert found > 1e-4
 

@@ -23,7 +23,7 @@ from kvq.calib.diagnosis.tokens import LayerTokens
 SIDES = ("key", "value")
 KEY_WEIGHT = 0.25
 VALUE_WEIGHT = 0.52
-RECENT = 0.5
+RECENT = 0.6
 
 
 def attention_error(groups: tuple[HeadGroup, ...], tokens: LayerTokens, sides: tuple[str, ...] = SIDES) -> float:

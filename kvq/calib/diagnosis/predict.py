@@ -25,7 +25,7 @@ from kvq.errors import DataError, RecipeError, UnsupportedModelError
 from kvq.models.architecture import Attention
 from kvq.recipe import Recipe, load_recipe
 
-LOSS = 1.0
+LOSS = 2.0
 # What a recipe may cost (nats per token) to be good, and from where on a model is of no use.
 GOOD, COLLAPSE = 0.05, 0.5
 WIDTHS = (2, 3, 4, 8)

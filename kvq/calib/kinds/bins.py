@@ -1,4 +1,4 @@
-"""Numbers between -1 and 1 in even bins, counted and weighted: what a codebook is learned from."""
+"""Normalised numbers in even bins, counted and weighted: what a codebook is learned from."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 
-# The levels of a 4-bit codebook are some thirty bins apart.
-BINS = 512
+# Static ranges may be quantiles, and a token has room for so many outliers only: what lies outside a range and is no
+# outlier counts as well. The levels of a 4-bit codebook are some thirty bins apart.
+BINS, END = 1024, 2.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,10 +20,10 @@ class Bins:
 
     @classmethod
     def observe(cls, x: torch.Tensor, weights: torch.Tensor | None = None) -> "Bins":
-        """Count numbers of any shape; NaN and what lies beyond the ends by more than rounding is left out."""
-        inside = x.abs() <= 1 + 1e-3
-        numbers = x[inside].double()
-        index = ((numbers + 1) * (BINS / 2)).long().clamp(0, BINS - 1)
+        """Count numbers of any shape; NaN is left out, and the outermost bins hold what lies beyond END."""
+        inside = ~x.isnan()
+        numbers = x[inside].double().clamp(-END, END)
+        index = ((numbers + END) * (BINS / (2 * END))).long().clamp(0, BINS - 1)
         counts = torch.bincount(index, minlength=BINS).double()
         if weights is None:
             return cls(counts=counts, weights=torch.zeros_like(counts))
@@ -48,4 +49,4 @@ class Bins:
 
 def bin_middles() -> torch.Tensor:
     """What the numbers of a bin are taken for, [BINS] float64."""
-    return (torch.arange(BINS, dtype=torch.float64) + 0.5) * (2 / BINS) - 1
+    return (torch.arange(BINS, dtype=torch.float64) + 0.5) * (2 * END / BINS) - END
