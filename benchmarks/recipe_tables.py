@@ -2,7 +2,7 @@
 
 python benchmarks/recipe_tables.py
 
-A recipe's numbers are those of benchmarks/results/{quality,transforms,codebooks,search}.json, the first that measured
+A recipe's numbers are those of benchmarks/results/{quality,transforms,codebooks}.json, the first that measured
 the recipe as it is now (its hash) on all six windows of the development span in mode ``stream``.
 """
 
@@ -13,7 +13,7 @@ from kvq.recipe import list_recipes, load_recipe
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results"
-SOURCES = ("quality", "transforms", "codebooks", "search")
+SOURCES = ("quality", "transforms", "codebooks")
 WINDOWS = 6
 BEGIN, END = "<!-- recipes: begin -->\n", "<!-- recipes: end -->"
 # What the README shows: the control, what everybody knows, and the best at each size.
