@@ -113,7 +113,8 @@ def plan_of(recipe: Recipe, spec, stats: Stats, folder: Path, work: Path) -> Cac
     """The recipe's plan, with artefacts that are fitted once."""
     kept = work / f"artefacts-{recipe.hash[:16]}.safetensors"
     if needed_artefacts(recipe, spec) and not kept.is_file():
-        save_file(fit_artefacts(recipe, spec, stats, folder), kept)
+        artefacts = fit_artefacts(recipe, spec, stats, folder)
+        save_file({what: tensor.clone() for what, tensor in artefacts.items()}, kept)
     return make_plan(recipe, spec, load_file(kept) if kept.is_file() else {})
 
 
