@@ -7,7 +7,7 @@ import torch
 from kvq.cache import fused
 from kvq.cache.plan import SIDES
 from kvq.cache.store import HeadStore, Snapshot, View, group_rows
-from kvq.kernels import cpu
+from kvq.kernels import cpu, team
 from kvq.kernels.choice import Choice, choose, why_no_triton
 from kvq.kernels.decode import Partial, merge_partials, partial_attention
 
@@ -58,8 +58,8 @@ def attend(
 
 def _why_not_compiled(store: HeadStore, snapshot: Snapshot) -> str | None:
     """Why the compiled CPU kernel cannot serve these queries, or None."""
-    if cpu.unavailable():
-        return cpu.unavailable()
+    if team.unavailable():
+        return team.unavailable()
     if store.group.rope is not None:
         return "keys are stored elsewhere than they are read"
     if not cpu.supports(store.group.layout):

@@ -65,14 +65,14 @@ def _attention() -> dict[str, str]:
     """By implementation: whether it can attend to packed pages here, or why not."""
     import torch
 
-    from kvq.kernels import cpu
+    from kvq.kernels import team
     from kvq.kernels.choice import triton_version, why_no_triton
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     no_triton = why_no_triton(device)
     runs = {
         "triton": f"no: {no_triton}" if no_triton else f"yes: {triton_version()}, for decoding and packing",
-        "numba": f"no: {cpu.unavailable()}" if cpu.unavailable() else "yes: for decoding with tensors on the CPU",
+        "numba": f"no: {team.unavailable()}" if team.unavailable() else "yes: for decoding with tensors on the CPU",
         "reference": "yes: torch, for everything else",
     }
     if device.type == "cpu" and no_triton is None:

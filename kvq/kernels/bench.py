@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 import torch
 
 from kvq.errors import DataError, KernelError
-from kvq.kernels import cpu, timing
+from kvq.kernels import cpu, team, timing
 from kvq.kernels.attention import Query, decode_attention
 from kvq.kernels.choice import Choice, choose, why_no_layout, why_no_triton
 from kvq.kernels.oracle import dense_attention
@@ -131,7 +131,7 @@ def _exact_report(shape: Shape, times: dict[str, list[float]], notes: dict[str, 
 def _side(shape: Shape, width: str, device: torch.device, impl: str) -> tuple[Row, list[Callable] | None]:
     """A width's row, and its calls on copies of the data if the check passes."""
     layout = layout_of(*sides_of(width), head_dim=shape.head_dim)
-    no_numba = cpu.unavailable() or (None if cpu.supports(layout) else "the CPU kernel reads plain codes only")
+    no_numba = team.unavailable() or (None if cpu.supports(layout) else "the CPU kernel reads plain codes only")
     ran = choose(impl, device, why_no_layout(layout), no_numba)
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     error = _check(shape, layout, device, ran, dtype)

@@ -5,15 +5,12 @@ keeps a running maximum and sum (FlashDecoding), and the splits are merged. Each
 fits the core's cache. numba is optional; without it ``unavailable`` says so, and callers use the torch reference.
 """
 
-import contextlib
-import ctypes
-import importlib.util
 from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
 import torch
 
+from kvq.kernels import team
 from kvq.kernels.spec import ATOM, PageLayout, SideLayout
 
 # Tokens a split takes at least: below this the merge costs more than a second core gains.
@@ -21,12 +18,6 @@ SPLIT_TOKENS = 512
 # Stands for "no learned sink": its share of the softmax is zero.
 LOWEST = -1e30
 DTYPES = (torch.float32, torch.float64)
-
-
-@lru_cache(maxsize=1)
-def unavailable() -> str | None:
-    """Why the compiled kernel cannot run here; None if it can."""
-    return None if importlib.util.find_spec("numba") else "numba is not installed: pip install 'kvq-toolkit[cpu]'"
 
 
 @lru_cache(maxsize=256)
@@ -91,7 +82,7 @@ def decode_row(
         *_side_numbers(layout.key),
         *_side_numbers(layout.value),
     ]
-    _share(run, np.array(job, np.int64), min(threads, K * splits))
+    team.share(run, np.array(job, np.int64), min(threads, K * splits))
     out = torch.empty_like(q)
     merge(*partial, np.full((K, M), LOWEST, numbers) if learned is None else learned.contiguous().numpy(), out.numpy())
     return out
@@ -108,39 +99,10 @@ def _strides(x: torch.Tensor, tokens: int) -> tuple[int, int, int]:
     return x.data_ptr() + (x.shape[1] - tokens) * x.stride(1) * size, x.stride(0) * size, x.stride(1) * size
 
 
-def _share(run, job: np.ndarray, threads: int) -> None:
-    """Run a job on this thread and, where there is enough to do, on the threads of torch's own pool.
-
-    Those threads wait in a busy loop for some time after each of torch's operations: threads of another pool would have
-    to share the cores with them, which costs all that they gain.
-    """
-    team = _team()
-    if threads > 1 and team is not None:
-        team(run.address, job.ctypes.data, threads, 0)
-    else:
-        run.ctypes(job.ctypes.data_as(_JOB))
-
-
-_JOB = ctypes.POINTER(ctypes.c_int64)
-
-
-@lru_cache(maxsize=1)
-def _team():
-    """``GOMP_parallel`` of the OpenMP library that torch runs on, or None. LLVM's library has GNU's function too."""
-    folder = Path(torch.__file__).parent
-    for path in (*folder.glob("lib/lib*omp*"), *folder.glob("../torch.libs/lib*omp*")):
-        with contextlib.suppress(OSError, AttributeError):
-            function = ctypes.CDLL(str(path)).GOMP_parallel
-            function.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
-            function.restype = None
-            return function
-    return None
-
-
 @lru_cache(maxsize=256)
 def appends(side: SideLayout) -> bool:
     """True for sides that ``append_token`` can write: an fp16 pair (scale, minimum) per group of a token's channels."""
-    return side.is_plain and side.format == "affine" and side.axis == "token" and not unavailable()
+    return side.is_plain and side.format == "affine" and side.axis == "token" and not team.unavailable()
 
 
 def append_token(tokens: torch.Tensor, records: torch.Tensor, layout: PageLayout, side: str, slot: int, keep) -> bool:

@@ -5,9 +5,8 @@ Numbers arrive in small integer arrays so that one compilation per dtype serves 
 """
 
 import numpy as np
-from llvmlite import ir
 from numba import carray, cfunc, njit, types
-from numba.extending import intrinsic, overload
+from numba.extending import overload
 
 from kvq.kernels.lanes import (
     LANES,
@@ -23,7 +22,9 @@ from kvq.kernels.lanes import (
     load_reals,
     load_words,
     mask,
+    next_unit,
     plus,
+    pointer_to,
     rounded,
     shift_left,
     shift_right,
@@ -273,27 +274,6 @@ def _merge(tops, totals, accs, learned, out):
                 row[d] /= total
 
 
-@intrinsic
-def _pointer(typingctx, address, like):
-    """An integer as a pointer to numbers of the type of ``like``."""
-
-    def generate(context, builder, signature, arguments):
-        return builder.inttoptr(arguments[0], context.get_value_type(types.CPointer(like)))
-
-    return types.CPointer(like)(types.int64, like), generate
-
-
-@intrinsic
-def _next_unit(typingctx, address):
-    """Count one up in memory and return what was there, whichever thread comes first."""
-
-    def generate(context, builder, signature, arguments):
-        pointer = builder.inttoptr(arguments[0], ir.IntType(64).as_pointer())
-        return builder.atomic_rmw("add", pointer, ir.Constant(ir.IntType(64), 1), "monotonic")
-
-    return types.int64(types.int64), generate
-
-
 @njit(**SETTINGS)
 def _copy(source, stride, first, last, target):
     """Tokens [first, last) of exact numbers at ``source``, ``stride`` bytes apart, to the rows of target."""
@@ -309,19 +289,19 @@ def _run(job, one):
     splits, K, M, D, size = job[SPLITS], job[HEADS], job[QUERIES], job[HEAD_DIM], job[PAGE_TOKENS]
     packed_k, packed_v, body, S = job[PACKED], job[PACKED + 1], job[BODY], job[SINKS]
     pages = (body + size - 1) // size
-    q = carray(_pointer(job[Q], one), (K, M, D))
-    addresses = carray(_pointer(job[ADDRESSES], np.int64(0)), (pages,))
-    bias = carray(_pointer(job[BIAS], one), (job[BIAS + 1],))
-    numbers = carray(_pointer(job[NUMBERS], one), (3,))
-    tops = carray(_pointer(job[PARTIAL], one), (K, splits, M))
-    sums = carray(_pointer(job[PARTIAL + 1], one), (K, splits, M))
-    accs = carray(_pointer(job[PARTIAL + 2], one), (K, splits, M, D))
+    q = carray(pointer_to(job[Q], one), (K, M, D))
+    addresses = carray(pointer_to(job[ADDRESSES], np.int64(0)), (pages,))
+    bias = carray(pointer_to(job[BIAS], one), (job[BIAS + 1],))
+    numbers = carray(pointer_to(job[NUMBERS], one), (3,))
+    tops = carray(pointer_to(job[PARTIAL], one), (K, splits, M))
+    sums = carray(pointer_to(job[PARTIAL + 1], one), (K, splits, M))
+    accs = carray(pointer_to(job[PARTIAL + 2], one), (K, splits, M, D))
     key, value = job[SIDE : SIDE + 7], job[SIDE + 7 : SIDE + 14]
     most = (max(size, S) + LANES - 1) // LANES * LANES
     steps, minima = np.empty(D * size, q.dtype), np.empty(D * size, q.dtype)
     keys, values, scores = np.empty((most, D), q.dtype), np.empty((most, D), q.dtype), np.empty((M, most), q.dtype)
     while True:
-        unit = _next_unit(job.ctypes.data)
+        unit = next_unit(job.ctypes.data)
         if unit >= K * splits:
             return
         head, split = unit // splits, unit % splits

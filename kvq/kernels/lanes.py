@@ -259,3 +259,24 @@ def total(typingctx, lanes):
         return _function(builder, name, scalar, ir.Constant(scalar, -0.0), arguments[0])
 
     return lanes.element(lanes), generate
+
+
+@intrinsic
+def pointer_to(typingctx, address, like):
+    """An integer as a pointer to numbers of the type of ``like``."""
+
+    def generate(context, builder, signature, arguments):
+        return builder.inttoptr(arguments[0], context.get_value_type(types.CPointer(like)))
+
+    return types.CPointer(like)(types.int64, like), generate
+
+
+@intrinsic
+def next_unit(typingctx, address):
+    """Count one up in memory and return what was there, whichever thread comes first."""
+
+    def generate(context, builder, signature, arguments):
+        pointer = builder.inttoptr(arguments[0], ir.IntType(64).as_pointer())
+        return builder.atomic_rmw("add", pointer, ir.Constant(ir.IntType(64), 1), "monotonic")
+
+    return types.int64(types.int64), generate

@@ -12,7 +12,7 @@ from kvq.calib.artefacts import stand_in_artefacts
 from kvq.errors import CacheError
 from kvq.integrations.runtime import new_cache
 from kvq.integrations.runtime import quantized_cache as with_artefacts
-from kvq.kernels import cpu
+from kvq.kernels import cpu, team
 from kvq.models.describe import describe
 from kvq.recipe import load_recipe, parse_recipe
 
@@ -103,7 +103,7 @@ def test_the_compiled_kernel_and_the_torch_reference_give_the_same_logits(model,
     monkeypatch.setattr(cpu, "decode_row", lambda *a, **k: calls.append(1) or decode_row(*a, **k))
     for which in ("compiled", "reference"):
         if which == "reference":
-            monkeypatch.setattr(cpu, "unavailable", lambda: "asked for the reference")
+            monkeypatch.setattr(team, "unavailable", lambda: "asked for the reference")
             before = len(calls)
         with quantized_cache(model, recipe), torch.no_grad():
             cache = new_cache(model)
