@@ -23,7 +23,7 @@ ALL_NEEDS = frozenset(
     [f"{tensor}.{kind}" for tensor in TENSORS for kind in ("range", "histogram", "moments")]
     + ["value.weighted_moments", "reservoir", "massive", "sinks"]
 )
-# What costs a fifth of a plain forward (``benchmarks/calibrate.py``): enough for a diagnosis and every recipe without
+# What costs a seventh of a plain forward (``benchmarks/calibrate.py``): enough for a diagnosis and every recipe without
 # moments.
 DEFAULT_NEEDS = frozenset(
     [f"{tensor}.range" for tensor in TENSORS]

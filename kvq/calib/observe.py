@@ -8,7 +8,7 @@ import torch
 from kvq.calib.attention import AttentionOptions, probe_weights, received_weights
 from kvq.calib.kinds import Histogram, Massive, Moments, Range, Reservoir, Sinks, Statistic
 from kvq.calib.kinds.sinks import PROBES
-from kvq.calib.kinds.tokens import few_threads, real_tokens
+from kvq.calib.kinds.tokens import real_tokens
 from kvq.calib.stats import LayerStats
 from kvq.errors import DataError
 from kvq.models.rope import Rope
@@ -78,21 +78,18 @@ class Observer:
     def saw_cache(self, index: int, key: torch.Tensor, value: torch.Tensor) -> None:
         """Keys after RoPE and values [B, K, T, D], as a layer gives them to its cache."""
         if index in self.layers:
-            with few_threads(key):
-                self._cache(index, key, value)
+            self._cache(index, key, value)
 
     def saw_attention(self, index: int, query: torch.Tensor, options: AttentionOptions) -> None:
         """Queries after RoPE [B, H, T, D] that read the keys of a layer; called again by layers that share them."""
         if index in self._sides:
-            with few_threads(query):
-                self._attention(index, query, options)
+            self._attention(index, query, options)
 
     def saw_hidden(self, index: int, hidden: torch.Tensor) -> None:
         """Hidden states [B, T, C] that enter a layer."""
         if index in self.layers and "massive" in self.layers[index].needs:
             tokens, valid = self.batch.tokens.to(hidden.device), self._valid(hidden)
-            with few_threads(hidden):
-                part = Massive.observe(hidden, tokens, valid, self.batch.priority)
+            part = Massive.observe(hidden, tokens, valid, self.batch.priority)
             self._sums.append((index, "hidden states", part.channel_peak.sum()))
             self._hidden[index] = part
 
@@ -113,7 +110,7 @@ class Observer:
         self._measure(index, "value", "values", value)
         plan = self.layers[index]
         if plan.on("key_pre"):
-            before = key if plan.rope is None else plan.rope.undo(key, self.batch.positions.to(key.device))
+            before = key if plan.rope is None else _before_rope(key, plan.rope, self.batch.positions.to(key.device))
             self._measure(index, "key_pre", "keys", before)
 
     def _attention(self, index: int, query: torch.Tensor, options: AttentionOptions) -> None:
@@ -163,3 +160,12 @@ class Observer:
 
     def _valid(self, x: torch.Tensor) -> torch.Tensor | None:
         return None if self.batch.valid is None else self.batch.valid.to(x.device)
+
+
+def _before_rope(key: torch.Tensor, rope: Rope, positions: torch.Tensor) -> torch.Tensor:
+    """Keys [B, K, T, D] as the projection gave them, in float32 or wider."""
+    if key.device.type != "cpu":
+        return rope.undo(key, positions)
+    # Row by row, so that what the model's function makes on the way stays in the CPU's cache.
+    places = positions.expand(len(key), -1)
+    return torch.cat([rope.undo(key[row : row + 1], places[row : row + 1]) for row in range(len(key))])

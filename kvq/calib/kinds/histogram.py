@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from kvq.calib.kinds.compiled import compiles, count_signed
 from kvq.calib.kinds.magnitude import MagnitudeBins
 from kvq.errors import DataError
 
@@ -28,6 +29,8 @@ class Histogram:
         _, heads, _, channels = x.shape
         if not x.numel():
             return cls(counts=torch.zeros(heads, channels, BINS, dtype=torch.int32, device=x.device))
+        if compiles(x):
+            return cls(counts=count_signed(x, MAGNITUDES))
         x = x.float().contiguous()
         bins = MAGNITUDES.number(x)
         # The sign bit, shifted down, is 0 or -1; this makes it 1 or -1.

@@ -23,11 +23,16 @@ class MagnitudeBins:
         """Number of the last bin."""
         return (self.highest - self.lowest) << self.mantissa
 
+    @property
+    def integers(self) -> tuple[int, int, int]:
+        """first, shift, levels: |x| has number (bits >> shift) - first, and no less than 0 nor more than levels."""
+        return ((127 + self.lowest) << self.mantissa) - 1, 23 - self.mantissa, self.levels
+
     def number(self, x: torch.Tensor) -> torch.Tensor:
         """Bins of |x|, int32 of x's shape; infinity and NaN are in the last."""
+        first, shift, levels = self.integers
         bits = x.float().contiguous().view(torch.int32)
-        first = ((127 + self.lowest) << self.mantissa) - 1
-        return (bits & 0x7FFFFFFF).bitwise_right_shift_(23 - self.mantissa).sub_(first).clamp_(0, self.levels)
+        return (bits & 0x7FFFFFFF).bitwise_right_shift_(shift).sub_(first).clamp_(0, levels)
 
     def edges(self) -> torch.Tensor:
         """Lower edges of bins 1 to levels, and 2^highest: levels + 1 ascending numbers, float64."""

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from kvq.calib.kinds.compiled import compiles, peaks
 from kvq.calib.kinds.magnitude import MagnitudeBins
 from kvq.calib.kinds.tops import Tops
 
@@ -44,18 +45,11 @@ class Massive:
             index = place.to(hidden.device).unsqueeze(-1).expand(-1, -1, hidden.shape[-1])
             return hidden.gather(1, index).abs().argmax(-1)
 
-        channels, peaks = [], []
-        # Row by row, so that magnitudes stay in the CPU's cache; and maxima without their places, which take six
-        # times as long.
-        for row, states in enumerate(hidden):
-            size = states.abs()
-            peaks.append(size.amax(-1))
-            size = size if valid is None else size[valid[row]]
-            channels.append(size.amax(0) if len(size) else size.new_zeros(hidden.shape[-1]))
-        peak = torch.stack(peaks)
+        compiled = compiles(hidden)
+        channels, peak, magnitudes = peaks(hidden, valid, BINS, _STRIDE) if compiled else _by_torch(hidden, valid)
         return cls(
-            channel_peak=torch.stack(channels).amax(0).float(),
-            magnitudes=_counts(hidden[..., ::_STRIDE] if valid is None else hidden[valid][:, ::_STRIDE]),
+            channel_peak=channels,
+            magnitudes=magnitudes,
             token_peaks=_counts(peak if valid is None else peak[valid]),
             tops=Tops.observe(peak, tokens, valid, priority, extra=channel),
         )
@@ -114,6 +108,20 @@ class Massive:
     def restore(cls, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any]) -> "Massive":
         own = {name: tensors[name] for name in ("channel_peak", "magnitudes", "token_peaks")}
         return cls(**own, tops=Tops.restore(tensors, "tops_"))
+
+
+def _by_torch(hidden: torch.Tensor, valid: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Largest magnitudes of channels [C] and of tokens [B, T], and counts of magnitudes."""
+    channels, peaks = [], []
+    # Row by row, so that magnitudes stay in the CPU's cache; and maxima without their places, which take six times as
+    # long.
+    for row, states in enumerate(hidden):
+        size = states.abs()
+        peaks.append(size.amax(-1))
+        size = size if valid is None else size[valid[row]]
+        channels.append(size.amax(0) if len(size) else size.new_zeros(hidden.shape[-1]))
+    counts = _counts(hidden[..., ::_STRIDE] if valid is None else hidden[valid][:, ::_STRIDE])
+    return torch.stack(channels).amax(0).float(), torch.stack(peaks), counts
 
 
 def _counts(x: torch.Tensor) -> torch.Tensor:

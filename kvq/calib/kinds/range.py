@@ -6,13 +6,15 @@ from typing import Any
 
 import torch
 
+from kvq.calib.kinds.compiled import channel_range, compiles
+
 
 @dataclass(frozen=True, kw_only=True)
 class Range:
     """Range and first two moments by head and channel.
 
     min, max           [K, D] float32; +inf and -inf when nothing was seen. NaN and Inf in the data show up here.
-    sum, sum_squares   [K, D] float64; a batch is summed in float32 (float64 for float64 data) along its tokens.
+    sum, sum_squares   [K, D] float64; torch sums a batch in float32 (float64 for float64 data) along its tokens.
     count              tokens seen, the same for every head and channel.
     """
 
@@ -28,6 +30,9 @@ class Range:
         batch, heads, tokens, channels = x.shape
         if not batch * tokens:
             return _nothing_seen(heads, channels, x.device)
+        if compiles(x):
+            low, high, total, squares = channel_range(x)
+            return cls(min=low, max=high, sum=total, sum_squares=squares, count=batch * tokens)
         partial = torch.float64 if x.dtype == torch.float64 else torch.float32
         # Vectorised passes: on the CPU, aminmax and vector_norm along this axis are not, and take six times as
         # long. Squares are formed row by row, so that they stay in the cache.

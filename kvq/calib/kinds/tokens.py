@@ -3,13 +3,9 @@
 Shape letters: B batch, K key/value heads, T tokens, N real tokens of all rows, D head dim.
 """
 
-import contextlib
 import hashlib
 
 import torch
-
-# Tensors up to this many numbers are measured on one thread (about 10 ms at the limit).
-SERIAL_NUMBERS = 2**22
 
 
 def real_tokens(x: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
@@ -34,22 +30,3 @@ def window_priorities(tokens: torch.Tensor, valid: torch.Tensor | None, seed: in
         digest = hashlib.sha256(f"{seed} ".encode() + real.to(torch.int64).numpy().tobytes()).digest()
         found.append(int.from_bytes(digest[:8], "little") >> 1)
     return torch.tensor(found, dtype=torch.int64)
-
-
-@contextlib.contextmanager
-def few_threads(x: torch.Tensor):
-    """Run on one thread where more do not pay.
-
-    Each pass over a layer's keys takes a tenth of a millisecond on one thread. Starting all threads for it gains
-    nothing, and on a busy machine every start waits for the scheduler, which made calibration a fifth slower than plain
-    forwards.
-    """
-    threads = torch.get_num_threads()
-    if x.device.type != "cpu" or x.numel() > SERIAL_NUMBERS or threads == 1:
-        yield
-        return
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

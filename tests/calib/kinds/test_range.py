@@ -72,21 +72,6 @@ def test_layout_in_memory_does_not_matter():
     assert_is(observe(x), flat(x))
 
 
-def test_large_tensors_are_measured_alike(monkeypatch):
-    x = draw(2, 3, 65, 16)
-    small = observe(x)
-    monkeypatch.setattr("kvq.calib.kinds.tokens.SERIAL_NUMBERS", 0)
-    large = observe(x)
-    for name in FIELDS:
-        torch.testing.assert_close(getattr(small, name), getattr(large, name), rtol=1e-6, atol=0)
-
-
-def test_the_number_of_threads_is_given_back():
-    before = torch.get_num_threads()
-    observe(draw(1, 1, 5, 16))
-    assert torch.get_num_threads() == before
-
-
 @pytest.mark.parametrize("cut", [1, 40, 99])
 def test_merging_equals_seeing_all_tokens(cut):
     x = draw(1, 2, 100, 16)
