@@ -56,9 +56,8 @@ class HeadGroup:
 
     @property
     def bits_per_element(self) -> float:
-        """Asymptotic bits per stored number: codes and sections, keys and values averaged."""
-        heads = len(self.heads)
-        return (self.layout.key.bits_per_element(heads) + self.layout.value.bits_per_element(heads)) / 2
+        """Asymptotic bits per stored number: what a full page costs, padding included, keys and values averaged."""
+        return self.layout.bits_per_element(len(self.heads))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,13 +32,13 @@ from kvq.errors import DataError
 @click.option("--verify-data", metavar="FILE|HUB_ID", help="Text that confirms, instead of a part of --data.")
 @click.option("--tokens", type=click.IntRange(64), help="Count bits in a filled cache of so many tokens instead.")
 @click.option("--space", metavar="FILE", help="Search space, instead of the default.")
-@click.option("--seq-len", default=1024, show_default=True, type=click.IntRange(64), help="Tokens per window.")
-@click.option("--windows", default=2, show_default=True, type=click.IntRange(1), help="Windows for sensitivities.")
+@click.option("--seq-len", default=2048, show_default=True, type=click.IntRange(64), help="Tokens per window.")
+@click.option("--windows", default=1, show_default=True, type=click.IntRange(1), help="Windows for sensitivities.")
 @click.option(
     "--verify-windows", default=4, show_default=True, type=click.IntRange(1), help="Windows to choose, and to confirm."
 )
 @click.option(
-    "--anchors", default=4, show_default=True, type=click.IntRange(2), help="Options measured per side and layer."
+    "--anchors", default=3, show_default=True, type=click.IntRange(2), help="Options measured per side and layer."
 )
 @click.option("--heads/--no-heads", default=True, show_default=True, help="Give heads options of their own.")
 @click.option(

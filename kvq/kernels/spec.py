@@ -182,11 +182,17 @@ class SideLayout:
     def meta_bytes(self) -> int:
         return self.meta.page_bytes(self.page_tokens) if self.meta else 0
 
-    def bits_per_element(self, heads: int = 1) -> float:
-        """Codes and sections, in bits per stored number, without alignment; ``heads`` divide what they share."""
-        total = self.words_bytes
+    def bits_per_element(self, heads: int = 1, padded: bool = False) -> float:
+        """Codes and sections, in bits per stored number, without or with their padding; ``heads`` divide what they
+        share."""
+
+        def taken(size: int, step: int) -> int:
+            return _aligned(size, step) if padded else size
+
+        total = taken(self.words_bytes, SECTION_ALIGNMENT)
         for section in self.sections:
-            total += section.page_bytes(self.page_tokens) / (heads if section.shared else 1)
+            step = SECTION_ALIGNMENT if section.name == "meta" and not section.shared else EXTRA_ALIGNMENT
+            total += taken(section.page_bytes(self.page_tokens), step) / (heads if section.shared else 1)
         return 8 * total / (self.page_tokens * self.head_dim)
 
 
@@ -231,6 +237,11 @@ class PageLayout:
     def shared_bytes(self) -> int:
         """Bytes of a page's shared record, 0 if there is none."""
         return self.shared_offsets["end"]
+
+    def bits_per_element(self, heads: int = 1) -> float:
+        """Bits of a full page per number in it, padding included; ``heads`` divide the record that they share."""
+        head_dim = self.key.head_dim
+        return 4 * (self.record_bytes + self.shared_bytes / heads) / (self.page_tokens * head_dim)
 
     def _sections(self, shared: bool) -> list[tuple[str, int]]:
         """Names and sizes of sections in the order in which they lie: metadata of both sides, then the others."""

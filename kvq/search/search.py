@@ -39,6 +39,7 @@ class Settings:
     budgets         bits per number, keys and values averaged: asymptotic, or of a filled cache at ``tokens`` tokens.
     metric          ``kl`` or ``top1``: what is minimised.
     floors          what the recipe must keep on unseen text (``verify.FLOORS``).
+    seq_len         tokens of a window: far more than the exact window of the policies, which else hides most damage.
     windows         of the text that sensitivities are measured on; verify_windows: of each part that verifies.
     anchors         options measured for each side of each layer; the others are interpolated.
     heads           measure head shares, and give heads options of their own.
@@ -51,10 +52,10 @@ class Settings:
     floors: Mapping[str, float] = field(default_factory=dict)
     tokens: int | None = None
     seed: int = 0
-    seq_len: int = 1024
-    windows: int = 2
+    seq_len: int = 2048
+    windows: int = 1
     verify_windows: int = 4
-    anchors: int = 4
+    anchors: int = 3
     heads: bool = True
     refine: int = 4
     time_limit: float | None = None

@@ -30,11 +30,11 @@ from kvq.specs import TokenPolicy
 
 # Options whose error is within this factor of the best at no more bits stay: the scan is a proxy.
 SLACK = 1.05
-# Tokens of a window that the scan reads.
-SCAN_TOKENS = 384
+# Tokens of a window that the scan reads: of fewer, an exact window of 128 hides most.
+SCAN_TOKENS = 1024
 _TINY = 1e-30
 # Likewise for the shares of heads, which only compare heads with each other.
-HEAD_TOKENS = 384
+HEAD_TOKENS = 1024
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -96,7 +96,7 @@ class Variants:
     def bits(self, option: Option, policy: TokenPolicy, layer: int, tokens: int | None = None) -> float:
         """Stored bits per number of this side of a layer: asymptotically, or with exact tokens at ``tokens`` tokens."""
         group = self._plans[option, policy].layers[layer][0]
-        stored = getattr(group.layout, option.side).bits_per_element(len(group.heads))
+        stored = group.layout.side(option.side).bits_per_element(len(group.heads), padded=True)
         if tokens is None:
             return stored
         packed = group.rules[option.side].packed(tokens)

@@ -267,7 +267,7 @@ def stored_differently():
 
 @pytest.mark.parametrize("name", stored_differently())
 def test_bytes_law_of_every_recipe(tiny_config, name):
-    """Predicted bytes are stored bytes, and at 32,768 tokens those of whole pages; sections fill up to 128 bytes."""
+    """Predicted bytes are stored bytes, and at 32,768 tokens those of whole pages, padding included."""
     recipe, spec = load_recipe(name), describe(tiny_config(layers=1, heads=1, kv_heads=1, head_dim=64))
     plan = make_plan(recipe, spec, stand_in_artefacts(recipe, spec))
     (group,) = plan.layers[0]
@@ -278,10 +278,7 @@ def test_bytes_law_of_every_recipe(tiny_config, name):
         done = length
         assert store.nbytes == group.predicted_bytes(length, 2)
     bits = 8 * store.nbytes / (2 * length * 64)
-    page = group.layout.record_bytes + group.layout.shared_bytes
-    page_bits, filled = (
-        8 * size / (2 * group.layout.page_tokens * 64) for size in (page, 128 * len(page_sections(group)))
-    )
+    page_bits = 8 * (group.layout.record_bytes + group.layout.shared_bytes) / (2 * group.layout.page_tokens * 64)
     exact_tokens = (group.sinks + 2 * 256) * 16 / length
-    assert plan.bits_per_element <= page_bits < plan.bits_per_element + filled
+    assert plan.bits_per_element == page_bits
     assert page_bits <= bits < page_bits + exact_tokens

@@ -83,7 +83,7 @@ def test_bad_calls_are_refused_in_one_sentence(refuse, model, text, space, tmp_p
         tmp_path / "none",
         says=("cannot be read",),
     )
-    refuse("search", model, "--budget", 4, "-o", out, "--data", text, says=("windows of 1024 tokens",))
+    refuse("search", model, "--budget", 4, "-o", out, "--data", text, says=("windows of 2048 tokens",))
     assert not list(tmp_path.glob("mine.*yaml"))
 
 

@@ -41,6 +41,18 @@ def test_bits_per_element_count_codes_and_metadata():
     assert side(8, 64, form="e4m3").bits_per_element() == 8.0
 
 
+def test_padding_counts_where_pages_are_counted():
+    odd = Section(name="outliers", shape=(), dtype="uint8", tokens=8)
+    padded = side(2, 64, group=32, extras=(odd,))
+    # 64 tokens have 8 bytes, which take 16.
+    assert padded.bits_per_element() == 3 + 8 * 8 / (64 * 64)
+    assert padded.bits_per_element(padded=True) == 3 + 8 * 16 / (64 * 64)
+    layout = PageLayout(key=padded, value=side(2, 64, group=32))
+    assert layout.bits_per_element() == 8 * layout.record_bytes / (2 * 64 * 64)
+    plain = PageLayout(key=side(2, 64, group=32), value=side(4, 64, group=64))
+    assert plain.bits_per_element() == (3.0 + 4.5) / 2
+
+
 def test_further_sections_follow_and_shared_ones_lie_apart():
     own = Section(name="outliers", shape=(3,), dtype="int16")
     shared = Section(name="norm", shape=(), tokens=1, shared=True)
