@@ -22,6 +22,7 @@ from machine import machine
 
 from kvq.cache import make_plan
 from kvq.calib.artefacts import fit_artefacts
+from kvq.calib.codebooks import books_of, learn_codebooks
 from kvq.calib.collect import collect
 from kvq.calib.data import builtin_text
 from kvq.calib.learn import learn_fits, learned_steps
@@ -41,12 +42,13 @@ CALIBRATION, WINDOW = (4, 512), 256
 
 
 def statistics(model, folder: Path, ids: list[int], recipes: list):
-    """Statistics of a few windows with all that the recipes read."""
+    """Statistics of a few windows with all that the recipes read, and what codebooks learn from."""
     spec = describe(model.config)
     count, length = CALIBRATION
     windows = torch.tensor(ids[: count * length]).view(count, length)
     needs = frozenset().union(DEFAULT_NEEDS, *(needs_of(recipe, spec) for recipe in recipes))
-    return collect(model, windows, needs=needs, batch_size=1, weights_fingerprint=weights_fingerprint(folder))
+    stats = collect(model, windows, needs=needs, batch_size=1, weights_fingerprint=weights_fingerprint(folder))
+    return learn_codebooks(model, recipes, stats, windows) if books_of(recipes, spec) else stats
 
 
 def prepared(recipe, spec, stats, folder: Path, work: Path, learn: bool):
@@ -119,6 +121,14 @@ def measure(arguments: argparse.Namespace) -> dict:
     }
 
 
+def joined(before: dict, now: dict) -> dict:
+    """What was measured now, and rows of other recipes from a run on the same model and text."""
+    if any(before[name] != now[name] for name in ("model", "layers", "window", "calibration_tokens")):
+        return now
+    rows = before["recipes"] | now["recipes"]
+    return now | {"recipes": dict(sorted(rows.items()))}
+
+
 def table(result: dict) -> str:
     layers = ", ".join(f"{count} {kind}" for kind, count in result["layers"].items())
     rows = result["recipes"]
@@ -153,15 +163,21 @@ def main() -> None:
     parser.add_argument("--recipes", type=lambda text: text.split(","), default=list_recipes(), metavar="NAME,...")
     parser.add_argument("--learn", action=argparse.BooleanOptionalAction, default=True, help="learn what recipes learn")
     parser.add_argument("--dir", help="where to write exports (default: the system's temporary folder)")
-    parser.add_argument("--json", default=str(RESULTS), help="file to write beside its table, or - for standard output")
+    parser.add_argument(
+        "--json",
+        default=str(RESULTS),
+        help="file to write or to add to, beside its table; - for standard output",
+    )
     arguments = parser.parse_args()
     result = measure(arguments)
-    text = json.dumps(result, indent=2) + "\n"
     if arguments.json == "-":
-        print(text, end="")
+        print(json.dumps(result, indent=2))
         return
-    Path(arguments.json).write_text(text)
-    Path(arguments.json).with_suffix(".md").write_text(table(result))
+    target = Path(arguments.json)
+    if target.is_file():
+        result = joined(json.loads(target.read_text()), result)
+    target.write_text(json.dumps(result, indent=2) + "\n")
+    target.with_suffix(".md").write_text(table(result))
     print(table(result))
 
 
