@@ -1,13 +1,16 @@
 """Before an export is written: does the model with folded transforms give the logits of the original?
 
-The original runs on a few tokens in float32; then every tensor is folded in memory, from the same operations that are
-applied to the files, and it runs again. What separates the two is a mistake in a fold, since in exact arithmetic they
-are the same model. Rounding to the checkpoint's dtype comes afterwards and is reported, not judged: it moves each
-weight by up to half a unit in its last place, as any change to a 16-bit checkpoint does. What random changes of that
-size do to the same weights is reported beside it.
+The original runs on a few tokens in float32, and beside it the model whose tensors are folded in memory, by the same
+operations that are applied to the files. What separates the two is a mistake in a fold, since in exact arithmetic they
+are the same model. Rounding to the checkpoint's dtype is reported, not judged: it moves each weight by up to half a
+unit in its last place, as any change to a 16-bit checkpoint does. What random changes of that size do to the same
+weights is reported beside it.
+
+All four run at once, with one tensor in memory at a time (``versions.py``). Models that cannot run so are loaded whole,
+and run one version after the other.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,12 +18,17 @@ from typing import Any
 import torch
 
 from kvq.errors import CheckpointError
+from kvq.export.versions import CannotStream, logits_of_versions
 from kvq.models.names import TensorNames
-from kvq.models.resolve import load_model
+from kvq.models.resolve import load_config, load_model
 from kvq.transforms.fold import Operation, fold
 
 BOUND = 1e-4
-ROWS, TOKENS = 2, 24
+ROWS, TOKENS = 1, 16
+# Versions of the model, in the order in which they are run.
+EXACT, FOLDED, ROUNDED, NOISY = range(4)
+# Odd, so that rows of a weight do not all meet the same random numbers.
+_RANDOM = (1 << 16) + 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +38,7 @@ class FoldCheck:
     error      largest difference of a logit over the largest logit, in float32; at most ``BOUND``.
     kl, top1   KL(original || folded) in nats a token and share of equal best tokens, weights rounded to their dtype.
     noise_kl   KL(original || original with the same weights moved at random by up to half a unit in the last place).
+    loaded     why the whole model was in memory for it; None if one tensor at a time was enough.
     """
 
     error: float
@@ -37,6 +46,7 @@ class FoldCheck:
     top1: float
     noise_kl: float
     tokens: int
+    loaded: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -49,50 +59,71 @@ def check_folds(
 
     dtype   of the checkpoint.
     """
-    model = load_model(source, dtype=torch.float32)
     generator = torch.Generator().manual_seed(0)
-    vocabulary = model.config.get_text_config().vocab_size
-    tokens = torch.randint(vocabulary, (ROWS, TOKENS), generator=generator).to(model.device)
-    exact = _logits(model, tokens)
-    parameters = _parameters(model, operations)
-    noisy = _with_noise(model, parameters, dtype, tokens, generator)
-    for name, own in operations.items():
-        parameters[name].data.copy_(fold(parameters[name].data.cpu(), own))
-    found = _logits(model, tokens)
-    error = float((found - exact).abs().max() / exact.abs().max())
+    vocabulary = load_config(source).get_text_config(decoder=True).vocab_size
+    tokens = torch.randint(vocabulary, (ROWS, TOKENS), generator=generator)
+    versions, loaded = _versions(operations, dtype, generator), None
+    try:
+        logits = logits_of_versions(source, tokens, frozenset(operations), versions, 4)
+    except CannotStream as reason:
+        logits, loaded = _logits_of_loaded(source, tokens, operations, versions), str(reason)
+    exact, folded = logits[EXACT], logits[FOLDED]
+    error = float((folded - exact).abs().max() / exact.abs().max())
     if not error <= bound:
         raise CheckpointError(
             f"the model with folded transforms gives other logits than the original (relative difference {error:.1e}, "
             f"and {bound:.0e} is allowed), so nothing was written: this model does something to keys or values that "
             "kvq does not know; add --no-fold to apply the transforms while it runs."
         )
-    for parameter in parameters.values():
-        parameter.data.copy_(parameter.data.to(dtype))
-    rounded = _logits(model, tokens)
-    kl, top1 = _divergence(exact, rounded)
-    return FoldCheck(error=error, kl=kl, top1=top1, noise_kl=_divergence(exact, noisy)[0], tokens=tokens.numel())
+    (kl, top1), (noise_kl, _) = _divergences(exact, logits[[ROUNDED, NOISY]])
+    return FoldCheck(error=error, kl=kl, top1=top1, noise_kl=noise_kl, tokens=tokens.numel(), loaded=loaded)
 
 
-def _with_noise(
-    model, parameters, dtype: torch.dtype, tokens: torch.Tensor, generator: torch.Generator
-) -> torch.Tensor:
-    """Logits with every number of the parameters moved by up to half a unit in its last place, and back."""
-    kept = {name: parameter.data.clone() for name, parameter in parameters.items()}
-    for parameter in parameters.values():
-        weight = parameter.data
-        unit = torch.ldexp(torch.full_like(weight, torch.finfo(dtype).eps / 2), torch.frexp(weight).exponent)
-        weight += unit * (torch.rand(weight.shape, generator=generator) - 0.5).to(weight)
-    noisy = _logits(model, tokens)
-    for name, parameter in parameters.items():
-        parameter.data.copy_(kept[name])
-    return noisy
+def _versions(
+    operations: Mapping[str, tuple[Operation, ...]], dtype: torch.dtype, generator: torch.Generator
+) -> Callable[[str, torch.Tensor], tuple[torch.Tensor, ...]]:
+    """The four versions of a tensor, in float32."""
+    random = torch.rand(_RANDOM, generator=generator) - 0.5
+
+    def versions(name: str, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        exact = tensor.float()
+        folded = fold(exact, operations[name])
+        return exact, folded, folded.to(dtype).float(), _moved(exact, dtype, random)
+
+    return versions
 
 
-def _divergence(exact: torch.Tensor, found: torch.Tensor) -> tuple[float, float]:
-    """KL(exact || found) in nats a token, and the share of equal best tokens."""
-    before, after = exact.double().log_softmax(-1), found.double().log_softmax(-1)
-    kl = float((before.exp() * (before - after)).sum(-1).mean().clamp_min(0))
-    return kl, float((before.argmax(-1) == after.argmax(-1)).double().mean())
+def _moved(weight: torch.Tensor, dtype: torch.dtype, random: torch.Tensor) -> torch.Tensor:
+    """Every number of a float32 weight moved by up to half a unit in its last place, were it of ``dtype``."""
+    # Sign and exponent alone are the power of two at or below a number, which the unit is ``eps`` times.
+    powers = (weight.contiguous().view(torch.int32) & ~0x7FFFFF).view(torch.float32)
+    random = random.repeat(-(-weight.numel() // len(random)))[: weight.numel()].view_as(weight)
+    return torch.addcmul(weight, powers, random, value=torch.finfo(dtype).eps)
+
+
+def _divergences(exact: torch.Tensor, found: torch.Tensor) -> list[tuple[float, float]]:
+    """KL(exact || found) in nats a token, and the share of equal best tokens, of each of several versions."""
+    before = exact.double().log_softmax(-1)
+    results = []
+    for version in found:
+        after = version.double().log_softmax(-1)
+        kl = float((before.exp() * (before - after)).sum(-1).mean().clamp_min(0))
+        results.append((kl, float((exact.argmax(-1) == version.argmax(-1)).double().mean())))
+    return results
+
+
+@torch.inference_mode()
+def _logits_of_loaded(source: Path, tokens: torch.Tensor, operations, versions) -> torch.Tensor:
+    """What ``logits_of_versions`` gives, of a model that is loaded whole."""
+    model = load_model(source, dtype=torch.float32)
+    parameters = _parameters(model, operations)
+    each = {name: versions(name, parameter.data.cpu()) for name, parameter in parameters.items()}
+    found = []
+    for number in (EXACT, FOLDED, ROUNDED, NOISY):
+        for name, parameter in parameters.items():
+            parameter.data.copy_(each[name][number])
+        found.append(model(input_ids=tokens.to(model.device), use_cache=False).logits.float().cpu())
+    return torch.stack(found)
 
 
 def _parameters(model, operations: Mapping[str, tuple[Operation, ...]]) -> dict[str, torch.nn.Parameter]:
@@ -106,8 +137,3 @@ def _parameters(model, operations: Mapping[str, tuple[Operation, ...]]) -> dict[
             "--no-fold."
         )
     return {name: held[names.find(name)] for name in operations}
-
-
-@torch.inference_mode()
-def _logits(model, tokens: torch.Tensor) -> torch.Tensor:
-    return model(input_ids=tokens, use_cache=False).logits.float()
