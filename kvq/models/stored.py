@@ -32,6 +32,11 @@ class StoredTensor:
     def dtype(self) -> torch.dtype | None:
         return _DTYPES.get(self.dtype_name)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the file; of a tensor whose dtype is known."""
+        return prod(self.shape) * self.dtype.itemsize
+
     def read(self, first: int = 0, last: int | None = None) -> torch.Tensor:
         """Rows ``first`` to ``last`` (of the first axis; all by default), in a tensor of their own."""
         shape, row = self._rows(first, last)
@@ -48,7 +53,7 @@ class StoredTensor:
         """The tensor over the file's own pages, of which only those that are looked at are read; not to be written."""
         with open(self.file, "rb") as stream:
             begin = self.start - self.start % mmap.ALLOCATIONGRANULARITY
-            length = self.start - begin + prod(self.shape) * self.dtype.itemsize
+            length = self.start - begin + self.nbytes
             # Private, since torch takes no memory that cannot be written to: writing would not reach the file.
             pages = mmap.mmap(stream.fileno(), length, access=mmap.ACCESS_COPY, offset=begin)
         pages = memoryview(pages)[self.start - begin :]
