@@ -23,6 +23,7 @@ from quality import CALIBRATION_TOKENS, FIRST_TOKEN, SEQ_LEN, wikitext_tokens
 from rich.console import Console
 from rich.progress import Progress
 
+from kvq.cache import CachePlan
 from kvq.calib.collect import collect
 from kvq.calib.needs import ALL_NEEDS
 from kvq.calib.stats import Stats
@@ -90,14 +91,25 @@ def measure(arguments: argparse.Namespace) -> dict:
 
     def row(recipe: Recipe, kind: str) -> dict:
         plan = verifier.plan(recipe)
-        return {"name": recipe.name, "kind": kind, "recipe_hash": recipe.hash, "bits": plan.bits_per_element} | asdict(
-            found[recipe.hash]
-        )
+        facts = {"name": recipe.name, "kind": kind, "recipe_hash": recipe.hash, "bits": plan.bits_per_element}
+        return facts | {"where": where(plan)} | asdict(found[recipe.hash])
 
     rows = [row(r, "searched" if r.name.startswith("auto-") else "shipped") for r in named]
     rows += [row(r, "uniform, of the search's own space") for r in uniform]
     rows += [row(r, "searched on another text or seed") for r in spread]
     return {**facts, "windows": len(windows), "recipes": rows, "sizes": sizes(rows)}
+
+
+def where(plan: CachePlan) -> dict:
+    """Where the bits go: of keys and of values, over all layers and by layer."""
+    by_layer: dict[str, list[float]] = {"key": [], "value": []}
+    for groups in plan.layers.values():
+        heads = sum(len(group.heads) for group in groups)
+        for side, found in by_layer.items():
+            parts = (len(g.heads) * g.layout.side(side).bits_per_element(len(g.heads), padded=True) for g in groups)
+            found.append(round(sum(parts) / heads, 3))
+    means = {side: round(sum(found) / len(found), 3) for side, found in by_layer.items()}
+    return {"mean": means, "by_layer": by_layer}
 
 
 def sizes(rows: list[dict]) -> list[dict]:
@@ -139,14 +151,16 @@ def table(result: dict) -> str:
         )
     lines += [
         "",
-        "| recipe | kind | bits | KL (nats) | top-1 | delta NLL |",
-        "| --- | --- | ---: | ---: | ---: | ---: |",
+        "| recipe | kind | bits | of keys | of values | of the first layer's keys | KL (nats) | top-1 | delta NLL |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for row in sorted(result["recipes"], key=lambda row: -row["bits"]):
         error = "" if row["kl_stderr"] is None else f" ± {row['kl_stderr']:.5f}"
         loss = "" if row["delta_nll_stderr"] is None else f" ± {row['delta_nll_stderr']:.4f}"
         lines.append(
-            f"| {row['name']} | {row['kind']} | {row['bits']:.3f} | {row['kl']:.5f}{error} | {row['top1']:.4f} | "
+            f"| {row['name']} | {row['kind']} | {row['bits']:.3f} | {row['where']['mean']['key']:.2f} | "
+            f"{row['where']['mean']['value']:.2f} | {row['where']['by_layer']['key'][0]:.2f} | "
+            f"{row['kl']:.5f}{error} | {row['top1']:.4f} | "
             f"{row['delta_nll']:.4f}{loss} |"
         )
     return "\n".join(lines) + "\n"
