@@ -21,6 +21,7 @@ def command(folder: str, results: tuple[str, ...], dry_run: bool) -> None:
     Examples:
       kvq card smollm2-kivi2 result.json
     """
+    from kvq.export.manifest import MANIFEST, restated
     from kvq.report.card import CARD, card_with_results
     from kvq.report.load import load_results
 
@@ -28,5 +29,8 @@ def command(folder: str, results: tuple[str, ...], dry_run: bool) -> None:
     if dry_run:
         click.echo(text, nl=False)
         return
+    manifest = restated(Path(folder), CARD, text.encode())
     write_atomically(Path(folder) / CARD, text)
+    if manifest is not None:
+        write_atomically(Path(folder) / MANIFEST, manifest)
     click.echo(f"Results written into {Path(folder) / CARD}.")

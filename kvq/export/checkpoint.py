@@ -5,6 +5,7 @@
     DIR/recipe.yaml                     the recipe, for people
     DIR/kvq/artefacts.safetensors       tensors that the recipe needs (``kvq.calib.artefacts``)
     DIR/kvq/provenance.json             where all this came from
+    DIR/kvq/manifest.json               size and hash of every file, for ``kvq check`` (``kvq.export.manifest``)
 
 ``quantization_config`` is complete: codecs, hashes of the side files, and the identity of model and weights. The side
 files lie in a sub-folder because serving engines read every ``*.safetensors`` of the root as weights. Nothing written

@@ -180,9 +180,9 @@ def _write(
         for name, content in contents.items():
             (work / name).parent.mkdir(exist_ok=True)
             (work / name).write_bytes(content)
-        if to.manifest:
-            known = {} if folds.operations else _known_hashes(to.weights(job.source))
-            (work / MANIFEST).write_bytes(build_manifest(work, to.name, known, progress))
+        known = {} if folds.operations else _known_hashes(to.weights(job.source))
+        (work / MANIFEST).parent.mkdir(exist_ok=True)
+        (work / MANIFEST).write_bytes(build_manifest(work, to.name, known, progress))
         files = tuple(sorted(str(path.relative_to(work)) for path in work.rglob("*") if path.is_file()))
     return job, counts, files
 
@@ -214,7 +214,7 @@ def is_export(folder: Path) -> bool:
 
 def is_engine_export(folder: Path) -> bool:
     """True if kvq exported a folder for serving engines."""
-    return (folder / MANIFEST).is_file()
+    return (folder / MANIFEST).is_file() and not is_export(folder)
 
 
 def _source_config(source: Path, target: Target) -> dict[str, Any]:

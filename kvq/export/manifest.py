@@ -1,13 +1,13 @@
 """``kvq/manifest.json``: size and SHA-256 of every file of an export, so that anything lost or altered is noticed.
 
-Files that serving engines read carry no hashes of their own. The manifest is checked by ``kvq check``; it also holds a
-hash of itself.
+What tokenizers, transformers and serving engines read carries no hash of its own. The manifest is checked by ``kvq
+check`` and not by ``from_pretrained``; it also holds a hash of itself.
 """
 
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +25,22 @@ Progress = Callable[[int, int], None]
 
 
 def build_manifest(
-    folder: Path, target: str, known: dict[str, str] | None = None, progress: Progress | None = None
+    folder: Path,
+    target: str,
+    known: dict[str, str] | None = None,
+    progress: Progress | None = None,
+    names: Iterable[str] | None = None,
 ) -> bytes:
-    """The manifest of every file now in ``folder``.
+    """The manifest of the files ``names`` in ``folder``, by default of all that are there.
 
     known      SHA-256 of files that need not be read, by name.
     progress   called with (bytes hashed, bytes in all).
     """
     known = known or {}
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    names = [path.relative_to(folder).as_posix() for path in files]
+    if names is None:
+        names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    names = sorted(set(names) - {MANIFEST})
+    files = [folder / name for name in names]
     done, total = 0, sum(path.stat().st_size for path, name in zip(files, names) if name not in known)
     entries: dict[str, dict[str, Any]] = {}
     for path, name in zip(files, names):
@@ -48,8 +54,19 @@ def build_manifest(
                     progress(done, total)
             digest = digest.hexdigest()
         entries[name] = {"bytes": path.stat().st_size, "sha256": digest}
-    data = {"manifest_version": VERSION, "target": target, "files": entries}
-    return to_json(data | {"sha256": _digest(data)})
+    return _signed({"manifest_version": VERSION, "target": target, "files": entries})
+
+
+def restated(folder: Path, name: str, content: bytes) -> bytes | None:
+    """The manifest of a folder in which the file ``name`` is about to become ``content``; None if it has no manifest.
+
+    Raises CheckpointError if the manifest is altered.
+    """
+    data = read_manifest(folder)
+    if data is None:
+        return None
+    entry = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    return _signed(data | {"files": dict(sorted({**data["files"], name: entry}.items()))})
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
@@ -117,6 +134,10 @@ def _blocks(path: Path) -> Iterator[bytes]:
     with open(path, "rb") as stream:
         while block := stream.read(_CHUNK):
             yield block
+
+
+def _signed(data: dict[str, Any]) -> bytes:
+    return to_json(data | {"sha256": _digest(data)})
 
 
 def _digest(data: dict[str, Any]) -> str:

@@ -64,6 +64,8 @@ def served_config(folder: Path) -> PretrainedConfig:
     """The folder's config for loading its weights alone: as they are quantized, with an unquantized cache."""
     config = load_config(folder)
     quantization = _quantization(config)
+    if not quantization:
+        return config
     weights = {k: v for k, v in quantization.items() if k not in ("kv_cache_scheme", "kv_cache_quant_algo")}
     unquantized = weights.get("ignore") == ["*"] or weights.get("config_groups") == {}
     if unquantized:

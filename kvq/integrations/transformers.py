@@ -212,13 +212,18 @@ def save_export(model, save_directory, *args, **kwargs) -> None:
 def write_saved(folder: Path, model) -> None:
     """Make an export out of what transformers has just saved in ``folder``. The config, which names all, comes last."""
     from kvq.export.checkpoint import shard_index, to_json
+    from kvq.export.manifest import MANIFEST, build_manifest
     from kvq.models.describe import describe
     from kvq.models.resolve import INDEX_FILE, weights_fingerprint
 
-    for name, content in model.hf_quantizer.carried.items():
+    # That of an export that is overwritten: it must not vouch for what is written now.
+    (folder / MANIFEST).unlink(missing_ok=True)
+    carried = model.hf_quantizer.carried
+    for name, content in carried.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(content)
-    (folder / INDEX_FILE).write_bytes(shard_index(folder))
+    index = shard_index(folder)
+    (folder / INDEX_FILE).write_bytes(index)
     fields = model.hf_quantizer.quantization_config.to_dict()
     fields["model_fingerprint"] = describe(model.config).fingerprint
     fields["weights_fingerprint"] = weights_fingerprint(folder)
@@ -231,6 +236,9 @@ def write_saved(folder: Path, model) -> None:
     work = folder / ".config.json.kvq-tmp"
     work.write_bytes(to_json(config))
     os.replace(work, folder / "config.json")
+    # Only what belongs to the model: people also save into folders that hold other things, such as training state.
+    names = {"config.json", INDEX_FILE, *carried, *fields["copied"], *json.loads(index)["weight_map"].values()}
+    (folder / MANIFEST).write_bytes(build_manifest(folder, NAME, names=names))
 
 
 register()

@@ -66,6 +66,10 @@ def test_a_card_gets_its_results_once(run, scored):
     card = (folder / "README.md").read_text()
     assert card == shown.stdout
     assert card.count("## Evaluation") == 1
+    # A card with results belongs to the export; one that was changed otherwise does not.
+    assert run("check", folder).exit_code == 0
+    (folder / "README.md").write_text(card + "and more")
+    assert run("check", folder).exit_code == 2
     assert run("generate", folder, "--prompt", "x", "--max-new-tokens", 2).exit_code == 0
 
 

@@ -1,7 +1,7 @@
 """A real serving engine: exports of the embedded model that it serves, and a record of what was measured.
 
 ``make test-vllm`` sets KVQ_VLLM_PYTHON; without it everything here is skipped. What the tests measure is written to
-``benchmarks/results/vllm.json`` and ``vllm.md`` if none has failed; both say which ran.
+``benchmarks/results/vllm.json`` and ``vllm.md`` until one fails; both say which ran.
 """
 
 import json
@@ -98,8 +98,9 @@ def pytest_runtest_logreport(report):
         _passed.append(report.nodeid.rpartition("::")[2])
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(autouse=True)
 def _write_results(request, record):
+    """After every test: engines start slowly, and a session that is interrupted has measured something too."""
     yield
     if not record or request.session.testsfailed:
         return

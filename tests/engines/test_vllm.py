@@ -285,10 +285,18 @@ def test_a_folder_for_the_engines_own_cache_answers_as_the_base_model(answers, b
     assert gap < 0.5
 
 
-def test_the_engine_refuses_a_cache_dtype_that_this_machine_lacks(answers, engine_python):
-    folder, prompts, _ = answers("vllm", "float32", QOQ)
-    with pytest.raises(CheckpointError, match="does not serve"):
-        ask_engine(folder, prompts, python=engine_python, cache_dtype="int4_per_token_head")
+@pytest.mark.parametrize("dtype", ["int8_per_token_head", "int4_per_token_head"])
+def test_the_cpu_takes_cache_dtypes_that_it_lacks_and_answers_nonsense(answers, engine_python, record, dtype):
+    """Nothing refuses them, so the condition that card and check state is the only warning."""
+    folder, prompts, exact = answers("vllm", "float32", QOQ)
+    (report,) = check_folder(folder, [find_release("vllm", "0.32")])
+    assert any("CPU backend" in finding.text for finding in report.findings if finding.level == "warning")
+    answer = ask_engine(folder, prompts, python=engine_python, dtype="float32", cache_dtype=dtype, tokens=1)
+    runs = {"16 bits": exact, dtype: answer}
+    found = {name: [perplexity(output) for output in run["outputs"]] for name, run in runs.items()}
+    record[f"{dtype} on the CPU, perplexity of two prompts"] = found
+    for right, wrong in zip(*found.values()):
+        assert wrong > 100 * right
 
 
 def test_a_missing_file_is_refused_by_the_engine(served, engine_python, tmp_path):

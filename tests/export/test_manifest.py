@@ -6,7 +6,7 @@ import json
 import pytest
 
 from kvq.errors import CheckpointError
-from kvq.export.manifest import MANIFEST, broken_files, build_manifest, read_manifest
+from kvq.export.manifest import MANIFEST, broken_files, build_manifest, read_manifest, restated
 
 
 @pytest.fixture
@@ -71,3 +71,21 @@ def test_a_manifest_vouches_for_itself(folder, change):
 
 def test_no_manifest(tmp_path):
     assert read_manifest(tmp_path) is None
+
+
+def test_only_what_is_named_is_listed(folder):
+    assert set(json.loads(build_manifest(folder, "kvq", names=["config.json", MANIFEST]))["files"]) == {"config.json"}
+
+
+def test_a_file_that_is_changed_on_purpose(folder):
+    """The new manifest vouches for the new content, for everything else as before, and for itself."""
+    before = read_manifest(folder)
+    assert {name for name, _ in broken_files(folder, before)} == set()
+    (folder / MANIFEST).write_bytes(restated(folder, "config.json", b"[1]"))
+    assert {name for name, _ in broken_files(folder, read_manifest(folder))} == {"config.json"}
+    (folder / "config.json").write_bytes(b"[1]")
+    after = read_manifest(folder)
+    assert list(broken_files(folder, after)) == []
+    assert after["files"]["model.safetensors"] == before["files"]["model.safetensors"]
+    (folder / MANIFEST).unlink()
+    assert restated(folder, "config.json", b"{}") is None

@@ -102,3 +102,14 @@ def test_broken_scales_are_refused(folder):
     save_file(scales, folder / "kv_scales.safetensors", metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match="'kvq check' says more"):
         served_plan(folder)
+
+
+def test_a_folder_without_a_quantized_cache_loads_as_it_is(source, tmp_path, stats_of):
+    """Transforms in the weights for an engine's own cache: nothing in the config names a quantization."""
+    export(source, "qoq4", tmp_path / "own", target="vllm", stats=stats_of(source))
+    assert not is_served(tmp_path / "own")
+    model = load_model(tmp_path / "own", dtype=torch.float64, config=served_config(tmp_path / "own"))
+    base = load_model(source, dtype=torch.float64)
+    ids = torch.arange(3, 60).unsqueeze(0)
+    with torch.no_grad():
+        assert (model(ids).logits - base(ids).logits).abs().max() < 1e-3

@@ -63,7 +63,7 @@ def read_folder(path: Path, *, quick: bool, progress: Progress | None) -> tuple[
     own = quantization.get("quant_method") == QUANT_METHOD
     marked = any((header.get("__metadata__") or {}).get("written_by") == "kvq" for header in headers.values())
     marked = marked or (path / PROVENANCE).is_file()
-    if written_by is None and marked and not own:
+    if written_by is None and (marked or own):
         found.append(_error(MANIFEST, "is missing, and kvq wrote one: copy the whole folder again, or export again."))
     if own:
         written_by = "kvq"
@@ -150,7 +150,7 @@ def _weight_map(path: Path, found: list[Finding]) -> dict[str, str] | None:
 
 
 def _own_format(path: Path, quantization: Mapping[str, Any]) -> list[Finding]:
-    """Problems of a folder in kvq's own format, which carries hashes of its side files and names what was copied."""
+    """What ``from_pretrained`` would say of a folder in kvq's own format, manifest or not."""
     try:
         load_plan(path, quantization, load_config(path))
         if weights_fingerprint(path) != quantization["weights_fingerprint"]:

@@ -1,5 +1,8 @@
 """Which shipped recipes an engine can have on a model, and why it cannot have the others."""
 
+import functools
+from collections.abc import Mapping
+
 from kvq.errors import KvqError
 from kvq.export.engines import Release
 from kvq.export.targets.own_dtypes import own_dtype
@@ -10,7 +13,13 @@ from kvq.recipe import Recipe, list_recipes, load_recipe
 
 def recipes_in(release: Release, model: ModelSpec) -> dict[str, str]:
     """Shipped recipe -> 'how: ...' or 'no: ...'."""
-    return {name: express(load_recipe(name), release, model) for name in list_recipes()}
+    return {name: express(recipe, release, model) for name, recipe in _shipped().items()}
+
+
+@functools.cache
+def _shipped() -> Mapping[str, Recipe]:
+    """Reading dozens of YAML files takes longer than the rest of a check."""
+    return {name: load_recipe(name) for name in list_recipes()}
 
 
 def express(recipe: Recipe, release: Release, model: ModelSpec) -> str:

@@ -58,7 +58,6 @@ class Target:
                     for what the target cannot express.
     weights         name in the export -> file of the source.
     sliding         True if the cache of sliding-window layers is quantized too.
-    manifest        True if the folder gets a manifest.
     """
 
     name: str
@@ -68,7 +67,6 @@ class Target:
     contents: Callable[["Target", Job], dict[str, bytes]]
     weights: Callable[[Path], dict[str, Path]]
     sliding: bool = True
-    manifest: bool = True
 
 
 def quantization_of(config: Mapping[str, Any]) -> Mapping[str, Any] | None:

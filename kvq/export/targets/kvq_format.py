@@ -33,5 +33,4 @@ KVQ = Target(
     contents=contents,
     weights=weights,
     sliding=False,
-    manifest=False,
 )
