@@ -7,7 +7,8 @@
 
 cost       one stream-scored forward beside a plain forward of the same tokens, logits included, in turns in one run,
            so that the machine's pace meets both. The bar is a median ratio of 2.2. Seconds are the process's own (CPU
-           time), which other programs on the machine disturb least.
+           time), which other programs on the machine disturb least. Rows of other recipes and lengths stay in the
+           file, if they are of the same machine and versions: lengths may be measured one by one.
 needles    a sweep of the needle task to the model's whole 8,192 tokens, and how long it takes: on the clock, and in the
            process's own time, all threads together. The bar is 20 minutes on two cores.
 both_ways  real lm-eval requests, 50 of them with int4, scored by two-view forwards and by decoding token by token
@@ -52,6 +53,15 @@ def hardware() -> dict:
     return {"machine": platform.machine(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
 
 
+def facts(arguments: argparse.Namespace) -> dict:
+    dtype = "float64" if arguments.what == "both_ways" else "float32"
+    return {"hardware": hardware(), "versions": installed_versions("lm_eval"), "model": "builtin", "dtype": dtype}
+
+
+def _file(arguments: argparse.Namespace) -> Path:
+    return Path(arguments.json or RESULTS / f"evaluation_{arguments.what}.json")
+
+
 def whole_forward(model, plan, tokens: torch.Tensor) -> float:
     """Seconds of the decoder and of the logits of every token, a block at a time as both ways of scoring need them."""
     start = time.process_time()
@@ -68,10 +78,10 @@ def cost(arguments: argparse.Namespace) -> dict:
     rows = []
     for length in arguments.lengths or COST_LENGTHS:
         tokens = torch.tensor([ids[:length]])
-        plans = {name: subject.plan_for(name) for name in COST_RECIPES}
+        plans = {name: subject.plan_for(name) for name in arguments.recipes or COST_RECIPES}
         times: dict[str, list[float]] = {name: [] for name in ("plain", *plans)}
         # The first turn warms up.
-        for turn in range(TURNS + 1):
+        for turn in range(arguments.turns + 1):
             for name in times:
                 seconds = whole_forward(subject.model, plans.get(name), tokens[:, :512] if turn == 0 else tokens)
                 if turn > 0:
@@ -86,9 +96,21 @@ def cost(arguments: argparse.Namespace) -> dict:
                     "lowest": min(ratios),
                     "highest": max(ratios),
                     "plain_seconds": statistics.median(times["plain"]),
+                    "turns": arguments.turns,
                 }
             )
-    return {"bar": COST_BAR, "turns": TURNS, "rows": rows, "met": all(row["ratio"] <= COST_BAR for row in rows)}
+    rows = sorted(rows + _other_rows(arguments, rows), key=lambda row: (row["tokens"], row["recipe"]))
+    return {"bar": COST_BAR, "rows": rows, "met": all(row["ratio"] <= COST_BAR for row in rows)}
+
+
+def _other_rows(arguments: argparse.Namespace, rows: list[dict]) -> list[dict]:
+    """Rows of the file that were not measured now, if all else is as it was."""
+    file = _file(arguments)
+    kept = json.loads(file.read_text()) if file.is_file() else {}
+    if any(kept.get(name) != value for name, value in facts(arguments).items()):
+        return []
+    now = {(row["recipe"], row["tokens"]) for row in rows}
+    return [row for row in kept["rows"] if (row["recipe"], row["tokens"]) not in now]
 
 
 def needles(arguments: argparse.Namespace) -> dict:
@@ -227,16 +249,16 @@ def main() -> None:
     parser.add_argument("what", choices=list(WHAT))
     parser.add_argument("--task-data", help="folder with the rows of local tasks")
     parser.add_argument("--lengths", type=lambda text: [int(own) for own in text.split(",")], help="tokens (cost)")
+    parser.add_argument("--recipes", type=lambda text: text.split(","), help="recipes (cost)")
+    parser.add_argument("--turns", type=int, default=TURNS, help="forwards of each kind (cost)")
     parser.add_argument("--only", type=lambda text: text.split(","), help="local tasks (control)")
     parser.add_argument("--json", help="file for the result; by default in benchmarks/results")
     arguments = parser.parse_args()
     if arguments.what in ("both_ways", "control") and not arguments.task_data:
         parser.error(f"{arguments.what} needs --task-data DIR")
     found = WHAT[arguments.what](arguments)
-    facts = {"hardware": hardware(), "versions": installed_versions("lm_eval"), "model": "builtin"}
-    facts["dtype"] = "float64" if arguments.what == "both_ways" else "float32"
-    out = Path(arguments.json or RESULTS / f"evaluation_{arguments.what}.json")
-    out.write_text(json.dumps({"what": arguments.what, **facts, **found}, indent=1) + "\n", encoding="utf-8")
+    text = json.dumps({"what": arguments.what, **facts(arguments), **found}, indent=1) + "\n"
+    _file(arguments).write_text(text, encoding="utf-8")
     print(json.dumps(found, indent=1))
 
 

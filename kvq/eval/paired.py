@@ -36,6 +36,20 @@ class Difference:
         return self.value - margin, self.value + margin
 
 
+@dataclass(frozen=True, kw_only=True)
+class Flips:
+    """Of ``answers`` that are right or wrong: those ``lost``, that only the baseline has right, and those ``won``."""
+
+    lost: int
+    won: int
+    answers: int
+
+    @property
+    def rate(self) -> float:
+        """Share of the answers that changed between right and wrong."""
+        return (self.lost + self.won) / self.answers
+
+
 def mean_difference(values: Sequence[float], baseline: Sequence[float]) -> Difference:
     """Mean of values - baseline, one number a unit."""
     return mean_of([a - b for a, b in zip(values, baseline, strict=True)])
@@ -57,20 +71,20 @@ def share_difference(right: Sequence[bool], baseline: Sequence[bool]) -> Differe
     improved confidence intervals for comparing matched proportions"): no flip among ten answers is no proof that there
     are none.
     """
-    count = len(right)
-    lost, won = flips(right, baseline)
-    identical = not lost + won
+    found, count = flips(right, baseline), len(right)
+    changed, value = found.lost + found.won, (found.won - found.lost) / count
     if count < 2:
-        return Difference(value=(won - lost) / count, stderr=None, units=count, identical=identical)
+        return Difference(value=value, stderr=None, units=count, identical=not changed)
     more = count + 2
-    variance = (lost + won + 1) / more - ((won - lost) / more) ** 2
-    return Difference(value=(won - lost) / count, stderr=math.sqrt(variance / more), units=count, identical=identical)
+    variance = (changed + 1) / more - ((found.won - found.lost) / more) ** 2
+    return Difference(value=value, stderr=math.sqrt(variance / more), units=count, identical=not changed)
 
 
-def flips(right: Sequence[bool], baseline: Sequence[bool]) -> tuple[int, int]:
-    """Answers that the baseline has right and the recipe wrong, and the reverse."""
+def flips(right: Sequence[bool], baseline: Sequence[bool]) -> Flips:
+    """Answers, at least one, that changed between right and wrong."""
     pairs = [(bool(a), bool(b)) for a, b in zip(right, baseline, strict=True)]
-    return sum(b and not a for a, b in pairs), sum(a and not b for a, b in pairs)
+    lost, won = sum(b and not a for a, b in pairs), sum(a and not b for a, b in pairs)
+    return Flips(lost=lost, won=won, answers=len(pairs))
 
 
 def jackknife_difference(

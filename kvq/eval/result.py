@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from kvq.eval.paired import Difference, verdict
+from kvq.eval.paired import Difference, Flips, verdict
 
 SCHEMA_VERSION = 2
 
@@ -20,6 +20,8 @@ class MetricResult:
                               ``low`` to ``high`` (None: one unit, so no error is known).
     verdict                   worse, better, same, or too few samples to tell.
     lost, won                 of answers that are right or wrong: those that only the baseline has right, and reverse.
+    flip_rate                 (lost + won) / answers: 0.1 where one answer in ten changed, even if as many were won as
+                              lost and the score stayed.
     """
 
     value: float
@@ -35,6 +37,7 @@ class MetricResult:
     verdict: str
     lost: int | None = None
     won: int | None = None
+    flip_rate: float | None = None
 
     @classmethod
     def of(
@@ -46,7 +49,7 @@ class MetricResult:
         higher_is_better: bool,
         stderr: float | None = None,
         baseline_stderr: float | None = None,
-        flips: tuple[int, int] | None = None,
+        flips: Flips | None = None,
     ) -> "MetricResult":
         low, high = difference.interval() if difference.stderr is not None else (None, None)
         if flips is not None and low is not None:
@@ -64,12 +67,14 @@ class MetricResult:
             units=difference.units,
             higher_is_better=higher_is_better,
             verdict=verdict(difference, higher_is_better),
-            lost=flips[0] if flips else None,
-            won=flips[1] if flips else None,
+            lost=flips.lost if flips else None,
+            won=flips.won if flips else None,
+            flip_rate=flips.rate if flips else None,
         )
 
     def to_dict(self) -> dict[str, Any]:
-        return {name: value for name, value in asdict(self).items() if name not in ("lost", "won") or value is not None}
+        optional = ("lost", "won", "flip_rate")
+        return {name: value for name, value in asdict(self).items() if name not in optional or value is not None}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,6 +19,7 @@ from kvq.cache.two_view import Schedule, reads_packed
 from kvq.errors import DataError
 from kvq.integrations.answers import Answers, item_name
 from kvq.integrations.continuations import Question, score_continuations
+from kvq.integrations.plain import fits, rows_of, score_pairs
 from kvq.integrations.runtime import running
 from kvq.integrations.subject import load_subject
 
@@ -42,8 +43,9 @@ class KvqLM(HFLM):
                  this model, plan and mode. lm-eval's ``use_cache`` is refused: its keys know nothing of a recipe.
     progress     called with (requests done, requests in all) of the running call; lm-eval's own bars are off.
 
-    A plan that quantizes nothing is scored by lm-eval's own code, to the bit. ``packed_share`` says how many of the
-    scored tokens read any quantized token at all.
+    A plan that quantizes nothing is scored by lm-eval's own code, to the bit, except that no more than
+    ``kvq.integrations.head.BLOCK_NUMBERS`` logits are held at once: a longer batch goes through its head in blocks.
+    ``packed_share`` says how many of the scored tokens read any quantized token at all.
 
     Raises NothingReadError for log-likelihood requests none of which would read a quantized token.
     """
@@ -96,13 +98,22 @@ class KvqLM(HFLM):
         if self._quantizes:
             return self._through_two_view(requests, override_bs)
         self.scored_tokens += sum(len(continuation) for _, _, continuation in requests)
-        score = super()._loglikelihood_tokens
-        if self.answers is None:
-            return score(requests, disable_tqdm=True, override_bs=override_bs)
-        batches = _likelihood_batches(requests, override_bs or self.batch_size, self.logits_cache)
+        size = override_bs or self.batch_size
+        if not isinstance(size, int) or self.mixed_precision_dtype is not None:
+            # lm-eval looks for a batch size by the memory of whole logits, and its autocast holds around its own code.
+            return super()._loglikelihood_tokens(requests, disable_tqdm=True, override_bs=override_bs)
+        batches = _likelihood_batches(requests, size, self.logits_cache)
         names = [item_name("likelihood", context, continuation) for _, context, continuation in requests]
-        found = self._kept(names, batches, lambda own: score([requests[i] for i in own], disable_tqdm=True))
+        found = self._kept(names, batches, lambda own: self._plain_batch([requests[i] for i in own]))
         return [(total, greedy) for total, greedy in found]
+
+    def _plain_batch(self, requests: list[Request]) -> list[tuple[float, bool]]:
+        """One batch without quantization: by lm-eval's own code where its logits are few, else without holding them."""
+        pairs = [(context, continuation) for _, context, continuation in requests]
+        rows = [row for row, _ in rows_of(pairs, self.max_length, self.logits_cache)]
+        if fits(self.model, rows):
+            return super()._loglikelihood_tokens(requests, disable_tqdm=True, override_bs=len(rows))
+        return score_pairs(self.model, pairs, self.max_length, shares=self.logits_cache, dtype=self.softmax_dtype)
 
     def _through_two_view(self, requests: list[Request], override_bs: int | None) -> list[tuple[float, bool]]:
         """Requests of one context become one question."""
@@ -184,10 +195,11 @@ class KvqLM(HFLM):
         found: dict[int, Any] = {}
         for batch in batches:
             own = [names[i] for i in batch]
-            answers = self.answers.get(own)
+            answers = None if self.answers is None else self.answers.get(own)
             if answers is None:
                 answers = compute(batch)
-                self.answers.put(zip(own, answers))
+                if self.answers is not None:
+                    self.answers.put(zip(own, answers))
             found.update(zip(batch, answers))
             self._progress(len(found), len(names))
         return [found[i] for i in range(len(names))]

@@ -149,8 +149,8 @@ def metrics_of(found: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
 
 def _note(found: Mapping[str, Any], metric: Mapping[str, Any]) -> str:
     notes = [f"{found['samples']:,} asked"]
-    if metric.get("lost") is not None:
-        notes.append(f"{metric['lost']} lost, {metric['won']} won")
+    if metric.get("flip_rate") is not None:
+        notes.append(f"{metric['flip_rate']:.1%} flipped ({metric['lost']} lost, {metric['won']} won)")
     if found["weak"]:
         notes.append("the baseline itself cannot do this")
     if found["packed_share"] is not None and 0 < found["packed_share"] < 0.5:

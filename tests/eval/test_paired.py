@@ -8,6 +8,7 @@ import pytest
 
 from kvq.eval.paired import (
     Difference,
+    Flips,
     flips,
     jackknife_difference,
     mean_difference,
@@ -51,7 +52,7 @@ def test_intervals_cover_as_often_as_they_say():
 
 def test_shares_count_flips_and_never_claim_certainty():
     right, base = [True] * 60 + [False] * 40, [True] * 64 + [False] * 36
-    assert flips(right, base) == (4, 0)
+    assert flips(right, base) == Flips(lost=4, won=0, answers=100)
     found = share_difference(right, base)
     assert found.value == pytest.approx(-0.04)
     # 4 and 0 flips, and half a flip more each, among 102.
@@ -66,6 +67,21 @@ def test_shares_count_flips_and_never_claim_certainty():
     assert verdict(share_difference([True, False, True], [True, True, False]), True) == "too few samples to tell"
     with pytest.raises(ValueError, match="longer"):
         flips([True], [True, False])
+
+
+def test_a_score_that_stays_can_hide_flips():
+    """Flip rate = changed answers / answers; the difference of the scores does not see what is lost and won alike."""
+    right, base = [True, False, True, False, True], [False, True, True, False, True]
+    found = flips(right, base)
+    assert (found.lost, found.won, found.rate) == (1, 1, 0.4)
+    assert share_difference(right, base).value == 0
+    metric = MetricResult.of(0.6, 0.6, share_difference(right, base), higher_is_better=True, flips=found).to_dict()
+    assert (metric["lost"], metric["won"], metric["flip_rate"]) == (1, 1, 0.4)
+    assert flips(base, base).rate == 0
+    # What is neither right nor wrong has no flips.
+    assert (
+        "flip_rate" not in MetricResult.of(1.0, 1.0, mean_difference([1, 2], [1, 3]), higher_is_better=True).to_dict()
+    )
 
 
 def test_share_intervals_cover_as_often_as_they_say():
@@ -121,6 +137,6 @@ def test_one_sided_bounds_are_tighter():
 def test_two_shares_differ_by_one_at_most():
     difference = share_difference([True, True], [True, True])
     assert difference.interval()[1] > 1
-    metric = MetricResult.of(1.0, 1.0, difference, higher_is_better=True, flips=(0, 0))
+    metric = MetricResult.of(1.0, 1.0, difference, higher_is_better=True, flips=flips([True], [True]))
     assert (metric.low, metric.high) == (-1.0, 1.0)
     assert MetricResult.of(1.0, 1.0, difference, higher_is_better=True).high > 1

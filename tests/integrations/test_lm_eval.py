@@ -14,7 +14,7 @@ from lm_eval.tasks import TaskManager  # noqa: E402
 from kvq.cache import make_plan  # noqa: E402
 from kvq.errors import DataError  # noqa: E402
 from kvq.eval.evaluate import evaluate  # noqa: E402
-from kvq.integrations import runtime  # noqa: E402
+from kvq.integrations import head, runtime  # noqa: E402
 from kvq.integrations.lm_eval import KvqLM  # noqa: E402
 from kvq.models.describe import describe  # noqa: E402
 from kvq.recipe import load_recipe  # noqa: E402
@@ -91,12 +91,49 @@ def test_fp16_equals_lm_evals_own_model_exactly(tiny_model, tiny_tokenizer, task
     assert quantized[1]["roll"] != expected[1]["roll"]
 
 
+@pytest.mark.parametrize("batch_size", [1, 4])
+@pytest.mark.parametrize("shares", [True, False])
+def test_long_documents_score_alike_without_their_whole_logits(
+    tiny_model, tiny_tokenizer, monkeypatch, batch_size, shares
+):
+    """With room for 70 tokens' logits the head never sees more, and scores are lm-eval's own."""
+    model = tiny_model(dtype=torch.float64)
+    settings = {"tokenizer": tiny_tokenizer, "max_length": 256, "batch_size": batch_size}
+    # lm-eval 0.4.13, where two requests of one row are cut at different places and share it, reads the wrong tokens.
+    own = HFLM(pretrained=model, logits_cache=False, **settings)
+    monkeypatch.setattr(head, "BLOCK_NUMBERS", 70 * model.config.vocab_size)
+    asked = [(None, *request) for request in [*REQUESTS, *LONG_REQUESTS]]
+    held = []
+    hook = model.lm_head.register_forward_hook(lambda module, inputs, output: held.append(output[..., 0].numel()))
+    try:
+        expected = own._loglikelihood_tokens(asked)
+        assert max(held) >= 199
+        held.clear()
+        found = KvqLM(model, logits_cache=shares, **settings)._loglikelihood_tokens(asked)
+    finally:
+        hook.remove()
+    assert max(held) <= 70
+    assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
+    assert [value for value, _ in found] == pytest.approx([value for value, _ in expected], rel=1e-12)
+
+
 REQUESTS = [
     ([5, 9, 30, 7, 8, 12], [20]),
     (list(range(10, 50)), [60, 61, 62]),
     ([3], list(range(70, 100))),
     (list(range(20, 90)), [5, 5]),
     ([44, 45], [46, 47, 48, 49]),
+]
+
+# More than 70 tokens: one that is scored nearly whole, two that differ in the last token, one that ends alike but is
+# cut elsewhere, and one that loses its beginning.
+_LONG = [(7 * i) % 90 for i in range(300)]
+LONG_REQUESTS = [
+    (_LONG[:3], _LONG[3:200]),
+    (_LONG[:120], [*_LONG[120:130], 5]),
+    (_LONG[:120], [*_LONG[120:130], 6]),
+    (_LONG[:125], [*_LONG[125:130], 7]),
+    (_LONG, [1, 2, 3]),
 ]
 
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from kvq.eval.paired import share_difference
+from kvq.eval.paired import flips, share_difference
 from kvq.eval.result import (
     Cell,
     DivergenceResult,
@@ -62,11 +62,10 @@ def perplexity(delta: float) -> PerplexityResult:
 
 
 def share_metric(right: list[bool], base: list[bool]) -> MetricResult:
-    flips = sum(b and not a for a, b in zip(right, base)), sum(a and not b for a, b in zip(right, base))
     share = lambda values: sum(values) / len(values)  # noqa: E731
     return MetricResult.of(
         share(right), share(base), share_difference(right, base), higher_is_better=True, stderr=0.05,
-        baseline_stderr=0.05, flips=flips,
+        baseline_stderr=0.05, flips=flips(right, base),
     )  # fmt: skip
 
 

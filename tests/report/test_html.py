@@ -64,7 +64,7 @@ def test_the_verdict_comes_first_and_everything_measured_is_there(make_result):
     order = ["kivi2 changes the model noticeably", "In pictures", "By task", "Needles", "Memory", "To repeat it"]
     places = [text.index(word) for word in order]
     assert places == sorted(places)
-    for word in ("0.0600", "arc_easy", "60 asked", "lost", "tokens a second", "0.80x", "3.30"):
+    for word in ("0.0600", "arc_easy", "60 asked", "% flipped (", "tokens a second", "0.80x", "3.30"):
         assert word in text
     assert "kvq eval tiny --recipe kivi2" in text
     assert "what token-by-token decoding would have read" in text

@@ -226,7 +226,7 @@ def test_answers_that_change_in_both_directions_are_not_the_same():
     base = [[outcome(True), outcome(False), outcome(True)] for _ in range(4)]
     found = [[outcome(False), outcome(True), outcome(True)] for _ in range(4)]
     metric = pair(PROBES["needle"], found, base, mode="stream", quantizes=True, data={}).metrics["choice"]
-    assert (metric.difference, metric.lost, metric.won) == (0, 4, 4)
+    assert (metric.difference, metric.lost, metric.won, metric.flip_rate) == (0, 4, 4, pytest.approx(2 / 3))
     assert metric.verdict == "too few samples to tell"
     assert metric.low < -0.2
     assert metric.high > 0.2
