@@ -18,8 +18,7 @@ WINDOWS = 6
 BEGIN, END = "<!-- recipes: begin -->\n", "<!-- recipes: end -->"
 # What the README shows: the control, what everybody knows, and the best at each size.
 SHORT = (
-    "fp16", "fp8", "int8", "kivi4", "klt4", "auto-4.5", "int4", "qoq4", "smoothrot4", "klt3", "auto-3.25", "kvquant3",
-    "kivi2", "auto-2.5", "klt2",
+    "fp16", "fp8", "int8", "kivi4", "klt4", "int4", "qoq4", "smoothrot4", "klt3", "kvquant3", "kivi2", "klt2",
 )  # fmt: skip
 
 
