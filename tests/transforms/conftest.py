@@ -87,6 +87,9 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+_PRODUCTS = (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.Tensor.__rmatmul__)
+
+
 class KeepDouble(TorchFunctionMode):
     """Models compute norms, rotary tables or softmax in float32 whatever their dtype; inside this block they stay in
     float64, so that what is left of a difference is a mistake."""
@@ -99,6 +102,9 @@ class KeepDouble(TorchFunctionMode):
         if double:
             args = tuple(torch.float64 if value is torch.float32 else value for value in args)
             kwargs = {name: torch.float64 if value is torch.float32 else value for name, value in kwargs.items()}
+        if function in _PRODUCTS and any(x.dtype == torch.float64 for x in args):
+            # Of a table that stayed in float64 with positions, which come as float32.
+            args = tuple(x.to(torch.float64) for x in args)
         return function(*args, **kwargs)
 
 

@@ -8,6 +8,8 @@ import json
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -175,7 +177,9 @@ def test_zero_points_that_transformers_drops(source, tmp_path, made_stats, metho
         tmp_path / "out", output_loading_info=True, ignore_mismatched_sizes=True
     )
     assert all("weight_zero_point" in str(key) for key in info["mismatched_keys"])
-    assert len(info["mismatched_keys"]) == 14
+    # Older releases load the folder without a word about them.
+    if Version(transformers.__version__) >= Version("5.23"):
+        assert len(info["mismatched_keys"]) == 14
 
 
 @pytest.mark.parametrize(
