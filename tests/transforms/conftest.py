@@ -125,9 +125,6 @@ def family_model(tiny_model):
         if hasattr(model, "set_experts_implementation"):
             # Grouped products have no float64.
             model.set_experts_implementation("eager")
-        if getattr(model.config, "attn_logit_softcapping", None):
-            # What transformers 5.17 chooses by itself leaves the softcap out.
-            model.set_attn_implementation("eager")
         generator = torch.Generator().manual_seed(4)
         for parameter in model.parameters():
             if parameter.ndim == 1 or parameter.shape[-1] == 1:
