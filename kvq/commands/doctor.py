@@ -72,7 +72,7 @@ def _attention() -> dict[str, str]:
     no_triton = why_no_triton(device)
     runs = {
         "triton": f"no: {no_triton}" if no_triton else f"yes: {triton_version()}, for decoding and packing",
-        "numba": f"no: {team.unavailable()}" if team.unavailable() else "yes: for decoding with tensors on the CPU",
+        "numba": f"no: {team.unavailable()}" if team.unavailable() else "yes: for decoding and calibrating on the CPU",
         "reference": "yes: torch, for everything else",
     }
     if device.type == "cpu" and no_triton is None:

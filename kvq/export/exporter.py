@@ -182,7 +182,7 @@ def _write(
             (work / name).write_bytes(content)
         known = {} if folds.operations else _known_hashes(to.weights(job.source))
         (work / MANIFEST).parent.mkdir(exist_ok=True)
-        (work / MANIFEST).write_bytes(build_manifest(work, to.name, known, progress))
+        (work / MANIFEST).write_bytes(build_manifest(work, to.name, known, progress, limit=to.hash_limit))
         files = tuple(sorted(str(path.relative_to(work)) for path in work.rglob("*") if path.is_file()))
     return job, counts, files
 

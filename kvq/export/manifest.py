@@ -1,11 +1,14 @@
 """``kvq/manifest.json``: size and SHA-256 of every file of an export, so that anything lost or altered is noticed.
 
 What tokenizers, transformers and serving engines read carries no hash of its own. The manifest is checked by ``kvq
-check`` and not by ``from_pretrained``; it also holds a hash of itself.
+check`` and not by ``from_pretrained``; it also holds a hash of itself. Large weights of kvq's own format are listed by
+size alone: to hash them takes longer than the rest of an export, and config.json has their fingerprint, which is checked
+at every load (``kvq.models.resolve.weights_fingerprint``).
 """
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -16,7 +19,7 @@ from kvq.export.checkpoint import to_json
 
 MANIFEST = "kvq/manifest.json"
 VERSION = 1
-# Larger files are weights; a quick check compares their size alone.
+# Larger files are weights; a quick check compares their size alone, as every check does in kvq's own format.
 QUICK_BYTES = 16 * 2**20
 _CHUNK = 8 * 2**20
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -30,30 +33,32 @@ def build_manifest(
     known: dict[str, str] | None = None,
     progress: Progress | None = None,
     names: Iterable[str] | None = None,
+    limit: float = math.inf,
 ) -> bytes:
     """The manifest of the files ``names`` in ``folder``, by default of all that are there.
 
     known      SHA-256 of files that need not be read, by name.
     progress   called with (bytes hashed, bytes in all).
+    limit      larger files are listed by size alone.
     """
     known = known or {}
     if names is None:
         names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     names = sorted(set(names) - {MANIFEST})
-    files = [folder / name for name in names]
-    done, total = 0, sum(path.stat().st_size for path, name in zip(files, names) if name not in known)
+    sizes = {name: (folder / name).stat().st_size for name in names}
+    done, total = 0, sum(size for name, size in sizes.items() if name not in known and size <= limit)
     entries: dict[str, dict[str, Any]] = {}
-    for path, name in zip(files, names):
+    for name, size in sizes.items():
         digest = known.get(name)
-        if digest is None:
+        if digest is None and size <= limit:
             digest = hashlib.sha256()
-            for block in _blocks(path):
+            for block in _blocks(folder / name):
                 digest.update(block)
                 done += len(block)
                 if progress:
                     progress(done, total)
             digest = digest.hexdigest()
-        entries[name] = {"bytes": path.stat().st_size, "sha256": digest}
+        entries[name] = {"bytes": size, "sha256": digest}
     return _signed({"manifest_version": VERSION, "target": target, "files": entries})
 
 
@@ -83,7 +88,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         entries = list(data["files"].values())
         if digest != _digest(data) or to_json(data | {"sha256": digest}) != content:
             raise ValueError
-        if not all(_SHA256.fullmatch(entry["sha256"]) and entry["bytes"] >= 0 for entry in entries):
+        if not all(_is_hash(entry["sha256"]) and entry["bytes"] >= 0 for entry in entries):
             raise ValueError
     except (ValueError, KeyError, TypeError, AttributeError):
         raise CheckpointError(f"{MANIFEST!r} has been altered: copy the whole folder again, or export again.") from None
@@ -102,7 +107,7 @@ def broken_files(
     quick   compare only the size of files above ``QUICK_BYTES``.
     """
     entries = manifest["files"]
-    hashed = {n: e for n, e in entries.items() if not quick or e["bytes"] <= QUICK_BYTES}
+    hashed = {n: e for n, e in entries.items() if e["sha256"] and (not quick or e["bytes"] <= QUICK_BYTES)}
     done, total = 0, sum(entry["bytes"] for entry in hashed.values())
     for name, entry in sorted(entries.items()):
         path = folder / name
@@ -128,6 +133,10 @@ def broken_files(
         # Weights that nobody listed would be read by engines; other strangers do no harm.
         if name.endswith(".safetensors") and "/" not in name:
             yield name, "does not belong to the export"
+
+
+def _is_hash(digest: str | None) -> bool:
+    return digest is None or bool(_SHA256.fullmatch(digest))
 
 
 def _blocks(path: Path) -> Iterator[bytes]:

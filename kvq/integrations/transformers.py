@@ -212,7 +212,7 @@ def save_export(model, save_directory, *args, **kwargs) -> None:
 def write_saved(folder: Path, model) -> None:
     """Make an export out of what transformers has just saved in ``folder``. The config, which names all, comes last."""
     from kvq.export.checkpoint import shard_index, to_json
-    from kvq.export.manifest import MANIFEST, build_manifest
+    from kvq.export.manifest import MANIFEST, QUICK_BYTES, build_manifest
     from kvq.models.describe import describe
     from kvq.models.resolve import INDEX_FILE, weights_fingerprint
 
@@ -238,7 +238,7 @@ def write_saved(folder: Path, model) -> None:
     os.replace(work, folder / "config.json")
     # Only what belongs to the model: people also save into folders that hold other things, such as training state.
     names = {"config.json", INDEX_FILE, *carried, *fields["copied"], *json.loads(index)["weight_map"].values()}
-    (folder / MANIFEST).write_bytes(build_manifest(folder, NAME, names=names))
+    (folder / MANIFEST).write_bytes(build_manifest(folder, NAME, names=names, limit=QUICK_BYTES))
 
 
 register()

@@ -37,6 +37,21 @@ def test_known_hashes_are_taken_and_progress_counts_the_rest(folder):
     assert seen == [(2, 2)]
 
 
+def test_files_above_a_limit_are_listed_by_size(folder):
+    """What config.json vouches for: an altered byte is another's to find, a lost one is not."""
+    seen, weights = [], folder / "model.safetensors"
+    (folder / MANIFEST).write_bytes(build_manifest(folder, "kvq", None, lambda *own: seen.append(own), limit=999))
+    manifest = read_manifest(folder)
+    assert manifest["files"]["model.safetensors"] == {"bytes": 1000, "sha256": None}
+    assert manifest["files"]["config.json"]["sha256"] == hashlib.sha256(b"{}").hexdigest()
+    assert seen[-1] == (2, 2)
+    assert list(broken_files(folder, manifest)) == []
+    weights.write_bytes(bytes(999) + b"1")
+    assert list(broken_files(folder, manifest)) == []
+    weights.write_bytes(bytes(999))
+    assert [name for name, _ in broken_files(folder, manifest)] == ["model.safetensors"]
+
+
 def test_faults_are_named(folder):
     manifest = read_manifest(folder)
     (folder / "config.json").write_text("[]")

@@ -1,5 +1,6 @@
 """What a target is: the form in which an export is written, and for whom."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,6 +59,7 @@ class Target:
                     for what the target cannot express.
     weights         name in the export -> file of the source.
     sliding         True if the cache of sliding-window layers is quantized too.
+    hash_limit      larger files have no hash in the manifest, in bytes.
     """
 
     name: str
@@ -67,6 +69,7 @@ class Target:
     contents: Callable[["Target", Job], dict[str, bytes]]
     weights: Callable[[Path], dict[str, Path]]
     sliding: bool = True
+    hash_limit: float = math.inf
 
 
 def quantization_of(config: Mapping[str, Any]) -> Mapping[str, Any] | None:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from kvq.export.card import model_card
 from kvq.export.checkpoint import QUANT_METHOD, build_config, shard_index, side_files, to_json
+from kvq.export.manifest import QUICK_BYTES
 from kvq.export.memory import memory_plan
 from kvq.export.targets.base import Job, Target
 from kvq.models.resolve import INDEX_FILE, check_weights
@@ -33,4 +34,5 @@ KVQ = Target(
     contents=contents,
     weights=weights,
     sliding=False,
+    hash_limit=QUICK_BYTES,
 )

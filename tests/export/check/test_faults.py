@@ -20,7 +20,7 @@ COMMON = {
     "tokenizer.json", "tokenizer_config.json",
 }  # fmt: skip
 SCALED = {"kv_scales.safetensors", "model-00001-of-00001.safetensors", "recipe.yaml"}
-WRItargetEN = {
+WRITTEN = {
     ("kvq", "kivi2"): {"kvq/artefacts.safetensors", "model.safetensors", "recipe.yaml"},
     ("kvq", "qoq4"): {"kvq/artefacts.safetensors", "model.safetensors", "recipe.yaml"},
     ("vllm", "fp8"): SCALED,
@@ -82,14 +82,14 @@ def made(tiny_checkpoint, stats_of, tmp_path):
 
 
 def test_every_target_is_here():
-    assert {target for target, _ in WRItargetEN} == set(TARGETS)
+    assert {target for target, _ in WRITTEN} == set(TARGETS)
 
 
-@pytest.mark.parametrize(("target", "recipe"), WRItargetEN)
+@pytest.mark.parametrize(("target", "recipe"), WRITTEN)
 def test_every_file_that_is_lost_or_altered_is_an_error(made, target, recipe):
     folder = made(target, recipe)
     # The faults reach every file, and without one the folder passes.
-    assert files_of(folder) == COMMON | WRItargetEN[target, recipe]
+    assert files_of(folder) == COMMON | WRITTEN[target, recipe]
     assert passes(folder, target)
     assert unnoticed(folder, target) == []
     assert passes(folder, target)
