@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
@@ -20,6 +20,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from kvq.errors import CheckpointError, UnsupportedModelError
 from kvq.models.decoder import decoder_layers
 from kvq.models.resolve import check_weights, load_config, read_header
+from kvq.models.skeleton import without_weights
 
 
 class Shell:
@@ -32,7 +33,7 @@ class Shell:
         self.folder = Path(folder)
         self.dtype, self.device = dtype, torch.device(device)
         config = load_config(self.folder)
-        self.model: PreTrainedModel = _without_weights(config, dtype).eval()
+        self.model: PreTrainedModel = without_weights(config, dtype)
         for buffer in self.model.buffers():
             buffer.data = buffer.data.to(self.device)
         layers = decoder_layers(self.model)
@@ -108,17 +109,6 @@ class Shell:
                 weight_mapping=get_model_conversion_mapping(self.model),
             ),
         )
-
-
-def _without_weights(config, dtype: torch.dtype) -> PreTrainedModel:
-    try:
-        from accelerate import init_empty_weights
-    except ImportError:
-        raise UnsupportedModelError(
-            "layer-by-layer calibration needs the package 'accelerate': run pip install 'kvq-toolkit[large]'."
-        ) from None
-    with init_empty_weights(include_buffers=False):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
 def _drop_weights(whole: torch.nn.Module) -> None:

@@ -2,8 +2,8 @@
 
 What tokenizers, transformers and serving engines read carries no hash of its own. The manifest is checked by ``kvq
 check`` and not by ``from_pretrained``; it also holds a hash of itself. Large weights of kvq's own format are listed by
-size alone: to hash them takes longer than the rest of an export, and config.json has their fingerprint, which is checked
-at every load (``kvq.models.resolve.weights_fingerprint``).
+size alone: to hash them takes longer than the rest of an export, and config.json has their fingerprint, which is
+checked at every load (``kvq.models.resolve.weights_fingerprint``).
 """
 
 import hashlib
