@@ -34,8 +34,10 @@ def test_only_what_folds_changes(source, tmp_path, chosen, block, monkeypatch):
     before, out = load_file(source), tmp_path / "out"
     out.mkdir()
     operations = {name: doubled(len(before[name])) for name in chosen}
+    threads = torch.get_num_threads()
     counts = place_weights({"model.safetensors": source}, out, operations)
     assert counts == {"linked": 0, "copied": 0, "folded": 1}
+    assert torch.get_num_threads() == threads
     after = load_file(out / "model.safetensors")
     assert (out / "model.safetensors").stat().st_size == source.stat().st_size
     for name, tensor in before.items():
