@@ -48,6 +48,7 @@ def command(
       kvq eval builtin --recipe kivi4 --tasks perplexity --data book.txt --seq-len 2048
       kvq eval smollm2-kivi2 --tasks needle --lengths 1024,2048,4096,8192
       kvq eval smollm2-kivi2 --tasks arc_easy,gsm8k --task-data rows --num-fewshot 8 --limit 200
+      kvq eval smollm2-kivi2 --tasks tasks/mine.yaml --limit 50
       kvq eval smollm2-kivi2 --limit 8 --require 'kl<0.3' --require 'top1>0.7'
     """
     chosen = chosen_recipe(recipe, settings)
@@ -55,9 +56,11 @@ def command(
     quiet_transformers()
     from kvq.eval.evaluate import evaluate
     from kvq.eval.gate import judge, parse_requirement
+    from kvq.eval.task_files import task_names
     from kvq.report.results import eval_table
 
-    wanted = [parse_requirement(text, arguments["tasks"]) for text in requirements]
+    names = tuple(task_names(arguments["tasks"]))
+    wanted = [parse_requirement(text, names) for text in requirements]
     with progress_bar("Evaluating") as step:
         found = evaluate(model, chosen, progress=step, **arguments)
     result = replace(found, command=command_line()).to_dict()

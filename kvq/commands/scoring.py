@@ -18,7 +18,7 @@ _OPTIONS = (
         show_default=True,
         metavar="NAME,...",
         help="perplexity, divergence, needle, multi_key, variable_tracking, copy_json, copy_code, drift, "
-        "speed, and names of lm-eval tasks.",
+        "speed, and lm-eval tasks by name or file (.yaml).",
     ),
     click.option(
         "--data",
@@ -166,7 +166,10 @@ def _option(parameter: click.Parameter, value: Any) -> list[str]:
 
 def _name_only(value: Any) -> str:
     text = str(value)
-    return Path(text).name if Path(text).expanduser().exists() else text
+    if Path(text).expanduser().exists():
+        return Path(text).name
+    # Lists may hold files, too.
+    return ",".join(map(_name_only, text.split(","))) if "," in text else text
 
 
 def finish(results: list[dict[str, Any]], scoring: dict[str, Any], output: Output) -> None:

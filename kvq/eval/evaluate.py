@@ -84,7 +84,8 @@ def compare(
 
 
 def _tasks(settings: Settings):
-    return find_tasks(settings.foreign, task_dir=settings.task_dir, task_data=settings.task_data, own=OWN_TASKS)
+    where = {"task_dir": settings.task_dir, "task_data": settings.task_data, "files": settings.task_files}
+    return find_tasks(settings.foreign, **where, own=OWN_TASKS)
 
 
 def _load_baseline(name: str | Path, subject: Subject, dtype) -> Subject:

@@ -16,6 +16,7 @@ from kvq.eval.identity import answers_key
 from kvq.eval.local import LocalTask, local_names, local_task
 from kvq.eval.paired import flips, jackknife, jackknife_difference, mean_difference, mean_of, share_difference
 from kvq.eval.result import MetricResult, TaskResult
+from kvq.eval.task_files import is_group
 from kvq.integrations.answers import Answers
 from kvq.integrations.subject import Subject
 
@@ -38,21 +39,32 @@ class TaskSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class Tasks:
-    """Tasks that were found: lm-eval's manager, and the rows of local ones by name."""
+    """Tasks that were found: lm-eval's manager, the rows of local ones by name, and files that were given as such."""
 
     names: tuple[str, ...]
     manager: Any
     local: Mapping[str, LocalTask]
+    files: Mapping[str, Path]
+
+    def spec(self, name: str) -> str:
+        """What lm-eval finds the task by."""
+        return str(self.files.get(name, name))
 
 
 @contextlib.contextmanager
 def find_tasks(
-    names: Sequence[str], *, task_dir: str | Path | None, task_data: str | Path | None, own: Sequence[str]
+    names: Sequence[str],
+    *,
+    task_dir: str | Path | None,
+    task_data: str | Path | None,
+    own: Sequence[str],
+    files: Mapping[str, Path] | None = None,
 ) -> Iterator[Tasks | None]:
     """Find lm-eval tasks by name: those with a file here on the rows of ``task_data``, others in ``task_dir`` alone if
     that is given, else among those that lm-eval ships.
 
-    own   kvq's own tasks, for the suggestion.
+    own     kvq's own tasks, for the suggestion.
+    files   task files by the name that they state: these tasks are read from there.
 
     Raises DataError for an unknown task or a missing folder, and if lm-eval is not installed.
     """
@@ -70,20 +82,25 @@ def find_tasks(
     if task_dir is not None and not Path(task_dir).is_dir():
         raise DataError(f"task folder {str(task_dir)!r} does not exist: give a folder with task files (.yaml).")
     datasets.disable_progress_bars()
-    local = {} if task_data is None else {name: local_task(name, task_data) for name in names if name in local_names()}
+    files = files or {}
+    with_rows = [name for name in names if name in local_names() and name not in files]
+    local = {} if task_data is None else {name: local_task(name, task_data) for name in with_rows}
     with tempfile.TemporaryDirectory(prefix="kvq-tasks-") as folder:
         for task in local.values():
             task.write(Path(folder))
-        include = [str(path) for path in (folder, task_dir) if path is not None]
+        # The tasks of a group may lie beside its file.
+        groups = {name: file.parent for name, file in files.items() if is_group(file)}
+        include = [str(path) for path in (folder, task_dir, *groups.values()) if path is not None]
         # lm-eval's own index takes seconds, so it is read only when a name needs it.
-        defaults = task_dir is None and any(name not in local for name in names)
+        own_files = {*local, *(set(files) - set(groups))}
+        defaults = task_dir is None and not own_files.issuperset(names)
         manager = TaskManager(include_path=include, include_defaults=defaults)
-        known = [*own, *manager.all_tasks]
+        known = [*own, *manager.all_tasks, *files]
         for name in names:
             if name not in known:
                 also = local_names() if task_data is None and task_dir is not None else []
                 raise DataError(f"unknown task {name!r}.{suggest(name, {*known, *also})}")
-        yield Tasks(names=tuple(names), manager=manager, local=local)
+        yield Tasks(names=tuple(names), manager=manager, local=local, files=files)
 
 
 class Harness:
@@ -140,7 +157,7 @@ class Harness:
             with _without_bars():
                 return lm_eval.simple_evaluate(
                     model,
-                    tasks=[name],
+                    tasks=[self.tasks.spec(name)],
                     task_manager=self.tasks.manager,
                     limit=settings.limit,
                     num_fewshot=settings.fewshot,
@@ -160,7 +177,7 @@ class Harness:
         """Results of a task, or of every task of a group, by name."""
         if run.refused is not None:
             return {name: self._refused(name, run, base)}
-        leaves = self.tasks.manager.load([name])["tasks"]
+        leaves = self.tasks.manager.load([self.tasks.spec(name)])["tasks"]
         found = {leaf: self._pair_leaf(leaf, task, run, base) for leaf, task in leaves.items()}
         if list(found) != [name] and len(found) > 1 and name in run.found["results"]:
             found = {name: self._pair_group(name, leaves, run, base)} | found

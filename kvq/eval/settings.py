@@ -1,12 +1,13 @@
 """What to evaluate and how, checked before anything is loaded."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from kvq.cache.two_view import MODES
 from kvq.errors import DataError, suggest
 from kvq.eval.probes import PROBES
+from kvq.eval.task_files import task_names
 from kvq.eval.text import TEXT_TASKS
 from kvq.models.builtin import cache_root
 
@@ -22,7 +23,8 @@ class Settings:
     """Everything but the models.
 
     tasks       perplexity and divergence on a text; needle, multi_key, variable_tracking, copy_json, copy_code and
-                drift on generated texts; speed; and lm-eval tasks by name.
+                drift on generated texts; speed; and lm-eval tasks by name or file (.yaml). A file becomes the name that
+                it states; task_files: the files by name.
     data        the text: ``builtin`` (its evaluation part), a .txt file, a .jsonl or .parquet file with a field
                 ``text``, or a hub id. Tokenised once, without special tokens. Generated texts are made of it too.
     seq_len     tokens a window; by default 2,048, or the model's maximum if that is less.
@@ -54,11 +56,12 @@ class Settings:
     batch_size: int = 1
     seed: int = 0
     cache: str | Path | None = "default"
+    task_files: Mapping[str, Path] = field(init=False, default_factory=dict)
 
     def __post_init__(self):
         if isinstance(self.tasks, str) or not self.tasks:
             raise DataError(f"tasks={self.tasks!r} is not a list of tasks: give for example ('perplexity', 'needle').")
-        object.__setattr__(self, "tasks", tuple(dict.fromkeys(self.tasks)))
+        self._find_task_files()
         if self.mode not in MODES:
             raise DataError(f"unknown mode {self.mode!r}.{suggest(str(self.mode), MODES)}")
         for name, what in (
@@ -74,6 +77,15 @@ class Settings:
         if self.lengths is not None:
             object.__setattr__(self, "lengths", tuple(self.lengths))
             self._check_lengths()
+
+    def _find_task_files(self) -> None:
+        names = task_names(self.tasks)
+        files = {name: file for name, file in names.items() if file is not None}
+        for name, file in files.items():
+            if name in OWN_TASKS:
+                raise DataError(f"task file {file.name!r} takes the name of kvq's own task {name!r}: rename its task.")
+        object.__setattr__(self, "tasks", tuple(names))
+        object.__setattr__(self, "task_files", files)
 
     def _check_lengths(self) -> None:
         for length in self.lengths:

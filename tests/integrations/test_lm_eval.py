@@ -216,6 +216,21 @@ def test_evaluate_runs_local_tasks_beside_the_baseline(tiny_checkpoint, task_dir
     assert plain["value"] == plain["baseline"] == pytest.approx(found["roll"]["bits_per_byte"]["baseline"], rel=1e-5)
 
 
+def test_a_task_file_scores_as_the_task_of_its_folder(tiny_checkpoint, task_dir):
+    folder = tiny_checkpoint(head_dim=32)
+    files = [str(task_dir / "choose.yaml"), str(task_dir / "roll.yaml")]
+    found = evaluate(folder, "int4", tasks=files, limit=3).to_dict()["results"]
+    assert found == evaluate(folder, "int4", tasks=["choose", "roll"], task_dir=task_dir, limit=3).to_dict()["results"]
+    assert found["choose"]["samples"] == 3
+
+
+def test_a_group_file_finds_the_tasks_beside_it(tiny_checkpoint, task_dir):
+    group = task_dir / "both.yaml"
+    group.write_text("group: both\ntask: [choose, roll]\n")
+    found = evaluate(tiny_checkpoint(head_dim=32), "int4", tasks=[str(group)], limit=2).to_dict()["results"]
+    assert set(found) >= {"choose", "roll"}
+
+
 def test_unknown_tasks_and_folders_are_named(tiny_checkpoint, task_dir):
     folder = tiny_checkpoint()
     with pytest.raises(DataError, match="Did you mean 'choose'"):
