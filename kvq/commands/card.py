@@ -21,8 +21,9 @@ def command(folder: str, results: tuple[str, ...], dry_run: bool) -> None:
     Examples:
       kvq card smollm2-kivi2 result.json
     """
+    from kvq.export.card import CARD
     from kvq.export.manifest import MANIFEST, restated
-    from kvq.report.card import CARD, card_with_results
+    from kvq.report.card import card_with_results
     from kvq.report.load import load_results
 
     text = card_with_results(folder, load_results(results))

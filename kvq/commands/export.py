@@ -31,6 +31,12 @@ def _list_targets(context: click.Context, parameter: click.Parameter, value: boo
 @click.option(
     "--fold/--no-fold", default=True, show_default=True, help="Put transforms into the weights where that is exact."
 )
+@click.option(
+    "--results",
+    multiple=True,
+    metavar="FILE",
+    help="Results of 'kvq eval MODEL --recipe ... --json' for the model card; repeatable.",
+)
 @click.option("-o", "--output", "out", metavar="DIR", help="Folder to write.")
 @settings_option
 @click.option("--dry-run", is_flag=True, help="Print the memory plan and write nothing.")
@@ -51,6 +57,7 @@ def command(
     target: str,
     other_weights: bool,
     fold: bool,
+    results: tuple[str, ...],
     out: str | None,
     settings: dict,
     dry_run: bool,
@@ -67,6 +74,7 @@ def command(
       kvq export builtin --recipe kivi2 --dry-run
       kvq export builtin --recipe kivi2 -o smollm2-kivi2
       kvq export ./my-model --recipe kivi2 --set key.bits=4 --set layers.0-1.value.bits=4 -o out
+      kvq export builtin --recipe kivi2 --results result.json -o smollm2-kivi2
       kvq export ./my-model --recipe fp8 --stats stats.safetensors -o out
       kvq export ./my-model --recipe fp8 --stats stats.safetensors --target vllm -o out-vllm
       kvq export ./my-model --recipe qoq4 --stats stats.safetensors --target plain -o easier-to-quantize
@@ -74,6 +82,8 @@ def command(
     chosen = chosen_recipe(recipe, settings)
     if not dry_run and out is None:
         raise click.UsageError("-o DIR is missing: name the folder to write, or add --dry-run.")
+    if results and target != "kvq":
+        raise click.UsageError(f"--results are of kvq's own cache, which target {target!r} has not: leave it out.")
     quiet_transformers()
     from kvq.calib.stats import Stats
 
@@ -81,9 +91,18 @@ def command(
     if dry_run:
         _dry_run(model, chosen, statistics, output)
     else:
-        _export(
-            model, chosen, statistics, out, output, target=target, other_weights=other_weights, fold=fold, force=force
-        )
+        options = {"target": target, "other_weights": other_weights, "fold": fold, "force": force}
+        _export(model, chosen, statistics, out, output, card=_card(model, chosen, results), **options)
+
+
+def _card(model: str, recipe, results: tuple[str, ...]):
+    """What puts results into the model card, None without results."""
+    if not results:
+        return None
+    from kvq.report.card import section_for
+    from kvq.report.load import load_results
+
+    return section_for(model, recipe, load_results(results))
 
 
 def _dry_run(model: str, recipe, stats, output: Output) -> None:

@@ -9,6 +9,7 @@ import yaml
 from kvq.cache import CachePlan
 from kvq.export.memory import MemoryPlan
 
+CARD = "README.md"
 _LICENCE_KEYS = ("license", "license_name", "license_link")
 _HEAD_BYTES = 64 * 1024
 
@@ -137,7 +138,7 @@ def front_matter(base: str, licence: Mapping[str, str], tags: list[str]) -> dict
 def licence_of(folder: Path) -> dict[str, str]:
     """The licence fields of a source folder's README front matter; empty if it states none."""
     try:
-        with open(folder / "README.md", encoding="utf-8") as file:
+        with open(folder / CARD, encoding="utf-8") as file:
             text = file.read(_HEAD_BYTES)
         front = yaml.safe_load(text.split("---")[1]) if text.startswith("---") else {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError, IndexError):

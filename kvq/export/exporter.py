@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -24,7 +24,7 @@ from kvq.calib.check import check_stats
 from kvq.calib.stats import Stats
 from kvq.errors import CheckpointError
 from kvq.export.atomic import recover, scratch_folder, whole_folder
-from kvq.export.card import licence_of
+from kvq.export.card import CARD, licence_of
 from kvq.export.checkpoint import QUANT_METHOD, provenance_of, to_json
 from kvq.export.engines import find_release
 from kvq.export.fold_check import check_folds
@@ -92,6 +92,7 @@ def export(
     force: bool = False,
     base_name: str | None = None,
     fold: bool = True,
+    card: Callable[[str], str] | None = None,
     progress: Progress | None = None,
 ) -> ExportResult:
     """Write ``model`` with ``recipe`` to the new folder ``out``.
@@ -104,6 +105,7 @@ def export(
     force           replace an export that is already there; nothing else is ever replaced.
     base_name       name of the base model in card and provenance; by default the hub id or the folder's name.
     fold            False leaves the weights alone; transforms are then applied while the model runs.
+    card            makes the model card that is written of the one that would be, to add a section.
     progress        called with (bytes hashed, bytes in all) while a manifest is made.
 
     Raises CheckpointError for a target or source that cannot be used, for folds that change the model's logits, and if
@@ -146,7 +148,7 @@ def export(
                 folds=folds,
                 check=check_folds(source, folds.operations, spec.dtype) if folds.operations else None,
             )
-            job, counts, files = _write(job, to, folder, force, progress)
+            job, counts, files = _write(job, to, folder, force, card, progress)
             if placed != source:
                 counts = {**counts, "linked": 0, "copied": counts["linked"] + counts["copied"]}
     except OSError as error:
@@ -167,7 +169,7 @@ def export(
 
 
 def _write(
-    job: Job, to: Target, folder: Path, force: bool, progress: Progress | None
+    job: Job, to: Target, folder: Path, force: bool, card: Callable[[str], str] | None, progress: Progress | None
 ) -> tuple[Job, dict[str, int], tuple[str, ...]]:
     """Write the folder; returns the job with the fingerprint of what was written, how weights came, and all files."""
     folds, contents = job.folds, {**job.companions, **to.contents(to, job)}
@@ -177,6 +179,8 @@ def _write(
             # Only now are the weights known that the config names.
             job = replace(job, weights=weights_fingerprint(work))
             contents = {**job.companions, **to.contents(to, job)}
+        if card is not None:
+            contents[CARD] = card(contents[CARD].decode()).encode()
         for name, content in contents.items():
             (work / name).parent.mkdir(exist_ok=True)
             (work / name).write_bytes(content)

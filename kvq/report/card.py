@@ -1,16 +1,17 @@
 """Put the results of an evaluation into the model card of an export."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from kvq.errors import CheckpointError
 from kvq.eval.identity import model_hash
+from kvq.export.card import CARD
 from kvq.export.exporter import is_export
+from kvq.models.resolve import resolve_model
+from kvq.recipe import Recipe
 from kvq.report.markdown import markdown_report, with_section
-
-CARD = "README.md"
 
 
 def card_with_results(folder: str | Path, results: Sequence[Mapping[str, Any]]) -> str:
@@ -29,19 +30,31 @@ def card_with_results(folder: str | Path, results: Sequence[Mapping[str, Any]]) 
     return with_section(card, markdown_report(results))
 
 
+def section_for(model: str | Path, recipe: Recipe, results: Sequence[Mapping[str, Any]]) -> Callable[[str], str]:
+    """What puts results of ``model`` under ``recipe`` into the card of the export that is about to be written.
+
+    Raises CheckpointError if the results are of another recipe or model.
+    """
+    folder = resolve_model(model)
+    _check(results, recipe.hash, model_hash(folder), f"model {folder.name!r} with recipe {recipe.name!r}")
+    return lambda card: with_section(card, markdown_report(results))
+
+
 def check_results(folder: Path, results: Sequence[Mapping[str, Any]]) -> None:
     """Refuse results of another recipe or of other weights."""
     config = json.loads((folder / "config.json").read_bytes())
-    recipe = config["quantization_config"]["recipe_hash"]
-    weights = model_hash(folder)
+    _check(results, config["quantization_config"]["recipe_hash"], model_hash(folder), repr(folder.name))
+
+
+def _check(results: Sequence[Mapping[str, Any]], recipe: str, weights: str, subject: str) -> None:
     for result in results:
         name = result["recipe"]["name"]
         if result["recipe_hash"] != recipe:
             raise CheckpointError(
-                f"these results are of recipe {name!r} as it was with hash {result['recipe_hash'][:12]}, and "
-                f"{folder.name!r} has another one: evaluate this export."
+                f"these results are of recipe {name!r} as it was with hash {result['recipe_hash'][:12]}, and {subject} "
+                "has another one: evaluate it."
             )
         if result["hashes"]["model"] != weights:
-            raise CheckpointError(f"these results are of other weights than those of {folder.name!r}: evaluate it.")
+            raise CheckpointError(f"these results are of other weights than those of {subject}: evaluate it.")
         if result["partial"]:
             raise CheckpointError("these results are of an interrupted run: finish it, then put them into the card.")

@@ -87,6 +87,25 @@ def test_a_card_takes_no_results_of_others(run, refuse, scored, exported, tiny_c
     refuse("card", tiny_checkpoint(name="plain"), file, says=("is no export",))
 
 
+def test_an_export_takes_results_of_its_model_and_recipe(run, refuse, tiny_checkpoint, text, tmp_path):
+    model, file, out = tiny_checkpoint(head_dim=32), tmp_path / "result.json", tmp_path / "out"
+    result = run("eval", model, "--recipe", "int4", "--data", text, *SIZES, "--json", file)
+    assert result.exit_code == 0, result.output
+    # Refused before anything is written.
+    refuse("export", model, "--recipe", "int8", "--results", file, "-o", out, says=("another one",))
+    other = tiny_checkpoint(head_dim=32, seed=1, name="other")
+    refuse("export", other, "--recipe", "int4", "--results", file, "-o", out, says=("other weights",))
+    refuse("export", model, "--recipe", "int4", "--results", file, "--target", "plain", "-o", out, says=("'plain'",))
+    assert not out.exists()
+    assert run("export", model, "--recipe", "int4", "--results", file, "-o", out).exit_code == 0
+    card = (out / "README.md").read_text()
+    assert card.count("## Evaluation") == 1
+    assert run("check", out).exit_code == 0
+    # The same section that 'kvq card' writes later.
+    assert run("card", out, file).exit_code == 0
+    assert (out / "README.md").read_text() == card
+
+
 def test_requirements_decide_the_exit_code(run, exported, text):
     def judged(*requirements):
         options = [word for own in requirements for word in ("--require", own)]
