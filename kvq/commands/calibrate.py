@@ -7,7 +7,15 @@ from pathlib import Path
 
 import click
 
-from kvq.commands.common import Output, check_writable, json_option, peak_memory, progress_bars, quiet_transformers
+from kvq.commands.common import (
+    Output,
+    check_writable,
+    comma_list,
+    json_option,
+    peak_memory,
+    progress_bars,
+    quiet_transformers,
+)
 
 USAGE_ERROR = 2
 DTYPES = ("float32", "bfloat16", "float16")
@@ -37,7 +45,7 @@ class Bytes(click.ParamType):
 @click.command("calibrate")
 @click.argument("model")
 @click.option("-o", "--output", "out", metavar="STATS", required=True, help="File to write, e.g. stats.safetensors.")
-@click.option(
+@comma_list(
     "--for", "recipes", metavar="RECIPE,...", help="Measure only what these recipes (names or files) read, and learn."
 )
 @click.option(

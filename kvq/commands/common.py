@@ -72,6 +72,15 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def comma_list(*names: str, **settings) -> Callable:
+    """An option whose values are separated by commas, and which may be given several times; passed on as one text."""
+
+    def joined(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> str | None:
+        return ",".join(values) if values else None
+
+    return click.option(*names, multiple=True, callback=joined, **settings)
+
+
 def _open_output(context: click.Context, parameter: click.Parameter, value: str | None) -> Output:
     output = Output(value)
     if value == "-":

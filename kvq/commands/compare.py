@@ -4,13 +4,13 @@ from dataclasses import replace
 
 import click
 
-from kvq.commands.common import Output, json_option, progress_bar, quiet_transformers
+from kvq.commands.common import Output, comma_list, json_option, progress_bar, quiet_transformers
 from kvq.commands.scoring import command_line, finish, scoring_options, settings_from
 
 
 @click.command("compare")
 @click.argument("models", nargs=-1, required=True, metavar="DIR...|MODEL")
-@click.option("--recipes", metavar="NAME|FILE,...", help="Recipes to put on one plain model.")
+@comma_list("--recipes", metavar="NAME|FILE,...", help="Recipes to put on one plain model.")
 @scoring_options
 @json_option
 def command(models: tuple[str, ...], recipes: str | None, scoring: dict, output: Output) -> None:

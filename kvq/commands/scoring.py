@@ -7,14 +7,14 @@ from typing import Any
 
 import click
 
-from kvq.commands.common import Output, check_writable, write_atomically
+from kvq.commands.common import Output, check_writable, comma_list, write_atomically
 
 MODES = ("stream", "prefill", "chunked", "simulate")
 
 _OPTIONS = (
-    click.option(
+    comma_list(
         "--tasks",
-        default="perplexity,divergence",
+        default=("perplexity,divergence",),
         show_default=True,
         metavar="NAME,...",
         help="perplexity, divergence, needle, multi_key, variable_tracking, copy_json, copy_code, drift, "
@@ -37,7 +37,7 @@ _OPTIONS = (
     click.option("--task-dir", metavar="DIR", type=click.Path(), help="Folder with lm-eval task files of your own."),
     click.option("--seq-len", type=click.IntRange(2), help="Tokens per window of the text."),
     click.option("--stride", type=click.IntRange(1), help="Tokens from one window to the next; scored once each."),
-    click.option("--lengths", metavar="N,...", help="Tokens of generated texts, e.g. 1024,8192."),
+    comma_list("--lengths", metavar="N,...", help="Tokens of generated texts, e.g. 1024,8192."),
     click.option(
         "--limit",
         type=click.IntRange(1),

@@ -33,7 +33,19 @@ def test_compare_shares_one_baseline(run, tiny_checkpoint, text, tmp_path):
     file, page = tmp_path / "all.json", tmp_path / "all.html"
     model = tiny_checkpoint(head_dim=32)
     result = run(
-        "compare", model, "--recipes", "fp16,int8,int4", "--data", text, *SIZES, "--json", file, "--report", page
+        "compare",
+        model,
+        "--recipes",
+        "fp16,int8",
+        "--recipes",
+        "int4",
+        "--data",
+        text,
+        *SIZES,
+        "--json",
+        file,
+        "--report",
+        page,
     )
     assert result.exit_code == 0, result.output
     runs = json.loads(file.read_text())["runs"]
