@@ -83,6 +83,8 @@ class Variants:
         # Any other codec separates the other heads; they are never flushed.
         bits = 8 if option.codec.codec != "affine" or option.codec.bits != 8 else 4
         codec = {"codec": "affine", "bits": bits, "axis": "token", "group": "head"}
+        # An override keeps what it does not name, and the option's other settings need not fit this codec.
+        codec |= {name: None for name in option.codec.to_dict() if name not in codec}
         split = replace(recipe, layers={f"{layer}/{','.join(map(str, others))}": {option.side: codec}})
         only = replace(
             self.model, layers=tuple(la if la.index == layer else replace(la, kind="state") for la in self.model.layers)
