@@ -1,6 +1,6 @@
 """Every local task on the embedded model, under the baseline and a few recipes, as JSON, table and page.
 
-    kvq calibrate builtin --for klt2 -o stats.safetensors
+    kvq calibrate builtin --full -o stats.safetensors
     python benchmarks/tasks.py --task-data DIR --stats stats.safetensors
 
 DIR holds the rows of the tasks (``kvq.eval.local``) and wikitext2_valid.txt. Documents are few, to keep it short on a
@@ -28,7 +28,8 @@ from kvq.report.markdown import markdown_report
 from kvq.report.results import compare_table
 
 RESULTS = Path(__file__).parent / "results"
-RECIPES = ("fp16", "int4", "kivi4", "kivi2", "klt2")
+FOUND = Path(__file__).parents[1] / "examples" / "auto"
+RECIPES = ("fp16", "int4", "kivi4", "kivi2", "smoothrot4", "klt2", *sorted(map(str, FOUND.glob("auto-*.yaml"))))
 TEXT = "wikitext2_valid.txt"
 
 
@@ -72,7 +73,8 @@ def run(group: Group, arguments: argparse.Namespace, progress) -> list[dict]:
 
 
 def _command(group: Group, arguments: argparse.Namespace) -> str:
-    words = [f"kvq compare {arguments.model} --recipes {','.join(arguments.recipes)} --stats stats.safetensors"]
+    recipes = ",".join(Path(own).name for own in arguments.recipes)
+    words = [f"kvq compare {arguments.model} --recipes {recipes} --stats stats.safetensors"]
     words += [f"--tasks {group.tasks} --limit {arguments.scale * group.limit} --task-data DIR --data {TEXT}"]
     words += [f"--num-fewshot {group.shots}"] if group.shots is not None else []
     words += [f"--lengths {group.lengths}"] if group.lengths else []

@@ -12,6 +12,7 @@ import numpy as np
 
 from kvq.errors import DataError
 from kvq.models.describe import LayerSpec
+from kvq.search.quiet import native_silence
 from kvq.search.sensitivity import Entry
 
 SOLVER_SECONDS = 60.0
@@ -94,13 +95,14 @@ def allocate(
     cost[: len(choices)] = costs
     entries, columns, lines, right = rows.arrays()
     structure = coo_array((entries, (lines, columns)), shape=(len(right), count)).tocsr()
-    found = milp(
-        objective,
-        integrality=np.ones(count),
-        bounds=Bounds(0, 1),
-        constraints=[LinearConstraint(structure, right, right), LinearConstraint(cost[None], -np.inf, budget)],
-        options={"time_limit": SOLVER_SECONDS, "mip_rel_gap": RELATIVE_GAP},
-    )
+    with native_silence():
+        found = milp(
+            objective,
+            integrality=np.ones(count),
+            bounds=Bounds(0, 1),
+            constraints=[LinearConstraint(structure, right, right), LinearConstraint(cost[None], -np.inf, budget)],
+            options={"time_limit": SOLVER_SECONDS, "mip_rel_gap": RELATIVE_GAP},
+        )
     if found.x is None:
         least = _least_bits(table, layers)
         raise DataError(
