@@ -11,8 +11,8 @@ cost       one stream-scored forward beside a plain forward of the same tokens, 
            file, if they are of the same machine and versions: lengths may be measured one by one.
 needles    a sweep of the needle task to the model's whole 8,192 tokens, and how long it takes: on the clock, and in the
            process's own time, all threads together. The bar is 20 minutes on two cores.
-both_ways  real lm-eval requests, 50 of them with int4, scored by two-view forwards and by decoding token by token
-           through the packed cache, in float64.
+both_ways  50 real lm-eval requests with int4 and 50 with kivi2, scored by two-view forwards and by decoding token by
+           token through the packed cache, in float64.
 control    for every local task, whether fp16 through kvq gives the answers of lm-eval's own ``hf`` model, to the bit.
 """
 
@@ -44,7 +44,7 @@ COST_RECIPES = ("int4", "kivi2", "turboquant2")
 COST_LENGTHS, COST_BAR, TURNS = (512, 2048), 2.2, 3
 SWEEP_RECIPES, SWEEP_LENGTHS, SWEEP_BAR = ("kivi2",), (1024, 2048, 4096, 8192), 1200.0
 # Requests of each task; kivi2 keeps 128 tokens exact, which a passage of boolq exceeds.
-FAITHFUL = {"int4": {"arc_easy": 50}, "kivi2": {"boolq": 2}}
+FAITHFUL = {"int4": {"arc_easy": 50}, "kivi2": {"boolq": 50}}
 # Documents of each task that are asked of both models.
 CONTROL, CONTROL_OTHERS = {"gsm8k": 1, "wikitext": 1}, 2
 

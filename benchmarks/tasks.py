@@ -29,7 +29,14 @@ from kvq.report.results import compare_table
 
 RESULTS = Path(__file__).parent / "results"
 FOUND = Path(__file__).parents[1] / "examples" / "auto"
-RECIPES = ("fp16", "int4", "kivi4", "kivi2", "smoothrot4", "klt2", *sorted(map(str, FOUND.glob("auto-*.yaml"))))
+RECIPES = (
+    "fp16",
+    "int4",
+    "kivi4",
+    "kivi2",
+    "smoothrot4",
+    *(str(FOUND / f"auto-{bits}.yaml") for bits in ("4.5", "2.5")),
+)
 TEXT = "wikitext2_valid.txt"
 
 
