@@ -96,6 +96,7 @@ def command(model: str, out: str, stats: str | None, space: str | None, output: 
         output.show(f"Left out: {name}: {why}")
     for point in found.points:
         output.show(f"Wrote {targets[point.budget]}")
+    output.show(f"Measured for {found.seconds / 60:.1f} minutes.")
     output.write({**front, "evidence": [evidence(found, point, _command()) for point in found.points]})
 
 

@@ -12,7 +12,8 @@ def plain_table(title: str, *columns: str) -> Table:
     """A table whose first column is text and whose other columns are numbers."""
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
     for i, column in enumerate(columns):
-        table.add_column(column, justify="right" if i else "left")
+        # A name that is cut off cannot be typed.
+        table.add_column(column, justify="right" if i else "left", overflow="fold")
     return table
 
 
