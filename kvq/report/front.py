@@ -1,10 +1,10 @@
 """The Pareto front of a search (bits against damage) and the damage by layer, as PNG and HTML. Plain data come in."""
 
-import base64
-import html
 import io
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from kvq.report.page import embedded, render
 
 _LABELS = {"kl": "KL to the exact model (nats a token)", "top1": "share of changed top-1 tokens"}
 
@@ -71,44 +71,21 @@ def _draw_layers(axes, layers: Mapping[str, Sequence[Mapping[str, Any]]]) -> Non
 
 
 def front_html(data: Mapping[str, Any], png: bytes) -> str:
-    """One page without links to anything else: the picture, and a table of every measured point."""
-    rows = []
+    """The picture, and a table of every measured point."""
     kinds = (("chosen", "points"), ("mixed precision", "front"), ("uniform", "uniform"))
-    for kind, name in kinds:
-        for row in data[name]:
-            rows.append((kind, row))
-    body = "\n".join(_html_row(kind, row) for kind, row in sorted(rows, key=lambda item: -item[1]["bits"]))
-    title = html.escape(f"kvq search: {data['model']}")
-    picture = base64.b64encode(png).decode()
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{title}</title>
-<style>
-body {{ font: 15px/1.5 sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem }}
-img {{ max-width: 100% }} table {{ border-collapse: collapse }}
-th, td {{ padding: .25rem .8rem; border-bottom: 1px solid #ddd; text-align: right }}
-th:first-child, td:first-child, th:nth-child(2), td:nth-child(2) {{ text-align: left }}
-</style></head><body>
-<h1>{title}</h1>
-<p>Bits: {html.escape(data["bits_of"])}. Measured numbers are of whole recipes, on text that the sensitivities were not
-measured on; predicted numbers are sums of single layers.</p>
-<img alt="Bits against damage of every recipe, and damage by layer" src="data:image/png;base64,{picture}">
-<table><thead><tr><th>kind</th><th>recipe</th><th>bits</th><th>KL measured</th><th>± (windows)</th><th>top-1</th>
-<th>predicted</th></tr></thead><tbody>
-{body}
-</tbody></table></body></html>
-"""
+    rows = [(kind, row) for kind, name in kinds for row in data[name]]
+    return render(
+        "search.html.j2",
+        brand="kvq search",
+        title=f"Mixed precision for {data['model']}",
+        bits_of=data["bits_of"],
+        picture=embedded(png),
+        rows=[(kind, row["name"], _cells(row)) for kind, row in sorted(rows, key=lambda item: -item[1]["bits"])],
+    )
 
 
-def _html_row(kind: str, row: Mapping[str, Any]) -> str:
+def _cells(row: Mapping[str, Any]) -> list[str]:
     measured = row["measured"]
     error = "" if measured["kl_stderr"] is None else f"{measured['kl_stderr']:.5f}"
-    cells = [
-        kind,
-        row["name"],
-        f"{row['bits']:.3f}",
-        f"{measured['kl']:.5f}",
-        error,
-        f"{measured['top1']:.4f}",
-        f"{row['predicted']:.5f}",
-    ]
-    return "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>"
+    kl, top1 = f"{measured['kl']:.5f}", f"{measured['top1']:.4f}"
+    return [f"{row['bits']:.3f}", kl, error, top1, f"{row['predicted']:.5f}"]

@@ -2,15 +2,13 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from kvq import __version__
 from kvq.report.charts import Chart, charts_of, head_maps, needle_maps
 from kvq.report.load import commands_of, differences
+from kvq.report.page import render
 from kvq.report.rows import Row, names_of, number, rows_of
 from kvq.report.svg import interval_bar
 from kvq.report.tables import size
@@ -24,41 +22,27 @@ def html_report(results: Sequence[Mapping[str, Any]]) -> str:
     """The page for one result or several (``EvalResult.to_dict()``)."""
     names = names_of(results)
     coloured = [i % COLOURS for i in range(len(results))]
-    return (
-        _environment()
-        .get_template("report.html.j2")
-        .render(
-            css=Markup(resources.files("kvq.report.templates").joinpath("report.css").read_text()),
-            title=_title(names, results),
-            summary=_summary(names, coloured, results) if len(results) > 1 else None,
-            overall=overall(names, results),
-            runs=[_run(name, colour, result) for name, colour, result in zip(names, coloured, results)],
-            notes=differences(results),
-            charts=[_drawn(chart) for chart in charts_of(names, results)],
-            needles=[_drawn(chart) for chart in needle_maps(names, results)],
-            heads=[_drawn(chart) for chart in head_maps(names, results)],
-            table=_table(names, results),
-            memory=_memory(names, results),
-            commands=commands_of(results),
-            data=_embedded(results),
-            version=__version__,
-        )
+    return render(
+        "report.html.j2",
+        brand="kvq evaluation",
+        title=_title(names, results),
+        summary=_summary(names, coloured, results) if len(results) > 1 else None,
+        overall=overall(names, results),
+        runs=[_run(name, colour, result) for name, colour, result in zip(names, coloured, results)],
+        notes=differences(results),
+        charts=[_drawn(chart) for chart in charts_of(names, results)],
+        needles=[_drawn(chart) for chart in needle_maps(names, results)],
+        heads=[_drawn(chart) for chart in head_maps(names, results)],
+        table=_table(names, results),
+        memory=_memory(names, results),
+        commands=commands_of(results),
+        data=_embedded(results),
     )
 
 
 def _title(names: Sequence[str], results: Sequence[Mapping[str, Any]]) -> str:
     models = list(dict.fromkeys(result["model"] for result in results))
     return f"{', '.join(names)} on {models[0]}" if len(models) == 1 else ", ".join(names)
-
-
-def _environment() -> Environment:
-    return Environment(
-        loader=PackageLoader("kvq.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
 
 
 def _drawn(chart: Chart) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Small charts as inline SVG: axes, lines, points, intervals and heat maps.
 
-Colours and fonts come from classes that the page styles (``templates/report.css``), so that one drawing serves light
+Colours and fonts come from classes that the page styles (``templates/page.css``), so that one drawing serves light
 and dark. Everything is laid out in the units of a view box and scales with the page.
 """
 

@@ -1,4 +1,4 @@
-"""The page in a real browser: light and dark, narrow and wide.
+"""Pages in a real browser: light and dark, narrow and wide.
 
 Needs Chromium or Chrome (``KVQ_BROWSER`` names another place) and playwright; skipped without. With ``KVQ_SCREENSHOTS``
 set to a folder, what was seen is kept there.
@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from kvq.report.diagnosis_html import diagnosis_html
+from kvq.report.figures import losses_figure
+from kvq.report.front import front_html, front_png
 from kvq.report.html import html_report
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
@@ -43,18 +46,21 @@ def browser():
 
 @pytest.fixture
 def opened(browser, tmp_path):
-    """``opened(results, width, scheme) -> page``: a report opened as a file; fails on any request or script error."""
+    """``opened(results, width, scheme) -> page``: a report, or a page as text, opened as a file; fails on any request
+    or script error."""
     contexts, problems = [], []
 
     def open_page(results, width="wide", scheme="light"):
         file = tmp_path / "report.html"
-        file.write_text(html_report(results), encoding="utf-8")
+        text = results if isinstance(results, str) else html_report(results)
+        file.write_text(text, encoding="utf-8")
         context = browser.new_context(viewport={"width": WIDTHS[width], "height": 900}, color_scheme=scheme)
         # A busy machine may take its time.
         context.set_default_timeout(180_000)
         contexts.append(context)
         page = context.new_page()
-        page.on("request", lambda own: problems.append(own.url) if own.url != file.as_uri() else None)
+        inside = ("data:", file.as_uri())
+        page.on("request", lambda own: None if own.url.startswith(inside) else problems.append(own.url))
         page.on("console", lambda own: problems.append(own.text))
         page.on("pageerror", lambda own: problems.append(str(own)))
         page.goto(file.as_uri())
@@ -147,6 +153,42 @@ def test_it_fits_and_can_be_read(opened, several, width, scheme, count):
     assert page.evaluate("() => document.documentElement.scrollWidth") <= WIDTHS[width]
     assert page.evaluate(OVERFLOW) == []
     assert page.evaluate(DRAWN) == []
+    assert page.evaluate(CONTRAST) == []
+
+
+LONG = "principal bits=4/2/2/2 clip=0.97/0.65/0.65/0.65 + rotated-book bits=2"
+
+
+def search_page() -> str:
+    measured = {"kl": 0.01, "kl_stderr": 0.001, "top1": 0.95}
+    rows = [{"name": name, "bits": 2.5, "measured": measured, "predicted": 0.008} for name in ("auto-2.5", LONG)]
+    layers = {side: [{"layer": i, "damage": 10.0**-i} for i in range(4)] for side in ("key", "value")}
+    data = {"model": "builtin", "text": "builtin", "metric": "kl", "bits_of": "asymptotic", "layers": layers}
+    data |= {"points": rows[:1], "uniform": rows[1:], "front": []}
+    return front_html(data, front_png(data))
+
+
+def diagnosis_page() -> str:
+    def row(recipe, loss, verdict):
+        return {"recipe": recipe, "bits_per_element": 2.5, "loss": loss, "verdict": verdict, "why_not": ""}
+
+    refused = {**row("biassafe4", None, None), "why_not": "this model has no bias of keys"}
+    predictions = [row("klt2", 0.02, "good"), row("kivi2", 0.2, "lossy"), row("int2", 2.0, "collapse"), refused]
+    diagnosis = {"verdict": "Use klt2.", "causes": [], "predictions": predictions, "recommended": "klt2"}
+    errors = {i: {side: {2: 0.1, 3: 0.05, 4: 0.02, 8: 0.001} for side in ("key", "value")} for i in range(3)}
+    pictures = {"losses.png": losses_figure(predictions[:3], 0.05, 0.5)}
+    return diagnosis_html("Statistics of a model", {"text": "x" * 80}, diagnosis, errors, "kivi2", pictures)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("make", [search_page, diagnosis_page])
+def test_pages_of_searches_and_diagnoses_fit_and_can_be_read(opened, width, scheme, make):
+    page = opened(make(), width, scheme)
+    assert page.locator("img").count() == 1
+    assert page.evaluate("() => [...document.images].every(own => own.complete && own.naturalWidth > 100)")
+    assert page.evaluate("() => document.documentElement.scrollWidth") <= WIDTHS[width]
+    assert page.evaluate(OVERFLOW) == []
     assert page.evaluate(CONTRAST) == []
 
 
