@@ -322,9 +322,9 @@ class _Run:
         return found
 
     def _front(self) -> list[Candidate]:
-        """Allocations by layer at even steps from the least to twice the largest budget."""
+        """Allocations by layer at even steps from a tenth above the least to a fifth above the largest budget."""
         budgets = self.settings.budgets
-        low, high = self._least() * 1.02, max(budgets) * 1.2
+        low, high = self._least() * 1.1, max(budgets) * 1.2
         steps = [low * (high / low) ** (i / (FRONT_POINTS - 1)) for i in range(FRONT_POINTS)] if high > low else []
         found = []
         for budget in steps:
