@@ -39,7 +39,7 @@ class TaskSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class Tasks:
-    """Tasks that were found: lm-eval's manager, the rows of local ones by name, and files that were given as such."""
+    """Tasks that were found: lm-eval's manager, the rows of local ones by name, and single tasks' own files."""
 
     names: tuple[str, ...]
     manager: Any
@@ -88,19 +88,19 @@ def find_tasks(
     with tempfile.TemporaryDirectory(prefix="kvq-tasks-") as folder:
         for task in local.values():
             task.write(Path(folder))
-        # The tasks of a group may lie beside its file.
+        # The tasks of a group may lie beside its file; the group itself lm-eval finds there by name only.
         groups = {name: file.parent for name, file in files.items() if is_group(file)}
         include = [str(path) for path in (folder, task_dir, *groups.values()) if path is not None]
         # lm-eval's own index takes seconds, so it is read only when a name needs it.
-        own_files = {*local, *(set(files) - set(groups))}
-        defaults = task_dir is None and not own_files.issuperset(names)
+        single = {name: file for name, file in files.items() if name not in groups}
+        defaults = task_dir is None and not {*local, *single}.issuperset(names)
         manager = TaskManager(include_path=include, include_defaults=defaults)
         known = [*own, *manager.all_tasks, *files]
         for name in names:
             if name not in known:
                 also = local_names() if task_data is None and task_dir is not None else []
                 raise DataError(f"unknown task {name!r}.{suggest(name, {*known, *also})}")
-        yield Tasks(names=tuple(names), manager=manager, local=local, files=files)
+        yield Tasks(names=tuple(names), manager=manager, local=local, files=single)
 
 
 class Harness:

@@ -76,8 +76,8 @@ def test_full_default_and_for_a_recipe(run, refuse, tiny_checkpoint, text, tmp_p
     assert calibrated(run, model, out, "--data", text).needs == DEFAULT_NEEDS
     assert calibrated(run, model, out, "--data", text, "--full").needs == ALL_NEEDS
     assert calibrated(run, model, out, "--data", text, "--for", "fp8").needs == {"key.range", "value.range"}
-    both = calibrated(run, model, out, "--data", text, "--for", "qoq4", "--for", "fp8").needs
-    assert both == calibrated(run, model, out, "--data", text, "--for", "qoq4,fp8").needs
+    both = calibrated(run, model, out, "--data", text, "--for", "klt2", "--for", "fp8").needs
+    assert both == calibrated(run, model, out, "--data", text, "--for", "klt2,fp8").needs
     assert both > {"key.range", "value.range"}
     refuse("calibrate", model, "-o", out, "--for", "kivi2", says=("'kivi2'", "reads no statistics"))
     refuse("calibrate", model, "-o", out, "--for", "fp8", "--full", says=("exclude each other",))
