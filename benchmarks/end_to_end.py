@@ -56,8 +56,8 @@ def measure(arguments: argparse.Namespace) -> dict:
     folder = resolve_model(arguments.model)
     model, spec = load_model(folder, dtype=torch.float32, device="cpu"), describe(load_config(folder))
     stats = Stats.load(work / "stats.safetensors")
-    together = [fit for fit in stats.fits.values() if fit.facts.get("objective") == OBJECTIVE]
-    alone = replace(stats, fits={n: fit for n, fit in stats.fits.items() if fit not in together})
+    together = {name: fit for name, fit in stats.fits.items() if fit.facts.get("objective") == OBJECTIVE}
+    alone = replace(stats, fits={name: fit for name, fit in stats.fits.items() if name not in together})
     recipe, random = load_recipe(arguments.recipe), load_recipe(arguments.random)
     plans = {
         "random": make_plan(random, spec, fit_artefacts(random, spec, stats, folder)),
@@ -80,7 +80,7 @@ def measure(arguments: argparse.Namespace) -> dict:
         "bar_seconds": BAR_SECONDS,
         **learned,
         "met": learned["seconds"] < BAR_SECONDS,
-        "losses": {fit.facts["recipe"]: fit.facts["losses"] for fit in together},
+        "losses": {fit.facts["recipe"]: fit.facts["losses"] for fit in together.values()},
         "windows": arguments.windows,
         "quality": {name: quality(own) for name, own in scores.items()},
         "machine": machine(),
