@@ -171,7 +171,7 @@ def decoded(model, plan, context: list[int], continuations: list[list[int]]) -> 
 
 
 def widen_norms(model) -> None:
-    """Norms in float64: transformers' RMSNorm rounds what enters it to float32, where sums that differ in their last bit
+    """Norms in float64: transformers' RMSNorm rounds what enters it to float32, where sums that differ in the last bit
     (1e-16) sometimes end 6e-8 apart, so that two orders of the same sums could not be held to 1e-9."""
 
     def forward(norm, states):
