@@ -8,7 +8,7 @@ original, whoever runs it. Nothing is decided by a step's name: its matrix is tr
     values   v' = v P and o = o' P^-1 always fold, unless something stands between (a gate, a norm)
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -17,7 +17,7 @@ from kvq.models.architecture import Attention, Norm, Projection
 from kvq.models.names import TensorNames
 from kvq.models.rope import Rope
 from kvq.transforms.chain import Chain, Step
-from kvq.transforms.fold import Columns, Gamma, Operation, Rows
+from kvq.transforms.fold import Columns, Gamma, Operation, Rows, Scale
 from kvq.transforms.rope_bias import RopeBias
 
 # Some families rotate in float32 whatever they are given.
@@ -146,9 +146,8 @@ class _Layer:
             _add_rows(found, layer.value, self._matrix(chain.write))
             undo = self._matrix(chain.undo)
             for projection in layer.output.values():
-                for head, span in enumerate(projection.heads):
-                    own = undo[head // (len(projection.heads) // self.heads)].T
-                    found.setdefault(projection.weight, []).append(Columns(span, own))
+                own = undo.repeat_interleave(len(projection.heads) // self.heads, dim=0)
+                found.setdefault(projection.weight, []).extend(_blocks(projection.heads, own, 1))
             return found
         write, dual = self._matrix(chain.write), self._matrix(chain.dual)
         if layer.key_norm is None:
@@ -156,8 +155,7 @@ class _Layer:
         else:
             _add_gamma(found, layer.key_norm, write)
         for reader, projection in layer.query.items():
-            group = len(projection.heads) // self.heads
-            own = dual.repeat_interleave(group, dim=0)
+            own = dual.repeat_interleave(len(projection.heads) // self.heads, dim=0)
             norm = layer.query_norm.get(reader)
             if norm is None:
                 _add_rows(found, projection, own)
@@ -167,9 +165,22 @@ class _Layer:
 
 
 def _add_rows(found: dict[str, list[Operation]], projection: Projection, matrices: torch.Tensor) -> None:
-    for span, matrix in zip(projection.heads, matrices, strict=True):
-        for name in filter(None, (projection.weight, projection.bias)):
-            found.setdefault(name, []).append(Rows(span, matrix.T))
+    for name in filter(None, (projection.weight, projection.bias)):
+        found.setdefault(name, []).extend(_blocks(projection.heads, matrices, 0))
+
+
+def _blocks(heads: Sequence[slice], matrices: torch.Tensor, axis: int) -> Iterator[Operation]:
+    """Operations by which each head's row vectors are multiplied by its matrix [H, D, D]; ``axis`` as of ``Scale``."""
+    if not _is_diagonal(matrices):
+        for span, matrix in zip(heads, matrices, strict=True):
+            yield (Columns if axis else Rows)(span, matrix.T)
+        return
+    factors, first = matrices.diagonal(dim1=-2, dim2=-1), 0
+    for last in range(1, len(heads) + 1):
+        # Heads that lie side by side are one block.
+        if last == len(heads) or heads[last].start != heads[last - 1].stop:
+            yield Scale(slice(heads[first].start, heads[last - 1].stop), factors[first:last].flatten(), axis)
+            first = last
 
 
 def _add_gamma(found: dict[str, list[Operation]], norm: Norm, matrices: torch.Tensor) -> None:

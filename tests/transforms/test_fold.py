@@ -23,7 +23,7 @@ from kvq.models.describe import describe
 from kvq.models.rope import rope_of
 from kvq.recipe import parse_recipe
 from kvq.transforms import needed_tensors
-from kvq.transforms.fold import fold
+from kvq.transforms.fold import Scale, fold
 from kvq.transforms.plan import plan_folds
 
 pytestmark = pytest.mark.usefixtures("keep_double")
@@ -209,6 +209,30 @@ def test_a_rotation_of_values_passes_a_norm_without_weight(family_model):
     apply_folds(model, folds)
     assert error(plain_logits(model), exact) < BOUND
     assert error(cached_logits(model, make_plan(mine, plan.model, None, folds.folded)), exact) < BOUND
+
+
+@pytest.mark.parametrize("family", sorted(name for name, expected in EXPECTED.items() if expected is PAIRED))
+def test_scales_fold_without_a_product(family, family_model):
+    """Fused projections too, and heads that do not lie side by side (GPT-NeoX)."""
+    model, mine = family_model(family), recipe(key=[{"kind": "smooth"}], value=[{"kind": "smooth"}])
+    exact = plain_logits(model)
+    folds = planned(model, make_plan(mine, describe(model.config), random_artefacts(model, mine)))
+    assert not folds.left
+    assert {type(o) for own in folds.operations.values() for o in own} == {Scale}
+    apply_folds(model, folds)
+    assert error(plain_logits(model), exact) < BOUND
+
+
+def test_heads_that_lie_side_by_side_are_one_operation(family_model):
+    mine = recipe(key=[{"kind": "smooth"}], value=[{"kind": "smooth"}])
+    counts = {}
+    for family in ("llama", "phi3", "gpt_neox"):
+        model = family_model(family)
+        folds = planned(model, make_plan(mine, describe(model.config), random_artefacts(model, mine)))
+        counts[family] = {len(own) for own in folds.operations.values()}
+    # Of one projection; queries, keys and values one after the other; a head's query, key and value together.
+    heads = family_model("gpt_neox").config.num_attention_heads
+    assert counts == {"llama": {1}, "phi3": {1, 3}, "gpt_neox": {1, 3 * heads}}
 
 
 def reasons(family_model, family, key=(), value=(), paired=True):
