@@ -15,7 +15,7 @@ def without_weights(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedM
 
 @contextmanager
 def _parameters_on_meta() -> Iterator[None]:
-    register = torch.nn.Module.register_parameter
+    register, reset = torch.nn.Module.register_parameter, torch.nn.Linear.reset_parameters
 
     def on_meta(module, name, parameter):
         # One that is there already is shared, and stays the same object.
@@ -26,7 +26,9 @@ def _parameters_on_meta() -> Iterator[None]:
         register(module, name, parameter)
 
     torch.nn.Module.register_parameter = on_meta
+    # Nor does torch draw any.
+    torch.nn.Linear.reset_parameters = lambda module: None
     try:
         yield
     finally:
-        torch.nn.Module.register_parameter = register
+        torch.nn.Module.register_parameter, torch.nn.Linear.reset_parameters = register, reset
