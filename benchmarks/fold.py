@@ -4,10 +4,14 @@
     python benchmarks/fold.py --model FOLDER --recipe smooth4 --json -
 
 Copy and export take turns in one process. ``checked`` is what users run; ``export`` is the same without the comparison
-of logits. Peak memory is that of a process of its own that exports once. The floor of time is the copy, the folded
-tensors read and written once more, and their products in float64; with the check, all weights read once and multiplied
-with the tokens of four versions of the model (``floor``). A copy between caches of the system moves 4 GB/s; ``on_disk``
-is each side until the last byte is on the disk. The floor of memory is the largest tensor in float32.
+of logits. Folded weights exist nowhere else, so an export returns when they are on the disk: the bar compares it with a
+copy that is on the disk too (``on_disk``: until a sync of all disks after it has returned). ``seconds``, until each
+returns, sets it against a copy between caches of the system, which moves 3 to 4 GB/s and can still be lost.
+
+The floor of time is the copy, the folded tensors read and written once more, and their products in float64; with the
+check, all weights multiplied with the tokens of four versions of the model, which takes ``check_seconds`` on this machine
+from the cache of the system. Peak memory is that of a process of its own that exports once; its floor is the largest
+tensor in float32.
 """
 
 import argparse
@@ -19,6 +23,7 @@ import shutil
 import statistics
 import sys
 import tempfile
+from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
 
@@ -39,7 +44,7 @@ from kvq.models.describe import describe
 from kvq.models.resolve import check_weights, load_config, load_model, read_header, resolve_model, weights_fingerprint
 from kvq.models.stored import tensors_of
 from kvq.recipe import load_recipe
-from kvq.transforms.fold import Gamma
+from kvq.transforms.fold import Columns, Operation, Rows
 
 TIME_BAR = 3.0
 RESULTS = Path(__file__).parent / "results" / "fold.json"
@@ -121,16 +126,27 @@ def floor(source: Path, recipe: str, stats: Path) -> dict[str, float]:
     plan = make_plan(recipe, spec, fit_artefacts(recipe, spec, Stats.load(stats), source))
     operations, tensors = plan_of_folds(plan, source).operations, tensors_of(source)
     numbers = {name: math.prod(tensor.shape) for name, tensor in tensors.items()}
-    # A row or column block is multiplied by a matrix of the head's size, a gamma by a number.
-    folding = 0
-    for name, own in operations.items():
-        size = 1 if isinstance(own[0], Gamma) else 2 * own[0].matrix.shape[0]
-        folding += size * numbers[name]
+    folding = sum(_size(own[0]) * numbers[name] for name, own in operations.items())
     return {
         "folded_mb": round(sum(numbers[name] * tensors[name].dtype.itemsize for name in operations) / 1e6, 1),
         "folding_gflop": round(folding / 1e9, 2),
         "check_gflop": round(2 * 4 * ROWS * TOKENS * sum(numbers.values()) / 1e9, 2),
+        "check_seconds": round(products([tensor.shape for tensor in tensors.values()]), 3),
     }
+
+
+def _size(operation: Operation) -> int:
+    """Operations a number: a row or column block is multiplied by a matrix of the head's size, else by a number."""
+    return 2 * len(operation.matrix) if isinstance(operation, Rows | Columns) else 1
+
+
+def products(shapes: list[tuple[int, ...]]) -> float:
+    """Seconds of all products of weights with the check's tokens: each shape once, in float32, the best of five."""
+    seconds = 0.0
+    for shape, count in Counter(shape for shape in shapes if len(shape) == 2).items():
+        weight, tokens = torch.ones(shape), torch.ones(shape[1], 4 * ROWS * TOKENS)
+        seconds += count * min(timed(lambda: torch.mm(weight, tokens)) for _ in range(5))  # noqa: B023
+    return seconds
 
 
 def measure(arguments: argparse.Namespace) -> dict:
@@ -154,10 +170,10 @@ def measure(arguments: argparse.Namespace) -> dict:
         "checkpoint_bytes": sum(p.stat().st_size for p in source.iterdir() if p.is_file()),
         "tensors": len(tensor_names(source)),
         "bar": TIME_BAR,
-        "ratio": ratios["seconds"]["export"],
-        "ratio_checked": ratios["seconds"]["checked"],
         "ratio_on_disk": ratios["on_disk"]["export"],
         "ratio_checked_on_disk": ratios["on_disk"]["checked"],
+        "ratio_to_cached_copy": ratios["seconds"]["export"],
+        "ratio_checked_to_cached_copy": ratios["seconds"]["checked"],
         "floor": least,
         "peak_over_idle_mb": {name: round(peaks[name] - peaks["idle"], 1) for name in ("export", "checked")},
         "largest_layer_tensor_mb": round(largest_tensor(source) / 1e6, 2),
@@ -196,9 +212,9 @@ def main() -> None:
     Path(arguments.json).parent.mkdir(parents=True, exist_ok=True)
     Path(arguments.json).write_text(text + "\n")
     print(
-        f"folding export {result['ratio']:.2f}x of a copy (bar {TIME_BAR}), "
-        f"with the check {result['ratio_checked']:.2f}x; until it is on disk {result['ratio_on_disk']:.2f}x and "
-        f"{result['ratio_checked_on_disk']:.2f}x"
+        f"folding export, on the disk: {result['ratio_checked_on_disk']:.2f}x of a copy (bar {TIME_BAR}), without the "
+        f"check {result['ratio_on_disk']:.2f}x; of a copy in the system's cache "
+        f"{result['ratio_checked_to_cached_copy']:.2f}x and {result['ratio_to_cached_copy']:.2f}x"
     )
     print(f"peak over idle, MB: {result['peak_over_idle_mb']}")
 

@@ -66,8 +66,8 @@ def command(
 ) -> None:
     """Export MODEL with a recipe, as a folder that from_pretrained or a serving engine loads.
 
-    Weight files are linked or copied unchanged, or rewritten where they take over transforms of the recipe; the logits
-    are then compared with the original's before anything is written. DIR appears whole or not at all.
+    Weight files are linked or copied unchanged, or rewritten where they take over transforms of the recipe; then the
+    export is refused if the logits are not the original's. DIR appears whole or not at all.
 
     \b
     Examples:

@@ -13,8 +13,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-# Larger files, in bytes, are copies of weights. Flushing them doubles the time of an export; should the power fail, the
-# checks at load (size, header, fingerprint) tell that they are not whole, and the source still has them.
+# Larger files, in bytes, are copies of weights (those with folded tensors are flushed where they are written). Flushing
+# copies doubles the time of an export; should the power fail, the checks at load (size, header, fingerprint) tell that
+# they are not whole, and the source still has them.
 FLUSH_LIMIT = 16 * 2**20
 
 
@@ -72,9 +73,18 @@ def flush(folder: Path, limit: float = FLUSH_LIMIT) -> None:
     found = [os.path.join(path, name) for path, _, files in os.walk(folder) for name in files]
     # Together: a file system commits flushes that wait at the same time in one go.
     with ThreadPoolExecutor(max_workers=8) as pool:
-        list(pool.map(_fsync, [file for file in found if os.path.getsize(file) <= limit]))
+        list(pool.map(flush_file, [file for file in found if os.path.getsize(file) <= limit]))
     for path, _, _ in os.walk(folder):
         _flush_folder(Path(path))
+
+
+def flush_file(path: str | Path) -> None:
+    """Force a file's contents, or a folder's names, to disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _swap(work: Path, target: Path) -> None:
@@ -108,12 +118,4 @@ def _alive(pid: int) -> bool:
 def _flush_folder(folder: Path) -> None:
     # Some file systems cannot flush a folder; the rename is atomic there all the same.
     with suppress(OSError):
-        _fsync(str(folder))
-
-
-def _fsync(path: str) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        flush_file(folder)

@@ -1,8 +1,9 @@
 """Write an export: the model's weights, beside what kvq adds for one target.
 
 Weights are untouched, or have taken over the first transforms of the recipe (``kvq.transforms.plan``). Untouched files
-are hard-linked where the file system can, else copied; changed ones are streamed (``kvq.export.shards``). The folder
-appears whole or not at all (``kvq.export.atomic``), and the same inputs give the same bytes.
+are hard-linked where the file system can, else copied; changed ones are streamed (``kvq.export.shards``), while the
+logits are compared (``kvq.export.fold_check``). The folder appears whole or not at all (``kvq.export.atomic``), and the
+same inputs give the same bytes.
 """
 
 import errno
@@ -27,10 +28,10 @@ from kvq.export.atomic import recover, scratch_folder, whole_folder
 from kvq.export.card import CARD, licence_of
 from kvq.export.checkpoint import QUANT_METHOD, provenance_of, to_json
 from kvq.export.engines import find_release
-from kvq.export.fold_check import check_folds
+from kvq.export.fold_check import FoldCheck, check_folds
 from kvq.export.folding import fold_lines, plan_of_folds, refuse_second_fold
 from kvq.export.manifest import MANIFEST, Progress, build_manifest
-from kvq.export.shards import place_weights
+from kvq.export.shards import placing_weights
 from kvq.export.targets import TARGETS, Job, Target, find_target
 from kvq.export.targets.base import quantization_of
 from kvq.export.targets.repack import METHODS, repack
@@ -51,6 +52,7 @@ _COMPANIONS = (
 KVQ_TARGET = "kvq"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_NO_CHECK_YET = FoldCheck(error=0.0, kl=0.0, top1=1.0, noise_kl=0.0, tokens=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,7 +148,7 @@ def export(
                 folder=folder.name,
                 weights=fingerprint,
                 folds=folds,
-                check=check_folds(source, folds.operations, spec.dtype) if folds.operations else None,
+                check=None,
             )
             job, counts, files = _write(job, to, folder, force, card, progress)
             if placed != source:
@@ -172,11 +174,15 @@ def _write(
     job: Job, to: Target, folder: Path, force: bool, card: Callable[[str], str] | None, progress: Progress | None
 ) -> tuple[Job, dict[str, int], tuple[str, ...]]:
     """Write the folder; returns the job with the fingerprint of what was written, how weights came, and all files."""
-    folds, contents = job.folds, {**job.companions, **to.contents(to, job)}
+    folds = job.folds.operations
+    # Before the long work, since it refuses what the target cannot express: cards read a check, so one is made up.
+    contents = {**job.companions, **to.contents(to, replace(job, check=_NO_CHECK_YET) if folds else job)}
     with whole_folder(folder, replace=force) as work:
-        counts = place_weights(to.weights(job.source), work, folds.operations)
-        if folds.operations:
-            # Only now are the weights known that the config names.
+        with placing_weights(to.weights(job.source), work, folds) as placed:
+            if folds:
+                job = replace(job, check=check_folds(job.source, folds, job.model.dtype, placed.put))
+        if folds:
+            # Only now are the weights and the check known that config and card name.
             job = replace(job, weights=weights_fingerprint(work))
             contents = {**job.companions, **to.contents(to, job)}
         if card is not None:
@@ -184,11 +190,11 @@ def _write(
         for name, content in contents.items():
             (work / name).parent.mkdir(exist_ok=True)
             (work / name).write_bytes(content)
-        known = {} if folds.operations else _known_hashes(to.weights(job.source))
+        known = {} if folds else _known_hashes(to.weights(job.source))
         (work / MANIFEST).parent.mkdir(exist_ok=True)
         (work / MANIFEST).write_bytes(build_manifest(work, to.name, known, progress, limit=to.hash_limit))
         files = tuple(sorted(str(path.relative_to(work)) for path in work.rglob("*") if path.is_file()))
-    return job, counts, files
+    return job, placed.counts, files
 
 
 def _in_layout(

@@ -1,10 +1,9 @@
-"""Before an export is written: does the model with folded transforms give the logits of the original?
+"""As an export is written: does the model with folded transforms give the logits of the original?
 
-The original runs on a few tokens in float32, and beside it the model whose tensors are folded in memory, by the same
-operations that are applied to the files. What separates the two is a mistake in a fold, since in exact arithmetic they
-are the same model. Rounding to the checkpoint's dtype is reported, not judged: it moves each weight by up to half a
-unit in its last place, as any change to a 16-bit checkpoint does. What random changes of that size do to the same
-weights is reported beside it.
+The original runs on a few tokens in float32, and beside it the model whose tensors are folded, in one go with those for
+the files. What separates the two is a mistake in a fold, since in exact arithmetic they are the same model. Rounding to
+the checkpoint's dtype is reported, not judged: it moves each weight by up to half a unit in its last place, as any
+change to a 16-bit checkpoint does. What random changes of that size do to the same weights is reported beside it.
 
 All four run at once, with one tensor in memory at a time (``versions.py``). Models that cannot run so are loaded whole,
 and run one version after the other.
@@ -53,26 +52,34 @@ class FoldCheck:
 
 
 def check_folds(
-    source: Path, operations: Mapping[str, tuple[Operation, ...]], dtype: torch.dtype, bound: float = BOUND
+    source: Path,
+    operations: Mapping[str, tuple[Operation, ...]],
+    dtype: torch.dtype,
+    put: Callable[[str, torch.Tensor], None] | None = None,
+    bound: float = BOUND,
 ) -> FoldCheck:
     """Compare logits. Raises CheckpointError if they differ by more than ``bound``.
 
-    dtype   of the checkpoint.
+    dtype   in which the model runs.
+    put     takes tensors as they are folded, by name and in the dtype of the file, so that nothing is folded twice. Not
+            of a model that is loaded whole, whose tensors have another form, perhaps after some have been taken.
     """
     generator = torch.Generator().manual_seed(0)
     vocabulary = load_config(source).get_text_config(decoder=True).vocab_size
     tokens = torch.randint(vocabulary, (ROWS, TOKENS), generator=generator)
-    versions, loaded = _versions(operations, dtype, generator), None
+    random, loaded = torch.rand(_RANDOM, generator=generator) - 0.5, None
     try:
+        versions = _versions(operations, dtype, random, put)
         logits = logits_of_versions(source, tokens, frozenset(operations), versions, 4)
     except CannotStream as reason:
+        versions = _versions(operations, dtype, random, None)
         logits, loaded = _logits_of_loaded(source, tokens, operations, versions), str(reason)
     exact, folded = logits[EXACT], logits[FOLDED]
     error = float((folded - exact).abs().max() / exact.abs().max())
     if not error <= bound:
         raise CheckpointError(
             f"the model with folded transforms gives other logits than the original (relative difference {error:.1e}, "
-            f"and {bound:.0e} is allowed), so nothing was written: this model does something to keys or values that "
+            f"and {bound:.0e} is allowed), so nothing is written: this model does something to keys or values that "
             "kvq does not know; add --no-fold to apply the transforms while it runs."
         )
     (kl, top1), (noise_kl, _) = _divergences(exact, logits[[ROUNDED, NOISY]])
@@ -80,25 +87,34 @@ def check_folds(
 
 
 def _versions(
-    operations: Mapping[str, tuple[Operation, ...]], dtype: torch.dtype, generator: torch.Generator
+    operations: Mapping[str, tuple[Operation, ...]],
+    dtype: torch.dtype,
+    random: torch.Tensor,
+    put: Callable[[str, torch.Tensor], None] | None,
 ) -> Callable[[str, torch.Tensor], tuple[torch.Tensor, ...]]:
     """The four versions of a tensor, in float32."""
-    random = torch.rand(_RANDOM, generator=generator) - 0.5
 
     def versions(name: str, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
         exact = tensor.float()
-        folded = fold(exact, operations[name])
-        return exact, folded, folded.to(dtype).float(), _moved(exact, dtype, random)
+        # Float64 is not rounded for the file by way of float32.
+        folded = fold(tensor, operations[name], torch.promote_types(tensor.dtype, torch.float32))
+        stored, folded = folded.to(tensor.dtype), folded.float()
+        if put is not None:
+            put(name, stored)
+        return exact, folded, stored.to(dtype).float(), _moved(exact, dtype, random)
 
     return versions
 
 
 def _moved(weight: torch.Tensor, dtype: torch.dtype, random: torch.Tensor) -> torch.Tensor:
     """Every number of a float32 weight moved by up to half a unit in its last place, were it of ``dtype``."""
-    # Sign and exponent alone are the power of two at or below a number, which the unit is ``eps`` times.
-    powers = (weight.contiguous().view(torch.int32) & ~0x7FFFFF).view(torch.float32)
-    random = random.repeat(-(-weight.numel() // len(random)))[: weight.numel()].view_as(weight)
-    return torch.addcmul(weight, powers, random, value=torch.finfo(dtype).eps)
+    flat = weight.flatten()
+    moved = torch.empty_like(flat)
+    for part, out in zip(flat.split(len(random)), moved.split(len(random))):
+        # Sign and exponent alone are the power of two at or below a number, which the unit is ``eps`` times.
+        powers = (part.view(torch.int32) & ~0x7FFFFF).view(torch.float32)
+        torch.addcmul(part, powers, random[: len(part)], value=torch.finfo(dtype).eps, out=out)
+    return moved.view_as(weight)
 
 
 def _divergences(exact: torch.Tensor, found: torch.Tensor) -> list[tuple[float, float]]:

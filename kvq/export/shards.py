@@ -4,17 +4,19 @@ A folded tensor keeps its name, shape and dtype, so it takes the very place of i
 at a time is in memory, with one head's slice of it in float64.
 """
 
-import contextlib
 import os
 import shutil
+import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
 import torch
 
 from kvq.errors import CheckpointError
+from kvq.export.atomic import flush_file
 from kvq.models.resolve import check_weights, read_header
 from kvq.models.stored import StoredTensor, stored_tensors
 from kvq.transforms.fold import Operation, fold
@@ -28,54 +30,119 @@ def tensor_names(source: Path) -> list[str]:
     return [name for file in check_weights(source) for name in read_header(file) if name != "__metadata__"]
 
 
-def place_weights(
+@contextmanager
+def placing_weights(
     files: Mapping[str, Path], work: Path, operations: Mapping[str, tuple[Operation, ...]]
-) -> dict[str, int]:
-    """Write weight files, by their name in ``work``; returns how many were ``linked``, ``copied`` and ``folded``."""
-    counts = dict.fromkeys(("linked", "copied", "folded"), 0)
+) -> Iterator["PlacedWeights"]:
+    """Write weight files, by their name in ``work``; complete when the block ends.
+
+    Inside the block another thread copies what does not change, and the block may put tensors that it has folded; the
+    others are folded at its end. Files with folded tensors are on the disk then: nothing else holds their contents.
+
+    Raises CheckpointError for tensors that cannot take a fold, and OSError as the file system does.
+    """
+    placed = PlacedWeights(operations)
     for name, file in files.items():
         # The hub cache holds symbolic links, and a hard link to one of those would not outlive the cache.
-        real = file.resolve()
-        if operations.keys() & read_header(real).keys():
-            _fold_file(real, work / name, operations)
-            counts["folded"] += 1
-            continue
+        placed.place(file.resolve(), work / name)
+    with ThreadPoolExecutor(max_workers=1) as pool:
         try:
-            os.link(real, work / name)
-            counts["linked"] += 1
-        except OSError:
-            shutil.copyfile(real, work / name)
-            counts["copied"] += 1
-    return counts
+            placed.start(pool)
+            yield placed
+            placed.finish()
+        finally:
+            placed.stop()
 
 
-def _fold_file(source: Path, target: Path, operations: Mapping[str, tuple[Operation, ...]]) -> None:
-    """Write the tensors that change, while another thread copies what lies between them."""
-    tensors = [tensor for tensor in stored_tensors(source) if tensor.name in operations]
-    for tensor in tensors:
-        _refuse_integers(tensor)
-    with open(target, "xb") as file:
-        file.truncate(source.stat().st_size)
-    with _threads_but_one(), ThreadPoolExecutor(max_workers=1) as pool, open(target, "r+b", buffering=0) as file:
-        rest = pool.submit(_copy_between, source, target, [(tensor.start, tensor.nbytes) for tensor in tensors])
-        for tensor in tensors:
+class PlacedWeights:
+    """Weight files while they are written.
+
+    counts   how many are ``linked``, ``copied`` and ``folded``.
+    """
+
+    def __init__(self, operations: Mapping[str, tuple[Operation, ...]]):
+        self.counts = dict.fromkeys(("linked", "copied", "folded"), 0)
+        self._operations = operations
+        # Source, target, and the spans that are folded, by file.
+        self._copies: list[tuple[Path, Path, list[tuple[int, int]]]] = []
+        # Folded tensors that are not written yet, and the files they go to, in the order in which they lie there.
+        self._missing: dict[str, tuple[StoredTensor, Path]] = {}
+        self._threads = torch.get_num_threads()
+        # What has come to its end: copying; putting, or the whole block.
+        self._copied, self._put, self._stopped = threading.Event(), threading.Event(), threading.Event()
+
+    def place(self, source: Path, target: Path) -> None:
+        """Link a file if nothing in it changes; else make room for it."""
+        changed = [tensor for tensor in stored_tensors(source) if tensor.name in self._operations]
+        if not changed:
+            with suppress(OSError):
+                os.link(source, target)
+                self.counts["linked"] += 1
+                return
+        for tensor in changed:
+            _refuse_integers(tensor)
+            self._missing[tensor.name] = tensor, target
+        with open(target, "xb") as file:
+            file.truncate(source.stat().st_size)
+        self._copies.append((source, target, [(tensor.start, tensor.nbytes) for tensor in changed]))
+        self.counts["folded" if changed else "copied"] += 1
+
+    def start(self, pool: ThreadPoolExecutor) -> None:
+        if self._copies:
+            # Products leave a core to the copy: sharing one with it, they take twice as long.
+            torch.set_num_threads(max(1, self._threads - 1))
+        if not self._missing:
+            self._put.set()
+        self._copying = pool.submit(self._copy)
+
+    def put(self, name: str, folded: torch.Tensor) -> None:
+        """Write a folded tensor, which has the shape and dtype of its original; the second time it is let go."""
+        if name not in self._missing:
+            return
+        if self._copied.is_set():
+            torch.set_num_threads(self._threads)
+        if self._copying.done():
+            # What failed there need not wait for the end.
+            self._copying.result()
+        tensor, target = self._missing[name]
+        content = _bytes_of(folded, tensor)
+        with open(target, "r+b", buffering=0) as file:
             file.seek(tensor.start)
-            _write(file, _folded(tensor, operations[tensor.name]))
-        rest.result()
+            _write(file, content)
+        del self._missing[name]
+        if not self._missing:
+            self._put.set()
+
+    def finish(self) -> None:
+        """Fold and write what was not put, and wait for the rest."""
+        for name, (tensor, _) in list(self._missing.items()):
+            self.put(name, fold(tensor.read(), self._operations[name]))
+        self._copying.result()
+
+    def stop(self) -> None:
+        self._stopped.set()
+        self._put.set()
+        torch.set_num_threads(self._threads)
+
+    def _copy(self) -> None:
+        for source, target, left_out in self._copies:
+            if left_out:
+                _copy_between(source, target, left_out, self._stopped)
+            elif not self._stopped.is_set():
+                shutil.copyfile(source, target)
+        self._copied.set()
+        # The disk is slower than what the other thread computes, so it begins now.
+        self._flush()
+        self._put.wait()
+        self._flush()
+
+    def _flush(self) -> None:
+        for _, target, left_out in self._copies:
+            if left_out and not self._stopped.is_set():
+                flush_file(target)
 
 
-@contextlib.contextmanager
-def _threads_but_one() -> Iterator[None]:
-    """Products leave a core to the copy: sharing one with it, they take twice as long."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(max(1, threads - 1))
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _copy_between(source: Path, target: Path, left_out: list[tuple[int, int]]) -> None:
+def _copy_between(source: Path, target: Path, left_out: list[tuple[int, int]], stopped: threading.Event) -> None:
     """Copy all but some spans (start, bytes), which ascend and do not overlap."""
     block = memoryview(bytearray(_BLOCK))
     begins = [0, *(start + size for start, size in left_out)]
@@ -84,7 +151,7 @@ def _copy_between(source: Path, target: Path, left_out: list[tuple[int, int]]) -
         for begin, end in zip(begins, ends):
             reader.seek(begin)
             writer.seek(begin)
-            while begin < end:
+            while begin < end and not stopped.is_set():
                 count = reader.readinto(block[: min(_BLOCK, end - begin)])
                 if not count:
                     raise CheckpointError(f"{source.name!r} became shorter while it was read: copy it again.")
@@ -106,8 +173,8 @@ def _refuse_integers(tensor: StoredTensor) -> None:
         )
 
 
-def _folded(tensor: StoredTensor, operations: tuple[Operation, ...]) -> memoryview:
-    folded = fold(tensor.read(), operations).contiguous()
+def _bytes_of(folded: torch.Tensor, tensor: StoredTensor) -> memoryview:
+    folded = folded.contiguous()
     # Infinite and undefined numbers are the extremes of whatever holds them; looking at each is slow in 16 bits.
     if folded.numel() and not bool(torch.stack(folded.aminmax()).isfinite().all()):
         raise CheckpointError(

@@ -97,7 +97,8 @@ class _Weights:
         if differing:
             return self._each(module, forward, own, differing, *args, **kwargs)
         if type(module) is torch.nn.Linear:
-            return self._linear(own, *args, **kwargs)
+            bias = own["bias"].read() if "bias" in own else None
+            return _linear(own["weight"].mapped(), bias, *args, **kwargs)
         if isinstance(module, torch.nn.Embedding):
             # Versions share it, so a product with a scale may as well be in the checkpoint's dtype.
             with _holding(module, {name: tensor.mapped() for name, tensor in own.items()}):
@@ -114,22 +115,26 @@ class _Weights:
         self.used |= {own[name].name for name in differing}
         out = []
         for number, rows in enumerate(args[0].chunk(self.count)):
-            with _holding(module, shared | {name: found[number] for name, found in each.items()}):
+            tensors = shared | {name: found[number] for name, found in each.items()}
+            if type(module) is torch.nn.Linear:
+                out.append(_linear(tensors["weight"], tensors.get("bias"), rows))
+                continue
+            with _holding(module, tensors):
                 out.append(forward(rows))
         return torch.cat(out)
 
-    def _linear(self, own: Mapping[str, StoredTensor], x: torch.Tensor) -> torch.Tensor:
-        weight = own["weight"]
-        rows, columns = weight.shape
-        step = max(1, BLOCK // max(columns, 1))
-        # Rows of the weight give rows of the result: products of few tokens are faster this way round.
-        tokens = x.flatten(0, -2).T
-        out = x.new_empty(rows, tokens.shape[1])
-        stored = weight.mapped()
-        for first in range(0, rows, step):
-            torch.mm(stored[first : first + step].float(), tokens, out=out[first : first + step])
-        out = out.T.unflatten(0, x.shape[:-1]).contiguous()
-        return out + own["bias"].read().float() if "bias" in own else out
+
+def _linear(weight: torch.Tensor, bias: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
+    """``nn.Linear`` in float32, whatever the weight's dtype."""
+    rows, columns = weight.shape
+    step = max(1, BLOCK // max(columns, 1))
+    # Rows of the weight give rows of the result: products of few tokens are faster this way round.
+    tokens = x.flatten(0, -2).T
+    out = x.new_empty(rows, tokens.shape[1])
+    for first in range(0, rows, step):
+        torch.mm(weight[first : first + step].float(), tokens, out=out[first : first + step])
+    out = out.T.unflatten(0, x.shape[:-1]).contiguous()
+    return out if bias is None else out + bias.float()
 
 
 def _by_parameter(

@@ -243,7 +243,7 @@ def test_a_failed_write_leaves_nothing(source, tmp_path, monkeypatch, number):
 
 
 def test_an_interrupted_export_leaves_nothing(source, tmp_path, monkeypatch):
-    monkeypatch.setattr(exporter, "place_weights", _raise(KeyboardInterrupt()))
+    monkeypatch.setattr(exporter, "placing_weights", _raise(KeyboardInterrupt()))
     with pytest.raises(KeyboardInterrupt):
         export(source, "kivi2", tmp_path / "out")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["tiny"]
