@@ -1,6 +1,7 @@
 """Time and memory of an export that folds transforms, against a plain copy of the checkpoint (bar: 3x the copy).
 
     python benchmarks/fold.py
+    python benchmarks/fold.py --model made --json benchmarks/results/fold-made.json
     python benchmarks/fold.py --model FOLDER --recipe smooth4 --json -
 
 Copy and export take turns in one process. ``checked`` is what users run; ``export`` is the same without the comparison
@@ -9,9 +10,8 @@ copy that is on the disk too (``on_disk``: until a sync of all disks after it ha
 returns, sets it against a copy between caches of the system, which moves 3 to 4 GB/s and can still be lost.
 
 The floor of time is the copy, the folded tensors read and written once more, and their products in float64; with the
-check, all weights multiplied with the tokens of four versions of the model, which takes ``check_seconds`` on this machine
-from the cache of the system. Peak memory is that of a process of its own that exports once; its floor is the largest
-tensor in float32.
+check, all weights multiplied with the tokens of four versions of the model, which alone takes ``check_seconds`` on this
+machine. Peak memory is that of a process of its own that exports once; its floor is the largest tensor in float32.
 """
 
 import argparse
@@ -29,6 +29,7 @@ from pathlib import Path
 
 import torch
 from export import peak_mb, timed
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from kvq.cache import make_plan
 from kvq.calib.artefacts import fit_artefacts
@@ -149,8 +150,24 @@ def products(shapes: list[tuple[int, ...]]) -> float:
     return seconds
 
 
+def made_model(folder: Path) -> Path:
+    """1.1 billion random numbers in the shapes of TinyLlama: eight times the embedded model, with a head of its own."""
+    config = AutoConfig.for_model(
+        "llama", vocab_size=32000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=22,
+        num_attention_heads=32, num_key_value_heads=4, max_position_embeddings=2048, tie_word_embeddings=False,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder / "made")
+    return folder / "made"
+
+
 def measure(arguments: argparse.Namespace) -> dict:
-    source = resolve_model(arguments.model)
+    with tempfile.TemporaryDirectory(dir=arguments.dir) as folder:
+        made = arguments.model == "made"
+        return measure_model(made_model(Path(folder)) if made else resolve_model(arguments.model), arguments)
+
+
+def measure_model(source: Path, arguments: argparse.Namespace) -> dict:
     with tempfile.TemporaryDirectory(dir=arguments.dir or source.parent) as folder:
         root = Path(folder)
         stats = root / "stats.safetensors"
@@ -198,7 +215,7 @@ def measure(arguments: argparse.Namespace) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="builtin", help="builtin, a folder, or a hub id")
+    parser.add_argument("--model", default="builtin", help="builtin, made, a folder, or a hub id")
     parser.add_argument("--recipe", default="qoq4")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--dir", help="where to write (default: beside the model)")
