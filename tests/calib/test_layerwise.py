@@ -68,6 +68,10 @@ def test_every_family_gives_the_bits_of_the_whole_model(tiny_model, family, save
 def test_other_dtypes_too(tiny_model, saved, tmp_path, dtype):
     folder = saved(tiny_model(dtype=dtype))
     model = load_model(folder, dtype=dtype)
+    # Weights that need no conversion stay in the mapped file, at any multiple of 8 bytes, and on some processors the
+    # last bit of a product depends on that.
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
     whole = collect(model, TOKENS, valid=VALID, needs=ALL_NEEDS, batch_size=2)
     by_layer = collect_by_layer(Shell(folder, dtype, "cpu"), job_of(model), tmp_path / "state")
     assert_same_bits(by_layer, whole)
