@@ -1,7 +1,7 @@
 """Weight files of an export: linked where nothing in them changes, else copied but for the tensors that change.
 
 A folded tensor keeps its name, shape and dtype, so it takes the very place of its original in the new file. One tensor
-at a time is in memory, with one head's slice of it in float64.
+at a time is in memory, with a head's slice or a block of it in float64.
 """
 
 import os
