@@ -162,9 +162,10 @@ def made_model(folder: Path) -> Path:
 
 
 def measure(arguments: argparse.Namespace) -> dict:
+    if arguments.model != "made":
+        return measure_model(resolve_model(arguments.model), arguments)
     with tempfile.TemporaryDirectory(dir=arguments.dir) as folder:
-        made = arguments.model == "made"
-        return measure_model(made_model(Path(folder)) if made else resolve_model(arguments.model), arguments)
+        return measure_model(made_model(Path(folder)), arguments)
 
 
 def measure_model(source: Path, arguments: argparse.Namespace) -> dict:

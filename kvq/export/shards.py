@@ -68,8 +68,8 @@ class PlacedWeights:
         # Folded tensors that are not written yet, and the files they go to, in the order in which they lie there.
         self._missing: dict[str, tuple[StoredTensor, Path]] = {}
         self._threads = torch.get_num_threads()
-        # What has come to its end: copying; putting, or the whole block.
-        self._copied, self._put, self._stopped = threading.Event(), threading.Event(), threading.Event()
+        # What has come to its end: copying; putting; the whole block.
+        self._copied, self._all_put, self._stopped = threading.Event(), threading.Event(), threading.Event()
 
     def place(self, source: Path, target: Path) -> None:
         """Link a file if nothing in it changes; else make room for it."""
@@ -92,7 +92,7 @@ class PlacedWeights:
             # Products leave a core to the copy: sharing one with it, they take twice as long.
             torch.set_num_threads(max(1, self._threads - 1))
         if not self._missing:
-            self._put.set()
+            self._all_put.set()
         self._copying = pool.submit(self._copy)
 
     def put(self, name: str, folded: torch.Tensor) -> None:
@@ -111,7 +111,7 @@ class PlacedWeights:
             _write(file, content)
         del self._missing[name]
         if not self._missing:
-            self._put.set()
+            self._all_put.set()
 
     def finish(self) -> None:
         """Fold and write what was not put, and wait for the rest."""
@@ -121,7 +121,7 @@ class PlacedWeights:
 
     def stop(self) -> None:
         self._stopped.set()
-        self._put.set()
+        self._all_put.set()
         torch.set_num_threads(self._threads)
 
     def _copy(self) -> None:
@@ -133,7 +133,7 @@ class PlacedWeights:
         self._copied.set()
         # The disk is slower than what the other thread computes, so it begins now.
         self._flush()
-        self._put.wait()
+        self._all_put.wait()
         self._flush()
 
     def _flush(self) -> None:

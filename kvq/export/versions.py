@@ -129,11 +129,11 @@ def _linear(weight: torch.Tensor, bias: torch.Tensor | None, x: torch.Tensor) ->
     rows, columns = weight.shape
     step = max(1, BLOCK // max(columns, 1))
     # Rows of the weight give rows of the result: products of few tokens are faster this way round.
-    tokens = x.flatten(0, -2).T
+    tokens = x.reshape(-1, columns).T
     out = x.new_empty(rows, tokens.shape[1])
     for first in range(0, rows, step):
         torch.mm(weight[first : first + step].float(), tokens, out=out[first : first + step])
-    out = out.T.unflatten(0, x.shape[:-1]).contiguous()
+    out = out.T.reshape(*x.shape[:-1], rows).contiguous()
     return out if bias is None else out + bias.float()
 
 

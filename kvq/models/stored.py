@@ -37,17 +37,16 @@ class StoredTensor:
         """Bytes in the file; of a tensor whose dtype is known."""
         return prod(self.shape) * self.dtype.itemsize
 
-    def read(self, first: int = 0, last: int | None = None) -> torch.Tensor:
-        """Rows ``first`` to ``last`` (of the first axis; all by default), in a tensor of their own."""
-        shape, row = self._rows(first, last)
-        content = bytearray(prod(shape) * self.dtype.itemsize)
+    def read(self) -> torch.Tensor:
+        """The tensor in memory of its own."""
+        content = bytearray(self.nbytes)
         with open(self.file, "rb", buffering=0) as stream:
-            stream.seek(self.start + first * row)
+            stream.seek(self.start)
             if stream.readinto(content) != len(content):
                 raise CheckpointError(f"{self.file.name!r} became shorter while it was read: copy it again.")
         if not content:
-            return torch.empty(shape, dtype=self.dtype)
-        return torch.frombuffer(content, dtype=self.dtype).view(shape)
+            return torch.empty(self.shape, dtype=self.dtype)
+        return torch.frombuffer(content, dtype=self.dtype).view(self.shape)
 
     def mapped(self) -> torch.Tensor:
         """The tensor over the file's own pages, of which only those that are looked at are read; not to be written."""
@@ -58,13 +57,6 @@ class StoredTensor:
             pages = mmap.mmap(stream.fileno(), length, access=mmap.ACCESS_COPY, offset=begin)
         pages = memoryview(pages)[self.start - begin :]
         return torch.frombuffer(pages, dtype=self.dtype, count=prod(self.shape)).view(self.shape)
-
-    def _rows(self, first: int, last: int | None) -> tuple[tuple[int, ...], int]:
-        """Shape of the rows, and bytes of one."""
-        if not self.shape:
-            return (), 0
-        rows = (self.shape[0] if last is None else min(last, self.shape[0])) - first
-        return (rows, *self.shape[1:]), prod(self.shape[1:]) * self.dtype.itemsize
 
 
 def stored_tensors(file: Path) -> Iterator[StoredTensor]:

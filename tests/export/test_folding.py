@@ -175,7 +175,7 @@ def test_a_fold_that_changes_the_logits_is_refused_and_leaves_nothing(base, tmp_
     monkeypatch.setattr(exporter, "plan_of_folds", without_biases)
     with pytest.raises(CheckpointError, match=r"gives other logits than the original .* --no-fold"):
         export(other, mine, tmp_path / "out", stats=stats)
-    assert not (tmp_path / "out").exists()
+    assert not [path.name for path in tmp_path.iterdir() if "out" in path.name]
 
 
 def test_a_plain_export_is_an_ordinary_checkpoint(base, tmp_path):

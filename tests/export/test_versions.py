@@ -55,6 +55,19 @@ def test_all_versions_at_once_are_each_alone(family, block, tmp_path, monkeypatc
     assert float((exact[0] - exact[1]).abs().max() / exact.abs().max()) > 1e-3
 
 
+@pytest.mark.parametrize("shape", [(51,), (3, 51), (2, 3, 51), (0, 51), (2, 0, 51)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_linear_layer_by_blocks_is_the_layer(shape, bias, monkeypatch):
+    """Any batch that a model's code may give it, experts without a token included."""
+    monkeypatch.setattr(versions, "BLOCK", 4 * 51)
+    torch.manual_seed(0)
+    layer, x = torch.nn.Linear(51, 13, bias=bias).requires_grad_(False), torch.randn(shape)
+    found = versions._linear(layer.weight, layer.bias, x)
+    assert found.shape == (*shape[:-1], 13)
+    assert found.is_contiguous()
+    assert torch.allclose(found.double(), layer.double()(x.double()), atol=1e-5)
+
+
 @torch.no_grad()
 def test_tied_embeddings_in_16_bits_are_looked_up_and_multiplied(tmp_path):
     model = tiny("llama", tie_word_embeddings=True).to(torch.bfloat16)

@@ -22,14 +22,13 @@ def file(tmp_path):
     return tmp_path / "model.safetensors"
 
 
-def test_whole_tensors_and_rows_are_the_files(file):
+def test_tensors_are_the_files(file):
     expected, found = load_file(file), tensors_of(file.parent)
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         assert found[name].dtype == tensor.dtype
         assert torch.equal(found[name].read(), tensor), name
         if tensor.ndim and len(tensor):
-            assert torch.equal(found[name].read(1, 4), tensor[1:4])
             assert torch.equal(found[name].mapped(), tensor)
 
 

@@ -25,8 +25,8 @@ class Job:
     provenance   where all this comes from.
     licence      the licence fields of the source's model card.
     folder       name of the folder that is written, for commands in the card.
-    weights      fingerprint of the weights that are written.
-    folds        transforms that they have taken over; check: what was compared, None without folds.
+    weights      fingerprint of the weights that are written (of the source's before they are).
+    folds        transforms that they have taken over; check: what was compared, None before that and without folds.
     """
 
     source: Path
