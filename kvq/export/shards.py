@@ -72,7 +72,7 @@ class PlacedWeights:
         self._copied, self._all_put, self._stopped = threading.Event(), threading.Event(), threading.Event()
 
     def place(self, source: Path, target: Path) -> None:
-        """Link a file if nothing in it changes; else make room for it."""
+        """Link a file if nothing in it changes; else make room for what does."""
         changed = [tensor for tensor in stored_tensors(source) if tensor.name in self._operations]
         if not changed:
             with suppress(OSError):
@@ -82,8 +82,10 @@ class PlacedWeights:
         for tensor in changed:
             _refuse_integers(tensor)
             self._missing[tensor.name] = tensor, target
-        with open(target, "xb") as file:
-            file.truncate(source.stat().st_size)
+        if changed:
+            # Not of a file that is copied whole: ext4 writes one that is cut to nothing and filled again to the disk.
+            with open(target, "xb") as file:
+                file.truncate(source.stat().st_size)
         self._copies.append((source, target, [(tensor.start, tensor.nbytes) for tensor in changed]))
         self.counts["folded" if changed else "copied"] += 1
 
