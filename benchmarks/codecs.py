@@ -22,9 +22,9 @@ import torch
 
 from kvq.calib.artefacts import stand_ins
 from kvq.codec_specs import CodecSpec
+from kvq.codecs import build_codec, codec_tensors
+from kvq.codecs.packed import pack_pages, unpack_pages
 from kvq.eval.result import installed_versions
-from kvq.quantizers import build_codec, codec_tensors
-from kvq.quantizers.packed import pack_pages, unpack_pages
 from kvq.recipe import list_recipes, load_recipe
 
 RESULTS = Path(__file__).parent / "results"

@@ -20,8 +20,8 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, QuantizedCache
 
 from kvq.cache import cache_nbytes, implementations, make_plan
+from kvq.cache import model_attention as attention
 from kvq.calib.data import builtin_text
-from kvq.integrations import attention
 from kvq.integrations.runtime import install, new_cache, uninstall
 from kvq.models.describe import describe
 from kvq.models.resolve import resolve_model

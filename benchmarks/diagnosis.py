@@ -32,10 +32,10 @@ from made_models import (
 )
 
 from kvq.calib.collect import collect
-from kvq.calib.diagnosis import CANDIDATES, diagnose, layers_of
-from kvq.calib.diagnosis.predict import COLLAPSE, GOOD, plan_of
 from kvq.calib.needs import ALL_NEEDS, DEFAULT_NEEDS
 from kvq.calib.stats import LayerStats, Stats
+from kvq.diagnosis import CANDIDATES, diagnose, layers_of
+from kvq.diagnosis.predict import COLLAPSE, GOOD, plan_of
 from kvq.eval.likelihood import Windows, score_windows
 from kvq.models.resolve import load_model, load_tokenizer, resolve_model
 from kvq.recipe import load_recipe

@@ -23,11 +23,11 @@ from rich.progress import track
 
 from kvq.cache import make_plan
 from kvq.calib.artefacts import fit_artefacts
+from kvq.calib.end_to_end import OBJECTIVE
 from kvq.calib.stats import Stats
 from kvq.eval.divergence import divergence
 from kvq.eval.likelihood import score_windows
 from kvq.eval.perplexity import cut_windows, perplexity
-from kvq.integrations.end_to_end import OBJECTIVE
 from kvq.models.describe import describe
 from kvq.models.resolve import load_config, load_model, load_tokenizer, resolve_model
 from kvq.recipe import load_recipe

@@ -32,13 +32,13 @@ import torch
 from kvq.calib.data import builtin_text
 from kvq.eval.evaluate import compare
 from kvq.eval.harness import find_tasks
+from kvq.eval.head import hidden_states, logits_of
 from kvq.eval.local import local_names
 from kvq.eval.result import installed_versions
-from kvq.integrations.answers import Answers
-from kvq.integrations.head import hidden_states, logits_of
+from kvq.eval.results_cache import Answers
+from kvq.eval.subject import load_subject
+from kvq.eval.two_view_model import two_view
 from kvq.integrations.runtime import new_cache, running
-from kvq.integrations.subject import load_subject
-from kvq.integrations.two_view import two_view
 
 RESULTS = Path(__file__).parent / "results"
 COST_RECIPES = ("int4", "kivi2", "turboquant2")
@@ -189,7 +189,7 @@ def both_ways(arguments: argparse.Namespace) -> dict:
 
 
 def _both_ways(tasks) -> list[dict]:
-    from kvq.integrations.lm_eval import KvqLM
+    from kvq.eval.lm_eval import KvqLM
 
     subject = load_subject("builtin", dtype=torch.float64)
     widen_norms(subject.model)
@@ -236,7 +236,7 @@ def _control(tasks, name: str) -> dict:
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
-    from kvq.integrations.lm_eval import KvqLM
+    from kvq.eval.lm_eval import KvqLM
 
     subject = load_subject("builtin")
     limit = CONTROL.get(name, CONTROL_OTHERS)

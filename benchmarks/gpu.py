@@ -27,11 +27,11 @@ from pathlib import Path
 
 import torch
 
-from kvq.kernels import bench, timing
+from kvq.bench import bench, timing
+from kvq.bench.roofline import Shape, exact_bytes
+from kvq.bench.samples import layout_of
 from kvq.kernels.packing import Source, pack_tokens
-from kvq.kernels.pages import Pages
-from kvq.kernels.roofline import Shape, exact_bytes
-from kvq.kernels.samples import layout_of
+from kvq.pages.pages import Pages
 
 sys.path.insert(0, str(Path(__file__).parent / "kernels"))
 from peers import PEERS

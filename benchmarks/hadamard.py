@@ -23,7 +23,7 @@ import torch
 from decode import run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from kvq.integrations import attention
+from kvq.cache import model_attention as attention
 from kvq.models.resolve import resolve_model
 from kvq.transforms import hadamard
 from kvq.transforms.hadamard import hadamard_matrix, rotate

@@ -29,7 +29,7 @@ from kvq.eval.divergence import divergence
 from kvq.eval.likelihood import score_windows
 from kvq.eval.perplexity import cut_windows, perplexity
 from kvq.eval.result import installed_versions
-from kvq.integrations.two_view import MODES
+from kvq.eval.two_view_model import MODES
 from kvq.models.describe import describe
 from kvq.models.resolve import load_config, load_model, load_tokenizer, resolve_model
 from kvq.recipe import list_recipes, load_recipe

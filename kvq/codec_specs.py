@@ -1,6 +1,6 @@
 """What a recipe says of one codec: a base that turns numbers into codes, and the parts that may wrap it.
 
-A spec only says what is wanted. What a codec does lives in ``kvq/quantizers``.
+A spec only says what is wanted. What a codec does lives in ``kvq/codecs``.
 """
 
 from collections.abc import Mapping
@@ -146,7 +146,7 @@ class CodecSpec:
     clip    affine: share of a group's range that the codes span, above 0 to 1; what lies outside saturates. tiers:
             likewise, one number for each tier, or one for all.
     symmetric   affine: codes are centred on zero, and there is no minimum (ZeroQuant, arXiv 2206.01861).
-    meta    how scale and minimum are stored; see ``kvq/quantizers/meta.py``. affine: ``float16`` (default), ``e4m3``,
+    meta    how scale and minimum are stored; see ``kvq/codecs/meta.py``. affine: ``float16`` (default), ``e4m3``,
             ``zero8``, ``range8``. float4: ``e8m0``, ``e4m3``.
     levels  book: ``lloyd_max`` (for the normal distribution), ``normal_float`` (QLoRA), ``uniform``, or ``calibrated``
             (k-means over statistics).

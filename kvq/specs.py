@@ -1,6 +1,6 @@
 """The parts of a recipe: codec, transforms, token policy, and what one head gets, as frozen, validated data.
 
-A spec only says what is wanted. What a codec or transform does lives in ``kvq/quantizers`` and ``kvq/transforms``.
+A spec only says what is wanted. What a codec or transform does lives in ``kvq/codecs`` and ``kvq/transforms``.
 """
 
 from collections.abc import Mapping

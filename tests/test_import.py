@@ -11,13 +11,14 @@ import kvq
 
 PACKAGE = Path(kvq.__file__).parent
 FLOORS = (
-    ("errors", "fields", "codec_specs", "transform_specs", "specs", "recipe", "recipes", "models", "kernels"),
-    ("quantizers",),
+    ("errors", "fields", "codec_specs", "transform_specs", "specs", "recipe", "recipes", "models", "pages"),
+    ("kernels",),
+    ("codecs",),
     ("transforms", "calib", "cache"),
     ("export",),
     ("integrations",),
     ("eval",),
-    ("search",),
+    ("diagnosis", "search", "bench"),
     ("report",),
     ("cli", "commands"),
 )

@@ -4,13 +4,13 @@ from types import SimpleNamespace
 
 import torch
 
+from kvq.bench.samples import layout_of, levels_of
 from kvq.kernels.append import DecodeState, ExactStore, Rule
 from kvq.kernels.attention import Exact, Query
 from kvq.kernels.device import launch
 from kvq.kernels.packing import Rotation, Source
-from kvq.kernels.pages import Pages
 from kvq.kernels.plan import geometry_of
-from kvq.kernels.samples import layout_of, levels_of
+from kvq.pages.pages import Pages
 
 HEADS = 8
 

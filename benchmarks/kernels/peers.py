@@ -8,8 +8,8 @@ import importlib.util
 
 import torch
 
-from kvq.kernels import timing
-from kvq.kernels.roofline import Shape, exact_bytes
+from kvq.bench import timing
+from kvq.bench.roofline import Shape, exact_bytes
 
 _BLOCK = 16
 # Split-KV of vLLM's unified attention, as its Triton backend sets it for decoding.

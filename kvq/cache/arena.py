@@ -6,11 +6,11 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from kvq.kernels import bits as bits_ops
+from kvq.codecs import Codec, Encoded, PackedKV
+from kvq.codecs.packed import pack_pages
 from kvq.kernels import cpu
-from kvq.kernels.spec import PLANE_FORMATS, PageLayout, Section, SideLayout
-from kvq.quantizers import Codec, Encoded, PackedKV
-from kvq.quantizers.packed import pack_pages
+from kvq.pages import bits as bits_ops
+from kvq.pages.layout import PLANE_FORMATS, PageLayout, Section, SideLayout
 
 # Unused pages are at most the larger of these: two pages, or one 64th of the arena.
 MIN_SLAB_PAGES = 2

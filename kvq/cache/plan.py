@@ -9,12 +9,12 @@ import torch
 from kvq.cache.policy import FlushRule
 from kvq.cache.tail import HEADROOM
 from kvq.codec_specs import CodecSpec
+from kvq.codecs import Codec, build_codec, codec_tensors
 from kvq.errors import RecipeError, UnsupportedModelError
-from kvq.kernels.spec import PageLayout
 from kvq.models.architecture import Attention, describe_attention
 from kvq.models.describe import LayerSpec, ModelSpec
 from kvq.models.rope import Rope, rope_of
-from kvq.quantizers import Codec, build_codec, codec_tensors
+from kvq.pages.layout import PageLayout
 from kvq.recipe import Recipe
 from kvq.specs import HeadSpec, Transforms
 from kvq.transforms import Chain, RopeBias, RopeOffset, build_chain

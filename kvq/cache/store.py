@@ -13,11 +13,11 @@ from kvq.cache.arena import Arena
 from kvq.cache.plan import SIDES, HeadGroup
 from kvq.cache.positions import Positions
 from kvq.cache.tail import Tail
+from kvq.codecs import Encoded
 from kvq.errors import CacheError
 from kvq.kernels import cpu
 from kvq.kernels.choice import Choice
-from kvq.kernels.spec import PageLayout
-from kvq.quantizers import Encoded
+from kvq.pages.layout import PageLayout
 
 # Tokens that `crop` can take back while past recording is on; drafts are shorter than this.
 RECORDED_TOKENS = 128

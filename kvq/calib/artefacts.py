@@ -29,10 +29,10 @@ from kvq.calib.learn import find_learned
 from kvq.calib.ranges import static_tensors
 from kvq.calib.stats import Stats
 from kvq.codec_specs import CodecSpec
+from kvq.codecs import build_codec, codec_tensors
+from kvq.codecs.levels import midpoints
 from kvq.errors import DataError
 from kvq.models.describe import LayerSpec, ModelSpec
-from kvq.quantizers import build_codec, codec_tensors
-from kvq.quantizers.levels import midpoints
 from kvq.recipe import Recipe
 from kvq.specs import TransformSpec
 from kvq.transforms import needed_tensors

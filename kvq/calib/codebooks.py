@@ -33,12 +33,12 @@ from kvq.calib.stats import Fit, LayerStats, Stats
 from kvq.calib.tree import Tree
 from kvq.calib.watch import watch
 from kvq.codec_specs import CodecSpec
+from kvq.codecs import Codec, build_codec
+from kvq.codecs.packed import wide
+from kvq.codecs.training import normalised
 from kvq.errors import DataError
 from kvq.models.describe import ModelSpec, describe
 from kvq.models.rope import Rope
-from kvq.quantizers import Codec, build_codec
-from kvq.quantizers.packed import wide
-from kvq.quantizers.training import normalised
 from kvq.recipe import Recipe
 
 FIT = "codebooks"

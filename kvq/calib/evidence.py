@@ -6,12 +6,12 @@ from pathlib import Path
 import torch
 
 from kvq.calib.stats import LayerStats, Stats
+from kvq.codecs import Codec
 from kvq.errors import DataError, UnsupportedModelError
 from kvq.models.architecture import Attention, Projection, describe_attention
 from kvq.models.describe import LayerSpec, ModelSpec
 from kvq.models.rope import rope_of
 from kvq.models.weights import Weights
-from kvq.quantizers import Codec
 from kvq.specs import HeadSpec, TransformSpec
 from kvq.transforms.evidence import Evidence, Measured, Window
 

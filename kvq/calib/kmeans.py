@@ -4,7 +4,7 @@ import itertools
 
 import torch
 
-from kvq.quantizers.levels import midpoints
+from kvq.codecs.levels import midpoints
 
 
 def levels_of(points: torch.Tensor, weights: torch.Tensor, count: int) -> torch.Tensor:

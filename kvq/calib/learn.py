@@ -18,9 +18,9 @@ import torch
 from kvq.calib.evidence import Source
 from kvq.calib.file import read_file, write_file
 from kvq.calib.stats import STATS_VERSION, Fit, Stats
+from kvq.codecs import build_codec
 from kvq.errors import CheckpointError, RecipeError
 from kvq.models.describe import LayerSpec, ModelSpec
-from kvq.quantizers import build_codec
 from kvq.recipe import Recipe
 from kvq.specs import HeadSpec
 from kvq.transforms.evidence import Evidence

@@ -16,9 +16,9 @@ from kvq.calib.kinds import Histogram
 from kvq.calib.kinds.histogram import bin_edges
 from kvq.calib.stats import LayerStats
 from kvq.codec_specs import CodecSpec
+from kvq.codecs.float4 import E2M1_MAX
+from kvq.codecs.float8 import E4M3_MAX, Float8Codec
 from kvq.errors import DataError
-from kvq.quantizers.float4 import E2M1_MAX
-from kvq.quantizers.float8 import E4M3_MAX, Float8Codec
 
 # Points in a bin of a histogram, which is as wide as a step of E4M3; octaves searched below the largest magnitude, and
 # steps an octave.

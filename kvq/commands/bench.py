@@ -38,9 +38,9 @@ def command(shapes: tuple[str, ...], bits: str, impl: str, device: str, output: 
     """
     import torch
 
-    from kvq.kernels import bench
+    from kvq.bench import bench
+    from kvq.bench.roofline import Shape
     from kvq.kernels.choice import check_implementation
-    from kvq.kernels.roofline import Shape
     from kvq.report.tables import bench_tables
 
     check_implementation(impl)

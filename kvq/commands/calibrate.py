@@ -202,7 +202,7 @@ def _learn(stats, recipes, spec, folder: Path, state_folder: Path, tokens=None):
             f"{recipe.name} layer by layer", "Learning transforms", partial(learn_fits, recipe, spec, stats, folder)
         )
     if tokens is not None and loaded:
-        from kvq.integrations.end_to_end import learn_end_to_end
+        from kvq.calib.end_to_end import learn_end_to_end
         from kvq.models.resolve import load_model
 
         model = load_model(folder)

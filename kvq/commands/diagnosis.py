@@ -42,7 +42,7 @@ def show_diagnosis(stats, title: str, facts: dict[str, Any], wishes: Wishes, out
 
     Raises DataError if they hold too little for what was asked for.
     """
-    from kvq.calib.diagnosis import CANDIDATES, bit_errors, diagnose, layers_of
+    from kvq.diagnosis import CANDIDATES, bit_errors, diagnose, layers_of
     from kvq.recipe import load_recipe
     from kvq.report.diagnosis_tables import bit_errors_table, predictions_table, verdict_lines
 
@@ -87,7 +87,7 @@ def _bit_errors(compute, stats, layers, recipe, folder) -> tuple[dict, str]:
 
 def _shown_plan(stats, found, recipe, folder):
     """The plan of the recipe whose transforms are shown; None if none that can be fitted has any."""
-    from kvq.calib.diagnosis.predict import plan_of
+    from kvq.diagnosis.predict import plan_of
     from kvq.recipe import load_recipe
 
     if recipe is not None:

@@ -85,7 +85,7 @@ def stats_facts(stats) -> dict[str, str]:
 
 
 def _inspect_model(name: str, measure: bool, stats: str | None, wishes: Wishes, output: Output) -> None:
-    from kvq.calib.diagnosis.causes import causes_of_weights
+    from kvq.diagnosis.causes import causes_of_weights
     from kvq.models.describe import describe
     from kvq.models.resolve import check_weights, load_config, resolve_model
     from kvq.models.weights import Weights

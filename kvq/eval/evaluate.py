@@ -13,7 +13,7 @@ from kvq.eval.identity import model_hash
 from kvq.eval.result import EvalResult
 from kvq.eval.run import Candidate, Progress, Run
 from kvq.eval.settings import OWN_TASKS, Settings, settings_of
-from kvq.integrations.subject import Subject, load_subject
+from kvq.eval.subject import Subject, load_subject
 from kvq.recipe import Recipe
 
 

@@ -16,9 +16,9 @@ from kvq.eval.identity import answers_key
 from kvq.eval.local import LocalTask, local_names, local_task
 from kvq.eval.paired import flips, jackknife, jackknife_difference, mean_difference, mean_of, share_difference
 from kvq.eval.result import MetricResult, TaskResult
+from kvq.eval.results_cache import Answers
+from kvq.eval.subject import Subject
 from kvq.eval.task_files import is_group
-from kvq.integrations.answers import Answers
-from kvq.integrations.subject import Subject
 
 logger = logging.getLogger(__name__)
 
@@ -113,7 +113,7 @@ class Harness:
         self, name: str, subject: Subject, plan: CachePlan | None, progress: Callable[[int, int], None] | None
     ) -> "TaskRun":
         """Answers of ``subject`` under ``plan``; None, or a plan that quantizes nothing: by lm-eval's own code."""
-        from kvq.integrations.lm_eval import KvqLM, NothingReadError
+        from kvq.eval.lm_eval import KvqLM, NothingReadError
 
         settings = self.settings
         # What is not quantized answers alike in every mode.

@@ -15,13 +15,15 @@ import kvq
 from kvq.cache import CachePlan
 from kvq.calib.data import tokenizer_hash
 from kvq.eval.result import installed_versions
-from kvq.integrations.subject import Subject
+from kvq.eval.subject import Subject
 from kvq.models.resolve import weight_files
 from kvq.models.rope import Rope
 
 # Parts of the package that decide answers. What is asked is in their names, and what is made of them is made anew.
-_DECIDING = ("cache", "integrations", "kernels", "models", "quantizers", "transforms")
-_DECIDING += ("fields.py", "codec_specs.py", "transform_specs.py", "specs.py", "recipe.py", "eval/likelihood.py")
+_DECIDING = ("cache", "codecs", "integrations", "kernels", "models", "pages", "transforms")
+_DECIDING += ("fields.py", "codec_specs.py", "transform_specs.py", "specs.py", "recipe.py")
+_SCORING = ("branches", "continuations", "greedy", "head", "likelihood", "lm_eval", "plain", "subject", "two_view")
+_DECIDING += tuple(f"eval/{name}.py" for name in (*_SCORING, "two_view_model"))
 # What says how a folder came to be, and not what its model computes.
 _HISTORY = ("quantization_config", "transformers_version", "_name_or_path", "name_or_path")
 

@@ -5,11 +5,11 @@ from dataclasses import replace
 from statistics import fmean
 
 from kvq.cache import CachePlan
+from kvq.eval.continuations import score_continuations
 from kvq.eval.paired import Difference, flips, mean_difference, mean_of, share_difference
 from kvq.eval.probes.base import Outcome, Passage, Probe, outcomes
 from kvq.eval.result import Cell, MetricResult, TaskResult
-from kvq.integrations.answers import Answers
-from kvq.integrations.continuations import score_continuations
+from kvq.eval.results_cache import Answers
 
 # By metric: is more better?
 HIGHER_IS_BETTER = {"choice": True, "exact": True, "copied": True, "tokens": True, "agreement": True, "nll": False}

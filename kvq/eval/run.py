@@ -8,18 +8,18 @@ import torch
 
 from kvq.cache import CachePlan
 from kvq.eval.bits import measured_bits
+from kvq.eval.greedy import greedy_continuations
 from kvq.eval.harness import Harness, Tasks, TaskSettings
 from kvq.eval.identity import answers_key, code_version, model_hash, plan_hash
 from kvq.eval.probes import PROBES
 from kvq.eval.probes.base import Setting
 from kvq.eval.probing import ask, pair
 from kvq.eval.result import EvalResult, installed_versions
+from kvq.eval.results_cache import Answers
 from kvq.eval.settings import SPEED, Settings
 from kvq.eval.speed import decode_speed
+from kvq.eval.subject import Subject
 from kvq.eval.text import Text, TextScores, errors_by_layer, score_text, text_ids, text_results
-from kvq.integrations.answers import Answers
-from kvq.integrations.greedy import greedy_continuations
-from kvq.integrations.subject import Subject
 
 Progress = Callable[[int, int, str], None]
 MEMORY_LENGTHS = (4_096, 32_768, 131_072)

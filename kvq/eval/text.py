@@ -10,7 +10,6 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvq.cache import CachePlan
-from kvq.cache.two_view import reads_packed
 from kvq.calib.data import SEPARATOR, load_texts, source_name, tokenizer_hash
 from kvq.errors import DataError
 from kvq.eval.divergence import divergence
@@ -18,7 +17,8 @@ from kvq.eval.layers import layer_errors
 from kvq.eval.likelihood import Windows, WindowScore, score_windows
 from kvq.eval.perplexity import cut_windows, perplexity
 from kvq.eval.result import DivergenceResult, LayerRow, PerplexityResult
-from kvq.integrations.answers import Answers, item_name
+from kvq.eval.results_cache import Answers, item_name
+from kvq.eval.two_view import reads_packed
 
 TEXT_TASKS = ("perplexity", "divergence")
 

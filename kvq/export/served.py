@@ -35,7 +35,7 @@ def is_served(folder: Path) -> bool:
 def served_plan(folder: Path, rounding: str = "nearest", largest: bool = False) -> CachePlan:
     """The cache that an engine keeps of this folder: FP8 with the folder's scales, sliding-window layers included.
 
-    rounding   of the engine's conversion: see ``kvq.quantizers.float8``.
+    rounding   of the engine's conversion: see ``kvq.codecs.float8``.
     largest    take the largest of a layer's head scales for all heads, as kernels do that know one scale a layer.
 
     Raises CheckpointError if a scale is missing or unusable. ``kvq.export.check`` says more about such a folder.

@@ -86,7 +86,8 @@ class KvqQuantizer(HfQuantizer):
             _check_folder(folder, fields)
 
     def _process_model_after_weight_loading(self, model, **kwargs):
-        from kvq.integrations import attention, runtime
+        from kvq.cache import model_attention as attention
+        from kvq.integrations import runtime
 
         attention.register()
         installed = runtime.install(model, self.plan)

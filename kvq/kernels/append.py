@@ -18,7 +18,7 @@ import torch
 from kvq.kernels.attention import Exact
 from kvq.kernels.choice import Choice, choose, why_no_layout
 from kvq.kernels.packing import Rotation, Source, pack_tokens, rotate_reference
-from kvq.kernels.pages import Pages
+from kvq.pages.pages import Pages
 
 COUNTERS = 8
 

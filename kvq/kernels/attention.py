@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 import torch
 
 from kvq.kernels.choice import LARGEST_QUERIES, Choice, choose, why_no_layout
-from kvq.kernels.pages import Pages
 from kvq.kernels.plan import DecodePlan
+from kvq.pages.pages import Pages
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from kvq.errors import KernelError
-from kvq.kernels.spec import PageLayout, SideLayout
+from kvq.pages.layout import PageLayout, SideLayout
 
 IMPLEMENTATIONS = ("auto", "triton", "numba", "reference")
 # Versions that the kernels were compiled and counted with.

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from kvq.kernels import team
-from kvq.kernels.spec import ATOM, PageLayout, SideLayout
+from kvq.pages.layout import ATOM, PageLayout, SideLayout
 
 # Tokens a split takes at least: below this the merge costs more than a second core gains.
 SPLIT_TOKENS = 512

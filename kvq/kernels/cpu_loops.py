@@ -46,7 +46,7 @@ SETTINGS = {"cache": True, "fastmath": True, "nogil": True, "error_model": "nump
 
 @njit(**SETTINGS)
 def _codes(at, bits, width, row, first, field):
-    """Codes of sixteen neighbouring channels in one field of a row of words; the layout is kvq/kernels/spec.py."""
+    """Codes of sixteen neighbouring channels in one field of a row of words; the layout is kvq/pages/layout.py."""
     if bits == 3:
         start = at + 2 * (3 * row * width + first)
         if field < 15:

@@ -14,8 +14,8 @@ import math
 
 import torch
 
-from kvq.kernels.bits import float_tile
-from kvq.kernels.spec import SideLayout
+from kvq.pages.bits import float_tile
+from kvq.pages.layout import SideLayout
 
 Partial = tuple[torch.Tensor, torch.Tensor]
 

@@ -9,7 +9,7 @@ blocks, so that unpacking a field always gives one whole operand of a matrix pro
 from dataclasses import dataclass
 
 from kvq.kernels.fields import FIELD_TABLES, Field, book_ptx, unpack_ptx
-from kvq.kernels.spec import ATOM, CONTAINER_WORDS, FIELDS, PageLayout, SideLayout
+from kvq.pages.layout import ATOM, CONTAINER_WORDS, FIELDS, PageLayout, SideLayout
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ import torch
 
 if TYPE_CHECKING:
     from kvq.kernels.attention import Exact, Query
-    from kvq.kernels.pages import Pages
+    from kvq.pages.pages import Pages
 
 
 def dense_attention(

@@ -1,17 +1,17 @@
 """Tokens into pages and out of them: quantize and pack, dequantize. One function an operation.
 
 ``pack_tokens`` quantizes with the plain min-max grid of its layout (affine) or casts to e4m3; a codec that chooses its
-numbers otherwise packs codes with ``kvq.kernels.bits``. The torch reference gives the same bytes.
+numbers otherwise packs codes with ``kvq.pages.bits``. The torch reference gives the same bytes.
 """
 
 from dataclasses import dataclass
 
 import torch
 
-from kvq.kernels.bits import pack_rows, unpack_rows
 from kvq.kernels.choice import Choice, choose, why_no_layout
-from kvq.kernels.pages import Pages
-from kvq.kernels.spec import SideLayout
+from kvq.pages.bits import pack_rows, unpack_rows
+from kvq.pages.layout import SideLayout
+from kvq.pages.pages import Pages
 
 E4M3_MAX = 448.0
 

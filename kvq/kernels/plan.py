@@ -16,8 +16,8 @@ import torch
 
 from kvq.kernels.choice import Choice, capability, choose, why_no_layout
 from kvq.kernels.geometry import Side, Tile, sides_of, tile_of
-from kvq.kernels.spec import PageLayout
 from kvq.kernels.tables import Parameters, decode_parameters
+from kvq.pages.layout import PageLayout
 
 # What a program costs besides its rounds (query, merge of warps, partial result), in rounds.
 OVERHEAD = 2

@@ -24,7 +24,7 @@ def diagnosis_html(
     """The whole page.
 
     facts        shown as a table.  diagnosis  ``Diagnosis.to_dict()``.
-    bit_errors   ``kvq.calib.diagnosis.bit_errors``, of the recipe named.
+    bit_errors   ``kvq.diagnosis.bit_errors``, of the recipe named.
     pictures     PNG bytes by file name.
     """
     widths = list(next(iter(bit_errors.values()))["key"])

@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from kvq.cache.plan import CachePlan
-from kvq.calib.diagnosis import Diagnosis, LayerTokens
-from kvq.calib.diagnosis.predict import COLLAPSE, GOOD
 from kvq.calib.stats import Stats
+from kvq.diagnosis import Diagnosis, LayerTokens
+from kvq.diagnosis.predict import COLLAPSE, GOOD
 from kvq.report import figures
 
 SIDES = ("key", "value")

@@ -9,8 +9,8 @@ from functools import cached_property
 
 import torch
 
+from kvq.codecs import Codec
 from kvq.errors import DataError
-from kvq.quantizers import Codec
 from kvq.transforms.chain import Chain
 
 

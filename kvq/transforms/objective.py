@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from kvq.quantizers import AffineCodec, Codec
+from kvq.codecs import AffineCodec, Codec
 from kvq.transforms.evidence import Evidence, Window
 
 

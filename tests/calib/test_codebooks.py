@@ -13,10 +13,10 @@ from kvq.calib.collect import collect
 from kvq.calib.kinds.bins import BINS, END, Bins, bin_middles
 from kvq.calib.kmeans import levels_of
 from kvq.calib.needs import needs_of
+from kvq.codecs.levels import midpoints
 from kvq.errors import DataError
 from kvq.models.describe import describe
 from kvq.models.rope import rope_of
-from kvq.quantizers.levels import midpoints
 from kvq.recipe import load_recipe
 
 RECIPES = [load_recipe(name) for name in ("kvquant3", "kvquant2-dense")]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kvq.calib.kmeans import levels_of, q_norm
-from kvq.quantizers.levels import lloyd_max, midpoints
+from kvq.codecs.levels import lloyd_max, midpoints
 
 
 def error(points, weights, levels):

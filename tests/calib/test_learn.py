@@ -13,9 +13,9 @@ from kvq.calib.evidence import Source
 from kvq.calib.learn import fit_name, learn_fits, learned_steps
 from kvq.calib.needs import needs_of
 from kvq.calib.stats import Stats
+from kvq.codecs import build_codec
 from kvq.errors import DataError, RecipeError, UnsupportedModelError
 from kvq.models.describe import describe
-from kvq.quantizers import build_codec
 from kvq.recipe import parse_recipe
 
 CODEC = {"codec": "affine", "bits": 3, "axis": "token", "group": "head"}

@@ -7,8 +7,8 @@ from kvq.calib.kinds import Histogram, Range
 from kvq.calib.scales import float8_scale
 from kvq.calib.stats import LayerStats
 from kvq.codec_specs import CodecSpec
+from kvq.codecs.float8 import Float8Codec
 from kvq.errors import DataError
-from kvq.quantizers.float8 import Float8Codec
 
 
 def spec(**settings) -> CodecSpec:

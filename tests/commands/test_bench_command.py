@@ -7,11 +7,11 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from kvq.bench import bench, timing
+from kvq.bench.roofline import Shape, exact_bytes, step_bytes
+from kvq.bench.samples import layout_of
 from kvq.cli import main
 from kvq.errors import DataError
-from kvq.kernels import bench, timing
-from kvq.kernels.roofline import Shape, exact_bytes, step_bytes
-from kvq.kernels.samples import layout_of
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""What kvq relies on of lm-eval (``kvq/integrations/lm_eval.py``, ``kvq/eval/harness.py``)."""
+"""What kvq relies on of lm-eval (``kvq/eval/lm_eval.py``, ``kvq/eval/harness.py``)."""
 
 import inspect
 

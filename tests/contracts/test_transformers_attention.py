@@ -1,4 +1,4 @@
-"""What kvq relies on of the attention interface (``kvq/integrations/attention.py``, ``two_view.py``)."""
+"""What kvq relies on of the attention interface (``kvq/cache/model_attention.py``, ``two_view.py``)."""
 
 import inspect
 

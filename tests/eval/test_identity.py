@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from kvq.cache import make_plan
 from kvq.eval import identity
 from kvq.eval.identity import answers_key, model_hash, plan_hash
+from kvq.eval.subject import load_subject
 from kvq.export.exporter import export
-from kvq.integrations.subject import load_subject
 from kvq.models.describe import describe
 from kvq.recipe import load_recipe
 
@@ -93,6 +93,6 @@ def test_keys_hold_all_that_decides_an_answer(folder, monkeypatch):
 
 def test_the_code_version_covers_what_computes_and_not_what_shows():
     covered = {name.split("/")[0] for name in identity._DECIDING}
-    assert {"cache", "kernels", "quantizers", "integrations", "transforms", "recipe.py"} <= covered
+    assert {"cache", "kernels", "codecs", "pages", "integrations", "transforms", "recipe.py"} <= covered
     assert not {"report", "commands"} & covered
     assert len(identity.code_version()) == 64

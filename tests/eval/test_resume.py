@@ -11,13 +11,12 @@ import time
 import pytest
 
 from kvq.errors import DataError, RecipeError
-from kvq.eval import likelihood
+from kvq.eval import continuations, greedy, likelihood
+from kvq.eval import results_cache as answers_module
 from kvq.eval import run as run_module
 from kvq.eval import text as text_module
 from kvq.eval.evaluate import compare, evaluate
 from kvq.export.exporter import export
-from kvq.integrations import answers as answers_module
-from kvq.integrations import continuations, greedy
 from kvq.recipe import load_recipe
 
 TEXT = "The quick brown fox jumps over the lazy dog; pack my box with five dozen liquor jugs!\n" * 40

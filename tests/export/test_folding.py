@@ -16,9 +16,9 @@ import kvq
 from kvq.calib.collect import collect
 from kvq.calib.needs import needs_of
 from kvq.errors import CheckpointError, RecipeError
+from kvq.eval.two_view_model import two_view
 from kvq.export import exporter
 from kvq.export.exporter import export
-from kvq.integrations.two_view import two_view
 from kvq.models.describe import describe
 from kvq.models.resolve import weights_fingerprint
 from kvq.recipe import parse_recipe

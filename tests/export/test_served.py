@@ -8,13 +8,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Gemma3TextConfig
 
+from kvq.codecs.float8 import Float8Codec
 from kvq.errors import CheckpointError
+from kvq.eval.subject import load_subject
+from kvq.eval.two_view_model import two_view
 from kvq.export.exporter import export
 from kvq.export.served import is_served, served_config, served_plan
-from kvq.integrations.subject import load_subject
-from kvq.integrations.two_view import two_view
 from kvq.models.resolve import load_model
-from kvq.quantizers.float8 import Float8Codec
 from kvq.recipe import load_recipe
 
 

@@ -5,9 +5,9 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
+from kvq.eval.two_view_model import two_view
 from kvq.export.exporter import export
 from kvq.export.served import served_config, served_plan
-from kvq.integrations.two_view import two_view
 from kvq.models.describe import describe
 from kvq.models.resolve import load_config, load_model
 from kvq.recipe import load_recipe

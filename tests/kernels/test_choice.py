@@ -3,11 +3,11 @@
 import pytest
 import torch
 
+from kvq.bench.samples import layout_of
 from kvq.errors import KernelError
 from kvq.kernels import choice
 from kvq.kernels.choice import choose, why_no_layout
-from kvq.kernels.samples import layout_of
-from kvq.kernels.spec import PageLayout, Section, SideLayout
+from kvq.pages.layout import PageLayout, Section, SideLayout
 
 CPU = torch.device("cpu")
 

@@ -8,9 +8,9 @@ import torch
 pytest.importorskip("numba", reason="the compiled kernel needs numba")
 
 from kvq.cache.arena import Arena
+from kvq.codecs import AffineCodec, Float8Codec
 from kvq.kernels import cpu
-from kvq.kernels.spec import PageLayout, Section, SideLayout
-from kvq.quantizers import AffineCodec, Float8Codec
+from kvq.pages.layout import PageLayout, Section, SideLayout
 
 HEADS, QUERIES = 2, 3
 

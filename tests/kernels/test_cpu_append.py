@@ -8,9 +8,9 @@ import torch
 pytest.importorskip("numba", reason="the compiled kernel needs numba")
 
 from kvq.cache.arena import Arena
+from kvq.codecs import AffineCodec
 from kvq.errors import DataError
-from kvq.kernels.spec import PageLayout
-from kvq.quantizers import AffineCodec
+from kvq.pages.layout import PageLayout
 
 HEADS = 3
 

@@ -5,8 +5,8 @@ import itertools
 import pytest
 import torch
 
+from kvq.codecs import AffineCodec, Float8Codec, PackedKV
 from kvq.kernels.decode import merge_partials, partial_attention
-from kvq.quantizers import AffineCodec, Float8Codec, PackedKV
 
 CODECS = [
     AffineCodec(bits=bits, axis=axis, group=group, head_dim=head_dim)

@@ -5,9 +5,9 @@ import re
 import pytest
 import torch
 
-from kvq.kernels.bits import pack_rows
 from kvq.kernels.fields import FIELD_TABLES, book_ptx, book_registers, unpack_ptx
-from kvq.kernels.spec import CONTAINER_WORDS, FIELDS, SideLayout
+from kvq.pages.bits import pack_rows
+from kvq.pages.layout import CONTAINER_WORDS, FIELDS, SideLayout
 
 MASK = 0xFFFFFFFF
 

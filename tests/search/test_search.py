@@ -12,7 +12,7 @@ from kvq.calib.needs import ALL_NEEDS
 from kvq.errors import DataError
 from kvq.eval.evaluate import evaluate
 from kvq.eval.likelihood import score_windows
-from kvq.integrations.subject import load_subject
+from kvq.eval.subject import load_subject
 from kvq.models.describe import describe
 from kvq.models.resolve import load_model, weights_fingerprint
 from kvq.report.front import front_html, front_png

@@ -145,7 +145,7 @@ def pair_layout(head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
 def make_evidence():
     """Factory ``make_evidence(side="key", ...) -> Evidence``: two KV heads of two query heads, keys with outlier
     channels and large means, correlated values of unequal channels that the output projection evens out."""
-    from kvq.quantizers import AffineCodec
+    from kvq.codecs import AffineCodec
     from kvq.transforms.evidence import Evidence, Window
 
     def make(side="key", *, bits=4, axis="token", group=None, windows=3, tokens=96, size=16, seed=0, **settings):

@@ -1,7 +1,7 @@
 """What kvq's own tasks have in common: generated texts, questions about them, and what counts as an answer.
 
 A probe writes a passage and asks about it. Every answer is a continuation whose log-probability and greedy tokens are
-read off in one forward (``kvq.integrations.continuations``): what is measured is what decoding would have done, in the
+read off in one forward (``kvq.eval.continuations``): what is measured is what decoding would have done, in the
 named mode, and all questions about a passage share its forward. Passages depend on tokenizer, text, seed and lengths
 alone: baseline and recipes get the same ones.
 """
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvq.errors import DataError
-from kvq.integrations.continuations import Question, TokenScores
+from kvq.eval.continuations import Question, TokenScores
 
 Tokens = tuple[int, ...]
 # Where passages end: short questions after such a length cross no boundary of a usual flush unit, so that all questions

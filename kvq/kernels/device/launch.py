@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from kvq.kernels.append import DecodeState, ExactStore
     from kvq.kernels.attention import Exact, Query
     from kvq.kernels.packing import Rotation, Source
-    from kvq.kernels.pages import Pages
     from kvq.kernels.plan import DecodePlan, Geometry
+    from kvq.pages.pages import Pages
 
 _MERGE_SPLITS = 16
 _PLAN_ITEMS = 32

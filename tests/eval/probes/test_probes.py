@@ -8,14 +8,14 @@ import torch
 
 from kvq.cache import make_plan
 from kvq.errors import DataError
+from kvq.eval.continuations import TokenScores, rows_of
+from kvq.eval.greedy import greedy_continuations
 from kvq.eval.probes import PROBES
 from kvq.eval.probes.base import Ask, Outcome, Passage, Setting, outcomes
 from kvq.eval.probes.copying import _split
 from kvq.eval.probes.needle import default_lengths
 from kvq.eval.probing import ask, pair
-from kvq.integrations.answers import Answers
-from kvq.integrations.continuations import TokenScores, rows_of
-from kvq.integrations.greedy import greedy_continuations
+from kvq.eval.results_cache import Answers
 from kvq.models.describe import describe
 from kvq.recipe import load_recipe
 

@@ -5,10 +5,10 @@ from dataclasses import dataclass, field, replace
 import pytest
 import torch
 
+from kvq.bench.samples import Counts, layout_of, random_exact, random_pages
 from kvq.kernels.attention import Query, decode_attention
 from kvq.kernels.oracle import dense_attention
 from kvq.kernels.plan import DecodePlan
-from kvq.kernels.samples import Counts, layout_of, random_exact, random_pages
 
 # Of kernels that multiply fp16 factors and sum in fp32; q and the weights are rounded to 11 bits.
 FROBENIUS, WORST_ROW = 1e-3, 4e-3
@@ -233,8 +233,8 @@ def test_a_page_may_stand_in_several_tables(device):
 def test_a_million_tokens(device):
     if device.type != "cuda":
         pytest.skip("a million tokens take minutes in the interpreter")
-    from kvq.kernels.bench import full_pages
-    from kvq.kernels.roofline import Shape
+    from kvq.bench.bench import full_pages
+    from kvq.bench.roofline import Shape
 
     shape = Shape(batch=1, context=1 << 20, kv_heads=1, group=4, head_dim=128)
     layout = layout_of("2", "4")

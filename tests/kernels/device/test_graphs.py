@@ -4,12 +4,12 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from kvq.bench.samples import layout_of
 from kvq.kernels.append import DecodeState, ExactStore, Rule, append_tokens
 from kvq.kernels.attention import Query, decode_attention
 from kvq.kernels.oracle import dense_attention
-from kvq.kernels.pages import Pages
 from kvq.kernels.plan import DecodePlan
-from kvq.kernels.samples import layout_of
+from kvq.pages.pages import Pages
 
 # What reads a number back, has a size that depends on numbers, or takes memory.
 FORBIDDEN = ("_local_scalar_dense", "nonzero", "masked_select", "empty", "zeros", "ones", "full", "_to_copy", "clone")

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
+from kvq.bench.samples import layout_of, random_pages
 from kvq.kernels.append import DecodeState, ExactStore, Rule, append_tokens
 from kvq.kernels.hadamard import hadamard
 from kvq.kernels.packing import Rotation, Source, pack_tokens, unpack_pages
-from kvq.kernels.pages import Pages
-from kvq.kernels.samples import layout_of, random_pages
+from kvq.pages.pages import Pages
 
 LAYOUTS = [
     ("4", "4", 64),

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from kvq.bench.samples import layout_of
 from kvq.kernels.plan import DecodePlan, choose_run, work_list
-from kvq.kernels.samples import layout_of
 
 
 @pytest.mark.parametrize("lengths", [[0, 0], [1, 5000], [1000, 37, 0, 640], [64] * 9], ids=str)

@@ -1,0 +1,1 @@
+"""Timing of kernels: against their floor, and against each other in turns."""

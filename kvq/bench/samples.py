@@ -1,0 +1,223 @@
+"""Made-up pages and exact tokens for checks and benchmarks: every byte a kernel could read is set, and what it must not
+read is poison."""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from kvq.kernels.attention import Exact
+from kvq.pages.layout import PageLayout, Section, SideLayout
+from kvq.pages.pages import Pages
+
+NAN_BYTE = 0x7F
+
+
+def side_of(width: str, head_dim: int, page_tokens: int) -> SideLayout:
+    """A side by a short name.
+
+    4       4-bit codes, a scale and a minimum a token          4c32    per channel, groups of 32 tokens
+    4/32    the same for groups of 32 channels                  4s      a scale and no minimum
+    e4m3    fp8                                                 book4   levels of a book times a norm a token
+    nf4     levels of a book times a scale a token              mx4     levels times a power of two for 32 channels
+    dense   fp16 numbers
+    """
+    common = {"head_dim": head_dim, "page_tokens": page_tokens}
+    if width == "dense":
+        return SideLayout(format="dense", bits=16, **common)
+    if width == "e4m3":
+        return SideLayout(format="e4m3", bits=8, **common)
+    if width.startswith("book"):
+        norm = Section(name="norm", shape=())
+        return SideLayout(format="book", bits=int(width[4:]), meta_terms=0, extras=(norm,), **common)
+    if width == "nf4":
+        return SideLayout(format="book", bits=4, meta_terms=1, group=head_dim, **common)
+    if width == "mx4":
+        return SideLayout(format="book", bits=4, meta_terms=1, meta_format="e8m0", group=min(32, head_dim), **common)
+    terms = 1 if width.endswith("s") else 2
+    axis = "channel" if "c" in width else "token"
+    bits, _, group = width.rstrip("s").replace("c", "/").partition("/")
+    return SideLayout(
+        format="affine", bits=int(bits), axis=axis, group=int(group or head_dim), meta_terms=terms, **common
+    )
+
+
+def layout_of(key: str, value: str, head_dim: int = 128, page_tokens: int = 64) -> PageLayout:
+    return PageLayout(key=side_of(key, head_dim, page_tokens), value=side_of(value, head_dim, page_tokens))
+
+
+def levels_of(side: SideLayout) -> tuple[float, ...] | None:
+    """Levels for a book, as from a normal distribution; None for other formats."""
+    if side.format != "book":
+        return None
+    middles = (torch.arange(2**side.bits, dtype=torch.float64) + 0.5) / 2**side.bits
+    return tuple(torch.special.ndtri(middles).half().tolist())
+
+
+def random_pages(
+    layout: PageLayout,
+    lengths: list[int],
+    heads: int,
+    *,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    spread: float = 1.0,
+    limit: bool = True,
+    factor: bool = False,
+) -> Pages:
+    """Pages of a batch with ``lengths`` packed tokens, in shuffled order, one number of the pool unused.
+
+    Codes are random bits everywhere, so that what follows a sequence's end is garbage; scales, minima and norms of
+    tokens that do not exist are NaN, and so is all of the unused page. ``spread``: standard deviation of scales, in
+    powers of e. ``limit``: with ``value_limit``; ``factor``: with ``channel_factor``.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    size = layout.page_tokens
+    counts = [-(-length // size) for length in lengths]
+    total = sum(counts) + 1
+    pool = torch.randint(0, 256, (total, heads, layout.record_bytes), generator=generator, dtype=torch.uint8)
+    order = torch.randperm(total, generator=generator)
+    table = torch.full((len(lengths), max([1, *counts])), int(order[-1]), dtype=torch.int32)
+    at = 0
+    for b, count in enumerate(counts):
+        table[b, :count] = order[at : at + count].int()
+        at += count
+    pages = Pages.of(
+        layout,
+        pool,
+        table,
+        key_scale=0.02 if layout.key.format == "e4m3" else 1.0,
+        value_scale=0.03 if layout.value.format == "e4m3" else 1.0,
+        key_levels=levels_of(layout.key),
+        value_levels=levels_of(layout.value),
+        channel_factor=torch.rand(heads, layout.key.head_dim, generator=generator) + 0.5 if factor else None,
+        value_limit=torch.zeros(heads) if limit else None,
+    )
+    for side in ("key", "value"):
+        _fill(pages, side, lengths, spread, generator)
+    if limit:
+        pages.value_limit.copy_(_largest_scale(pages, lengths))
+    return _moved(pages, torch.device(device))
+
+
+def _fill(pages: Pages, side: str, lengths: list[int], spread: float, generator: torch.Generator) -> None:
+    """Numbers of one side's sections, NaN first."""
+    layout, size = pages.layout.side(side), pages.layout.page_tokens
+    if layout.format == "dense":
+        words = pages.words(pages.pool, side)
+        words.fill_(torch.nan)
+        for page, used in _used(pages, lengths):
+            words[page, :, :used] = torch.randn(words[page, :, :used].shape, generator=generator).half()
+    if layout.format == "e4m3":
+        # Some of 256 bytes are NaN: real tokens get numbers.
+        codes = torch.randint(0, 127, (*pages.pool.shape[:2], size, layout.head_dim), generator=generator)
+        sign = torch.randint(0, 2, codes.shape, generator=generator) * 128
+        words = pages.words(pages.pool, side)
+        words.fill_(NAN_BYTE)
+        numbers = (codes + sign).to(torch.uint8)
+        for page, used in _used(pages, lengths):
+            words[page, :, :used] = numbers[page, :, :used]
+    for section in layout.sections:
+        target = pages.section(pages.pool, side, section.name)
+        target.fill_(NAN_BYTE if target.dtype == torch.uint8 else torch.nan)
+        drawn = _numbers(section, layout, target.shape, spread, generator)
+        for page, used in _used(pages, lengths):
+            rows = -(-used // section.tokens)
+            target[page, :, :rows] = drawn[page, :, :rows]
+
+
+def _used(pages: Pages, lengths: list[int]):
+    """(page number, tokens of it that exist)."""
+    size = pages.layout.page_tokens
+    for b, length in enumerate(lengths):
+        for p in range(-(-length // size)):
+            yield int(pages.table[b, p]), min(size, length - p * size)
+
+
+def _numbers(section: Section, layout: SideLayout, shape, spread: float, generator) -> torch.Tensor:
+    if section.name == "norm":
+        return torch.exp(spread * torch.randn(shape, generator=generator)).half()
+    if layout.meta_format == "e8m0":
+        return torch.randint(124, 130, shape, generator=generator).to(torch.uint8)
+    unit = 1.0 if layout.format == "book" else 2.0 / 2**layout.bits
+    scale = unit * torch.exp(spread * torch.randn(shape[:-1], generator=generator))
+    if layout.meta_format == "e4m3":
+        return scale.unsqueeze(-1).to(torch.float8_e4m3fn).view(torch.uint8)
+    terms = [scale, -scale * (2**layout.bits - 1) * torch.rand(scale.shape, generator=generator)]
+    return torch.stack(terms[: layout.meta_terms], dim=-1).half()
+
+
+def _largest_scale(pages: Pages, lengths: list[int]) -> torch.Tensor:
+    """[heads]: the largest scale of values, norm included; 1 where values have none of their own."""
+    layout, largest = pages.layout.value, torch.zeros(pages.heads)
+    norms = [s for s in layout.extras if s.name == "norm"]
+    if (layout.meta is None and not norms) or (layout.meta is not None and layout.axis == "channel"):
+        return largest + 1
+    for page, used in _used(pages, lengths):
+        own = torch.ones(pages.heads, 1, 1)
+        if layout.meta is not None:
+            meta = pages.section(pages.pool[page], "value", "meta")[:, :used]
+            own = pages_numbers(meta, layout)[..., 0]
+        if norms:
+            own = own * pages.section(pages.pool[page], "value", "norm")[:, :used, None].float()
+        largest = torch.maximum(largest, own.flatten(1).amax(1))
+    return largest
+
+
+def pages_numbers(meta: torch.Tensor, layout: SideLayout) -> torch.Tensor:
+    """Stored metadata as fp32."""
+    if layout.meta_format == "e8m0":
+        return torch.exp2(meta.float() - 127)
+    return meta.view(torch.float8_e4m3fn).float() if layout.meta_format == "e4m3" else meta.float()
+
+
+def _moved(pages: Pages, device: torch.device) -> Pages:
+    names = ("pool", "table", "channel_factor", "value_limit")
+    tensors = {name: getattr(pages, name) for name in names}
+    return replace(pages, **{name: None if t is None else t.to(device) for name, t in tensors.items()})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counts:
+    """Tokens of one sequence after the sinks: packed as keys, packed as values, all."""
+
+    key: int
+    value: int
+    all: int
+
+
+def random_exact(
+    counts: list[Counts],
+    heads: int,
+    head_dim: int,
+    *,
+    sinks: int = 0,
+    dtype: torch.dtype = torch.bfloat16,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+) -> Exact:
+    """Exact tokens to go with pages; rings are NaN where no token lies, and start at an offset of their own."""
+    generator = torch.Generator().manual_seed(seed)
+    B = len(counts)
+    rings, offsets = [], []
+    for side in ("key", "value"):
+        capacity = max([1, *(c.all - getattr(c, side) for c in counts)]) + 3
+        offset = torch.randint(0, capacity, (B,), generator=generator, dtype=torch.int32)
+        ring = torch.full((B, heads, capacity, head_dim), torch.nan)
+        for b, c in enumerate(counts):
+            slots = (torch.arange(getattr(c, side), c.all) + int(offset[b])) % capacity
+            ring[b, :, slots] = torch.randn(heads, len(slots), head_dim, generator=generator)
+        rings.append(ring.to(dtype).to(device))
+        offsets.append(offset.to(device))
+    kept = [torch.randn(B, heads, sinks, head_dim, generator=generator).to(dtype).to(device) for _ in range(2)]
+    lengths = [[min(c.key, c.value), c.key, c.value, c.all] for c in counts]
+    return Exact(
+        lengths=torch.tensor(lengths, dtype=torch.int32, device=device).view(-1, 4),
+        keys=rings[0],
+        values=rings[1],
+        key_offsets=offsets[0],
+        value_offsets=offsets[1],
+        sink_keys=kept[0] if sinks else None,
+        sink_values=kept[1] if sinks else None,
+        mixed_key=any(c.key > c.value for c in counts),
+        mixed_value=any(c.value > c.key for c in counts),
+    )

@@ -1,0 +1,142 @@
+"""Uniform codes with a floating-point minimum (KIVI, FlexGen, per-token integers), or symmetric about zero (ZeroQuant).
+
+    scale = (max - min) / (2^bits - 1),   code = round((x - min) / scale),   x' = code * scale + min
+
+over groups of ``group`` channels of one token (axis token), all heads of one token (shared), or ``group`` tokens of one
+channel (axis channel; KIVI, arXiv 2402.02750, section 3). ``clip`` below 1 narrows the range about its middle, and what
+lies outside saturates. Symmetric codes (arXiv 2206.01861, as DeepSpeed computes them) have
+
+    scale = 2 max|x| / 2^bits,   code = 2^(bits-1) + clamp(round(x / scale), -2^(bits-1), 2^(bits-1) - 1)
+
+Scale and minimum are rounded to how they are stored (``meta.py``) before encoding, so encoder and decoder agree. A
+constant group has scale 0 and decodes to its stored constant.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from kvq.codecs.grouping import Grouping
+from kvq.codecs.meta import from_e4m3, load_pair, range_section, store_range, to_e4m3
+from kvq.codecs.packed import Encoded, PackedKV, refuse_unstorable
+from kvq.kernels.decode import page_scores, page_weighted_sum
+from kvq.pages.layout import DEFAULT_PAGE_TOKENS, SideLayout
+
+
+@dataclass(frozen=True, kw_only=True)
+class AffineCodec:
+    """bits in {2, 3, 4, 8}; axis ``token`` or ``channel``; group: numbers that share a scale; head_dim: channels.
+
+    clip        share of a group's range that the codes span.
+    symmetric   no minimum is stored.
+    meta        a format of ``meta.py``.
+    shared      axis token: all heads share a scale, and group is head_dim.
+    """
+
+    bits: int
+    axis: str
+    group: int
+    head_dim: int
+    clip: float = 1.0
+    symmetric: bool = False
+    meta: str = "float16"
+    shared: bool = False
+
+    # Codes carry their own scales, so nothing static is stored beside the pages.
+    scale = 1.0
+
+    @property
+    def block_tokens(self) -> int:
+        """Smallest number of consecutive tokens that can be encoded alone."""
+        return self.group if self.axis == "channel" else 1
+
+    @property
+    def is_min_max(self) -> bool:
+        """True for the plain grid from a group's minimum to its maximum, stored as fp16: what kernels encode."""
+        return self.clip == 1 and not self.symmetric and not self.shared and self.meta == "float16"
+
+    @property
+    def page_tokens(self) -> int:
+        """Smallest page that holds whole groups."""
+        return max(DEFAULT_PAGE_TOKENS, self.block_tokens)
+
+    @cached_property
+    def grouping(self) -> Grouping:
+        return Grouping(axis=self.axis, group=self.group, head_dim=self.head_dim, shared=self.shared)
+
+    def layout(self, page_tokens: int) -> SideLayout:
+        return SideLayout(
+            format="affine",
+            bits=self.bits,
+            head_dim=self.head_dim,
+            page_tokens=page_tokens,
+            axis=self.axis,
+            group=self.group,
+            meta_terms=1 if self.symmetric else 2,
+            meta_format=self.meta,
+            meta_shared=self.shared,
+            extras=(range_section(self.group),) if self.meta == "range8" else (),
+        )
+
+    def encode(self, x: torch.Tensor) -> Encoded:
+        """Encode x [..., K, T, head_dim]; the section ``meta`` holds (scale, minimum) in its last dimension.
+
+        meta is [..., K, T, head_dim / group, 2] for axis token, [..., T, 1, 2] if heads share it, and
+        [..., K, T / group, head_dim, 2] for axis channel; one number instead of two for symmetric codes.
+        Raises DataError if x holds NaN, infinity or numbers that the metadata cannot hold (checked where it costs no
+        device sync).
+        """
+        grouped = self.grouping.split(x)
+        steps = 2**self.bits - 1
+        if self.symmetric:
+            sections, scale = self._store_symmetric(grouped)
+            minimum = -(2 ** (self.bits - 1)) * scale
+        else:
+            low, high = torch.aminmax(grouped, dim=self.grouping.dim)
+            if self.clip < 1:
+                cut = (high - low) * ((1 - self.clip) / 2)
+                low, high = low + cut, high - cut
+            refuse_unstorable(self.meta, low, high)
+            sections, scale, minimum = store_range(low, high, self.bits, self.meta)
+        scale, minimum = self.grouping.spread(scale), self.grouping.spread(minimum)
+        # Division by a zero scale is avoided: such a group is constant and all its codes are 0.
+        codes = (grouped - minimum) / scale.masked_fill(scale == 0, torch.inf)
+        codes = codes.round_().clamp_(0, steps).to(torch.uint8)
+        return Encoded(codes=self.grouping.join(codes), sections=sections)
+
+    def _store_symmetric(self, grouped: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        top = grouped.abs().amax(self.grouping.dim)
+        refuse_unstorable(self.meta, top, top)
+        scale = 2 * top / 2**self.bits
+        stored = to_e4m3(scale) if self.meta == "e4m3" else scale.to(torch.float16)
+        sections = {"meta": stored.unsqueeze(-1)}
+        return sections, self.pair(sections, grouped.dtype)[0]
+
+    def pair(self, sections: Mapping[str, torch.Tensor], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scale and minimum of every group as numbers, each of the shape of ``meta`` without its last dimension."""
+        if not self.symmetric:
+            return load_pair(sections, self.bits, self.meta, dtype)
+        stored = sections["meta"].squeeze(-1)
+        scale = from_e4m3(stored, dtype) if self.meta == "e4m3" else stored.to(dtype)
+        return scale, -(2 ** (self.bits - 1)) * scale
+
+    def decode(self, encoded: Encoded, dtype: torch.dtype) -> torch.Tensor:
+        """Return the numbers that codes and meta stand for, [..., K, T, head_dim]."""
+        grouped = self.grouping.split(encoded.codes)
+        scale, minimum = (self.grouping.spread(part) for part in self.pair(encoded.sections, dtype))
+        return self.grouping.join(torch.addcmul(minimum, grouped.to(dtype), scale))
+
+    def scores(self, packed: PackedKV, q: torch.Tensor) -> torch.Tensor:
+        return page_scores(q, packed.words, self._page_pairs(packed, q.dtype), packed.layout)
+
+    def weighted_sum(self, packed: PackedKV, p: torch.Tensor) -> torch.Tensor:
+        return page_weighted_sum(p, packed.words, self._page_pairs(packed, p.dtype), packed.layout)
+
+    def _page_pairs(self, packed: PackedKV, dtype: torch.dtype) -> torch.Tensor:
+        """Metadata of pages as plain pairs, [B, K, P, rows, groups or channels, 2]."""
+        if packed.layout.is_plain:
+            return packed.sections["meta"]
+        pairs = torch.stack(self.pair(packed.sections, dtype), dim=-1)
+        return pairs.unsqueeze(1).expand(-1, packed.words.shape[1], *pairs.shape[1:]) if self.shared else pairs

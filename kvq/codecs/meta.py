@@ -1,0 +1,101 @@
+"""How scale and minimum of a group are stored: fp16 numbers, or bytes.
+
+    float16   both as fp16 numbers
+    e4m3      both as E4M3 numbers (SKVQ, arXiv 2405.06219), which saturate at 448
+    zero8     the scale as UE5M3 (an fp16 number without its sign and its low 7 bits); the minimum as the byte z in
+              minimum = -scale * (2^bits - 1) * z / 255, so that its precision follows the scale. The range of a group
+              always holds zero.
+    range8    axis channel: the scale as UE5M3; the minimum as the byte m in minimum = low + m * step, where (low, step)
+              is one fp16 pair for all channels of the block, in the section ``meta_range``
+
+Encoders use the numbers as they are stored, so encoder and decoder agree. A 16-bit pair becomes 16 bits of metadata per
+group with the last three.
+"""
+
+import torch
+
+from kvq.pages.layout import Section
+
+E4M3_MAX = 448.0
+# The largest finite fp16 number that a UE5M3 byte holds.
+_UE5M3_TOP = 0xF7
+
+
+def range_section(group: int) -> Section:
+    """(low, step) of the minima of a block's channels, for ``range8``."""
+    return Section(name="meta_range", shape=(2,), tokens=group)
+
+
+def to_e4m3(x: torch.Tensor) -> torch.Tensor:
+    """E4M3 bytes of numbers, saturating."""
+    return x.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).view(torch.uint8)
+
+
+def from_e4m3(codes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return codes.view(torch.float8_e4m3fn).to(dtype)
+
+
+def to_ue5m3(x: torch.Tensor) -> torch.Tensor:
+    """UE5M3 bytes of numbers of 0 or more: rounded to fp16, then to three bits of mantissa, half to even."""
+    bits = x.to(torch.float16).view(torch.int16).to(torch.int32)
+    return ((bits + 63 + (bits >> 7 & 1)) >> 7).clamp_(max=_UE5M3_TOP).to(torch.uint8)
+
+
+def from_ue5m3(codes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return (codes.to(torch.int16) << 7).view(torch.float16).to(dtype)
+
+
+def store_range(
+    low: torch.Tensor, high: torch.Tensor, bits: int, form: str
+) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:
+    """Choose and store (scale, minimum) for groups with these ends; codes go from 0 to 2^bits - 1.
+
+    low, high   [..., rows, groups or channels]
+    Returns the sections, with ``meta`` [..., rows, groups or channels, 2], and scale and minimum as they are stored, in
+    the dtype of ``low``.
+    """
+    steps = 2**bits - 1
+    sections = {}
+    if form == "float16":
+        pair = ((high - low) / steps).to(torch.float16), low.to(torch.float16)
+    elif form == "e4m3":
+        pair = to_e4m3((high - low) / steps), to_e4m3(low)
+    elif form == "zero8":
+        low, high = low.clamp(max=0), high.clamp(min=0)
+        scale = to_ue5m3((high - low) / steps)
+        span = from_ue5m3(scale, low.dtype) * steps
+        pair = scale, (-255 * low / span.masked_fill(span == 0, torch.inf)).round_().clamp_(0, 255).to(torch.uint8)
+    else:
+        ends = _stored_range(low)
+        sections["meta_range"] = ends
+        start, step = ends.to(low.dtype).unsqueeze(-2).unbind(-1)
+        # Rounded down, so that the lowest number of a group stays inside its range.
+        code = ((low - start) / step.masked_fill(step == 0, torch.inf)).floor_().clamp_(0, 255)
+        pair = to_ue5m3((high - torch.addcmul(start, code, step)).clamp(min=0) / steps), code.to(torch.uint8)
+    sections["meta"] = torch.stack(pair, dim=-1)
+    scale, minimum = load_pair(sections, bits, form, low.dtype)
+    return sections, scale, minimum
+
+
+def _stored_range(low: torch.Tensor) -> torch.Tensor:
+    """fp16 (low, step) [..., rows, 2] of minima [..., rows, channels], with low not above any of them."""
+    start = low.amin(-1).to(torch.float16)
+    above = start.to(low.dtype) > low.amin(-1)
+    start = torch.where(above, torch.nextafter(start, torch.full_like(start, -torch.inf)), start)
+    return torch.stack([start, ((low.amax(-1) - start.to(low.dtype)) / 255).to(torch.float16)], dim=-1)
+
+
+def load_pair(
+    sections: dict[str, torch.Tensor], bits: int, form: str, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and minimum as numbers, each [..., rows, groups or channels]."""
+    first, second = sections["meta"].unbind(-1)
+    if form == "float16":
+        return first.to(dtype), second.to(dtype)
+    if form == "e4m3":
+        return from_e4m3(first, dtype), from_e4m3(second, dtype)
+    scale = from_ue5m3(first, dtype)
+    if form == "zero8":
+        return scale, scale * (second.to(dtype) * (-(2**bits - 1) / 255))
+    start, step = sections["meta_range"].to(dtype).unsqueeze(-2).unbind(-1)
+    return scale, torch.addcmul(start, second.to(dtype), step)

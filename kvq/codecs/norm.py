@@ -1,0 +1,97 @@
+"""Token lengths taken out before another codec (TurboQuant, arXiv 2504.19874; OScaR, arXiv 2605.19660).
+
+    u = x / rms(x),    x' = n * decode(encode(u))
+
+over the channels of one head, or of all heads of a token together (one number for all). A vector of variance 1 is what
+Lloyd-Max levels are made for, and the lengths of tokens no longer differ within a channel's group. The stored number n,
+fp16, is rms(x), or, at no cost,
+
+    length          ||x|| / ||u'||          the decoded vector has the length of x (norm correction)
+    least_squares   (x . u') / (u' . u')    the decoded vector is the nearest to x
+
+A zero vector decodes to zero.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from kvq.codecs.packed import Codec, Encoded, PackedKV, refuse_unstorable, wide
+from kvq.codecs.wrapping import by_token, with_sections
+from kvq.pages.layout import Section, SideLayout
+
+
+@dataclass(frozen=True, kw_only=True)
+class NormedCodec:
+    """over: ``head`` or ``token``; correct: None, ``length`` or ``least_squares``."""
+
+    inner: Codec
+    over: str
+    correct: str | None = None
+
+    @property
+    def head_dim(self) -> int:
+        return self.inner.head_dim
+
+    @property
+    def block_tokens(self) -> int:
+        return self.inner.block_tokens
+
+    @property
+    def page_tokens(self) -> int:
+        return self.inner.page_tokens
+
+    def layout(self, page_tokens: int) -> SideLayout:
+        return with_sections(self.inner.layout(page_tokens), Section(name="norm", shape=(), shared=self._shared))
+
+    @property
+    def _shared(self) -> bool:
+        return self.over == "token"
+
+    def encode(self, x: torch.Tensor) -> Encoded:
+        """Encode x [..., K, T, head_dim]; ``norm`` is fp16 [..., K, T], or [..., T] over all heads."""
+        x = wide(x)
+        unit, _ = self.unit(x)
+        encoded = self.inner.encode(unit)
+        if self.correct is not None:
+            decoded = self.inner.decode(encoded, x.dtype)
+            energy = self._mean(decoded.square())
+            wanted = self._mean(x * decoded) if self.correct == "least_squares" else self._size(x) * energy.sqrt()
+            norm = (wanted / energy).masked_fill(energy == 0, 0)
+        else:
+            norm = self._size(x)
+        return Encoded(codes=encoded.codes, sections={**encoded.sections, "norm": norm.to(torch.float16)})
+
+    def unit(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """x over its length, and the length [..., K or 1, T, 1]; a length that is stored as it is, is rounded first."""
+        size = self._size(x)
+        refuse_unstorable("float16", size)
+        if self.correct is None:
+            size = size.to(torch.float16).to(x.dtype)
+        spread = self._spread(size)
+        return x / spread.masked_fill(spread == 0, torch.inf), spread
+
+    def _size(self, x: torch.Tensor) -> torch.Tensor:
+        return self._mean(x.square()).sqrt()
+
+    def _mean(self, x: torch.Tensor) -> torch.Tensor:
+        """Mean over the numbers of a vector, [..., K, T] or [..., T]."""
+        return x.mean((-3, -1)) if self._shared else x.mean(-1)
+
+    def _spread(self, norm: torch.Tensor) -> torch.Tensor:
+        """[..., K or 1, T, 1]."""
+        return (norm.unsqueeze(-2) if self._shared else norm).unsqueeze(-1)
+
+    def decode(self, encoded: Encoded, dtype: torch.dtype) -> torch.Tensor:
+        """The stored numbers, [..., K, T, head_dim]."""
+        return self.inner.decode(encoded, dtype) * self._spread(encoded.sections["norm"].to(dtype))
+
+    def scores(self, packed: PackedKV, q: torch.Tensor) -> torch.Tensor:
+        return self.inner.scores(packed.of(self.inner), q) * self._by_token(packed, q.dtype)
+
+    def weighted_sum(self, packed: PackedKV, p: torch.Tensor) -> torch.Tensor:
+        return self.inner.weighted_sum(packed.of(self.inner), p * self._by_token(packed, p.dtype))
+
+    def _by_token(self, packed: PackedKV, dtype: torch.dtype) -> torch.Tensor:
+        """[B, K or 1, 1, T]."""
+        return self._spread(by_token(packed.sections["norm"], 0).to(dtype)).transpose(-1, -2)

@@ -1,0 +1,112 @@
+"""Channels in tiers of their own width: bits where the variance is (transform coding, reverse water-filling).
+
+A head's channels are cut into equal tiers, in order, and every tier is stored with its own number of bits as ``affine``
+codes along the channel axis. A tier of 0 bits is not stored: it decodes to zero. This pays where a transform has
+sorted the channels by how much their error costs (``principal`` in ``kvq/transforms``): with variances v_c (times what
+reads the channel) and errors that fall as v_c 4^-bits, equal bits waste what the small channels do not need.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from kvq.codecs.affine import AffineCodec
+from kvq.codecs.packed import Encoded, PackedKV, dequantized_scores, dequantized_sum, pack_pages, unpack_pages
+from kvq.errors import RecipeError
+from kvq.pages.layout import ATOM, DEFAULT_PAGE_TOKENS, Section, SideLayout
+
+
+@dataclass(frozen=True, kw_only=True)
+class TiersCodec:
+    """bits of each tier, 0, 2, 3, 4 or 8; group: consecutive tokens of a channel that share a scale; meta as affine.
+
+    clip   share of a group's range that the codes of a tier span, as affine; empty: the whole range.
+    """
+
+    bits: tuple[int, ...]
+    group: int
+    head_dim: int
+    meta: str = "float16"
+    clip: tuple[float, ...] = ()
+
+    scale = 1.0
+
+    def __post_init__(self):
+        if self.head_dim % (ATOM * len(self.bits)):
+            fits = [n for n in range(1, self.head_dim // ATOM + 1) if self.head_dim % (ATOM * n) == 0]
+            raise RecipeError(
+                f"{len(self.bits)} tiers do not cut head_dim={self.head_dim} into multiples of {ATOM} channels: give "
+                f"{', '.join(map(str, fits))} numbers of bits."
+            )
+
+    @property
+    def block_tokens(self) -> int:
+        return self.group
+
+    @property
+    def page_tokens(self) -> int:
+        return max(DEFAULT_PAGE_TOKENS, self.group)
+
+    @cached_property
+    def tiers(self) -> tuple[tuple[str, slice, AffineCodec], ...]:
+        """Name, channels and codec of every tier that is stored."""
+        width = self.head_dim // len(self.bits)
+        clips = self.clip or (1.0,) * len(self.bits)
+        return tuple(
+            (
+                f"tier{i}",
+                slice(i * width, (i + 1) * width),
+                AffineCodec(bits=bits, axis="channel", group=self.group, head_dim=width, meta=self.meta, clip=clip),
+            )
+            for i, (bits, clip) in enumerate(zip(self.bits, clips))
+            if bits
+        )
+
+    def layout(self, page_tokens: int) -> SideLayout:
+        """Every tier has its words in a section, one row per block, and its metadata in others."""
+        extras = []
+        for name, _, codec in self.tiers:
+            inner = codec.layout(self.group)
+            extras.append(Section(name=f"{name}_words", shape=inner.words_shape, dtype="int16", tokens=self.group))
+            extras += [
+                Section(name=f"{name}_{s.name}", shape=s.shape, dtype=s.dtype, tokens=s.tokens) for s in inner.sections
+            ]
+        return SideLayout(
+            format="sections",
+            bits=0,
+            head_dim=self.head_dim,
+            page_tokens=page_tokens,
+            meta_terms=0,
+            extras=tuple(extras),
+        )
+
+    def encode(self, x: torch.Tensor) -> Encoded:
+        """Encode x [..., K, T, head_dim], whole blocks; codes are empty, everything lies in sections."""
+        sections = {}
+        for name, channels, codec in self.tiers:
+            encoded = codec.encode(x[..., channels])
+            sections[f"{name}_words"] = pack_pages(encoded.codes, codec.layout(self.group))
+            sections |= {f"{name}_{part}": numbers for part, numbers in encoded.sections.items()}
+        return Encoded(codes=x.new_empty(*x.shape[:-1], 0, dtype=torch.uint8), sections=sections)
+
+    def decode(self, encoded: Encoded, dtype: torch.dtype) -> torch.Tensor:
+        """Return the numbers that the tiers stand for, [..., K, T, head_dim]."""
+        out = torch.zeros(*encoded.codes.shape[:-1], self.head_dim, dtype=dtype, device=encoded.codes.device)
+        for name, channels, codec in self.tiers:
+            codes = unpack_pages(encoded.sections[f"{name}_words"], codec.layout(self.group))
+            own = Encoded(codes=codes, sections=_own(encoded.sections, name))
+            out[..., channels] = codec.decode(own, dtype)
+        return out
+
+    def scores(self, packed: PackedKV, q: torch.Tensor) -> torch.Tensor:
+        return dequantized_scores(packed, q)
+
+    def weighted_sum(self, packed: PackedKV, p: torch.Tensor) -> torch.Tensor:
+        return dequantized_sum(packed, p)
+
+
+def _own(sections: Mapping[str, torch.Tensor], name: str) -> dict[str, torch.Tensor]:
+    """One tier's sections, by the names that its codec gave them."""
+    return {part.removeprefix(f"{name}_"): numbers for part, numbers in sections.items() if part.startswith(f"{name}_")}
