@@ -21,8 +21,8 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
-from kvq.export.atomic import flush
-from kvq.export.exporter import export
+from kvq.exporting.atomic import flush
+from kvq.exporting.exporter import export
 from kvq.models.resolve import resolve_model
 
 TIME_BAR, MEMORY_BAR_MB = 1.5, 500
@@ -30,7 +30,7 @@ RESULTS = Path(__file__).parent / "results" / "export.json"
 # Not getrusage: its maximum is inherited from the process that started this one.
 _PEAK = "print(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))"
 _IDLE = "import kvq, transformers"
-_EXPORT = "import os, sys, kvq, transformers\n{patch}\nfrom kvq.export.exporter import export\nexport(*sys.argv[1:])"
+_EXPORT = "import os, sys, kvq, transformers\n{patch}\nfrom kvq.exporting.exporter import export\nexport(*sys.argv[1:])"
 _NO_LINKS = "def refuse(*a, **k): raise OSError(18, 'no links')\nos.link = refuse"
 
 

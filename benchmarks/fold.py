@@ -36,11 +36,11 @@ from kvq.calib.artefacts import fit_artefacts
 from kvq.calib.collect import collect
 from kvq.calib.needs import needs_of
 from kvq.calib.stats import Stats
-from kvq.export import exporter
-from kvq.export.exporter import export
-from kvq.export.fold_check import ROWS, TOKENS, FoldCheck
-from kvq.export.folding import plan_of_folds
-from kvq.export.shards import tensor_names
+from kvq.exporting import exporter
+from kvq.exporting.exporter import export
+from kvq.exporting.fold_check import ROWS, TOKENS, FoldCheck
+from kvq.exporting.folding import plan_of_folds
+from kvq.exporting.shards import tensor_names
 from kvq.models.describe import describe
 from kvq.models.resolve import check_weights, load_config, load_model, read_header, resolve_model, weights_fingerprint
 from kvq.models.stored import tensors_of
@@ -50,13 +50,13 @@ from kvq.transforms.fold import Columns, Operation, Rows
 TIME_BAR = 3.0
 RESULTS = Path(__file__).parent / "results" / "fold.json"
 # What an export imports is no memory of exporting: half of it is the code of model families.
-_IDLE = "import kvq, transformers, torch, kvq.export.exporter"
+_IDLE = "import kvq, transformers, torch, kvq.exporting.exporter"
 _EXPORT = (
-    f"import sys\n{_IDLE}\nfrom kvq.export import exporter\n{{patch}}\nsource, recipe, out, stats = sys.argv[1:]\n"
+    f"import sys\n{_IDLE}\nfrom kvq.exporting import exporter\n{{patch}}\nsource, recipe, out, stats = sys.argv[1:]\n"
     + ("exporter.export(source, recipe, out, stats=stats)")
 )
 _UNCHECKED = (
-    "from kvq.export.fold_check import FoldCheck\n"
+    "from kvq.exporting.fold_check import FoldCheck\n"
     "exporter.check_folds = lambda *_: FoldCheck(error=0.0, kl=0.0, top1=1.0, noise_kl=0.0, tokens=0)"
 )
 

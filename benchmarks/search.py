@@ -32,8 +32,8 @@ from kvq.eval.result import installed_versions
 from kvq.models.describe import describe
 from kvq.models.resolve import load_config, load_model, load_tokenizer, resolve_model
 from kvq.recipe import Recipe, load_recipe, parse_recipe
-from kvq.search.journal import Journal, identity_hash
-from kvq.search.verify import Verifier
+from kvq.searching.journal import Journal, identity_hash
+from kvq.searching.verify import Verifier
 
 RESULTS = Path(__file__).parent / "results"
 # Asymptotic bits per element -> KL in nats that a recipe of that size should stay below.

@@ -31,8 +31,8 @@ from kvq.errors import KvqError
 from kvq.eval.divergence import divergence
 from kvq.eval.likelihood import score_windows
 from kvq.eval.perplexity import cut_windows, perplexity
-from kvq.export.exporter import export
-from kvq.export.memory import memory_plan
+from kvq.exporting.exporter import export
+from kvq.exporting.memory import memory_plan
 from kvq.models.describe import describe
 from kvq.models.resolve import load_config, load_model, load_tokenizer, resolve_model, weights_fingerprint
 from kvq.recipe import list_recipes, load_recipe

@@ -32,7 +32,7 @@ from kvq.errors import UnsupportedModelError
 from kvq.eval.likelihood import Windows, WindowScore, score_windows
 from kvq.eval.perplexity import cut_windows
 from kvq.eval.result import installed_versions
-from kvq.export.folding import fold_lines, plan_of_folds
+from kvq.exporting.folding import fold_lines, plan_of_folds
 from kvq.models.describe import describe
 from kvq.models.resolve import load_config, load_model, load_tokenizer, resolve_model, weights_fingerprint
 from kvq.recipe import Recipe, list_recipes, load_recipe

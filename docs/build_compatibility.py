@@ -4,7 +4,7 @@
     python docs/build_compatibility.py          # write the page from all outcomes and from the engine tables
 
 Outcomes lie in docs/compatibility.json, one entry for each release of transformers; ``run`` replaces the entry of the
-release that is installed. The page's other half comes from ``kvq/export/engines``, which ``kvq check`` reads too.
+release that is installed. The page's other half comes from ``kvq/exporting/engines``, which ``kvq check`` reads too.
 """
 
 import json
@@ -16,8 +16,8 @@ from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from kvq.export.engines import Release, engines, find_release
-from kvq.export.targets import TARGETS
+from kvq.exporting.engines import Release, engines, find_release
+from kvq.exporting.targets import TARGETS
 
 ROOT = Path(__file__).parents[1]
 CONTRACTS, OUTCOMES, PAGE = ROOT / "tests/contracts", ROOT / "docs/compatibility.json", ROOT / "docs/compatibility.md"

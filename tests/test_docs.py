@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from kvq.cli import main
-from kvq.export.exporter import export
+from kvq.exporting.exporter import export
 from kvq.recipe import list_recipes, parse_recipe
 
 ROOT = Path(__file__).parents[1]

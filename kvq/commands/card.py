@@ -21,8 +21,8 @@ def command(folder: str, results: tuple[str, ...], dry_run: bool) -> None:
     Examples:
       kvq card smollm2-kivi2 result.json
     """
-    from kvq.export.card import CARD
-    from kvq.export.manifest import MANIFEST, restated
+    from kvq.exporting.card import CARD
+    from kvq.exporting.manifest import MANIFEST, restated
     from kvq.report.card import card_with_results
     from kvq.report.load import load_results
 

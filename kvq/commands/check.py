@@ -51,8 +51,8 @@ def command(
         engine = engine or "vllm"
         _check_runnable(engine, engine_python)
     quiet_transformers()
-    from kvq.export.check import check_folder
-    from kvq.export.engines import engines, find_release
+    from kvq.exporting.check import check_folder
+    from kvq.exporting.engines import engines, find_release
     from kvq.report.engines import engines_table, expressible_table, findings_table, serve_lines
 
     releases = [find_release(engine, version)] if engine else [find_release(name) for name in engines()]
@@ -99,7 +99,7 @@ def _run(folder: str, report, release, python: str | None, dtype: str, output: O
 
 def _wanted(reports) -> list:
     """The reports that decide: of the engine that the folder was written for, or all of them."""
-    from kvq.export.targets import TARGETS
+    from kvq.exporting.targets import TARGETS
 
     target = TARGETS.get(reports[0].written_by)
     own = [report for report in reports if target and report.engine == target.engines[0]]

@@ -15,7 +15,7 @@ from kvq.commands.common import (
 def _list_targets(context: click.Context, parameter: click.Parameter, value: bool) -> None:
     if not value:
         return
-    from kvq.export.targets import TARGETS
+    from kvq.exporting.targets import TARGETS
 
     for target in TARGETS.values():
         click.echo(f"{target.name:20}{target.summary}")
@@ -106,7 +106,7 @@ def _card(model: str, recipe, results: tuple[str, ...]):
 
 
 def _dry_run(model: str, recipe, stats, output: Output) -> None:
-    from kvq.export.memory import memory_plan
+    from kvq.exporting.memory import memory_plan
     from kvq.models.describe import describe
     from kvq.models.resolve import load_config, resolve_model
     from kvq.report.tables import memory_table
@@ -120,7 +120,7 @@ def _dry_run(model: str, recipe, stats, output: Output) -> None:
 
 
 def _export(model: str, recipe, stats, out: str, output: Output, **settings) -> None:
-    from kvq.export.exporter import export
+    from kvq.exporting.exporter import export
 
     with progress_bar("Hashing") as step:
         result = export(model, recipe, out, stats=stats, progress=step, **settings).to_dict()

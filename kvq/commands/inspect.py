@@ -36,8 +36,8 @@ def command(thing: str, measure: bool, stats: str | None, recipe, settings, html
     wishes.check()
     quiet_transformers()
     from kvq.errors import CheckpointError
-    from kvq.export.exporter import is_engine_export, is_export
-    from kvq.export.folding import is_plain_export
+    from kvq.exporting.exporter import is_engine_export, is_export
+    from kvq.exporting.folding import is_plain_export
 
     path = Path(thing).expanduser()
     if measure and stats:
@@ -152,9 +152,9 @@ def model_facts(spec) -> dict[str, Any]:
 
 
 def _inspect_export(folder: Path, output: Output) -> None:
-    from kvq.export.checkpoint import PROVENANCE, load_plan, read_side_files
-    from kvq.export.folding import fold_lines
-    from kvq.export.memory import memory_plan
+    from kvq.exporting.checkpoint import PROVENANCE, load_plan, read_side_files
+    from kvq.exporting.folding import fold_lines
+    from kvq.exporting.memory import memory_plan
     from kvq.models.resolve import check_weights, load_config
     from kvq.report.tables import facts_table, memory_table
     from kvq.transforms.plan import FoldPlan
@@ -189,9 +189,9 @@ def _inspect_export(folder: Path, output: Output) -> None:
 
 
 def _inspect_plain_export(folder: Path, output: Output) -> None:
-    from kvq.export.checkpoint import PROVENANCE
-    from kvq.export.folding import FOLDED
-    from kvq.export.manifest import read_manifest
+    from kvq.exporting.checkpoint import PROVENANCE
+    from kvq.exporting.folding import FOLDED
+    from kvq.exporting.manifest import read_manifest
     from kvq.models.resolve import check_weights
     from kvq.report.tables import facts_table
 
@@ -214,8 +214,8 @@ def _inspect_plain_export(folder: Path, output: Output) -> None:
 
 
 def _inspect_engine_export(folder: Path, output: Output) -> None:
-    from kvq.export.checkpoint import PROVENANCE
-    from kvq.export.manifest import read_manifest
+    from kvq.exporting.checkpoint import PROVENANCE
+    from kvq.exporting.manifest import read_manifest
     from kvq.report.tables import facts_table
 
     listed = len(read_manifest(folder)["files"])
@@ -237,8 +237,8 @@ def _inspect_engine_export(folder: Path, output: Output) -> None:
 
 def _served_cache(folder: Path) -> tuple[Any, dict[str, list[float]]]:
     """The recipe of an engine export, and its scales by side; none if the engine computes them itself."""
-    from kvq.export.checkpoint import RECIPE
-    from kvq.export.served import is_served, served_plan
+    from kvq.exporting.checkpoint import RECIPE
+    from kvq.exporting.served import is_served, served_plan
     from kvq.recipe import load_recipe
 
     recipe = load_recipe(folder / RECIPE)

@@ -11,8 +11,8 @@ def load_with_cache(name: str, recipe, stats: str | None):
     from kvq.calib.artefacts import fit_artefacts
     from kvq.calib.check import check_stats
     from kvq.calib.stats import Stats
-    from kvq.export.exporter import is_export
-    from kvq.export.served import is_served, served_config, served_plan
+    from kvq.exporting.exporter import is_export
+    from kvq.exporting.served import is_served, served_config, served_plan
     from kvq.integrations.runtime import install
     from kvq.models.describe import describe
     from kvq.models.resolve import (

@@ -74,7 +74,7 @@ def check(recipe: str, model: str | None, settings: dict, output: Output) -> Non
 
 
 def _memory(recipe, model: str) -> dict:
-    from kvq.export.memory import memory_plan
+    from kvq.exporting.memory import memory_plan
     from kvq.models.describe import describe
     from kvq.models.resolve import load_config, resolve_model
 

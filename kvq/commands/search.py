@@ -67,10 +67,10 @@ def command(model: str, out: str, stats: str | None, space: str | None, output: 
     quiet_transformers()
     from kvq.calib.stats import Stats
     from kvq.report.search_tables import search_table
-    from kvq.search.evidence import evidence, front_rows
-    from kvq.search.search import Settings, search
-    from kvq.search.space import load_space
-    from kvq.search.verify import parse_floors
+    from kvq.searching.evidence import evidence, front_rows
+    from kvq.searching.search import Settings, search
+    from kvq.searching.space import load_space
+    from kvq.searching.verify import parse_floors
 
     data = {name: given.pop(name) for name in ("data", "verify_data")}
     minutes = given.pop("time_limit")
@@ -126,7 +126,7 @@ def _write(found, targets: dict[float, Path], out: str) -> None:
     import json
 
     from kvq.report.front import front_html, front_png
-    from kvq.search.evidence import evidence, front_rows, recipe_text
+    from kvq.searching.evidence import evidence, front_rows, recipe_text
 
     front = front_rows(found)
     png = front_png(front)

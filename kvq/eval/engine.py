@@ -22,7 +22,7 @@ from kvq.cache import CachePlan
 from kvq.calib.data import builtin_text
 from kvq.errors import CheckpointError
 from kvq.eval.two_view_model import two_view
-from kvq.export.served import is_served, served_config, served_plan
+from kvq.exporting.served import is_served, served_config, served_plan
 from kvq.models.resolve import load_model, load_tokenizer
 
 # Multiple of the measured noise that the mean deviation may reach, and nats below which nobody cares.

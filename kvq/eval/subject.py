@@ -12,9 +12,9 @@ from kvq.calib.artefacts import fit_artefacts
 from kvq.calib.check import check_stats
 from kvq.calib.stats import Stats
 from kvq.errors import RecipeError
-from kvq.export.checkpoint import PROVENANCE
-from kvq.export.exporter import is_export
-from kvq.export.served import is_served, served_config, served_plan
+from kvq.exporting.checkpoint import PROVENANCE
+from kvq.exporting.exporter import is_export
+from kvq.exporting.served import is_served, served_config, served_plan
 from kvq.models.describe import describe
 from kvq.models.resolve import load_config, load_model, load_tokenizer, resolve_model, weights_fingerprint
 from kvq.recipe import Recipe, load_recipe

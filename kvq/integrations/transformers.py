@@ -39,13 +39,13 @@ def register() -> None:
 
 
 class KvqConfig(QuantizationConfigMixin):
-    """An export's ``quantization_config``: the fields of ``kvq.export.checkpoint.FIELDS``, and no others.
+    """An export's ``quantization_config``: the fields of ``kvq.exporting.checkpoint.FIELDS``, and no others.
 
     Raises CheckpointError for unknown or missing fields and for another format version.
     """
 
     def __init__(self, **fields):
-        from kvq.export.checkpoint import check_config
+        from kvq.exporting.checkpoint import check_config
 
         self.__dict__.update(check_config(fields))
 
@@ -71,7 +71,7 @@ class KvqQuantizer(HfQuantizer):
         """Read the side files before the weights: a broken export fails at once."""
         import torch
 
-        from kvq.export.checkpoint import load_plan, read_side_files
+        from kvq.exporting.checkpoint import load_plan, read_side_files
 
         fields = self.quantization_config.to_dict()
         folder = export_folder(model.config.name_or_path, checkpoint_files)
@@ -212,8 +212,8 @@ def save_export(model, save_directory, *args, **kwargs) -> None:
 
 def write_saved(folder: Path, model) -> None:
     """Make an export out of what transformers has just saved in ``folder``. The config, which names all, comes last."""
-    from kvq.export.checkpoint import shard_index, to_json
-    from kvq.export.manifest import MANIFEST, QUICK_BYTES, build_manifest
+    from kvq.exporting.checkpoint import shard_index, to_json
+    from kvq.exporting.manifest import MANIFEST, QUICK_BYTES, build_manifest
     from kvq.models.describe import describe
     from kvq.models.resolve import INDEX_FILE, weights_fingerprint
 

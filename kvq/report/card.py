@@ -7,8 +7,8 @@ from typing import Any
 
 from kvq.errors import CheckpointError
 from kvq.eval.identity import model_hash
-from kvq.export.card import CARD
-from kvq.export.exporter import is_export
+from kvq.exporting.card import CARD
+from kvq.exporting.exporter import is_export
 from kvq.models.resolve import resolve_model
 from kvq.recipe import Recipe
 from kvq.report.markdown import markdown_report, with_section

@@ -10,7 +10,7 @@ _LABELS = {"kl": "KL to the exact model (nats a token)", "top1": "share of chang
 
 
 def front_png(data: Mapping[str, Any]) -> bytes:
-    """Draw ``kvq.search.evidence.front_rows`` data. Measured points are filled, predictions a dashed line."""
+    """Draw ``kvq.searching.evidence.front_rows`` data. Measured points are filled, predictions a dashed line."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9.6, 8.4), layout="constrained")

@@ -90,12 +90,14 @@ def test_bad_calls_are_refused_in_one_sentence(refuse, model, text, space, tmp_p
 def test_an_interrupted_search_goes_on(run, model, text, space, tmp_path, monkeypatch):
     out = tmp_path / "mine.yaml"
     arguments = ("search", model, "--budget", 4.5, "-o", out, "--data", text, "--space", space, *SMALL)
-    monkeypatch.setattr("kvq.search.verify.Verifier.measure", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(
+        "kvq.searching.verify.Verifier.measure", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt)
+    )
     assert run(*arguments).exit_code == 130
     journal = tmp_path / "mine.journal.jsonl"
     assert journal.exists()
     monkeypatch.undo()
-    monkeypatch.setattr("kvq.search.sensitivity.Sensitivity._scan", None)
+    monkeypatch.setattr("kvq.searching.sensitivity.Sensitivity._scan", None)
     assert run(*arguments).exit_code == 0
     assert out.exists()
     assert not journal.exists()

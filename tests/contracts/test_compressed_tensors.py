@@ -9,7 +9,7 @@ pytest.importorskip("compressed_tensors", reason="the extra 'targets' is not ins
 
 from compressed_tensors.quantization import QuantizationConfig, QuantizationStrategy
 
-# transformers 5.21 fails on a config without weight groups (kvq/export/engines/transformers.yaml).
+# transformers 5.21 fails on a config without weight groups (kvq/exporting/engines/transformers.yaml).
 FAULTY = pytest.mark.xfail(
     transformers.__version__.startswith("5.21."), reason="transformers 5.21 fails on a KV-only config", strict=True
 )

@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from kvq.eval.engine import ask_engine, judge, two_prompts
-from kvq.export.check import check_folder
-from kvq.export.engines import find_release
-from kvq.export.exporter import export
+from kvq.exporting.check import check_folder
+from kvq.exporting.engines import find_release
+from kvq.exporting.exporter import export
 
 pytest.importorskip("compressed_tensors", reason="the extra 'targets' is not installed")
 pytestmark = [pytest.mark.engine, pytest.mark.model]

@@ -22,10 +22,10 @@ from transformers import Gemma3TextConfig
 
 from kvq.errors import CheckpointError
 from kvq.eval.engine import ask_engine, compare_with_engine, judge, logprobs, two_prompts
-from kvq.export.check import check_folder
-from kvq.export.engines import find_release
-from kvq.export.exporter import export
-from kvq.export.served import served_config, served_plan
+from kvq.exporting.check import check_folder
+from kvq.exporting.engines import find_release
+from kvq.exporting.exporter import export
+from kvq.exporting.served import served_config, served_plan
 from kvq.models.resolve import load_model
 from kvq.recipe import load_recipe
 

@@ -1,11 +1,11 @@
-"""What kvq's table of vLLM says (``kvq/export/engines/vllm.yaml``), asked of the installed release."""
+"""What kvq's table of vLLM says (``kvq/exporting/engines/vllm.yaml``), asked of the installed release."""
 
 import json
 import subprocess
 
 import pytest
 
-from kvq.export.engines import SPELLINGS, find_release
+from kvq.exporting.engines import SPELLINGS, find_release
 
 pytestmark = pytest.mark.engine
 

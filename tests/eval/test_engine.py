@@ -11,8 +11,8 @@ import torch
 from kvq.errors import CheckpointError
 from kvq.eval import engine as module
 from kvq.eval.engine import ask_engine, compare_with_engine, logprobs
-from kvq.export.exporter import export
-from kvq.export.served import served_config, served_plan
+from kvq.exporting.exporter import export
+from kvq.exporting.served import served_config, served_plan
 from kvq.models.resolve import load_model
 
 PROMPTS = [list(range(3, 60)), list(range(40, 90))]

@@ -7,7 +7,7 @@ import torch
 from kvq.calib.collect import collect
 from kvq.errors import CheckpointError, DataError, ModelNotFoundError, RecipeError
 from kvq.eval.evaluate import evaluate
-from kvq.export.exporter import export
+from kvq.exporting.exporter import export
 
 TEXT = "The quick brown fox jumps over the lazy dog; pack my box with five dozen liquor jugs!\n" * 5
 

@@ -11,7 +11,7 @@ from kvq.cache import make_plan
 from kvq.eval import identity
 from kvq.eval.identity import answers_key, model_hash, plan_hash
 from kvq.eval.subject import load_subject
-from kvq.export.exporter import export
+from kvq.exporting.exporter import export
 from kvq.models.describe import describe
 from kvq.recipe import load_recipe
 

@@ -11,7 +11,7 @@ from kvq.eval.continuations import Question, score_continuations
 from kvq.eval.likelihood import score_windows
 from kvq.eval.perplexity import cut_windows
 from kvq.eval.subject import load_subject
-from kvq.export.exporter import export
+from kvq.exporting.exporter import export
 from kvq.recipe import load_recipe
 
 TOLERANCE, DIFFERENT = 1e-9, 1e-4

@@ -16,7 +16,7 @@ from kvq.eval import results_cache as answers_module
 from kvq.eval import run as run_module
 from kvq.eval import text as text_module
 from kvq.eval.evaluate import compare, evaluate
-from kvq.export.exporter import export
+from kvq.exporting.exporter import export
 from kvq.recipe import load_recipe
 
 TEXT = "The quick brown fox jumps over the lazy dog; pack my box with five dozen liquor jugs!\n" * 40

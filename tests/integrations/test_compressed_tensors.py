@@ -6,14 +6,14 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 from kvq.eval.two_view_model import two_view
-from kvq.export.exporter import export
-from kvq.export.served import served_config, served_plan
+from kvq.exporting.exporter import export
+from kvq.exporting.served import served_config, served_plan
 from kvq.models.describe import describe
 from kvq.models.resolve import load_config, load_model
 from kvq.recipe import load_recipe
 
 pytest.importorskip("compressed_tensors", reason="the extra 'targets' is not installed")
-# transformers 5.21 fails on a config without weight groups (kvq/export/engines/transformers.yaml).
+# transformers 5.21 fails on a config without weight groups (kvq/exporting/engines/transformers.yaml).
 pytestmark = pytest.mark.xfail(
     transformers.__version__.startswith("5.21."), reason="transformers 5.21 fails on a KV-only config", strict=True
 )

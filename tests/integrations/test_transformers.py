@@ -20,7 +20,7 @@ from kvq.calib.collect import collect
 from kvq.calib.needs import needs_of
 from kvq.calib.stats import Stats
 from kvq.errors import CheckpointError, KvqError, ModelNotFoundError
-from kvq.export.exporter import export
+from kvq.exporting.exporter import export
 from kvq.models.describe import describe
 
 TOKENS = torch.arange(3, 203)[None] % 100

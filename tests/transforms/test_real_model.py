@@ -13,8 +13,8 @@ from kvq.calib.artefacts import fit_artefacts
 from kvq.calib.collect import collect
 from kvq.calib.data import builtin_text
 from kvq.calib.needs import needs_of
-from kvq.export.fold_check import check_folds
-from kvq.export.folding import plan_of_folds
+from kvq.exporting.fold_check import check_folds
+from kvq.exporting.folding import plan_of_folds
 from kvq.integrations.runtime import install, new_cache, uninstall
 from kvq.models.architecture import describe_attention
 from kvq.models.describe import describe

@@ -16,7 +16,7 @@ from kvq.calib.learn import learn_fits
 from kvq.calib.needs import needs_of
 from kvq.errors import KvqError, RecipeError
 from kvq.eval.two_view_model import two_view
-from kvq.export.exporter import export
+from kvq.exporting.exporter import export
 from kvq.integrations.runtime import new_cache
 from kvq.models.describe import describe
 from kvq.recipe import list_recipes, load_recipe, parse_recipe

@@ -1,6 +1,0 @@
-"""Will a folder load in an engine, with which cache, and was every scale found: answered by files and tables alone."""
-
-from kvq.export.check.check import check_folder
-from kvq.export.check.findings import Finding, Report
-
-__all__ = ["Finding", "Report", "check_folder"]

@@ -1,0 +1,143 @@
+"""Measure whole recipes on text that the search did not use, and judge them by metric and floors."""
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from kvq.cache import CachePlan, make_plan
+from kvq.calib.artefacts import fit_artefacts
+from kvq.calib.stats import Stats
+from kvq.errors import DataError, suggest
+from kvq.eval.likelihood import score_windows
+from kvq.models.describe import ModelSpec
+from kvq.recipe import Recipe
+from kvq.searching.journal import Journal
+from kvq.searching.measure import windows_of
+
+# Metrics that a floor may name: +1 for those that must not fall below it, -1 for those that must not rise above.
+FLOORS = {"top1": 1, "kl": -1, "delta_nll": -1}
+METRICS = ("kl", "top1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """A recipe on some windows: KL (nats a token), share of unchanged top-1 tokens, loss over the exact model's (nats).
+
+    Standard errors over windows; None for one window.
+    """
+
+    kl: float
+    kl_stderr: float | None
+    top1: float
+    delta_nll: float
+    delta_nll_stderr: float | None
+    tokens: int
+    windows: int
+
+    def better(self, metric: str) -> float:
+        """A number that is less for a better recipe."""
+        return self.kl if metric == "kl" else -self.top1
+
+    def missed(self, floors: Mapping[str, float]) -> dict[str, float]:
+        """Floors that are not kept, with what was measured."""
+        return {
+            name: getattr(self, name)
+            for name, bound in floors.items()
+            if FLOORS[name] * (getattr(self, name) - bound) < 0
+        }
+
+
+def parse_floors(texts: Sequence[str]) -> dict[str, float]:
+    """``top1=0.95`` to {"top1": 0.95}. Raises DataError for an unknown metric or no number."""
+    floors = {}
+    for text in texts:
+        name, _, value = text.partition("=")
+        if name not in FLOORS:
+            raise DataError(f"floor {text!r} names no metric.{suggest(name, FLOORS)}")
+        try:
+            floors[name] = float(value)
+        except ValueError:
+            raise DataError(f"floor {text!r} has no number: write for example top1=0.95.") from None
+    return floors
+
+
+class Verifier:
+    """Measures recipes; every (part, recipe, window) is one job of the journal."""
+
+    def __init__(
+        self, model: PreTrainedModel, spec: ModelSpec, stats: Stats | None, folder: Path | None, journal: Journal
+    ):
+        self.model, self.spec, self.stats, self.folder, self.journal = model, spec, stats, folder, journal
+        self._plans: dict[str, CachePlan] = {}
+
+    def plan(self, recipe: Recipe) -> CachePlan:
+        if recipe.hash not in self._plans:
+            tensors = fit_artefacts(recipe, self.spec, self.stats, self.folder) if self.stats is not None else None
+            self._plans[recipe.hash] = make_plan(recipe, self.spec, tensors)
+        return self._plans[recipe.hash]
+
+    def measure(
+        self,
+        part: str,
+        recipes: Sequence[Recipe],
+        windows: torch.Tensor,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> dict[str, Measured]:
+        """Results by recipe hash on windows [N, T]; ``part`` names the windows."""
+        hashes = list(dict.fromkeys(recipe.hash for recipe in recipes))
+        plans = {recipe.hash: self.plan(recipe) for recipe in recipes}
+        rows: dict[str, list[dict[str, Any]]] = {name: [] for name in hashes}
+        for number in range(len(windows)):
+            if progress:
+                progress(number, len(windows))
+            jobs = {name: f"{part}/{number}/{name}" for name in hashes}
+            new = {name: plans[name] for name in hashes if jobs[name] not in self.journal.found}
+            if new:
+                self._score(new, jobs, windows[number : number + 1])
+            for name in hashes:
+                rows[name].append(self.journal.found[jobs[name]])
+        if progress:
+            progress(len(windows), len(windows))
+        return {name: _pooled(rows[name]) for name in hashes}
+
+    def _score(self, plans: Mapping[str, CachePlan], jobs: Mapping[str, str], window: torch.Tensor) -> None:
+        start = time.monotonic()
+        (found,) = score_windows(self.model, plans, windows_of(window), "stream")
+        seconds = (time.monotonic() - start) / len(found)
+        for name, score in found.items():
+            row = {
+                "kl": float(score.kl.double().mean()),
+                "top1": float(score.agrees.double().mean()),
+                "delta_nll": float((score.losses.double() - score.baseline_losses.double()).mean()),
+                "tokens": len(score.kl),
+            }
+            self.journal.note(jobs[name], row, seconds)
+
+
+def _pooled(rows: Sequence[Mapping[str, Any]]) -> Measured:
+    """Windows have equal numbers of tokens."""
+
+    def mean(name: str) -> float:
+        return sum(row[name] for row in rows) / len(rows)
+
+    def error(name: str) -> float | None:
+        if len(rows) < 2:
+            return None
+        middle = mean(name)
+        return math.sqrt(sum((row[name] - middle) ** 2 for row in rows) / (len(rows) - 1) / len(rows))
+
+    return Measured(
+        kl=mean("kl"),
+        kl_stderr=error("kl"),
+        top1=mean("top1"),
+        delta_nll=mean("delta_nll"),
+        delta_nll_stderr=error("delta_nll"),
+        tokens=sum(row["tokens"] for row in rows),
+        windows=len(rows),
+    )

@@ -1,0 +1,224 @@
+"""Searches of tiny models from end to end: budgets, floors, limits, resuming, and what is found."""
+
+import json
+import string
+
+import pytest
+import torch
+from transformers import Gemma3TextConfig
+
+from kvq.calib.collect import collect
+from kvq.calib.needs import ALL_NEEDS
+from kvq.errors import DataError
+from kvq.eval.evaluate import evaluate
+from kvq.eval.likelihood import score_windows
+from kvq.eval.subject import load_subject
+from kvq.models.describe import describe
+from kvq.models.resolve import load_model, weights_fingerprint
+from kvq.report.front import front_html, front_png
+from kvq.searching.evidence import evidence, front_rows, recipe_text
+from kvq.searching.measure import windows_of
+from kvq.searching.search import Settings, search
+from kvq.searching.sensitivity import Sensitivity
+
+SMALL = {"seq_len": 96, "windows": 2, "verify_windows": 2, "anchors": 3}
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    generator = torch.Generator().manual_seed(3)
+    letters = string.ascii_letters + "     "
+    picks = torch.randint(len(letters), (3000,), generator=generator)
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    file.write_text("".join(letters[i] for i in picks))
+    return file
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, tiny_model, tiny_tokenizer):
+    """(folder, statistics) of a tiny Llama."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    tiny_model(layers=3, heads=4, kv_heads=2, head_dim=32).save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    windows = torch.randint(3, 100, (4, 96), generator=torch.Generator().manual_seed(1))
+    return folder, collect(
+        load_model(folder), windows, needs=ALL_NEEDS, weights_fingerprint=weights_fingerprint(folder)
+    )
+
+
+def run(made, text, space_data, budgets=(3.0,), **settings):
+    folder, stats = made
+    own = {name: settings.pop(name) for name in ("journal", "progress") if name in settings}
+    return search(
+        folder, Settings(budgets=budgets, **SMALL | settings), stats=stats, data=text, space=space_data, **own
+    )
+
+
+@pytest.fixture(scope="module")
+def found(made, text, space_data):
+    return run(made, text, space_data, budgets=(3.0, 5.0))
+
+
+def test_budgets_hold_in_stored_bytes(found):
+    for point in found.points:
+        assert 2 < point.chosen.bits <= point.budget
+        assert point.filled_bits > point.chosen.bits
+
+
+def test_mixed_precision_beats_the_best_uniform_recipe(found):
+    """On text that chose nothing."""
+    for point in found.points:
+        assert point.chosen.how != "uniform"
+        assert point.confirmed.kl < point.uniform_confirmed.kl
+    assert found.points[1].confirmed.kl < found.points[0].confirmed.kl
+
+
+def test_the_evidence_measures_the_same_again(found, made, text, tmp_path):
+    """The recipe file is an ordinary recipe: ``evaluate`` of the confirming windows gives the confirmed KL."""
+    folder, stats = made
+    point = found.points[0]
+    proof = json.loads(json.dumps(evidence(found, point, ["kvq", "search"])))
+    file = tmp_path / "mine.yaml"
+    file.write_text(recipe_text(point.chosen.recipe, point, "mine.evidence.json"))
+    result = evaluate(folder, file, stats=stats, data=text, seq_len=96, tasks=("divergence",))
+    assert result.recipe_hash == proof["recipe_hash"]
+    assert result.asymptotic_bits == pytest.approx(proof["bits"])
+    # Windows 2 and 3 of the dealt order confirm.
+    subject = load_subject(folder, file, stats=stats)
+    ids = subject.tokenizer(text.read_text(), add_special_tokens=False)["input_ids"]
+    windows = torch.tensor([ids[96 * n : 96 * n + 96] for n in proof["text"]["search"]["windows"][2:4]])
+    found_again = score_windows(subject.model, {"it": subject.plan}, windows_of(windows))
+    mean = torch.stack([score["it"].kl.double().mean() for score in found_again]).mean()
+    assert float(mean) == pytest.approx(proof["confirmed"]["kl"], rel=1e-5)
+
+
+def test_predictions_are_never_given_as_measured(found):
+    proof = evidence(found, found.points[0], [])
+    for row in proof["chosen_from"]:
+        assert row["measured"]["kl"] != row["predicted"]
+    interpolated = [entry for entry in found.table if not entry.measured]
+    assert interpolated
+    rows = proof["table"]
+    for entry in found.table:
+        assert rows[f"{entry.side} {entry.layer}"][entry.option][2] is entry.measured
+
+
+def test_what_is_chosen_was_measured(found):
+    """Refinement measures what an allocation chose by interpolation, and allocates again."""
+    for point in found.points:
+        assert all(choice.entry.measured for choice in point.chosen.allocation.choices)
+        assert evidence(found, point, [])["solver"]["interpolated_choices"] == 0
+
+
+def test_the_parts_of_the_text_share_no_window(found):
+    windows = found.facts["text"]["search"]["windows"]
+    assert len(windows) == len(set(windows)) == 2 + 2 + 2
+
+
+def test_killed_anywhere_it_goes_on_to_the_same_answer(made, text, space_data, found, tmp_path, monkeypatch):
+    journal = tmp_path / "j.jsonl"
+    for jobs in (0, 4, 8, 11, 15):
+        count = 0
+
+        def progress(stage, done, total, jobs=jobs):
+            nonlocal count
+            count += 1
+            if count > jobs:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            run(made, text, space_data, budgets=(3.0, 5.0), journal=journal, progress=progress)
+    again = run(made, text, space_data, budgets=(3.0, 5.0), journal=journal)
+    for one, other in zip(found.points, again.points):
+        assert one.chosen.recipe.hash == other.chosen.recipe.hash
+        assert one.confirmed == other.confirmed
+    # Another budget needs neither the scan nor the anchors again.
+    monkeypatch.setattr(Sensitivity, "_scan", None)
+    monkeypatch.setattr(Sensitivity, "_measure", None)
+    last = run(made, text, space_data, budgets=(4.0,), journal=journal)
+    assert last.points[0].budget == 4.0
+
+
+def test_a_floor_that_cannot_be_kept_is_refused_with_the_best(made, text, space_data):
+    with pytest.raises(
+        DataError, match=r"no recipe of at most 3 bits keeps top1=0.9999 on unseen text \(the best has 0"
+    ):
+        run(made, text, space_data, floors={"top1": 0.9999})
+
+
+def test_a_floor_that_is_kept_is_no_obstacle(made, text, space_data):
+    assert run(made, text, space_data, floors={"top1": 0.1, "kl": 5.0}).points[0].confirmed.top1 > 0.1
+
+
+def test_a_time_limit_that_does_not_suffice_says_so(made, text, space_data):
+    with pytest.raises(DataError, match=r"the time limit ended the search after .* allow more time"):
+        run(made, text, space_data, time_limit=1e-6)
+
+
+def test_a_time_limit_leaves_out_what_it_must_and_says_so(made, text, space_data, monkeypatch):
+    calls = []
+    monkeypatch.setattr("kvq.searching.search._Run._late", lambda self: len(calls) > 10 or calls.append(1))
+    late = run(made, text, space_data)
+    assert late.facts["windows_used"] == 1
+    assert any("for want of time" in name for name in late.left_out)
+    assert late.points[0].chosen.bits <= 3.0
+
+
+def test_exact_tokens_count_where_bits_are_of_a_filled_cache(made, text, space_data):
+    """With so few tokens a window of 32 is dear, so some layers do without."""
+    found = run(made, text, space_data, budgets=(9.0,), tokens=256, windows=1)
+    point = found.points[0]
+    assert point.chosen.bits <= 9.0
+    assert {entry.policy for entry in found.table} == {0, 1}
+    assert not any(name.startswith("tokens") for name in found.left_out)
+
+
+def test_few_full_attention_layers_are_found_unaided(tmp_path, tiny_model, tiny_tokenizer, text, space_data):
+    config = Gemma3TextConfig(
+        vocab_size=128,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=512,
+        sliding_window=32,
+        layer_types=["sliding_attention", "sliding_attention", "sliding_attention", "full_attention"],
+        initializer_range=0.15,
+        pad_token_id=2,
+    )
+    folder = tmp_path / "gemma"
+    tiny_model(config).save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    plain = space_data | {"key": space_data["key"][1:]}
+    found = search(folder, Settings(budgets=(4.5,), **SMALL), data=text, space=plain)
+    assert {entry.layer for entry in found.table} == {3}
+    assert found.points[0].chosen.bits <= 4.5
+    assert describe(config).full_layers[0].index == 3
+
+
+def test_a_layer_that_matters_most_gets_the_bits(tmp_path, made, text, space_data, tiny_model, tiny_tokenizer):
+    """Values of layer 0 that the model reads eight times as loudly."""
+    model = tiny_model(layers=3, heads=4, kv_heads=2, head_dim=32)
+    with torch.no_grad():
+        model.model.layers[0].self_attn.o_proj.weight.mul_(8)
+    folder = tmp_path / "loud"
+    model.save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    plain = space_data | {"key": space_data["key"][1:]}
+    found = search(folder, Settings(budgets=(4.0,), heads=False, **SMALL), data=text, space=plain)
+    bits = {(c.entry.side, c.entry.layer): c.entry.bits for c in found.points[0].chosen.allocation.choices}
+    assert bits["value", 0] == max(bits[side, i] for side, i in bits if side == "value")
+    assert bits["value", 0] > min(bits["value", 1], bits["value", 2])
+
+
+def test_pictures_show_measured_and_predicted_apart(found):
+    data = json.loads(json.dumps(front_rows(found)))
+    png = front_png(data)
+    assert png.startswith(b"\x89PNG")
+    page = front_html(data, png)
+    for point in data["points"]:
+        assert f"{point['measured']['kl']:.5f}" in page
+    assert "http" not in page.replace("data:image/png", "")
+    assert {row["layer"] for row in data["layers"]["key"]} == {0, 1, 2}
