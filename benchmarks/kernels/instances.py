@@ -5,11 +5,12 @@ from types import SimpleNamespace
 import torch
 
 from kvq.bench.samples import layout_of, levels_of
-from kvq.kernels.append import DecodeState, ExactStore, Rule
+from kvq.kernels.append import DecodeState, ExactStore
 from kvq.kernels.attention import Exact, Query
 from kvq.kernels.device import launch
 from kvq.kernels.packing import Rotation, Source
 from kvq.kernels.plan import geometry_of
+from kvq.pages.flush import FlushRule
 from kvq.pages.pages import Pages
 
 HEADS = 8
@@ -81,7 +82,7 @@ def other_launches(sm: int):
         for side in ("key", "value"):
             yield f"unpack {made.side(side).format}", launch.unpack(_pages(made, batch), side, numbers, x)
     yield "hadamard", launch.hadamard(x, rotation, x, False)
-    rules = {"key": Rule(window=32, unit=32), "value": Rule(window=32)}
+    rules = {"key": FlushRule(window=32, unit=32), "value": FlushRule(window=32)}
     state = DecodeState(batch=batch, sinks=4, **rules, impl="reference")
     yield "advance", launch.advance(state, 1)
     store = ExactStore.empty(state, heads=HEADS, head_dim=head_dim, dtype=torch.bfloat16)

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 import torch
 
 from kvq.cache import fused
-from kvq.cache.plan import SIDES
 from kvq.cache.store import HeadStore, Snapshot, View, group_rows
 from kvq.kernels import cpu, team
 from kvq.kernels.choice import Choice, choose, why_no_triton
 from kvq.kernels.decode import Partial, merge_partials, partial_attention
+from kvq.pages.layout import SIDES
 
 # Numbers unpacked at once, and scores held at once: a tile fits a core's cache, never the whole past.
 TILE_NUMBERS = 1 << 21

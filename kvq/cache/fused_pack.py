@@ -2,12 +2,12 @@
 
 import torch
 
-from kvq.cache.plan import SIDES
 from kvq.codecs.affine import AffineCodec
 from kvq.codecs.float8 import Float8Codec
 from kvq.codecs.static import StaticNumbers, static_numbers
 from kvq.kernels.choice import why_no_layout, why_no_triton
 from kvq.kernels.packing import Source, pack_tokens
+from kvq.pages.layout import SIDES
 from kvq.pages.pages import Pages
 
 # Page numbers count steps of so many bytes.

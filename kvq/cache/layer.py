@@ -8,10 +8,11 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from kvq.cache.attend import Options, attend
 from kvq.cache.fused import Steps
-from kvq.cache.plan import SIDES, CachePlan, HeadGroup
+from kvq.cache.plan import CachePlan, HeadGroup
 from kvq.cache.store import HeadStore, Snapshot, group_rows
 from kvq.errors import CacheError
 from kvq.kernels.choice import check_implementation
+from kvq.pages.layout import SIDES
 
 # The attribute by which the tensors that `update` returns carry the packed storage to the attention function.
 HANDLE = "kvq_handle"

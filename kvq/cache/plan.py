@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from kvq.cache.policy import FlushRule
+from kvq.cache.policy import flush_rule
 from kvq.cache.tail import HEADROOM
 from kvq.codec_specs import CodecSpec
 from kvq.codecs import Codec, build_codec, codec_tensors
@@ -14,13 +14,12 @@ from kvq.errors import RecipeError, UnsupportedModelError
 from kvq.models.architecture import Attention, describe_attention
 from kvq.models.describe import LayerSpec, ModelSpec
 from kvq.models.rope import Rope, rope_of
-from kvq.pages.layout import PageLayout
+from kvq.pages.flush import FlushRule
+from kvq.pages.layout import SIDES, PageLayout
 from kvq.recipe import Recipe
 from kvq.specs import HeadSpec, Transforms
 from kvq.transforms import Chain, RopeBias, RopeOffset, build_chain
 from kvq.transforms.rope_bias import NO_BIAS
-
-SIDES = ("key", "value")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,7 +236,7 @@ def _head_group(spec: HeadSpec, heads: tuple[int, ...], layer: LayerSpec, codecs
         head_dim=layer.head_dim,
         sinks=spec.tokens.sinks,
         codecs=codecs,
-        rules={side: FlushRule.of(getattr(spec, side), spec.tokens) for side in SIDES},
+        rules={side: flush_rule(getattr(spec, side), spec.tokens) for side in SIDES},
         layout=PageLayout(key=codecs["key"].layout(page_tokens), value=codecs["value"].layout(page_tokens)),
         chains=chains,
         rope=_key_rope(spec, chains["key"], ropes, layer.index),

@@ -10,14 +10,14 @@ import torch
 
 from kvq.cache import fused_pack
 from kvq.cache.arena import Arena
-from kvq.cache.plan import SIDES, HeadGroup
+from kvq.cache.plan import HeadGroup
 from kvq.cache.positions import Positions
 from kvq.cache.tail import Tail
 from kvq.codecs import Encoded
 from kvq.errors import CacheError
 from kvq.kernels import cpu
 from kvq.kernels.choice import Choice
-from kvq.pages.layout import PageLayout
+from kvq.pages.layout import SIDES, PageLayout
 
 # Tokens that `crop` can take back while past recording is on; drafts are shorter than this.
 RECORDED_TOKENS = 128

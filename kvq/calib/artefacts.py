@@ -33,12 +33,12 @@ from kvq.codecs import build_codec, codec_tensors
 from kvq.codecs.levels import midpoints
 from kvq.errors import DataError
 from kvq.models.describe import LayerSpec, ModelSpec
+from kvq.pages.layout import SIDES
 from kvq.recipe import Recipe
 from kvq.specs import TransformSpec
 from kvq.transforms import needed_tensors
 from kvq.transforms.fit import fit_steps
 
-SIDES = ("key", "value")
 # Share of unweighted counts in a codebook's weights, so that it is defined where gradients are all zero.
 _PLAIN_SHARE = 1e-6
 

@@ -25,6 +25,7 @@ from kvq.calib.stats import STATS_VERSION, Fit, Stats
 from kvq.codecs import Codec, build_codec
 from kvq.errors import CheckpointError, DataError
 from kvq.models.describe import describe
+from kvq.pages.layout import SIDES
 from kvq.recipe import Recipe
 from kvq.specs import HeadSpec
 from kvq.transforms import KINDS, Chain
@@ -39,7 +40,6 @@ DEFAULT_STEPS = 100
 TOKENS = 256
 # Steps between two saved states.
 SAVE_STEPS = 10
-SIDES = ("key", "value")
 
 
 @dataclass

@@ -21,13 +21,13 @@ from kvq.calib.stats import STATS_VERSION, Fit, Stats
 from kvq.codecs import build_codec
 from kvq.errors import CheckpointError, RecipeError
 from kvq.models.describe import LayerSpec, ModelSpec
+from kvq.pages.layout import SIDES
 from kvq.recipe import Recipe
 from kvq.specs import HeadSpec
 from kvq.transforms.evidence import Evidence
 from kvq.transforms.fit import fit_steps
 from kvq.transforms.learned import learn
 
-SIDES = ("key", "value")
 Progress = Callable[[int, int], None]
 
 

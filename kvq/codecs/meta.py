@@ -14,9 +14,8 @@ group with the last three.
 
 import torch
 
-from kvq.pages.layout import Section
+from kvq.pages.layout import E4M3_MAX, Section
 
-E4M3_MAX = 448.0
 # The largest finite fp16 number that a UE5M3 byte holds.
 _UE5M3_TOP = 0xF7
 

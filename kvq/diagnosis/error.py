@@ -19,8 +19,8 @@ import torch
 
 from kvq.cache.plan import HeadGroup
 from kvq.diagnosis.tokens import LayerTokens
+from kvq.pages.layout import SIDES
 
-SIDES = ("key", "value")
 KEY_WEIGHT = 0.25
 VALUE_WEIGHT = 0.52
 RECENT = 0.6

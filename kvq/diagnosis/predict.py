@@ -19,10 +19,11 @@ from kvq.calib.artefacts import fit_artefacts, needed_artefacts
 from kvq.calib.evidence import Source
 from kvq.calib.stats import Stats
 from kvq.diagnosis.causes import FEW_LAYERS
-from kvq.diagnosis.error import SIDES, attention_error
+from kvq.diagnosis.error import attention_error
 from kvq.diagnosis.tokens import LayerTokens, layer_tokens
 from kvq.errors import DataError, RecipeError, UnsupportedModelError
 from kvq.models.architecture import Attention
+from kvq.pages.layout import SIDES
 from kvq.recipe import Recipe, load_recipe
 
 LOSS = 2.0

@@ -18,14 +18,15 @@ from functools import lru_cache
 import torch
 
 from kvq.cache.attend import Options
-from kvq.cache.plan import SIDES, CachePlan, HeadGroup
-from kvq.cache.policy import FlushRule
+from kvq.cache.plan import CachePlan, HeadGroup
 from kvq.codecs import Codec
 from kvq.errors import DataError, suggest
 from kvq.eval.branches import Branches
 from kvq.kernels.decode import Partial, merge_partials
 from kvq.kernels.exact import exact_partial
 from kvq.models.rope import Rope
+from kvq.pages.flush import FlushRule
+from kvq.pages.layout import SIDES
 
 MODES = ("stream", "prefill", "chunked", "simulate")
 # Scores held at once: on a CPU they fit its cache, a GPU wants large products.

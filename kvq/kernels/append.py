@@ -1,13 +1,13 @@
 """The state of decoding on the device, and the append that goes with it: nothing a step does needs the host.
 
-    state = DecodeState(batch=B, sinks=4, key=Rule(window=128, unit=1), value=Rule(window=128, unit=1), device=...)
+    state = DecodeState(batch=B, sinks=4, key=FlushRule(window=128), value=..., device=...)
     store = ExactStore.empty(state, heads=..., head_dim=..., dtype=...)          one for every layer
     each step:   state.advance(1)
                  plan.update(state.lengths)
                  for every layer: append_tokens(k, v, store, pages, state)
                                   decode_attention(..., exact=store.exact(state))
 
-A query that is itself token n reads what the n tokens before it left: the rules are those of ``kvq.cache.policy``. What
+A query that is itself token n reads what the n tokens before it left: a rule is a ``FlushRule`` without sinks. What
 a rule releases is packed at the next step's append, from the exact numbers, before the new tokens are stored.
 """
 
@@ -18,29 +18,10 @@ import torch
 from kvq.kernels.attention import Exact
 from kvq.kernels.choice import Choice, choose, why_no_layout
 from kvq.kernels.packing import Rotation, Source, pack_tokens, rotate_reference
+from kvq.pages.flush import FlushRule
 from kvq.pages.pages import Pages
 
 COUNTERS = 8
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rule:
-    """When one side's tokens are packed: all but the last ``window``, or (unit > 1) in blocks of ``unit``."""
-
-    window: int
-    unit: int = 1
-
-    def packed(self, body: int) -> int:
-        """Packed tokens of ``body`` stored ones, sinks not counted."""
-        return body // self.unit * self.unit if self.unit > 1 else max(0, body - self.window)
-
-    def longest(self, new: int) -> int:
-        """Most exact tokens while ``new`` tokens arrive at once and what the step before released is not packed yet."""
-        return (self.unit if self.unit > 1 else self.window) + 2 * new
-
-    def flushed(self, new: int) -> int:
-        """Most tokens that one step packs."""
-        return max(self.unit, new) if self.unit > 1 else new
 
 
 class DecodeState:
@@ -61,8 +42,8 @@ class DecodeState:
         *,
         batch: int,
         sinks: int,
-        key: Rule,
-        value: Rule,
+        key: FlushRule,
+        value: FlushRule,
         most_new: int = 1,
         device: torch.device | str = "cpu",
         impl: str = "auto",
@@ -84,8 +65,7 @@ class DecodeState:
         self.counters.zero_()
         self.counters[:, 1] = stored.to(self.counters)
         for column, rule in ((3, self.key), (5, self.value)):
-            packed = body // rule.unit * rule.unit if rule.unit > 1 else (body - rule.window).clamp_min(0)
-            self.counters[:, column] = packed
+            self.counters[:, column] = rule.packed(body)
 
     def advance(self, new: int | torch.Tensor) -> None:
         """Move on by ``new`` tokens, one number or [B] int32 on the device, at most ``most_new``."""
@@ -99,8 +79,7 @@ class DecodeState:
         body = (before - self.sinks).clamp_min(0)
         ends = []
         for rule, done in ((self.key, key_done), (self.value, value_done)):
-            packed = body // rule.unit * rule.unit if rule.unit > 1 else (body - rule.window).clamp_min(0)
-            ends.append(torch.maximum(packed, done))
+            ends.append(torch.maximum(rule.packed(body), done))
         total = before + new
         for column, value in enumerate((before, total, key_done, ends[0], value_done, ends[1])):
             c[:, column] = value

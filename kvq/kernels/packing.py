@@ -9,11 +9,10 @@ from dataclasses import dataclass
 import torch
 
 from kvq.kernels.choice import Choice, choose, why_no_layout
+from kvq.kernels.hadamard_matrix import hadamard_matrix
 from kvq.pages.bits import pack_rows, unpack_rows
-from kvq.pages.layout import SideLayout
+from kvq.pages.layout import E4M3_MAX, SideLayout
 from kvq.pages.pages import Pages
-
-E4M3_MAX = 448.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,12 +173,5 @@ def rotate_reference(x: torch.Tensor, rotation: Rotation, inverse: bool = False)
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     signs = rotation.signs.to(x)
     x = x if inverse else x * signs
-    x = (x.unflatten(-1, (-1, rotation.block)) @ _sylvester(rotation.block).to(x)).flatten(-2)
+    x = (x.unflatten(-1, (-1, rotation.block)) @ hadamard_matrix(rotation.block).to(x)).flatten(-2)
     return x * signs if inverse else x
-
-
-def _sylvester(order: int) -> torch.Tensor:
-    matrix = torch.ones(1, 1, dtype=torch.float64)
-    while len(matrix) < order:
-        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
-    return matrix / order**0.5

@@ -52,6 +52,7 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 
+SIDES = ("key", "value")
 ATOM = 16
 SECTION_ALIGNMENT = 128
 # Sections beside the four of the record are small: the largest loads of them are 16 bytes.
@@ -60,6 +61,8 @@ MAIN_SECTIONS = ("key_words", "value_words", "key_meta", "value_meta")
 DEFAULT_PAGE_TOKENS = 64
 FIELDS = {2: 8, 3: 16, 4: 4, 8: 2}
 CONTAINER_WORDS = {2: 1, 3: 3, 4: 1, 8: 1}
+# The largest E4M3 number.
+E4M3_MAX = 448.0
 SECTION_BYTES = {"float16": 2, "uint8": 1, "int16": 2}
 PLANE_FORMATS = ("affine", "book", "signs")
 # dtype of the section ``meta``: numbers, or bytes that stand for them.

@@ -8,9 +8,9 @@ from kvq.cache.plan import CachePlan
 from kvq.calib.stats import Stats
 from kvq.diagnosis import Diagnosis, LayerTokens
 from kvq.diagnosis.predict import COLLAPSE, GOOD
+from kvq.pages.layout import SIDES
 from kvq.report import figures
 
-SIDES = ("key", "value")
 BEFORE = "as the model makes them"
 
 

@@ -4,8 +4,8 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from kvq.cache.plan import SIDES
 from kvq.models.describe import LayerSpec
+from kvq.pages.layout import SIDES
 from kvq.recipe import Recipe
 from kvq.searching.allocate import Allocation
 from kvq.searching.space import Option, Space

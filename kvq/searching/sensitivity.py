@@ -20,8 +20,8 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedModel
 
-from kvq.cache.plan import SIDES
 from kvq.errors import DataError
+from kvq.pages.layout import SIDES
 from kvq.searching.journal import Journal
 from kvq.searching.measure import Damage, Probe
 from kvq.searching.space import Option

@@ -15,12 +15,12 @@ from typing import Any
 import yaml
 
 from kvq.cache import make_plan
-from kvq.cache.plan import SIDES
 from kvq.calib.artefacts import fit_artefacts
 from kvq.calib.stats import Stats
 from kvq.errors import DataError, KvqError, RecipeError
 from kvq.fields import build, refuse_unknown
 from kvq.models.describe import ModelSpec
+from kvq.pages.layout import SIDES
 from kvq.recipe import Recipe
 from kvq.specs import CodecSpec, TokenPolicy, Transforms, build_transforms
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 
 from kvq.cache import CachePlan, HeadGroup, make_plan
-from kvq.cache.plan import SIDES
-from kvq.cache.policy import FlushRule
 from kvq.calib.stats import Stats
 from kvq.errors import KvqError, RecipeError
 from kvq.models.describe import LayerSpec, ModelSpec
+from kvq.pages.flush import FlushRule
+from kvq.pages.layout import SIDES
 from kvq.searching.space import Option, Space, artefacts_of
 from kvq.specs import TokenPolicy
 

@@ -16,9 +16,9 @@ keys is left out of C, because it costs nothing once ``shift`` or a scale by cha
 import torch
 
 from kvq.errors import DataError
+from kvq.kernels.hadamard_matrix import hadamard_matrix
 from kvq.specs import TransformSpec
 from kvq.transforms.evidence import Evidence
-from kvq.transforms.hadamard import hadamard_matrix
 
 # Share of a channel's own moment that is added to it: measured moments of dead directions are noise.
 RIDGE = 1e-3

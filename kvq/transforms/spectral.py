@@ -10,9 +10,9 @@ rotation for all heads of a layer.
 
 import torch
 
+from kvq.kernels.hadamard_matrix import hadamard_matrix
 from kvq.specs import TransformSpec
 from kvq.transforms.evidence import Evidence
-from kvq.transforms.hadamard import hadamard_matrix
 
 
 def fit_spectral(spec: TransformSpec, evidence: Evidence) -> dict[str, torch.Tensor]:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from kvq.cache.policy import FlushRule
+from kvq.cache.policy import flush_rule
 from kvq.recipe import load_recipe
 
 
@@ -21,7 +21,7 @@ def simulate_kivi(prompt: int, steps: int, residual: int):
 
 def rules(window):
     recipe = load_recipe("kivi2").override({"tokens.window": window})
-    return FlushRule.of(recipe.key, recipe.tokens), FlushRule.of(recipe.value, recipe.tokens)
+    return flush_rule(recipe.key, recipe.tokens), flush_rule(recipe.value, recipe.tokens)
 
 
 @pytest.mark.parametrize(("prompt", "residual"), [(100, 32), (7, 32), (128, 128), (300, 128), (129, 128)])
@@ -50,7 +50,7 @@ def test_a_query_reads_the_state_before_its_own_step():
 
 def test_sinks_never_count_as_packed():
     recipe = load_recipe("int4").override({"tokens.sinks": 4, "tokens.window": 8})
-    rule = FlushRule.of(recipe.key, recipe.tokens)
+    rule = flush_rule(recipe.key, recipe.tokens)
     assert [rule.packed(n) for n in (0, 4, 12, 13, 20)] == [0, 0, 0, 1, 8]
 
 
@@ -59,6 +59,6 @@ def test_gear_flushes_both_sides_in_blocks(window, unit):
     """The streaming buffer: g * floor((n-1)/g) tokens are read from pages by the n-th token."""
     recipe = load_recipe("gear2").override({"tokens.window": window})
     for side in (recipe.key, recipe.value):
-        rule = FlushRule.of(side, recipe.tokens)
+        rule = flush_rule(side, recipe.tokens)
         for n in (1, 64, 65, 128, 129, 500):
             assert rule.seen(n - 1) == unit * ((n - 1) // unit)

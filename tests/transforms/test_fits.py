@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from kvq.errors import DataError, UnsupportedModelError
+from kvq.kernels.hadamard_matrix import hadamard_matrix
 from kvq.specs import TransformSpec
 from kvq.transforms import KINDS, build_chain
 from kvq.transforms.evidence import measure
 from kvq.transforms.fit import fit_steps
-from kvq.transforms.hadamard import hadamard_matrix
 from kvq.transforms.objective import attention_error
 
 

@@ -11,8 +11,8 @@ from kvq.exporting.check.folder import Folder
 from kvq.exporting.engines import SPELLINGS
 from kvq.models.describe import ModelSpec
 from kvq.models.names import attention_modules, shared_layers
+from kvq.pages.layout import SIDES
 
-SIDES = ("key", "value")
 # 448 times this is more than float16 holds, so nothing measured in 16 bits needs a larger scale.
 _LARGEST = 65504.0 / 448.0
 _SUFFIXES = (".k_scale", ".v_scale", ".kv_scale", "_cache.scale", "k_proj.output_scale", "v_proj.output_scale")

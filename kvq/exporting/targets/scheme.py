@@ -9,9 +9,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from kvq.calib.artefacts import SIDES, artefact_name
+from kvq.calib.artefacts import artefact_name
 from kvq.errors import RecipeError
 from kvq.models.describe import ModelSpec
+from kvq.pages.layout import SIDES
 from kvq.recipe import Recipe
 from kvq.specs import HeadSpec
 from kvq.transforms.plan import FoldPlan

@@ -5,10 +5,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kvq.bench.samples import layout_of
-from kvq.kernels.append import DecodeState, ExactStore, Rule, append_tokens
+from kvq.kernels.append import DecodeState, ExactStore, append_tokens
 from kvq.kernels.attention import Query, decode_attention
 from kvq.kernels.oracle import dense_attention
 from kvq.kernels.plan import DecodePlan
+from kvq.pages.flush import FlushRule
 from kvq.pages.pages import Pages
 
 # What reads a number back, has a size that depends on numbers, or takes memory.
@@ -34,7 +35,7 @@ class Decoder:
         pool = torch.zeros(rows * 4, 2, self.layout.record_bytes, dtype=torch.uint8, device=device)
         table = torch.arange(rows * 4, dtype=torch.int32, device=device).view(rows, 4)
         self.pages = Pages.of(self.layout, pool, table, value_limit=torch.zeros(2, device=device))
-        rule = Rule(window=16)
+        rule = FlushRule(window=16)
         self.state = DecodeState(batch=rows, sinks=2, key=rule, value=rule, device=device, impl="triton")
         self.store = ExactStore.empty(self.state, heads=2, head_dim=head_dim, dtype=torch.float32)
         self.state.start(torch.tensor(stored))

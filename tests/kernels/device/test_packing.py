@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from kvq.bench.samples import layout_of, random_pages
-from kvq.kernels.append import DecodeState, ExactStore, Rule, append_tokens
+from kvq.kernels.append import DecodeState, ExactStore, append_tokens
 from kvq.kernels.hadamard import hadamard
 from kvq.kernels.packing import Rotation, Source, pack_tokens, unpack_pages
+from kvq.pages.flush import FlushRule
 from kvq.pages.pages import Pages
 
 LAYOUTS = [
@@ -72,7 +73,10 @@ def test_appending_token_by_token_gives_the_bytes_of_bulk_packing(key, value, he
     """Pages, rings and sinks after 200 steps' worth of tokens; keys flush in blocks where they are per channel."""
     layout = layout_of(key, value, head_dim)
     unit = layout.key.group if layout.key.axis == "channel" else 1
-    rules = {"key": Rule(window=unit, unit=unit) if unit > 1 else Rule(window=5), "value": Rule(window=5)}
+    rules = {
+        "key": FlushRule(window=unit, unit=unit) if unit > 1 else FlushRule(window=5),
+        "value": FlushRule(window=5),
+    }
     x = torch.randn(2, 2, 140, head_dim, generator=torch.Generator().manual_seed(0)).to(device)
     pages = empty(layout, 2, 2, 3, device)
     state = DecodeState(
