@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-import kvq
 from kvq.cache import CachePlan
 from kvq.calib.data import tokenizer_hash
 from kvq.eval.result import installed_versions
@@ -31,7 +30,7 @@ _HISTORY = ("quantization_config", "transformers_version", "_name_or_path", "nam
 @functools.cache
 def code_version() -> str:
     """SHA-256 over the sources that decide answers: a changed line makes new ones necessary."""
-    root = Path(kvq.__file__).parent
+    root = Path(__file__).parents[1]
     digest = hashlib.sha256()
     for part in sorted(_DECIDING):
         path = root / part

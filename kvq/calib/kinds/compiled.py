@@ -68,7 +68,7 @@ def _columns(x: torch.Tensor) -> tuple[torch.Tensor, int]:
 
 @lru_cache(maxsize=1)
 def _loops():
-    from kvq.calib.kinds import loops
+    import kvq.calib.kinds.loops as loops
 
     return loops
 

@@ -13,10 +13,11 @@ from kvq.errors import CheckpointError, RecipeError, UnsupportedModelError
 from kvq.exporting.checkpoint import PROVENANCE, RECIPE, shard_index, to_json
 from kvq.exporting.engines import SPELLINGS, Release, find_release
 from kvq.exporting.folding import folded_field
-from kvq.exporting.targets import own
 from kvq.exporting.targets.base import Job, Target
 from kvq.exporting.targets.card import engine_card
 from kvq.exporting.targets.formats import FORMATS, has_kv_scheme, has_packed_zeros
+from kvq.exporting.targets.own import contents as own_contents
+from kvq.exporting.targets.own import takes
 from kvq.exporting.targets.own_dtypes import engine_of
 from kvq.exporting.targets.scheme import Scheme, fp8_scheme
 from kvq.models.names import attention_modules, shared_layers
@@ -29,9 +30,9 @@ _SINGLE, _RENAMED = "model.safetensors", "model-00001-of-00001.safetensors"
 
 def contents(target: Target, job: Job) -> dict[str, bytes]:
     """Config, index, scales and side files; raises for what the target's main engine cannot read."""
-    dtype = own.takes(target, job.plan.recipe)
+    dtype = takes(target, job.plan.recipe)
     if dtype is not None:
-        return own.contents(target, job, dtype, _index(job.source, {}))
+        return own_contents(target, job, dtype, _index(job.source, {}))
     release = find_release(target.engines[0])
     method = target.formats[(job.quantized or {}).get("quant_method")]
     if has_kv_scheme(job.quantized):
