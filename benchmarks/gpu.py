@@ -4,7 +4,7 @@
     python benchmarks/gpu.py --parts correctness kernels   some of them
     python benchmarks/gpu.py --model ./llama-8b            end to end with another model than the embedded one
 
-    correctness   tests/kernels/device and tests/integrations/test_implementations.py on the device: every kernel
+    correctness   tests/kernels and tests/integrations/test_implementations.py on the device: every kernel
                   against fp64, graph capture and replay, equal bits from equal plans
     kernels       the tables of decode attention with their goals beside: fractions of the copy bandwidth, batched and
                   long; latency of one sequence
@@ -30,7 +30,8 @@ import torch
 from kvq.bench import bench, timing
 from kvq.bench.roofline import Shape, exact_bytes
 from kvq.bench.samples import layout_of
-from kvq.kernels.packing import Source, pack_tokens
+from kvq.kernels.pack import pack_tokens
+from kvq.kernels.types import Source
 from kvq.pages.pages import Pages
 
 sys.path.insert(0, str(Path(__file__).parent / "kernels"))
@@ -49,7 +50,7 @@ RECIPES = ("fp16", "int4", "kivi2", "int2", "fp8")
 
 def correctness(args) -> dict:
     """The test suite of the kernels, compiled instead of interpreted."""
-    tests = ["tests/kernels/device", "tests/integrations/test_implementations.py"]
+    tests = ["tests/kernels", "tests/integrations/test_implementations.py"]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
     environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)

@@ -24,7 +24,7 @@ from decode import run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kvq.cache import model_attention as attention
-from kvq.kernels.hadamard_matrix import hadamard_matrix
+from kvq.kernels.rotate.hadamard_matrix import hadamard_matrix
 from kvq.models.resolve import resolve_model
 from kvq.transforms import hadamard
 from kvq.transforms.hadamard import rotate

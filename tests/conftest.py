@@ -13,7 +13,7 @@ import signal
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# Triton reads this when a kernel is defined. TRITON_INTERPRET=0 runs tests/kernels/device on a GPU.
+# Triton reads this when a kernel is defined. TRITON_INTERPRET=0 runs tests/kernels on a GPU.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 # Background jobs of a shell ignore SIGINT, and so would the processes that tests start and interrupt.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

@@ -5,11 +5,17 @@ from types import SimpleNamespace
 import torch
 
 from kvq.bench.samples import layout_of, levels_of
-from kvq.kernels.append import DecodeState, ExactStore
-from kvq.kernels.attention import Exact, Query
-from kvq.kernels.device import launch
-from kvq.kernels.packing import Rotation, Source
-from kvq.kernels.plan import geometry_of
+from kvq.kernels import dispatch
+from kvq.kernels.append.advance import advance_launch
+from kvq.kernels.append.launch import append
+from kvq.kernels.append.state import DecodeState, ExactStore
+from kvq.kernels.decode_attention.decode_plan import geometry_of
+from kvq.kernels.decode_attention.launch import exact, merge, split
+from kvq.kernels.decode_attention.plan_items import plan_launch
+from kvq.kernels.pack.launch import pack
+from kvq.kernels.rotate.launch import hadamard
+from kvq.kernels.types import Exact, Query, Rotation, Source
+from kvq.kernels.unpack.launch import unpack
 from kvq.pages.flush import FlushRule
 from kvq.pages.pages import Pages
 
@@ -59,16 +65,16 @@ def decode_launches(
         mixed_key=layout.key.axis == "channel",
     )
     return geometry, {
-        "split": launch.split(plan, pages, numbers, query, 0),
-        "exact": launch.exact(plan, pages, query, tokens),
-        "merge": launch.merge(plan, query, q.clone(), True),
+        "split": split(plan, pages, numbers, query, 0),
+        "exact": exact(plan, pages, query, tokens),
+        "merge": merge(plan, query, q.clone(), True),
     }
 
 
 def other_launches(sm: int):
     """(name, launch) of every other kernel: what packs, moves and plans, and decoding of plain fp16 pages."""
     # Launches ask the device for its capability; here it is the target's.
-    launch.capability = lambda device: sm
+    dispatch.capability = lambda device: sm
     layout, channels = layout_of("4", "4"), layout_of("2c32", "2/32")
     batch, head_dim = 2, 128
     x = torch.zeros(batch, HEADS, 64, head_dim, dtype=torch.bfloat16)
@@ -76,35 +82,27 @@ def other_launches(sm: int):
     source = Source(x=x, ranges=torch.zeros(batch, 2, dtype=torch.int32), offsets=numbers, longest=64)
     rotation = Rotation(block=head_dim, signs=torch.ones(head_dim))
     for name, side, made in (("tokens", "value", layout), ("channels", "key", channels), ("groups", "value", channels)):
-        yield f"pack {name}", launch.pack(source, _pages(made, batch), side, 1.0, None)
-    yield "pack tokens rotated", launch.pack(source, _pages(layout, batch), "key", 0.95, rotation)
+        yield f"pack {name}", pack(source, _pages(made, batch), side, 1.0, None)
+    yield "pack tokens rotated", pack(source, _pages(layout, batch), "key", 0.95, rotation)
     for made in (layout, layout_of("nf4", "e4m3")):
         for side in ("key", "value"):
-            yield f"unpack {made.side(side).format}", launch.unpack(_pages(made, batch), side, numbers, x)
-    yield "hadamard", launch.hadamard(x, rotation, x, False)
+            yield f"unpack {made.side(side).format}", unpack(_pages(made, batch), side, numbers, x)
+    yield "hadamard", hadamard(x, rotation, x, False)
     rules = {"key": FlushRule(window=32, unit=32), "value": FlushRule(window=32)}
     state = DecodeState(batch=batch, sinks=4, **rules, impl="reference")
-    yield "advance", launch.advance(state, 1)
+    yield "advance", advance_launch(vars(state), 1, state.sinks, state.key, state.value)
     store = ExactStore.empty(state, heads=HEADS, head_dim=head_dim, dtype=torch.bfloat16)
     token = x[:, :, :1]
     for name, made in (("tokens", layout), ("channels", channels)):
-        yield f"append {name}", launch.append(token, token, store, _pages(made, batch), state, {}, (1.0, 1.0))
+        yield f"append {name}", append(token, token, store, _pages(made, batch), state, {}, (1.0, 1.0))
     geometry, decode = decode_launches("dense", "dense", sm=sm)
     yield "decode dense", decode["split"]
     geometry, decode = decode_launches("4", "4", sm=sm)
     yield "decode exact", decode["exact"]
     yield "decode merge", decode["merge"]
-    plan = SimpleNamespace(
-        geometry=geometry,
-        batch=batch,
-        capacity=4,
-        slots=8,
-        heads=HEADS,
-        queries=1,
-        items=torch.zeros(4, 4, dtype=torch.int32),
-        spans=torch.zeros(batch, 2, dtype=torch.int32),
-    )
-    yield "plan", launch.plan_items(plan, numbers, None, None, 0)
+    items, spans = torch.zeros(4, 4, dtype=torch.int32), torch.zeros(batch, 2, dtype=torch.int32)
+    settings = {"slots": 8, "programs": HEADS, "tile": geometry.tile, "queries": 1, "window": None, "first_token": 0}
+    yield "plan", plan_launch(numbers, None, items, spans, **settings)
 
 
 def _pages(layout, batch: int) -> Pages:

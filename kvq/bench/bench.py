@@ -14,10 +14,11 @@ from kvq.bench.roofline import Shape, exact_bytes, step_bytes
 from kvq.bench.samples import layout_of, levels_of, random_pages
 from kvq.errors import DataError, KernelError
 from kvq.kernels import cpu, team
-from kvq.kernels.attention import Query, decode_attention
-from kvq.kernels.choice import Choice, choose, why_no_layout, why_no_triton
-from kvq.kernels.oracle import dense_attention
-from kvq.kernels.plan import DecodePlan
+from kvq.kernels.decode_attention import decode_attention
+from kvq.kernels.decode_attention.decode_plan import DecodePlan
+from kvq.kernels.decode_attention.reference import dense_attention
+from kvq.kernels.dispatch import Choice, choose, why_no_layout, why_no_triton
+from kvq.kernels.types import Query
 from kvq.pages.layout import PageLayout
 from kvq.pages.pages import Pages
 

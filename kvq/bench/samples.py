@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from kvq.kernels.attention import Exact
+from kvq.kernels.types import Exact
 from kvq.pages.layout import PageLayout, Section, SideLayout
 from kvq.pages.pages import Pages
 

@@ -7,8 +7,8 @@ import torch
 from kvq.cache import fused
 from kvq.cache.store import HeadStore, Snapshot, View, group_rows
 from kvq.kernels import cpu, team
-from kvq.kernels.choice import Choice, choose, why_no_triton
-from kvq.kernels.decode import Partial, merge_partials, partial_attention
+from kvq.kernels.decode_attention.products import Partial, merge_partials, partial_attention
+from kvq.kernels.dispatch import Choice, choose, why_no_triton
 from kvq.pages.layout import SIDES
 
 # Numbers unpacked at once, and scores held at once: a tile fits a core's cache, never the whole past.

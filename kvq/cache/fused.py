@@ -14,9 +14,10 @@ from kvq.cache.fused_pack import pages_of
 from kvq.cache.plan import HeadGroup
 from kvq.cache.store import HeadStore, Snapshot, group_rows
 from kvq.codecs.static import static_numbers
-from kvq.kernels.attention import Exact, Query, decode_attention
-from kvq.kernels.choice import LARGEST_HEAD, LARGEST_QUERIES, why_no_layout
-from kvq.kernels.plan import DecodePlan
+from kvq.kernels.decode_attention import decode_attention
+from kvq.kernels.decode_attention.decode_plan import DecodePlan
+from kvq.kernels.dispatch import LARGEST_HEAD, LARGEST_QUERIES, why_no_layout
+from kvq.kernels.types import Exact, Query
 from kvq.pages.layout import DEFAULT_PAGE_TOKENS, SIDES, PageLayout, SideLayout
 from kvq.pages.pages import Pages
 

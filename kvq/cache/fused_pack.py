@@ -5,8 +5,9 @@ import torch
 from kvq.codecs.affine import AffineCodec
 from kvq.codecs.float8 import Float8Codec
 from kvq.codecs.static import StaticNumbers, static_numbers
-from kvq.kernels.choice import why_no_layout, why_no_triton
-from kvq.kernels.packing import Source, pack_tokens
+from kvq.kernels.dispatch import why_no_layout, why_no_triton
+from kvq.kernels.pack import pack_tokens
+from kvq.kernels.types import Source
 from kvq.pages.layout import SIDES
 from kvq.pages.pages import Pages
 

@@ -11,7 +11,7 @@ from kvq.cache.fused import Steps
 from kvq.cache.plan import CachePlan, HeadGroup
 from kvq.cache.store import HeadStore, Snapshot, group_rows
 from kvq.errors import CacheError
-from kvq.kernels.choice import check_implementation
+from kvq.kernels.dispatch import check_implementation
 from kvq.pages.layout import SIDES
 
 # The attribute by which the tensors that `update` returns carry the packed storage to the attention function.
@@ -24,7 +24,7 @@ class Padding:
     mask     [B, T], which columns are real tokens; None if all are.
     prompt   columns of the prompt, if ``generate`` told; a first update may bring a draft behind it.
     positions   [B or 1, L], rotary positions of the running forward's tokens, if the forward told.
-    impl     what attends and packs, see ``kvq.kernels.choice``; steps: what the kernel launches of a forward share.
+    impl     what attends and packs, see ``kvq.kernels.dispatch``; steps: what the kernel launches of a forward share.
     """
 
     def __init__(self):
@@ -319,7 +319,7 @@ def _is_causal(mask: torch.Tensor, before: int) -> bool:
 def pack_cache(cache, plan: CachePlan, impl: str = "auto") -> None:
     """Replace, in place, the plain full-attention layers of a fresh DynamicCache by packed ones.
 
-    ``impl``: what attends, a name of ``kvq.kernels.choice.IMPLEMENTATIONS``.
+    ``impl``: what attends, a name of ``kvq.kernels.dispatch.IMPLEMENTATIONS``.
     """
     check_implementation(impl)
     padding = Padding()

@@ -16,7 +16,7 @@ from kvq.cache.tail import Tail
 from kvq.codecs import Encoded
 from kvq.errors import CacheError
 from kvq.kernels import cpu
-from kvq.kernels.choice import Choice
+from kvq.kernels.dispatch import Choice
 from kvq.pages.layout import SIDES, PageLayout
 
 # Tokens that `crop` can take back while past recording is on; drafts are shorter than this.
@@ -61,7 +61,7 @@ class HeadStore:
         self.recording = False
         # What attended so far and why, for reports.
         self.ran: set[Choice] = set()
-        # What is asked for: a name of ``kvq.kernels.choice.IMPLEMENTATIONS``.
+        # What is asked for: a name of ``kvq.kernels.dispatch.IMPLEMENTATIONS``.
         self.impl = "auto"
         # Where the pages lie, as kernels on the device read it (``fused_pack.pages_of``); made anew when that changes.
         self.kernel_table: torch.Tensor | None = None

@@ -21,7 +21,7 @@ import torch
 from kvq.codecs.grouping import Grouping
 from kvq.codecs.meta import from_e4m3, load_pair, range_section, store_range, to_e4m3
 from kvq.codecs.packed import Encoded, PackedKV, refuse_unstorable
-from kvq.kernels.decode import page_scores, page_weighted_sum
+from kvq.kernels.decode_attention.products import page_scores, page_weighted_sum
 from kvq.pages.layout import DEFAULT_PAGE_TOKENS, SideLayout
 
 

@@ -16,7 +16,7 @@ import torch
 
 from kvq.codecs.meta import from_e4m3, to_e4m3
 from kvq.codecs.packed import Encoded, PackedKV, refuse_unstorable, wide
-from kvq.kernels.decode import page_scores, page_weighted_sum
+from kvq.kernels.decode_attention.products import page_scores, page_weighted_sum
 from kvq.pages.layout import DEFAULT_PAGE_TOKENS, SideLayout
 
 MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)

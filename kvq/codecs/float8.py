@@ -11,7 +11,7 @@ import torch
 
 from kvq.codecs.packed import Encoded, PackedKV
 from kvq.errors import DataError
-from kvq.kernels.decode import page_scores, page_weighted_sum
+from kvq.kernels.decode_attention.products import page_scores, page_weighted_sum
 from kvq.pages.layout import DEFAULT_PAGE_TOKENS, E4M3_MAX, SideLayout
 
 

@@ -40,7 +40,7 @@ def command(shapes: tuple[str, ...], bits: str, impl: str, device: str, output: 
 
     from kvq.bench import bench
     from kvq.bench.roofline import Shape
-    from kvq.kernels.choice import check_implementation
+    from kvq.kernels.dispatch import check_implementation
     from kvq.report.tables import bench_tables
 
     check_implementation(impl)

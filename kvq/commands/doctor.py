@@ -66,7 +66,7 @@ def _attention() -> dict[str, str]:
     import torch
 
     from kvq.kernels import team
-    from kvq.kernels.choice import triton_version, why_no_triton
+    from kvq.kernels.dispatch import triton_version, why_no_triton
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     no_triton = why_no_triton(device)

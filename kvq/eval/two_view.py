@@ -22,8 +22,8 @@ from kvq.cache.plan import CachePlan, HeadGroup
 from kvq.codecs import Codec
 from kvq.errors import DataError, suggest
 from kvq.eval.branches import Branches
-from kvq.kernels.decode import Partial, merge_partials
-from kvq.kernels.exact import exact_partial
+from kvq.kernels.decode_attention.exact_partial import exact_partial
+from kvq.kernels.decode_attention.products import Partial, merge_partials
 from kvq.models.rope import Rope
 from kvq.pages.flush import FlushRule
 from kvq.pages.layout import SIDES

@@ -12,7 +12,7 @@ from transformers.utils import logging
 from kvq.cache import CachePlan, make_plan, pack_cache, packed_layers
 from kvq.cache import model_attention as attention
 from kvq.errors import CacheError, UnsupportedModelError
-from kvq.kernels.choice import check_implementation
+from kvq.kernels.dispatch import check_implementation
 from kvq.models.decoder import decoder_of
 from kvq.models.describe import describe, text_config
 from kvq.recipe import Recipe, load_recipe

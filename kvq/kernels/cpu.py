@@ -1,8 +1,8 @@
 """Decode attention over packed pages on the CPU, compiled by numba: one pass per row, nothing unpacked beyond a page.
 
-The same numbers as ``kvq/kernels/decode.py`` in another order of summation: tokens are cut into splits, every split
-keeps a running maximum and sum (FlashDecoding), and the splits are merged. Each page is unpacked into a buffer that
-fits the core's cache. numba is optional; without it ``unavailable`` says so, and callers use the torch reference.
+The same numbers as ``decode_attention/products.py`` in another order of summation: tokens are cut into splits, every
+split keeps a running maximum and sum (FlashDecoding), and the splits are merged. Each page is unpacked into a buffer
+that fits the core's cache. numba is optional; without it ``unavailable`` says so, and callers use the torch reference.
 """
 
 from functools import lru_cache

@@ -8,8 +8,13 @@ blocks, so that unpacking a field always gives one whole operand of a matrix pro
 
 from dataclasses import dataclass
 
-from kvq.kernels.fields import FIELD_TABLES, Field, book_ptx, unpack_ptx
+from kvq.kernels.bit_fields import FIELD_TABLES, Field, book_ptx, unpack_ptx
 from kvq.pages.layout import ATOM, CONTAINER_WORDS, FIELDS, PageLayout, SideLayout
+
+# What a program of a decode launch costs besides its rounds (query, merge of warps, partial result), in rounds.
+OVERHEAD = 2
+# Most runs that a sequence is cut into.
+MAX_SPLITS = 128
 
 
 @dataclass(frozen=True, kw_only=True)

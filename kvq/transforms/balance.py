@@ -16,7 +16,7 @@ keys is left out of C, because it costs nothing once ``shift`` or a scale by cha
 import torch
 
 from kvq.errors import DataError
-from kvq.kernels.hadamard_matrix import hadamard_matrix
+from kvq.kernels.rotate.hadamard_matrix import hadamard_matrix
 from kvq.specs import TransformSpec
 from kvq.transforms.evidence import Evidence
 

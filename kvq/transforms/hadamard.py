@@ -5,7 +5,7 @@ from functools import lru_cache
 
 import torch
 
-from kvq.kernels.hadamard_matrix import hadamard_matrix, known_order
+from kvq.kernels.rotate.hadamard_matrix import hadamard_matrix, known_order
 
 # Above this order a product of two smaller matrices is faster than one large one (benchmarks/hadamard.py).
 DENSE_ORDER = 256

@@ -10,7 +10,7 @@ rotation for all heads of a layer.
 
 import torch
 
-from kvq.kernels.hadamard_matrix import hadamard_matrix
+from kvq.kernels.rotate.hadamard_matrix import hadamard_matrix
 from kvq.specs import TransformSpec
 from kvq.transforms.evidence import Evidence
 

@@ -6,7 +6,7 @@ import torch
 from kvq.codec_specs import CodecSpec
 from kvq.codecs import build_codec
 from kvq.codecs.levels import lloyd_max
-from kvq.kernels.hadamard_matrix import hadamard_matrix
+from kvq.kernels.rotate.hadamard_matrix import hadamard_matrix
 
 
 def codec_of(head_dim, heads=1, **settings):

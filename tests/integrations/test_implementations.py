@@ -8,7 +8,7 @@ import torch
 from kvq.cache import implementations
 from kvq.errors import KernelError
 from kvq.integrations.runtime import new_cache, quantized_cache
-from kvq.kernels.choice import interpreted, why_no_triton
+from kvq.kernels.dispatch import interpreted, why_no_triton
 from kvq.recipe import load_recipe
 
 # With TRITON_INTERPRET=0 all of this runs on a GPU.

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from kvq.errors import DataError, UnsupportedModelError
-from kvq.kernels.hadamard_matrix import hadamard_matrix
+from kvq.kernels.rotate.hadamard_matrix import hadamard_matrix
 from kvq.specs import TransformSpec
 from kvq.transforms import KINDS, build_chain
 from kvq.transforms.evidence import measure

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kvq.errors import RecipeError
-from kvq.kernels.hadamard_matrix import hadamard_matrix, known_order
+from kvq.kernels.rotate.hadamard_matrix import hadamard_matrix, known_order
 from kvq.specs import TransformSpec
 from kvq.transforms import build_chain
 from kvq.transforms.hadamard import DENSE_ORDER, rotate

@@ -1,0 +1,367 @@
+"""Split-KV decode attention over packed pages: one program reads some rounds of one sequence and one KV head."""
+
+import triton
+import triton.language as tl
+
+from kvq.kernels.decode_attention.tile import add, add_packed_values, packed_scores, softmax_step
+from kvq.kernels.device.sections import channels_of, group_of
+from kvq.kernels.device.words import bias_of, exp2, known
+
+LOG2E = tl.constexpr(1.4426950408889634)
+# Below every score and finite, so that differences stay defined.
+LOWEST = tl.constexpr(-1e30)
+# A work item: sequence (-1: none), first round, number of rounds, unused.
+ITEM = tl.constexpr(4)
+
+
+@triton.constexpr_function
+def _room(S):
+    """log2 of a factor that a number of at most 1 may have so that it times any scale stays in fp16.
+
+    A scale of plain codes is at most the fp16 range over their steps, any other at most the largest fp16 number.
+    """
+    plain = S.kind == "affine" and S.meta == "float16" and S.norm_offset < 0
+    return {2: 0, 3: 1, 4: 2, 8: 6}[S.bits] if plain else 0
+
+
+@triton.constexpr_function
+def _query_exponent(K):
+    """Queries are scaled to an absolute maximum in [2^(n-1), 2^n)."""
+    return _room(K) if K.by_channel else 8
+
+
+@triton.constexpr_function
+def _weight_exponent(V):
+    """log2 of what weights are multiplied by where the largest scale is not known."""
+    if V.by_channel:
+        return 14 if V.norm_offset < 0 else 0
+    return _room(V) if V.scaled else 14
+
+
+@triton.jit
+def largest_shift(limit_at, V: tl.constexpr, LIMIT: tl.constexpr):
+    """log2 of what weights are multiplied by. LIMIT: ``limit_at`` holds the largest scale of this KV head's values."""
+    shift = _weight_exponent(V) * 1.0
+    if LIMIT:
+        largest = tl.maximum(tl.load(limit_at), 2.0**-24)
+        # A weight times a scale then reaches up to 2^15, and fp16 ends at twice that.
+        shift = 14.0 - ((largest.to(tl.int32, bitcast=True) >> 23) - 127).to(tl.float32)
+    return shift
+
+
+@triton.jit
+def load_query(at, factor_at, real, K: tl.constexpr, W: tl.constexpr, FACTOR: tl.constexpr):
+    """Query operands, sums and bias sums (see ``packed_scores``), and the power of two that undoes their scaling.
+
+    at: pointers [H] to the columns' vectors. factor_at: pointer to this KV head's static channel factors, if FACTOR.
+    """
+    H: tl.constexpr = real.shape[0]
+    vectors = ()
+    largest = 0.0
+    for chunk in tl.static_range(known(K.chunks)):
+        for c in tl.static_range(known(K.blocks)):
+            channel = channels_of(chunk, c, K)[:, None]
+            exists = channel < K.head_dim
+            x = tl.load(at[None, :] + channel, mask=real[None, :] & exists, other=0.0).to(tl.float32)
+            if FACTOR:
+                x = x * tl.load(factor_at + channel, mask=exists, other=0.0).to(tl.float32)
+            largest = tl.maximum(largest, tl.max(tl.abs(x)))
+            vectors = vectors + (x,)
+    exponent = _query_exponent(K) - 1 - ((largest.to(tl.int32, bitcast=True) >> 23) - 127)
+    exponent = tl.minimum(tl.maximum(exponent, -100), 100)
+    up = ((127 + exponent) << 23).to(tl.float32, bitcast=True)
+    down = ((127 - exponent) << 23).to(tl.float32, bitcast=True)
+    operands = ()
+    sums = ()
+    negative = ()
+    for g in tl.static_range(known(K.groups)):
+        sums = sums + (tl.full([1, 1, H], 0.0, tl.float32),)
+    for i in tl.static_range(known(K.parts * K.groups)):
+        negative = negative + (tl.full([1, 1, H], 0.0, tl.float32),)
+    for chunk in tl.static_range(known(K.chunks)):
+        for c in tl.static_range(known(K.blocks)):
+            x = (vectors[chunk * K.blocks + c] * up).to(tl.float16)
+            total = tl.sum(x.to(tl.float32), 0)[None, None, :]
+            sums = add(sums, group_of(K, chunk, c), total)
+            for part in tl.static_range(known(K.parts)):
+                bias = bias_of(K, part * K.chunks + chunk)
+                negative = add(negative, part * K.groups + group_of(K, chunk, c), total * -bias)
+            operands = operands + (tl.broadcast_to(x[None, :, :], [W, K.block, H]),)
+    return (operands, sums, negative), down
+
+
+@triton.jit
+def empty_state(V: tl.constexpr, T: tl.constexpr, H: tl.constexpr):
+    """(softmax state, value state) before any token."""
+    softmax = (tl.full([T.warps, 1, H], LOWEST, tl.float32), tl.full([T.warps, T.fold, H], 0.0, tl.float32))
+    offsets = ()
+    biases = ()
+    for g in tl.static_range(known(V.groups)):
+        offsets = offsets + (tl.full([T.warps, T.fold, H], 0.0, tl.float32),)
+        biases = biases + (tl.full([T.warps, 16, H], 0.0, tl.float32),)
+    sums = ()
+    for i in tl.static_range(known(V.chunks * V.blocks)):
+        sums = sums + (tl.full([T.warps, V.block, H], 0.0, tl.float32),)
+    return softmax, (offsets, biases, sums)
+
+
+@triton.jit
+def locate(i, base, table_at, page_stride, last_page, K: tl.constexpr, T: tl.constexpr, MASKED: tl.constexpr):
+    """Round i, for each warp: (record pointers [W, 1 or R], row of block 0 within the page, the page's first token)."""
+    tile = (i * T.warps + tl.arange(0, T.warps))[:, None]
+    r = tl.arange(0, T.rows)[None, :]
+    if T.pages == 1:
+        page = tile // T.per_page
+        row = r if T.per_page == 1 else tile % T.per_page * T.rows + r
+    else:
+        page = tile * T.pages + r // T.stride
+        row = r % T.stride
+    # Beyond the end any page will do: what is read from it is masked.
+    number = tl.load(table_at + (tl.minimum(page, last_page) if MASKED else page)).to(tl.int64)
+    return base + number * page_stride, row, page * K.page_tokens
+
+
+@triton.jit
+def bounded(scores, softcap, cap_scale, T: tl.constexpr, ASM: tl.constexpr):
+    """softcap * tanh(score / softcap). cap_scale: what turns a score into the exponent of 2 that tanh needs."""
+    bounded = ()
+    for b in tl.static_range(known(T.blocks)):
+        # tanh(x) = 1 - 2 / (1 + e^(2x)), safe at both ends.
+        bounded = bounded + (softcap - 2.0 * softcap / (1.0 + exp2(scores[b] * cap_scale, ASM)),)
+    return bounded
+
+
+@triton.jit
+def hidden(scores, keep, token, position, window, T: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
+    """Scores with -inf where a token does not exist or its query may not see it. token [W, R], position [H]."""
+    masked = ()
+    for b in tl.static_range(known(T.blocks)):
+        see = keep[b][:, :, None]
+        at = (token + b * T.stride)[:, :, None]
+        if CAUSAL:
+            see = see & (at <= position[None, None, :])
+        if WINDOW:
+            see = see & (at > position[None, None, :] - window)
+        masked = masked + (tl.where(see, scores[b], float("-inf")),)
+    return masked
+
+
+@triton.jit
+def _round(
+    i,
+    state,
+    query,
+    kappa,
+    shift,
+    cap_scale,
+    softcap,
+    base,
+    table_at,
+    page_stride,
+    length,
+    position,
+    window,
+    key_book,
+    value_book,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    T: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr,
+    MASKED: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    """Attend to round i, one tile a warp."""
+    softmax, values = state
+    last_page = (length - 1) // K.page_tokens
+    record, row, start = locate(i, base, table_at, page_stride, last_page, K, T, MASKED)
+    keep = ()
+    for b in tl.static_range(known(T.blocks)):
+        keep = keep + (start + row + b * T.stride < length,)
+    scores = packed_scores(record, row, keep, query, key_book, K, T, MASKED, ASM)
+    if SOFTCAP:
+        scores = bounded(scores, softcap, cap_scale, T, ASM)
+    if MASKED:
+        scores = hidden(scores, keep, start + row, position, window, T, CAUSAL, WINDOW)
+    softmax, shrink, weights = softmax_step(softmax, scores, kappa, shift, T, ASM)
+    return softmax, add_packed_values(values, record, row, keep, shrink, weights, value_book, V, T, MASKED, ASM)
+
+
+@triton.jit
+def store_partial(
+    state, out_at, lse_at, kappa, shift, value_scale, real, V: tl.constexpr, T: tl.constexpr, ASM: tl.constexpr
+):
+    """Merge the warps and store output [H, head_dim] and log-sum-exp [H] (base 2; -inf where nothing was seen)."""
+    top, total = state[0]
+    offsets, biases, sums = state[1]
+    H: tl.constexpr = real.shape[0]
+    column = tl.arange(0, H)
+    highest = tl.max(top, 0)
+    share = exp2((top - highest[None, :, :]) * kappa, ASM)
+    total = tl.sum(tl.sum(total * share, 1), 0)
+    seen = total > 0.0
+    inverse = tl.where(seen, 1.0 / tl.where(seen, total, 1.0), 0.0)
+    tl.store(
+        lse_at + column,
+        tl.where(seen, tl.sum(highest, 0) * kappa - shift + tl.log2(tl.where(seen, total, 1.0)), float("-inf")),
+        mask=real,
+    )
+    for chunk in tl.static_range(known(V.chunks)):
+        for c in tl.static_range(known(V.blocks)):
+            x = sums[chunk * V.blocks + c]
+            if V.terms == 2 and not V.by_channel:
+                x += tl.sum(offsets[group_of(V, chunk, c)], 1, keep_dims=True)
+            if V.kind == "affine" and not V.by_channel:
+                bias = biases[group_of(V, chunk, c)]
+                if V.parts == 1:
+                    bias = tl.max(bias, 1, keep_dims=True) * bias_of(V, chunk)
+                else:
+                    bias = tl.sum(tl.where(tl.arange(0, 16)[None, :, None] == chunk, bias, 0.0), 1, keep_dims=True)
+                x -= bias
+            x = tl.sum(x * share, 0) * (inverse * value_scale)[None, :]
+            channel = channels_of(chunk, c, V)[:, None]
+            tl.store(out_at + column[None, :] * V.head_dim + channel, x, mask=real[None, :] & (channel < V.head_dim))
+
+
+@triton.jit(do_not_specialize=["table_stride", "window", "first_token", "key_book", "value_book"])
+def decode_split(
+    q,
+    pool,
+    table,
+    items,
+    lengths,
+    positions,
+    channel_factor,
+    value_limit,
+    out,
+    lse,
+    q_batch_stride,
+    q_head_stride,
+    q_token_stride,
+    table_stride,
+    page_stride,
+    scale,
+    key_scale,
+    value_scale,
+    softcap,
+    window,
+    first_token,
+    key_book,
+    value_book,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    T: tl.constexpr,
+    RECORD: tl.constexpr,
+    HEADS: tl.constexpr,
+    QUERIES: tl.constexpr,
+    H: tl.constexpr,
+    FACTOR: tl.constexpr,
+    LIMIT: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr,
+    STAGES: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    """Grid (items, KV heads, blocks of H query columns). Column c: query head ``c // QUERIES``, token ``c % QUERIES``.
+
+    q        [B, heads, QUERIES, head_dim] by strides. pool: bytes; page number n of the table starts at n * page_stride
+             and holds one record of RECORD bytes a KV head.
+    items    work list [items, 4] int32. lengths [B]: packed tokens, the first of which stands at position first_token.
+    positions  [B] int32: of query token 0 of each sequence, if CAUSAL or WINDOW.
+    key_book, value_book   registers of ``fields.book_registers``, or () where a side has no book.
+    out      [items, KV heads, HEADS * QUERIES, head_dim] fp32; lse the same without head_dim, base 2.
+    """
+    item = tl.program_id(0)
+    head = tl.program_id(1)
+    sequence = tl.load(items + item * ITEM)
+    if sequence < 0:
+        return
+    first = tl.load(items + item * ITEM + 1)
+    end = first + tl.load(items + item * ITEM + 2)
+    length = tl.load(lengths + sequence)
+    column = tl.program_id(2) * H + tl.arange(0, H)
+    real = column < HEADS * QUERIES
+    q_at = q + sequence.to(tl.int64) * q_batch_stride
+    q_at = q_at + (head * HEADS + column // QUERIES) * q_head_stride + column % QUERIES * q_token_stride
+    query, down = load_query(q_at, channel_factor + head * K.head_dim, real, K, T.warps, FACTOR)
+    kappa = scale * key_scale * LOG2E * down
+    cap_scale = 1.0
+    if SOFTCAP:
+        # A bounded score is a plain number again, whose exponent of 2 is log2(e) times it.
+        cap_scale = kappa * (2.0 / softcap)
+        kappa = LOG2E
+    shift = largest_shift(value_limit + head, V, LIMIT)
+    position = 0 * column
+    full_first, full_end = first, length // T.round
+    if CAUSAL or WINDOW:
+        # Counted from the first packed token from here on.
+        position = tl.load(positions + sequence) - first_token
+        if CAUSAL:
+            full_end = tl.minimum(full_end, (position + 1) // T.round)
+        if WINDOW:
+            full_first = tl.maximum(full_first, tl.cdiv(tl.maximum(position + QUERIES - window, 0), T.round))
+        position = position + column % QUERIES
+
+    state = empty_state(V, T, H)
+    base = pool + head * RECORD
+    table_at = table + sequence.to(tl.int64) * table_stride
+    full_first = tl.minimum(full_first, end)
+    full_end = tl.maximum(tl.minimum(full_end, end), full_first)
+    for i in tl.range(full_first, full_end, num_stages=STAGES):
+        state = _round(
+            i,
+            state,
+            query,
+            kappa,
+            shift,
+            cap_scale,
+            softcap,
+            base,
+            table_at,
+            page_stride,
+            length,
+            position,
+            window,
+            key_book,
+            value_book,
+            K,
+            V,
+            T,
+            SOFTCAP,
+            CAUSAL,
+            WINDOW,
+            False,
+            ASM,
+        )
+    before = full_first - first
+    for j in tl.range(0, before + end - full_end, num_stages=1):
+        i = tl.where(j < before, first + j, full_end + j - before)
+        state = _round(
+            i,
+            state,
+            query,
+            kappa,
+            shift,
+            cap_scale,
+            softcap,
+            base,
+            table_at,
+            page_stride,
+            length,
+            position,
+            window,
+            key_book,
+            value_book,
+            K,
+            V,
+            T,
+            SOFTCAP,
+            CAUSAL,
+            WINDOW,
+            True,
+            ASM,
+        )
+    slot = (item * tl.num_programs(1) + head).to(tl.int64) * (HEADS * QUERIES) + tl.program_id(2) * H
+    store_partial(state, out + slot * V.head_dim, lse + slot, kappa, shift, value_scale, real, V, T, ASM)

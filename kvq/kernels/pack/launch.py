@@ -1,0 +1,48 @@
+"""Arguments and options of the pack launch."""
+
+from kvq.kernels import dispatch
+from kvq.kernels.device.launch import Launch, exactly, limits, pieces
+from kvq.kernels.geometry import sides_of
+from kvq.kernels.pack.kernel import pack_tokens
+from kvq.kernels.types import Rotation, Source
+from kvq.pages.pages import Pages
+
+
+def pack(source: Source, pages: Pages, side: str, clip: float, rotation: Rotation | None) -> Launch:
+    sm = dispatch.capability(source.x.device)
+    own = sides_of(pages.layout)[0 if side == "key" else 1]
+    x = source.x
+    factor = side == "key" and pages.channel_factor is not None
+    limit = side == "value" and limits(pages)
+    return Launch(
+        kernel=pack_tokens,
+        grid=(pieces(source.longest, own.page_tokens), x.shape[0], pages.heads),
+        args=(
+            x,
+            pages.pool,
+            pages.table,
+            source.ranges,
+            source.offsets,
+            source.offsets if rotation is None else rotation.signs,
+            pages.channel_factor if factor else source.offsets,
+            pages.value_limit if limit else source.offsets,
+            x.stride(0),
+            x.stride(1),
+            x.stride(2),
+            x.shape[2],
+            pages.table.stride(0),
+            pages.stride,
+            (1 - clip) / 2,
+            float(pages.key_scale if side == "key" else pages.value_scale),
+        ),
+        constants={
+            "S": own,
+            "RECORD": pages.layout.record_bytes,
+            "CLIP": clip < 1,
+            "LIMIT": limit,
+            "FACTOR": factor,
+            "ROTATE": 0 if rotation is None else rotation.block,
+            "ASM": sm,
+        },
+        options=exactly(),
+    )

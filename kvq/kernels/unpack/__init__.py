@@ -1,0 +1,32 @@
+"""Pages into tokens: dequantize."""
+
+import torch
+
+from kvq.kernels.dispatch import Choice, choose, why_no_layout
+from kvq.pages.pages import Pages
+
+
+def unpack_pages(
+    pages: Pages,
+    side: str,
+    lengths: torch.Tensor,
+    out: torch.Tensor,
+    *,
+    impl: str = "auto",
+) -> Choice:
+    """Dequantize the first ``lengths[b]`` tokens of every sequence into out [B, KV heads, tokens, head_dim].
+
+    lengths [B] int32. What follows them in ``out`` is left alone. Returns what ran.
+    """
+    ran = choose(impl, out.device, why_no_layout(pages.layout))
+    if ran.impl == "triton":
+        from kvq.kernels.unpack import launch
+
+        launch.unpack(pages, side, lengths, out).run()
+        return ran
+    dtype = torch.promote_types(out.dtype, torch.float32)
+    for b, length in enumerate(lengths.tolist()):
+        used = -(-length // pages.layout.page_tokens)
+        if used:
+            out[b, :, :length] = pages.dense(side, pages.table[b : b + 1, :used], dtype)[0, :, :length].to(out.dtype)
+    return ran

@@ -1,0 +1,37 @@
+"""Arguments and options of the unpack launch."""
+
+import torch
+
+from kvq.kernels import dispatch
+from kvq.kernels.device.launch import Launch, books, exactly
+from kvq.kernels.geometry import sides_of
+from kvq.kernels.pack.kernel import PACK_ROWS
+from kvq.kernels.unpack.kernel import unpack_pages
+from kvq.pages.pages import Pages
+
+
+def unpack(pages: Pages, side: str, lengths: torch.Tensor, out: torch.Tensor) -> Launch:
+    sm = dispatch.capability(out.device)
+    own = sides_of(pages.layout)[0 if side == "key" else 1]
+    factor = side == "key" and pages.channel_factor is not None
+    count = -(-out.shape[2] // own.page_tokens)
+    return Launch(
+        kernel=unpack_pages,
+        grid=(count * -(-own.rows // PACK_ROWS.value), out.shape[0], pages.heads),
+        args=(
+            pages.pool,
+            pages.table,
+            lengths,
+            pages.channel_factor if factor else lengths,
+            out,
+            out.stride(0),
+            out.stride(1),
+            out.stride(2),
+            pages.table.stride(0),
+            pages.stride,
+            float(pages.key_scale if side == "key" else pages.value_scale),
+            books(pages)[0 if side == "key" else 1],
+        ),
+        constants={"S": own, "RECORD": pages.layout.record_bytes, "FACTOR": factor, "ASM": sm},
+        options=exactly(),
+    )
