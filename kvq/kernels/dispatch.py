@@ -117,6 +117,14 @@ def why_no_rotation(block: int) -> str | None:
     return None
 
 
+def why_no_strides(**tensors: torch.Tensor | None) -> str | None:
+    """Why kernels cannot read or write these tensors as they lie, or None: a vector is in one piece."""
+    for name, x in tensors.items():
+        if x is not None and x.stride(-1) != 1:
+            return f"{name} of stride {x.stride(-1)} in the last dimension, not 1"
+    return None
+
+
 def choose(
     impl: str, device: torch.device, obstacle: str | None = None, no_numba: str | None = "this has no numba kernel"
 ) -> Choice:

@@ -6,7 +6,7 @@ The state of decoding that says how much that is lies on the device (``kvq.kerne
 import torch
 
 from kvq.kernels.append.state import DecodeState, ExactStore
-from kvq.kernels.dispatch import Choice, choose, why_no_layout, why_no_rotation
+from kvq.kernels.dispatch import Choice, choose, why_no_layout, why_no_rotation, why_no_strides
 from kvq.kernels.pack import pack_tokens
 from kvq.kernels.rotate.reference import rotate_reference
 from kvq.kernels.types import Rotation, Source
@@ -33,7 +33,8 @@ def append_tokens(
     ``impl="triton"`` cannot run.
     """
     rotations = rotations or {}
-    obstacles = [why_no_layout(pages.layout), *(why_no_rotation(rotation.block) for rotation in rotations.values())]
+    obstacles = [why_no_layout(pages.layout), why_no_strides(keys=keys, values=values)]
+    obstacles += [why_no_rotation(rotation.block) for rotation in rotations.values()]
     ran = choose(impl, keys.device, next((reason for reason in obstacles if reason), None))
     if ran.impl == "triton":
         from kvq.kernels.append import launch

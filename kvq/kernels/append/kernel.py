@@ -107,15 +107,16 @@ def append_tokens(
     side_head = tl.program_id(2)
     heads = tl.num_programs(2) // 2
     head = side_head % heads
+    wide_head = head.to(tl.int64)
     wide = sequence.to(tl.int64)
     own = counters + sequence * COUNTERS
     before = tl.load(own)
     added = tl.load(own + 1) - before
     table_at = table + wide * table_stride
-    sink_at = wide * sink_batch_stride + head * sink_head_stride
+    sink_at = wide * sink_batch_stride + wide_head * sink_head_stride
     base = pool + head * RECORD
     if side_head < heads:
-        ring = key_ring + wide * ring_key_batch_stride + head * ring_key_head_stride
+        ring = key_ring + wide * ring_key_batch_stride + wide_head * ring_key_head_stride
         start, stop = tl.load(own + 2), tl.load(own + 3)
         page = start // K.page_tokens + piece
         if (start < stop) & (page * K.page_tokens < stop):
@@ -142,7 +143,7 @@ def append_tokens(
                 ASM,
             )
         if piece == 0:
-            x = keys + wide * key_batch_stride + head * key_head_stride
+            x = keys + wide * key_batch_stride + wide_head * key_head_stride
             for t in range(0, NEW):
                 if t < added:
                     _store_new(
@@ -163,7 +164,7 @@ def append_tokens(
                         ASM,
                     )
     else:
-        ring = value_ring + wide * ring_value_batch_stride + head * ring_value_head_stride
+        ring = value_ring + wide * ring_value_batch_stride + wide_head * ring_value_head_stride
         start, stop = tl.load(own + 4), tl.load(own + 5)
         page = start // V.page_tokens + piece
         if (start < stop) & (page * V.page_tokens < stop):
@@ -190,7 +191,7 @@ def append_tokens(
                 ASM,
             )
         if piece == 0:
-            x = values + wide * value_batch_stride + head * value_head_stride
+            x = values + wide * value_batch_stride + wide_head * value_head_stride
             for t in range(0, NEW):
                 if t < added:
                     _store_new(

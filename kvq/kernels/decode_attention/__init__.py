@@ -9,7 +9,7 @@ import torch
 
 from kvq.kernels.decode_attention.decode_plan import DecodePlan
 from kvq.kernels.decode_attention.reference import dense_attention
-from kvq.kernels.dispatch import LARGEST_QUERIES, choose, why_no_layout
+from kvq.kernels.dispatch import LARGEST_QUERIES, choose, why_no_layout, why_no_strides
 from kvq.kernels.types import Attention, Exact, Query
 from kvq.pages.pages import Pages
 
@@ -33,8 +33,11 @@ def decode_attention(
     Raises KernelError if ``impl="triton"`` is asked for and cannot serve the call.
     """
     q = query.q
-    ran = choose(impl, q.device, why_not(query, pages, plan))
     out = torch.empty_like(q) if out is None else out
+    strides = {"queries": q, "out": out}
+    if exact is not None:
+        strides |= {"keys": exact.keys, "values": exact.values, "sinks": exact.sink_keys}
+    ran = choose(impl, q.device, why_not(query, pages, plan) or why_no_strides(**strides))
     B, H, L, _ = q.shape
     if ran.impl == "reference":
         dtype = torch.float64 if q.dtype == torch.float64 else torch.float32

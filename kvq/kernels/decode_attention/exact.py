@@ -216,6 +216,7 @@ def decode_exact(
     column = tl.program_id(2) * H + tl.arange(0, H)
     real = column < HEADS * QUERIES
     wide = sequence.to(tl.int64)
+    wide_head = head.to(tl.int64)
     q_at = q + wide * q_batch_stride
     q_at = q_at + (head * HEADS + column // QUERIES) * q_head_stride + column % QUERIES * q_token_stride
     query, down = load_query(q_at, channel_factor + head * K.head_dim, real, K, T.warps, FACTOR)
@@ -232,12 +233,12 @@ def decode_exact(
     softmax, total = empty_state(V, T, H)
     position = position + column % QUERIES
 
-    key_at = keys + wide * key_batch_stride + head * key_head_stride
-    value_at = values + wide * value_batch_stride + head * value_head_stride
+    key_at = keys + wide * key_batch_stride + wide_head * key_head_stride
+    value_at = values + wide * value_batch_stride + wide_head * value_head_stride
     key_offset = tl.load(key_offsets + sequence)
     value_offset = tl.load(value_offsets + sequence)
     if SINKS:
-        sink_at = wide * sink_batch_stride + head * sink_head_stride
+        sink_at = wide * sink_batch_stride + wide_head * sink_head_stride
         for i in tl.range(0, tl.cdiv(sinks, T.round), num_stages=1):
             token, slot, keep = _tokens_of(i, 0, sinks, 0, sinks, K, T)
             scores = _exact_scores(

@@ -4,7 +4,7 @@
 numbers otherwise packs codes with ``kvq.pages.bits``. The torch reference gives the same bytes.
 """
 
-from kvq.kernels.dispatch import Choice, choose, why_no_layout, why_no_rotation
+from kvq.kernels.dispatch import Choice, choose, why_no_layout, why_no_rotation, why_no_strides
 from kvq.kernels.pack.reference import pack_sequences
 from kvq.kernels.types import Rotation, Source
 from kvq.pages.pages import Pages
@@ -26,7 +26,7 @@ def pack_tokens(
     that neither writes to. Raises KernelError if ``impl="triton"`` cannot run.
     """
     assert pages.layout.side(side).is_plain, "a codec of its own chooses these numbers"
-    ran = choose(impl, source.x.device, why_not(pages, rotation))
+    ran = choose(impl, source.x.device, why_not(pages, rotation) or why_no_strides(tokens=source.x))
     if ran.impl == "triton":
         from kvq.kernels.pack import launch
 

@@ -157,8 +157,8 @@ def _encode_part(
         for chunk in tl.static_range(known(S.chunks)):
             for c in tl.static_range(known(S.blocks)):
                 own = numbers[chunk * S.blocks + c]
-                lows = _merge(lows, group_of(S, chunk, c), tl.minimum, tl.min(own, 1))
-                highs = _merge(highs, group_of(S, chunk, c), tl.maximum, tl.max(own, 1))
+                lows = _merge(lows, group_of(S, chunk, c), _smaller, tl.min(own, 1))
+                highs = _merge(highs, group_of(S, chunk, c), _larger, tl.max(own, 1))
                 poisons = _merge(poisons, group_of(S, chunk, c), _plus, tl.sum(own * 0.0, 1))
         scales = ()
         minima = ()
@@ -181,6 +181,17 @@ def _encode_part(
 @triton.jit
 def _plus(a, b):
     return a + b
+
+
+# tl.minimum itself cannot be a compile-time argument before Triton 3.7.
+@triton.jit
+def _smaller(a, b):
+    return tl.minimum(a, b)
+
+
+@triton.jit
+def _larger(a, b):
+    return tl.maximum(a, b)
 
 
 @triton.jit
@@ -443,11 +454,12 @@ def pack_tokens(
     page = start // S.page_tokens + tl.program_id(0)
     if page * S.page_tokens >= stop or stop <= start:
         return
+    # 64 bits: sequences and heads of a long prompt lie more than 2^31 numbers apart.
     wide = sequence.to(tl.int64)
     number = tl.load(table + wide * table_stride + page).to(tl.int64)
     record = pool + number * page_stride + head * RECORD
     pack_page(
-        x + wide * x_batch_stride + head * x_head_stride,
+        x + wide * x_batch_stride + head.to(tl.int64) * x_head_stride,
         page * S.page_tokens,
         start,
         stop,

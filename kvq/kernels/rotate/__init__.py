@@ -2,7 +2,7 @@
 
 import torch
 
-from kvq.kernels.dispatch import Choice, choose, why_no_rotation
+from kvq.kernels.dispatch import Choice, choose, why_no_rotation, why_no_strides
 from kvq.kernels.rotate.reference import rotate_reference
 from kvq.kernels.types import Rotation
 
@@ -22,8 +22,9 @@ def hadamard(
     """
     block = rotation.block
     assert x.shape[-1] % block == 0, (x.shape, block)
-    ran = choose(impl, x.device, why_no_rotation(block) or ("float64" if x.dtype == torch.float64 else None))
     out = torch.empty_like(x) if out is None else out
+    obstacle = "float64" if x.dtype == torch.float64 else why_no_rotation(block) or why_no_strides(x=x, out=out)
+    ran = choose(impl, x.device, obstacle)
     if ran.impl == "triton":
         from kvq.kernels.rotate import launch
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from kvq.kernels.dispatch import Choice, choose, why_no_layout
+from kvq.kernels.dispatch import Choice, choose, why_no_layout, why_no_strides
 from kvq.pages.pages import Pages
 
 
@@ -18,7 +18,7 @@ def unpack_pages(
 
     lengths [B] int32. What follows them in ``out`` is left alone. Returns what ran.
     """
-    ran = choose(impl, out.device, why_no_layout(pages.layout))
+    ran = choose(impl, out.device, why_no_layout(pages.layout) or why_no_strides(out=out))
     if ran.impl == "triton":
         from kvq.kernels.unpack import launch
 

@@ -41,7 +41,7 @@ def unpack_pages(
     wide = sequence.to(tl.int64)
     number = tl.load(table + wide * table_stride + page).to(tl.int64)
     record = pool + number * page_stride + head * RECORD
-    to = out + wide * out_batch_stride + head * out_head_stride
+    to = out + wide * out_batch_stride + head.to(tl.int64) * out_head_stride
     row = tl.program_id(0) % blocks * PACK_ROWS + tl.arange(0, PACK_ROWS)
     for c in tl.static_range(known(S.blocks)):
         container = c * S.block + tl.arange(0, S.block)

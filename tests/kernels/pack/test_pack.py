@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from kvq.bench.samples import layout_of
+from kvq.errors import KernelError
 from kvq.kernels.pack import pack_tokens
 from kvq.kernels.types import Rotation
 from kvq.kernels.unpack import unpack_pages
@@ -32,6 +33,27 @@ def test_bulk_packing_gives_the_bytes_of_the_reference(key, value, head_dim, dty
     assert torch.equal(made[0].pool, made[1].pool)
     assert torch.equal(made[0].value_limit, made[1].value_limit)
     assert made[0].pool.any()
+
+
+def test_heads_that_lie_more_than_2_gib_apart(device, empty_pages, source_of):
+    """Heads times their stride exceed 32 bits where neither does: a long prompt of many heads."""
+    layout, stride = layout_of("4", "4", 64), (1 << 30) + 64
+    near = torch.randn(1, 3, 16, 64, generator=torch.Generator().manual_seed(0)).half().to(device)
+    far = torch.empty(2 * stride + 16 * 64, dtype=torch.float16, device=device)
+    far = far.as_strided(near.shape, (0, stride, 64, 1)).copy_(near)
+    made = [empty_pages(layout, 1, 3, 1, device) for _ in range(2)]
+    for pages, x in zip(made, (near, far)):
+        pack_tokens(source_of(x, [(0, 16)]), pages, "key", impl="triton")
+    assert torch.equal(made[0].pool, made[1].pool)
+    assert made[0].pool[:, 2].any()
+
+
+def test_vectors_that_are_not_in_one_piece_are_refused_by_name(device, empty_pages, source_of):
+    pages = empty_pages(layout_of("4", "4", 64), 1, 2, 1, device)
+    apart = source_of(torch.zeros(1, 2, 64, 64, device=device).transpose(2, 3), [(0, 16)])
+    with pytest.raises(KernelError, match="tokens of stride 64 in the last dimension"):
+        pack_tokens(apart, pages, "key", impl="triton")
+    assert pack_tokens(apart, pages, "key").impl == "reference"
 
 
 @pytest.mark.parametrize("settings", [{"clip": 0.9}, {"rotation": True}], ids=str)
