@@ -6,9 +6,8 @@ import torch
 
 from kvq.cache import fused
 from kvq.cache.store import HeadStore, Snapshot, View, group_rows
-from kvq.kernels import cpu, team
+from kvq.kernels import cpu
 from kvq.kernels.decode_attention.products import Partial, merge_partials, partial_attention
-from kvq.kernels.dispatch import Choice, choose, why_no_triton
 from kvq.pages.layout import SIDES
 
 # Numbers unpacked at once, and scores held at once: a tile fits a core's cache, never the whole past.
@@ -38,36 +37,17 @@ def attend(
 
     mask   by row, [L, tokens of the row] (bool, True = attend, or additive), the caller having reduced its columns to
            real tokens; None if it says no more than causality.
-    valid  [B, L] real query tokens, or None for all. Rows of pads come out as zeros.
+    valid  [B, L] real query tokens, on the CPU, or None for all. Rows of pads come out as zeros.
     steps  what the launches of one forward share.
 
     What ran is noted in ``store.ran``. Raises KernelError if a kernel is asked for that cannot serve.
     """
-    device = q.device
-    valid = None if valid is None or bool(valid.all()) else valid
-    no_triton = why_no_triton(device) or fused.obstacle(store, snapshot, q, mask, valid)
-    ran = choose(store.impl, device, no_triton, _why_not_compiled(store, snapshot))
-    if ran.impl == "triton":
-        two_passes = fused.why_two_passes(store.group)
-        note = f"{ran.reason}; decoded to fp16 first: {two_passes}" if two_passes else ran.reason
-        store.ran.add(Choice(impl="triton", reason=note))
-        return fused.attend(store, snapshot, q, options, steps)
+    many = any(view.stop - view.start > 1 for views in snapshot.views for view in views)
+    ran = store.serving(q.dtype).attending(fused.obstacle(snapshot, mask, valid), many)
     store.ran.add(ran)
+    if ran.impl == "triton":
+        return fused.attend(store, snapshot, q, options, steps)
     return _attend_torch(store, snapshot, q, mask, valid, options, ran.impl == "numba")
-
-
-def _why_not_compiled(store: HeadStore, snapshot: Snapshot) -> str | None:
-    """Why the compiled CPU kernel cannot serve these queries, or None."""
-    if team.unavailable():
-        return team.unavailable()
-    if store.group.rope is not None:
-        return "keys are stored elsewhere than they are read"
-    if not cpu.supports(store.group.layout):
-        return "the CPU kernel reads plain codes only"
-    views = zip(snapshot.before, snapshot.added)
-    if any(view.stop - view.start > 1 for b, a in views for view in store.views(b, a, snapshot.prompt)):
-        return "the CPU kernel takes one query token at a time"
-    return None
 
 
 def _attend_torch(store, snapshot, q, mask, valid, options, compiled: bool) -> torch.Tensor:
@@ -98,7 +78,7 @@ def _attend_torch(store, snapshot, q, mask, valid, options, compiled: bool) -> t
 def _attend_rows(store, snapshot, rows, before, added, q, mask, options: Options, compiled: bool) -> torch.Tensor:
     """Rows of equal length. q [b, K, G, L, D], mask [b, L, tokens] or None."""
     outputs = []
-    for view in store.views(before, added, snapshot.prompt):
+    for view in snapshot.views[rows[0]]:
         end = before + view.stop
         queries = q[:, :, :, view.start : view.stop]
         bias = _bias(mask, view, before, queries, end)

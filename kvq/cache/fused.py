@@ -11,12 +11,10 @@ from functools import lru_cache
 import torch
 
 from kvq.cache.fused_pack import pages_of
-from kvq.cache.plan import HeadGroup
 from kvq.cache.store import HeadStore, Snapshot, group_rows
-from kvq.codecs.static import static_numbers
 from kvq.kernels.decode_attention import decode_attention
 from kvq.kernels.decode_attention.decode_plan import DecodePlan
-from kvq.kernels.dispatch import LARGEST_HEAD, LARGEST_QUERIES, why_no_layout
+from kvq.kernels.dispatch import LARGEST_QUERIES
 from kvq.kernels.types import Exact, Query
 from kvq.pages.layout import DEFAULT_PAGE_TOKENS, SIDES, PageLayout, SideLayout
 from kvq.pages.pages import Pages
@@ -95,39 +93,23 @@ class _Counts:
         return [low, self.keys, self.values, self.ends, self.positions, self.key_offsets, self.value_offsets]
 
 
-def obstacle(store: HeadStore, snapshot: Snapshot, q: torch.Tensor, mask, valid) -> str | None:
-    """Why the kernels cannot attend for these queries [B, kv_heads, group, L, head_dim], or None."""
-    if q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        return f"queries of {str(q.dtype).removeprefix('torch.')}"
-    if q.shape[-1] > LARGEST_HEAD:
-        return f"head_dim {q.shape[-1]}, more than {LARGEST_HEAD}"
+def obstacle(snapshot: Snapshot, mask, valid) -> str | None:
+    """What this forward has against the kernels, or None."""
     if valid is not None:
         return "pads among the new tokens"
     if mask is not None:
         return "a mask other than the causal one"
-    views = {tuple((v.start, v.stop) for v in row) for row in _views(store, snapshot)}
-    if len(views) > 1:
+    if snapshot.spans is None:
         return "rows that read different states"
-    longest = max((stop - start for start, stop in next(iter(views))), default=0)
+    longest = max((stop - start for start, stop in snapshot.spans), default=0)
     return f"{longest} query tokens at once, more than {LARGEST_QUERIES}" if longest > LARGEST_QUERIES else None
-
-
-def why_two_passes(group: HeadGroup) -> str | None:
-    """Why pages of this group are decoded before the kernels attend, or None if they are read as they are."""
-    if group.rope is not None:
-        return "keys are stored before RoPE"
-    for side in SIDES:
-        numbers = static_numbers(group.codecs[side])
-        if isinstance(numbers, str):
-            return f"{side}: {numbers}"
-    return why_no_layout(group.layout)
 
 
 def attend(store: HeadStore, snapshot: Snapshot, q: torch.Tensor, options, steps: Steps) -> torch.Tensor:
     """Attention of queries [B, kv_heads, group, L, head_dim], same shape out; ``obstacle`` must have found none."""
     B, K, G, _, D = q.shape
-    rows, sinks = _views(store, snapshot), store.group.sinks
-    two_passes = why_two_passes(store.group) is not None
+    rows, sinks = snapshot.views, store.group.sinks
+    two_passes = store.serving(q.dtype).two_passes is not None
     outputs = []
     for i, view in enumerate(rows[0]):
         ends = tuple(max(0, before + view.stop - sinks) for before in snapshot.before)
@@ -148,11 +130,6 @@ def attend(store: HeadStore, snapshot: Snapshot, q: torch.Tensor, options, steps
         found = decode_attention(query, pages, step.lengths, step.plan, exact, impl="triton")
         outputs.append(found.out.view(B, K, G, length, D))
     return torch.cat(outputs, dim=3) if len(outputs) > 1 else outputs[0]
-
-
-def _views(store: HeadStore, snapshot: Snapshot) -> list:
-    """By row, what its queries read."""
-    return [store.views(before, added, snapshot.prompt) for before, added in zip(snapshot.before, snapshot.added)]
 
 
 def _offsets(snapshot: Snapshot, sinks: int) -> list[tuple[int, ...]]:

@@ -2,10 +2,7 @@
 
 import torch
 
-from kvq.codecs.affine import AffineCodec
-from kvq.codecs.float8 import Float8Codec
 from kvq.codecs.static import StaticNumbers, static_numbers
-from kvq.kernels.dispatch import why_no_layout, why_no_triton
 from kvq.kernels.pack import pack_tokens
 from kvq.kernels.types import Source
 from kvq.pages.layout import SIDES
@@ -45,20 +42,6 @@ def _table(store) -> torch.Tensor:
             if ids:
                 table[row, : len(ids)] = torch.from_numpy((store.arena.addresses(ids) - first) // _UNIT)
     return table.to(store.arena.device)
-
-
-def serves(store, side: str, tokens: torch.Tensor) -> bool:
-    """Whether a store packs these tokens [rows, kv_heads, t, head_dim] in the kernel: the plain grid, and fp8."""
-    if store.impl not in ("auto", "triton") or (store.impl == "auto" and tokens.device.type != "cuda"):
-        return False
-    codec = store.group.codecs[side]
-    plain = codec.is_min_max if isinstance(codec, AffineCodec) else _casts(codec)
-    known = tokens.dtype in (torch.float16, torch.bfloat16, torch.float32)
-    return plain and known and why_no_triton(tokens.device) is None and why_no_layout(store.group.layout) is None
-
-
-def _casts(codec) -> bool:
-    return isinstance(codec, Float8Codec) and codec.rounding == "nearest"
 
 
 def pack(store, side: str, rows: list[int], start: int, tokens: torch.Tensor) -> None:

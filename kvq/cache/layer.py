@@ -7,7 +7,7 @@ import torch
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from kvq.cache.attend import Options, attend
-from kvq.cache.fused import Steps
+from kvq.cache.context import ForwardContext
 from kvq.cache.plan import CachePlan, HeadGroup
 from kvq.cache.store import HeadStore, Snapshot, group_rows
 from kvq.errors import CacheError
@@ -16,44 +16,6 @@ from kvq.pages.layout import SIDES
 
 # The attribute by which the tensors that `update` returns carry the packed storage to the attention function.
 HANDLE = "kvq_handle"
-
-
-class Padding:
-    """What only the model's caller knows of the columns, shared by a cache's layers.
-
-    mask     [B, T], which columns are real tokens; None if all are.
-    prompt   columns of the prompt, if ``generate`` told; a first update may bring a draft behind it.
-    positions   [B or 1, L], rotary positions of the running forward's tokens, if the forward told.
-    impl     what attends and packs, see ``kvq.kernels.dispatch``; steps: what the kernel launches of a forward share.
-    """
-
-    def __init__(self):
-        self.mask: torch.Tensor | None = None
-        self.prompt: int | None = None
-        self.positions: torch.Tensor | None = None
-        self.impl = "auto"
-        self.steps = Steps()
-        self._checked: tuple[torch.Tensor, tuple, bool] | None = None
-
-    def only_causal(self, mask: torch.Tensor, rows: list[torch.Tensor], before: list[int]) -> bool:
-        """Whether a forward's mask, reduced to real tokens, says no more than causality; asked once for all layers.
-
-        rows: the mask by row, [L, tokens]; before: tokens of the row that came before these queries.
-        """
-        if mask.is_inference():
-            # Nothing tells whether it was written to since.
-            return all(_is_causal(own, start) for own, start in zip(rows, before))
-        state = (mask._version, *before)
-        if self._checked is None or self._checked[0] is not mask or self._checked[1] != state:
-            self._checked = mask, state, all(_is_causal(own, start) for own, start in zip(rows, before))
-        return self._checked[2]
-
-    def columns(self, start: int, length: int) -> torch.Tensor | None:
-        """Mask of columns [start, start + length), or None if all are real."""
-        if self.mask is None or self.mask.shape[1] < start + length:
-            return None
-        part = self.mask[:, start : start + length]
-        return None if bool(part.all()) else part
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,28 +50,22 @@ class Handle:
 
     def _attend_heads(self, index: int, q: torch.Tensor, row_masks, options: Options) -> torch.Tensor:
         """Attention of one store's query heads, [B, kv_heads, group, L, head_dim], in the model's own basis."""
-        store, chains = self.layer.stores[index], self.layer.stores[index].group.chains
+        store, chains = self.layer.stores[index], self.layer.stores[index].chains
         # Chains see [B, kv_heads, any, head_dim].
         q = chains["key"].dual(q.flatten(2, 3)).view_as(q)
-        steps = self.layer.padding.steps
+        steps = self.layer.context.steps
         out = attend(store, self.snapshots[index], q, row_masks, self.columns, options, steps)
         return chains["value"].undo(out.flatten(2, 3)).view_as(out)
 
     def _row_masks(self, given: torch.Tensor | None, rows: int) -> list[torch.Tensor] | None:
         """Drop the columns of pads: one [L, tokens] mask per row; None if it says no more than causality."""
-        if given is None:
+        real, total = self.layer.real, self.layer.length
+        if given is None or (self.columns is None and self.layer.context.is_plain(given, real, total)):
             return None
-        mask = given.expand(rows, *given.shape[1:])[:, 0]
-        real = self.layer.real
-        total = self.start + self.snapshot_length
-        found = [mask[b, :, :total] if real is None else mask[b, :, :total][:, real[b]] for b in range(rows)]
-        if self.columns is None and self.layer.padding.only_causal(given, found, self.snapshots[0].before):
-            return None
-        return found
-
-    @property
-    def snapshot_length(self) -> int:
-        return self.layer.length - self.start
+        mask = given.expand(rows, *given.shape[1:])[:, 0, :, :total]
+        if real is None:
+            return list(mask)
+        return [own[:, columns.to(own.device)] for own, columns in zip(mask, real)]
 
 
 class PackedLayer(CacheLayerMixin):
@@ -124,10 +80,10 @@ class PackedLayer(CacheLayerMixin):
     is_croppable = True
     is_compileable = False
 
-    def __init__(self, groups: tuple[HeadGroup, ...], padding: Padding):
+    def __init__(self, groups: tuple[HeadGroup, ...], context: ForwardContext):
         super().__init__()
         self.groups = groups
-        self.padding = padding
+        self.context = context
         self.stores: list[HeadStore] = []
         self.length = 0
         self.real: torch.Tensor | None = None
@@ -145,9 +101,9 @@ class PackedLayer(CacheLayerMixin):
                     "resolve it again with kvq.make_plan."
                 )
         self.dtype, self.device = key_states.dtype, key_states.device
-        self.stores = [HeadStore(group, key_states.shape[0], self.device) for group in self.groups]
+        self.stores = [HeadStore(group, key_states.shape[0], self.device, self.dtype) for group in self.groups]
         for store in self.stores:
-            store.recording, store.impl = self.recording, self.padding.impl
+            store.recording, store.impl = self.recording, self.context.impl
         self.is_initialized = True
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
@@ -157,17 +113,18 @@ class PackedLayer(CacheLayerMixin):
         start, new = self.length, key_states.shape[2]
         if new == 0:
             return key_states, value_states
-        columns = self.padding.columns(start, new)
-        self._note_columns(columns, key_states.shape[0], new)
+        context = self.context
+        columns = context.new_tokens(start, new).valid
+        self.real = context.real(self.real, start, key_states.shape[0], new)
         self.length += new
-        draft_follows = start == 0 and self.recording and self.padding.prompt is not None and new > self.padding.prompt
-        prompt = self.padding.prompt if draft_follows else None
+        draft_follows = start == 0 and self.recording and context.prompt is not None and new > context.prompt
+        prompt = context.prompt if draft_follows else None
         snapshots = []
         for store in self.stores:
             own = slice(None) if len(self.stores) == 1 else list(store.group.heads)
             states = {"key": key_states[:, own].detach(), "value": value_states[:, own].detach()}
-            states = {side: store.group.chains[side].write(x) for side, x in states.items()}
-            snapshots.append(store.append(states, columns, prompt, self.padding.positions))
+            states = {side: store.chains[side].write(x) for side, x in states.items()}
+            snapshots.append(store.append(states, columns, prompt, context.positions))
         handle = Handle(layer=self, snapshots=snapshots, columns=columns, start=start)
         if start == 0:
             keys, values = key_states.view_as(key_states), value_states.view_as(value_states)
@@ -178,15 +135,6 @@ class PackedLayer(CacheLayerMixin):
             keys, values = (self._dense(side, snapshots) for side in SIDES)
         setattr(keys, HANDLE, handle)
         return keys, values
-
-    def _note_columns(self, columns: torch.Tensor | None, rows: int, new: int) -> None:
-        """Remember which columns are real; ``real`` stays None while there are no pads at all."""
-        if columns is None and self.real is None:
-            return
-        if self.real is None:
-            self.real = torch.ones(rows, self.length, dtype=torch.bool, device=self.device)
-        fresh = torch.ones(rows, new, dtype=torch.bool, device=self.device) if columns is None else columns
-        self.real = torch.cat([self.real, fresh.to(self.device)], dim=1)
 
     def _dense(self, side: str, snapshots: list[Snapshot] | None) -> torch.Tensor:
         """Dequantized tensor [B, kv_heads, columns, head_dim]; pads are zero.
@@ -201,9 +149,9 @@ class PackedLayer(CacheLayerMixin):
             snapshot = snapshots[i] if snapshots else None
             keys = list(zip(snapshot.before, snapshot.added)) if snapshot else [(n, 0) for n in store.counts]
             for rows in group_rows(keys):
-                dense = store.group.chains[side].undo(store.dequantized(side, rows, snapshot))
+                dense = store.chains[side].undo(store.dequantized(side, rows, snapshot))
                 for j, b in enumerate(rows):
-                    target = dense[j] if self.real is None else _scatter(dense[j], self.real[b])
+                    target = dense[j] if self.real is None else _scatter(dense[j], self.real[b].to(dense.device))
                     out[b, own] = target
         return out
 
@@ -303,33 +251,19 @@ def _scatter(tokens: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
     return out
 
 
-def _is_causal(mask: torch.Tensor, before: int) -> bool:
-    """Whether a mask [L, before + L] hides exactly the tokens after each query."""
-    length, total = mask.shape
-    if total != before + length:
-        return False
-    position = torch.arange(before, total, device=mask.device)
-    seen = torch.arange(total, device=mask.device) <= position.unsqueeze(1)
-    if mask.dtype == torch.bool:
-        return torch.equal(mask, seen)
-    hidden = mask <= torch.finfo(mask.dtype).min / 2
-    return bool(((mask == 0) == seen).all() and (hidden == ~seen).all())
-
-
 def pack_cache(cache, plan: CachePlan, impl: str = "auto") -> None:
     """Replace, in place, the plain full-attention layers of a fresh DynamicCache by packed ones.
 
     ``impl``: what attends, a name of ``kvq.kernels.dispatch.IMPLEMENTATIONS``.
     """
     check_implementation(impl)
-    padding = Padding()
-    padding.impl = impl
+    context = ForwardContext(impl)
     if cache.layer_class_to_replicate is DynamicLayer:
         cache.layers += [DynamicLayer() for _ in range(len(cache.layers), len(plan.model.layers))]
     for index, groups in plan.layers.items():
         layer = cache.layers[index]
         if type(layer) is DynamicLayer and not layer.is_initialized:
-            cache.layers[index] = PackedLayer(groups, padding)
+            cache.layers[index] = PackedLayer(groups, context)
 
 
 def packed_layers(cache) -> list[PackedLayer]:

@@ -5,6 +5,7 @@ when its flush rule says so, and from the exact numbers.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -12,6 +13,7 @@ from kvq.cache import fused_pack
 from kvq.cache.arena import Arena
 from kvq.cache.plan import HeadGroup
 from kvq.cache.positions import Positions
+from kvq.cache.serving import Serving, serving_of
 from kvq.cache.tail import Tail
 from kvq.codecs import Encoded
 from kvq.errors import CacheError
@@ -37,20 +39,31 @@ class Snapshot:
     """One update: tokens per row before and added, and the exact tokens at hand, [B, kv_heads, any, head_dim].
 
     ``exact`` is right-aligned: its last token is the newest of every row. Valid until the next update. ``prompt``: how
-    many of the first update's tokens are prompt; the others are a draft that came with it.
+    many of the first update's tokens are prompt; the others are a draft that came with it. ``views``: by row, what its
+    queries read.
     """
 
     before: list[int]
     added: list[int]
     exact: dict[str, torch.Tensor]
+    views: list[list[View]]
     prompt: int | None = None
+
+    @cached_property
+    def spans(self) -> list[tuple[int, int]] | None:
+        """(start, stop) of the queries that read one state; None if rows are cut differently."""
+        first = [(view.start, view.stop) for view in self.views[0]]
+        alike = all(own is self.views[0] or [(v.start, v.stop) for v in own] == first for own in self.views)
+        return first if alike else None
 
 
 class HeadStore:
     """Keys and values of the KV heads of ``group``, for ``rows`` sequences."""
 
-    def __init__(self, group: HeadGroup, rows: int, device: torch.device):
+    def __init__(self, group: HeadGroup, rows: int, device: torch.device, dtype: torch.dtype | None = None):
         self.group = group
+        # The transforms where tokens of ``dtype`` are.
+        self.chains = {side: chain.to(device, dtype) if dtype else chain for side, chain in group.chains.items()}
         self.arena = Arena(group.layout, len(group.heads), device)
         self.tables: list[list[int]] = [[] for _ in range(rows)]
         self.counts = [0] * rows
@@ -63,6 +76,7 @@ class HeadStore:
         self.ran: set[Choice] = set()
         # What is asked for: a name of ``kvq.kernels.dispatch.IMPLEMENTATIONS``.
         self.impl = "auto"
+        self._serving: dict[tuple, Serving] = {}
         # Where the pages lie, as kernels on the device read it (``fused_pack.pages_of``); made anew when that changes.
         self.kernel_table: torch.Tensor | None = None
 
@@ -73,7 +87,8 @@ class HeadStore:
         prompt: int | None = None,
         positions: torch.Tensor | None = None,
     ) -> Snapshot:
-        """Store new tokens, {side: [B, kv_heads, L, head_dim]}, and pack what the rules say. ``valid`` [B, L] or None.
+        """Store new tokens, {side: [B, kv_heads, L, head_dim]}, and pack what the rules say. ``valid`` [B, L], on the
+        CPU, or None.
 
         ``positions`` [B or 1, L]: rotary positions; None: every row counts its own tokens. They matter only where keys
         are stored before the rotary embedding. Returns the exact tokens as they were before packing: KIVI packs after
@@ -90,7 +105,16 @@ class HeadStore:
             exact[side] = self.tails[side].extend(new[side], valid)
             self._fill_sinks(side, exact[side], before)
             self._flush(side, exact[side])
-        return Snapshot(before=before, added=added, exact=exact, prompt=prompt)
+        rows = list(zip(before, added))
+        views = {row: self.views(*row, prompt) for row in set(rows)}
+        return Snapshot(before=before, added=added, exact=exact, views=[views[row] for row in rows], prompt=prompt)
+
+    def serving(self, dtype: torch.dtype) -> Serving:
+        """What packs and attends for tokens of a dtype, where the pages are."""
+        key = dtype, self.impl, self.arena.device
+        if key not in self._serving:
+            self._serving[key] = serving_of(self.group, self.arena.device, dtype, self.impl)
+        return self._serving[key]
 
     def _fill_sinks(self, side: str, exact: torch.Tensor, before: list[int]) -> None:
         sinks = self.group.sinks
@@ -137,7 +161,7 @@ class HeadStore:
         stop = start + tokens.shape[2]
         if side == "key" and self.group.rope is not None:
             tokens = self.group.rope.undo(tokens, self._positions(rows, start, stop))
-        if fused_pack.serves(self, side, tokens):
+        if self.serving(tokens.dtype).no_pack[side] is None:
             self._ensure_pages(rows, -(-stop // size))
             fused_pack.pack(self, side, rows, start, tokens)
             return
@@ -303,7 +327,7 @@ class HeadStore:
 
     def __getstate__(self) -> dict:
         # A copy's pages lie elsewhere.
-        return self.__dict__ | {"kernel_table": None}
+        return self.__dict__ | {"kernel_table": None, "_serving": {}}
 
     def to(self, device: torch.device) -> None:
         self.arena.to(device)

@@ -4,7 +4,7 @@ import torch
 from transformers.cache_utils import DynamicLayer
 
 from kvq.cache import CachePlan, HeadGroup, PackedLayer
-from kvq.cache.layer import Padding
+from kvq.cache.context import ForwardContext
 from kvq.models.describe import LayerSpec
 
 
@@ -39,7 +39,7 @@ def _filled_bytes(layer: LayerSpec, groups: tuple[HeadGroup, ...], tokens: int, 
     shape = (1, layer.kv_heads, tokens, layer.head_dim)
     keys, values = (torch.randn(shape, generator=generator).to(dtype) for _ in range(2))
     if groups:
-        packed = PackedLayer(groups, Padding())
+        packed = PackedLayer(groups, ForwardContext())
         packed.update(keys, values)
         return packed.nbytes
     plain = DynamicLayer()

@@ -139,7 +139,7 @@ def _prepare_cache(model, generation_config, model_kwargs, *args, **kwargs):
         if generation_config.is_assistant:
             cache.activate_past_recording()
     for layer in packed_layers(cache)[:1]:
-        layer.padding.prompt = _prompt_columns(generation_config, model_kwargs)
+        layer.context.prompt = _prompt_columns(generation_config, model_kwargs)
     return result
 
 
@@ -189,8 +189,8 @@ def _before_forward(model: PreTrainedModel, module, args, kwargs):
         kwargs["past_key_values"] = cache
     layers = packed_layers(cache)
     if layers:
-        layers[0].padding.positions = _running_positions(cache, args, kwargs, plan)
         mask = kwargs.get("attention_mask")
         two_dimensional = isinstance(mask, torch.Tensor) and mask.ndim == 2
-        layers[0].padding.mask = mask.bool() if two_dimensional else None
+        positions = _running_positions(cache, args, kwargs, plan)
+        layers[0].context.begin(mask.bool() if two_dimensional else None, positions)
     return args, kwargs

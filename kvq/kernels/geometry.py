@@ -7,6 +7,7 @@ blocks, so that unpacking a field always gives one whole operand of a matrix pro
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from kvq.kernels.bit_fields import FIELD_TABLES, Field, book_ptx, unpack_ptx
 from kvq.pages.layout import ATOM, CONTAINER_WORDS, FIELDS, PageLayout, SideLayout
@@ -110,6 +111,7 @@ def _no_ptx(bits: int) -> tuple[str, str]:
     return "", ""
 
 
+@lru_cache(maxsize=64)
 def sides_of(layout: PageLayout) -> tuple[Side, Side]:
     """(K, V) of a page record."""
     return side_of(layout.key, layout.offsets, "key"), side_of(layout.value, layout.offsets, "value")

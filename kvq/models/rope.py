@@ -37,7 +37,7 @@ class Rope:
     arguments: dict[str, Any]
     channels: int
     factor: float
-    table: dict[torch.dtype, tuple[torch.Tensor, torch.Tensor]]
+    table: dict[tuple[torch.dtype, torch.device], tuple[torch.Tensor, ...]]
 
     def rotate(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Keys as they are before RoPE to keys at ``positions`` [B or 1, T]."""
@@ -81,11 +81,11 @@ class Rope:
         """cos and sin of positions [B, T], each [B, T, channels], in the dtype of x (float32 or float64)."""
         dtype = x.dtype
         longest = int(positions.max()) + 1 if positions.numel() else 1
-        held = self.table.get(dtype)
+        held = self.table.get((dtype, x.device))
         if held is None or held[0].shape[0] < longest:
-            held = _tabulate(self.module, self.arguments, -(-longest // _GROWTH) * _GROWTH, dtype)
-            self.table[dtype] = held
-        cos, sin = (part[positions].to(x.device) for part in held)
+            made = _tabulate(self.module, self.arguments, -(-longest // _GROWTH) * _GROWTH, dtype)
+            held = self.table[dtype, x.device] = tuple(part.to(x.device) for part in made)
+        cos, sin = (part[positions.to(x.device)] for part in held)
         return cos, sin
 
 

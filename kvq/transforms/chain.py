@@ -9,9 +9,11 @@ Every step can be applied while the model runs. An export may fold the first ste
 (``plan.py``, ``fold.py``): the model then gives k' and q' of those steps itself, and only the others remain.
 """
 
+import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Protocol
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, Protocol
 
 import torch
 
@@ -43,20 +45,44 @@ class Chain:
 
     steps: Sequence[Step] = ()
     folded: int = 0
+    _placed: dict = field(init=False, default_factory=dict, compare=False, repr=False)
 
     def __bool__(self) -> bool:
         return len(self.steps) > self.folded
 
     def write(self, x: torch.Tensor) -> torch.Tensor:
-        return self._through(x, [step.write for step in self.steps[self.folded :]])
+        return _through(x, self._left, "write")
 
     def dual(self, q: torch.Tensor) -> torch.Tensor:
-        return self._through(q, [step.dual for step in self.steps[self.folded :]])
+        return _through(q, self._left, "dual")
 
     def undo(self, x: torch.Tensor) -> torch.Tensor:
-        return self._through(x, [step.undo for step in reversed(self.steps[self.folded :])])
+        return _through(x, self._left[::-1], "undo")
 
-    @property
+    @cached_property
+    def _left(self) -> tuple[Step, ...]:
+        """The steps that are left to apply."""
+        return tuple(self.steps[self.folded :])
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> "Chain":
+        """The same chain for numbers of ``dtype`` on ``device``: its tensors lie there, as they are applied.
+
+        Made once for every pair; what is derived from a step's tensors (an inverse) is derived before rounding.
+        """
+        if not self.steps:
+            return self
+        key = device, _wide(dtype)
+        if key not in self._placed:
+            # A forward in inference mode must not leave tensors that training cannot use.
+            with torch.inference_mode(False), torch.no_grad():
+                self._placed[key] = Chain(tuple(_placed(step, *key) for step in self.steps), self.folded)
+        return self._placed[key]
+
+    def __deepcopy__(self, memo) -> "Chain":
+        # Nothing of a chain changes, so copies of a cache share it.
+        return self
+
+    @cached_property
     def whole(self) -> "Chain":
         """All steps, as if nothing were folded."""
         return replace(self, folded=0)
@@ -68,11 +94,32 @@ class Chain:
     def of_heads(self, heads: Sequence[int]) -> "Chain":
         return replace(self, steps=tuple(step.of_heads(heads) for step in self.steps))
 
-    def _through(self, x: torch.Tensor, functions) -> torch.Tensor:
-        if not functions:
-            return x
-        dtype = x.dtype
-        x = x if dtype in (torch.float32, torch.float64) else x.float()
-        for function in functions:
-            x = function(x)
-        return x.to(dtype)
+
+def _through(x: torch.Tensor, steps: Sequence[Step], direction: str) -> torch.Tensor:
+    if not steps:
+        return x
+    dtype = x.dtype
+    x = x.to(_wide(dtype))
+    for step in steps:
+        x = getattr(step, direction)(x)
+    return x.to(dtype)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return dtype if dtype in (torch.float32, torch.float64) else torch.float32
+
+
+def _placed(step: Step, device: torch.device, dtype: torch.dtype) -> Step:
+    """A copy of a step with its tensors, and those that it derives from them once, on a device."""
+    for name, member in vars(type(step)).items():
+        if isinstance(member, cached_property):
+            getattr(step, name)
+    twin = copy.copy(step)
+    vars(twin).update({name: _moved(value, device, dtype) for name, value in vars(step).items()})
+    return twin
+
+
+def _moved(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.to(device, dtype) if value.is_floating_point() else value.to(device)
+    return tuple(_moved(part, device, dtype) for part in value) if isinstance(value, tuple) else value

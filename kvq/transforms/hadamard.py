@@ -25,9 +25,7 @@ class Hadamard:
     def write(self, x: torch.Tensor) -> torch.Tensor:
         """Rotate keys, values or queries [..., D]."""
         blocks = x.unflatten(-1, (-1, self.block))
-        if self.seed is not None:
-            blocks = blocks * _signs(x.shape[-1], self.seed).to(x).view(-1, self.block)
-        return rotate(blocks).flatten(-2)
+        return rotate(blocks if self.seed is None else blocks * self._signs(x)).flatten(-2)
 
     # A rotation is its own dual: (q H)(k H)^T = q k^T.
     dual = write
@@ -35,9 +33,10 @@ class Hadamard:
     def undo(self, x: torch.Tensor) -> torch.Tensor:
         """Inverse of ``write``."""
         blocks = rotate(x.unflatten(-1, (-1, self.block)), inverse=True)
-        if self.seed is not None:
-            blocks = blocks * _signs(x.shape[-1], self.seed).to(x).view(-1, self.block)
-        return blocks.flatten(-2)
+        return (blocks if self.seed is None else blocks * self._signs(x)).flatten(-2)
+
+    def _signs(self, x: torch.Tensor) -> torch.Tensor:
+        return _signs(x.shape[-1], self.seed, x.dtype, x.device).view(-1, self.block)
 
     def of_heads(self, heads) -> "Hadamard":
         return self
@@ -47,17 +46,26 @@ def rotate(x: torch.Tensor, inverse: bool = False) -> torch.Tensor:
     """x [..., n] times the orthonormal Hadamard matrix of order n (transposed: the inverse)."""
     order = x.shape[-1]
     if order <= DENSE_ORDER:
-        matrix = hadamard_matrix(order).to(x)
+        matrix = _matrix(order, x.dtype, x.device)
         return x @ (matrix.T if inverse else matrix)
     # (A kron B): rows of x [a, b] become A^T x B.
     size = 1 << ((order & -order).bit_length() - 1) // 2
     size = size if known_order(order // size) else order & -order
-    first, second = hadamard_matrix(order // size).to(x), hadamard_matrix(size).to(x)
+    first, second = (_matrix(n, x.dtype, x.device) for n in (order // size, size))
     if inverse:
         first, second = first.T, second.T
     return (first.T @ (x.unflatten(-1, (-1, size)) @ second)).flatten(-2)
 
 
 @lru_cache(maxsize=32)
-def _signs(count: int, seed: int) -> torch.Tensor:
-    return torch.randint(0, 2, (count,), generator=torch.Generator().manual_seed(seed)) * 2 - 1
+def _matrix(order: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    # A forward in inference mode must not leave a tensor that training cannot use.
+    with torch.inference_mode(False):
+        return hadamard_matrix(order).to(device, dtype)
+
+
+@lru_cache(maxsize=32)
+def _signs(count: int, seed: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    with torch.inference_mode(False):
+        drawn = torch.randint(0, 2, (count,), generator=torch.Generator().manual_seed(seed), device="cpu") * 2 - 1
+        return drawn.to(device, dtype)

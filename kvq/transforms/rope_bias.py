@@ -60,7 +60,7 @@ class RopeOffset:
         """RoPE_t(b) in the basis of the stored keys, [B or 1, K, T, D]."""
         tokens = positions.shape[1]
         bias = self.bias.to(x)[None, :, None].expand(len(positions), -1, tokens, -1)
-        whole = self.chain.whole
+        whole = self.chain.whole.to(x.device, x.dtype)
         return whole.write(self.rope.rotate(bias, positions)) - whole.write(torch.zeros_like(bias[:1, :, :1]))
 
 

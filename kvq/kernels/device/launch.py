@@ -1,7 +1,10 @@
 """A kernel call as data: what runs is what the budgets are counted on."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
+
+import torch
 
 from kvq.kernels.bit_fields import book_registers
 from kvq.kernels.geometry import sides_of
@@ -18,11 +21,22 @@ class Launch:
     constants: dict[str, Any]
     options: dict[str, int | bool]
 
-    def run(self) -> None:
-        self.kernel[self.grid](*self.args, **self.constants, **self.options)
+    def run(self, *first: torch.Tensor) -> None:
+        """Launch in the device of the tensors; ``first`` stand in the place of the first arguments, laid out alike."""
+        args = (*first, *self.args[len(first) :])
+        if several_devices() and args[0].device.type == "cuda":
+            with torch.cuda.device(args[0].device):
+                self.kernel[self.grid](*args, **self.constants, **self.options)
+        else:
+            self.kernel[self.grid](*args, **self.constants, **self.options)
 
     def compile(self):
         return self.kernel.warmup(*self.args, **self.constants, **self.options, grid=self.grid)
+
+
+@lru_cache(maxsize=1)
+def several_devices() -> bool:
+    return torch.cuda.is_available() and torch.cuda.device_count() > 1
 
 
 def limits(pages: Pages) -> bool:

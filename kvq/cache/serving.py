@@ -1,0 +1,119 @@
+"""What serves a head group on a device: decided once, when a layer's cache gets its first tokens, and said once."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from transformers.utils import logging
+
+from kvq.cache.plan import HeadGroup
+from kvq.codecs.affine import AffineCodec
+from kvq.codecs.float8 import Float8Codec
+from kvq.codecs.static import static_numbers
+from kvq.kernels import cpu, team
+from kvq.kernels.dispatch import LARGEST_HEAD, Choice, choose, why_no_layout, why_no_triton
+from kvq.pages.layout import SIDES
+
+logger = logging.get_logger(__name__)
+KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Serving:
+    """impl: what was asked for. Every ``no_...`` is a reason, or None where nothing stands against it.
+
+    no_triton   against attending in the Triton kernels; no_numba: in the compiled CPU kernel.
+    two_passes  why pages are decoded to fp16 before the kernels attend.
+    no_pack     by side, against packing in the Triton kernel.
+    """
+
+    impl: str
+    device: torch.device
+    no_triton: str | None
+    no_numba: str | None
+    two_passes: str | None
+    no_pack: Mapping[str, str | None]
+    _choices: dict = field(default_factory=dict, compare=False, repr=False)
+
+    def attending(self, obstacle: str | None, many: bool) -> Choice:
+        """What attends for a forward. ``obstacle``: what its mask or its tokens have against Triton, or None.
+
+        many: whether several query tokens read one state. Raises KernelError as ``choose`` does.
+        """
+        key = obstacle, many
+        if key not in self._choices:
+            no_numba = self.no_numba or ("the CPU kernel takes one query token at a time" if many else None)
+            ran = choose(self.impl, self.device, self.no_triton or obstacle, no_numba)
+            if ran.impl == "triton" and self.two_passes:
+                ran = Choice(impl="triton", reason=f"{ran.reason}; decoded to fp16 first: {self.two_passes}")
+            elif ran.impl == "reference" and self.impl == "auto" and self.device.type != "cpu":
+                logger.warning_once(f"kvq: packed pages on {self.device.type} are attended to in torch: {ran.reason}.")
+            self._choices[key] = ran
+        return self._choices[key]
+
+
+def serving_of(group: HeadGroup, device: torch.device, dtype: torch.dtype, impl: str) -> Serving:
+    """Decide for tokens of ``dtype`` on ``device``."""
+    known = dtype in KERNEL_DTYPES
+    no_triton = why_no_triton(device)
+    asked = impl == "triton" or (impl == "auto" and device.type != "cpu")
+    if not known:
+        no_triton = no_triton or f"queries of {str(dtype).removeprefix('torch.')}"
+    if group.head_dim > LARGEST_HEAD:
+        no_triton = no_triton or f"head_dim {group.head_dim}, more than {LARGEST_HEAD}"
+    no_pack = {
+        side: (None if asked else "it was not asked for") or no_triton or _why_no_pack(group, side) for side in SIDES
+    }
+    found = Serving(
+        impl=impl,
+        device=device,
+        no_triton=no_triton,
+        no_numba=_why_not_compiled(group),
+        two_passes=why_two_passes(group),
+        no_pack=no_pack,
+    )
+    if asked and device.type != "cpu":
+        _say(found)
+    return found
+
+
+def _say(found: Serving) -> None:
+    where = found.device.type
+    if found.no_triton is None and found.two_passes:
+        logger.warning_once(
+            f"kvq: packed pages on {where} are decoded to fp16 in torch before kernels attend: {found.two_passes}."
+        )
+    for side, reason in found.no_pack.items():
+        if reason is not None:
+            logger.warning_once(f"kvq: {side}s on {where} are packed in torch: {reason}.")
+
+
+def why_two_passes(group: HeadGroup) -> str | None:
+    """Why pages of this group are decoded before the kernels attend, or None if they are read as they are."""
+    if group.rope is not None:
+        return "keys are stored before RoPE"
+    for side in SIDES:
+        numbers = static_numbers(group.codecs[side])
+        if isinstance(numbers, str):
+            return f"{side}: {numbers}"
+    return why_no_layout(group.layout)
+
+
+def _why_no_pack(group: HeadGroup, side: str) -> str | None:
+    """What the pack kernel writes is the plain grid, and fp8."""
+    codec = group.codecs[side]
+    plain = codec.is_min_max if isinstance(codec, AffineCodec) else _casts(codec)
+    return why_no_layout(group.layout) if plain else "the codec chooses its numbers otherwise than min-max"
+
+
+def _casts(codec) -> bool:
+    return isinstance(codec, Float8Codec) and codec.rounding == "nearest"
+
+
+def _why_not_compiled(group: HeadGroup) -> str | None:
+    """Why the compiled CPU kernel cannot attend, or None."""
+    if team.unavailable():
+        return team.unavailable()
+    if group.rope is not None:
+        return "keys are stored elsewhere than they are read"
+    return None if cpu.supports(group.layout) else "the CPU kernel reads plain codes only"
