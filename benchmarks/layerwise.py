@@ -30,6 +30,7 @@ CHILD = """
 import json, sys
 from pathlib import Path
 
+import accelerate.hooks, accelerate.big_modeling
 import kvq.calib.calibrate, kvq.calib.windows, kvq.cli, kvq.commands.calibrate, kvq.report.stats_tables
 import transformers.models.llama.modeling_llama
 

@@ -5,19 +5,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
 
 from kvq.calib.codebooks import books_of, learn_codebooks
 from kvq.calib.collect import ALONE, RESERVOIR_BYTES, collect
-from kvq.calib.job import Job
 from kvq.calib.kinds import Massive, Sinks
-from kvq.calib.layerwise import collect_by_layer
 from kvq.calib.needs import DEFAULT_NEEDS
 from kvq.calib.ranks import Ranks
-from kvq.calib.shell import Shell
 from kvq.calib.stats import Stats
 from kvq.calib.windows import Windows
-from kvq.errors import DataError
+from kvq.errors import DataError, UnsupportedModelError
+from kvq.models.decoder import decoder_layers
 from kvq.models.describe import describe
 from kvq.models.resolve import check_weights, load_config, load_model, read_header, weights_fingerprint
 from kvq.recipe import Recipe
@@ -36,7 +34,8 @@ class Options:
     reservoir_bytes  bytes of all reservoirs together.
     dtype            of the weights; None: float32 on the CPU, the checkpoint's on a GPU.
     device_map       as ``from_pretrained`` takes it, such as ``auto`` for several GPUs; None: one device.
-    layer_by_layer   one layer at a time. None: if the weights do not fit in ``memory_limit``.
+    layer_by_layer   weights stay on the disk, and every forward reads one layer at a time. None: if they do not fit in
+                     ``memory_limit``. Needs accelerate, as ``device_map`` does.
     memory_limit     bytes that the model may take, or None for no limit.
     recipes          whose codebooks are learned after the statistics (``kvq.calib.codebooks``).
     """
@@ -68,49 +67,46 @@ def calibrate(
     """Statistics of the model in ``folder``; None in all processes but the first.
 
     state_folder   to continue from if interrupted; remove it when the statistics are saved.
-    progress       called with (steps done, steps in all): a step is a window, layer by layer a window through a layer.
-    learning       likewise, while codebooks are learned: a step is a window.
+    progress       called with (windows done, windows in all).
+    learning       likewise, while codebooks are learned.
     tokenizer      to name the tokens that the statistics name.
 
     Raises DataError, UnsupportedModelError or CheckpointError as data, model and disk demand.
     """
-    facts = {
-        "strict": options.strict,
-        "progress": progress,
-        "ranks": ranks,
-        "model_name": model_name,
-        "weights_fingerprint": weights_fingerprint(folder),
-        "data": windows.identity,
-        "state_folder": state_folder,
-    }
-    settings = {name: getattr(options, name) for name in ("batch_size", "seed", "reservoir_bytes")}
-    spec = describe(load_config(folder))
-    learns = bool(books_of(options.recipes, spec))
+    settings = {name: getattr(options, name) for name in ("strict", "batch_size", "seed", "reservoir_bytes")}
+    shared = {"valid": windows.valid, "state_folder": state_folder, "ranks": ranks}
+    config = load_config(folder)
+    learns, spread = bool(books_of(options.recipes, describe(config))), options.device_map
     if by_layer(folder, options, ranks):
         if learns:
             raise DataError(
                 "codebooks are learned with the whole model in memory, which excludes layer by layer: raise "
                 "--memory-limit, or use a recipe without calibrated levels."
             )
-        dtype, device = _place(folder, options, ranks)
-        shell = Shell(folder, dtype, device)
-        job = Job.of(spec, windows.tokens, windows.valid, options.needs, dtype=dtype, **settings)
-        stats = collect_by_layer(shell, job, **facts)
-    else:
-        model = load_model(folder, dtype=options.dtype, device=ranks.device, device_map=options.device_map)
-        stats = collect(model, windows.tokens, valid=windows.valid, needs=options.needs, **settings, **facts)
-        if learns:
-            stats = learn_codebooks(
-                model,
-                options.recipes,
-                stats,
-                windows.tokens,
-                valid=windows.valid,
-                seed=options.seed,
-                progress=learning,
-                state_folder=state_folder / "codebooks",
-                ranks=ranks,
-            )
+        spread = offload_map(config, _device(ranks))
+    model = load_model(
+        folder,
+        dtype=options.dtype,
+        device=ranks.device,
+        device_map=spread,
+        offload_folder=state_folder / f"weights-{ranks.rank}",
+    )
+    stats = collect(
+        model,
+        windows.tokens,
+        needs=options.needs,
+        progress=progress,
+        model_name=model_name,
+        weights_fingerprint=weights_fingerprint(folder),
+        data=windows.identity,
+        **shared,
+        **settings,
+    )
+    if learns:
+        shared["state_folder"] = state_folder / "codebooks"
+        stats = learn_codebooks(
+            model, options.recipes, stats, windows.tokens, seed=options.seed, progress=learning, **shared
+        )
     return replace(stats, token_texts=_texts(stats, tokenizer)) if stats and tokenizer else stats
 
 
@@ -125,8 +121,40 @@ def by_layer(folder: Path, options: Options, ranks: Ranks = ALONE) -> bool:
         return options.layer_by_layer
     if options.memory_limit is None:
         return False
-    dtype, _ = _place(folder, options, ranks)
+    own = describe(load_config(folder)).dtype
+    dtype = options.dtype or (torch.float32 if _device(ranks) == "cpu" else own)
     return weight_bytes(folder, dtype) * _ROOM > options.memory_limit
+
+
+def offload_map(config: PretrainedConfig, device: str) -> dict[str, str]:
+    """A ``device_map`` that leaves decoder layers and the head on the disk: a layer is read for its forward alone.
+
+    Embeddings and what else stands beside them stay on ``device``. Raises UnsupportedModelError for a decoder without a
+    plain list of layers.
+    """
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    layers = decoder_layers(model)
+    if layers is None:
+        raise UnsupportedModelError(
+            f"{config.model_type!r} cannot be calibrated layer by layer: its decoder has no plain list of layers; "
+            "leave --layer-by-layer and --memory-limit out."
+        )
+    head = model.get_output_embeddings()
+    tied = head is None or head.weight is model.get_input_embeddings().weight
+    large = {*layers} if tied else {*layers, head}
+    found: dict[str, str] = {}
+
+    def place(module: torch.nn.Module, prefix: str) -> None:
+        for name, child in module.named_children():
+            if child not in large and large.intersection(child.modules()):
+                place(child, f"{prefix}{name}.")
+            else:
+                found[prefix + name] = "disk" if child in large else device
+        found.update((prefix + name, device) for name, _ in module.named_parameters(recurse=False))
+
+    place(model, "")
+    return found
 
 
 def weight_bytes(folder: Path, dtype: torch.dtype) -> int:
@@ -139,11 +167,9 @@ def weight_bytes(folder: Path, dtype: torch.dtype) -> int:
     return numbers * dtype.itemsize
 
 
-def _place(folder: Path, options: Options, ranks: Ranks) -> tuple[torch.dtype, str]:
-    """Dtype and device as ``load_model`` would choose them."""
-    device = ranks.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    own = describe(load_config(folder)).dtype
-    return options.dtype or (torch.float32 if device == "cpu" else own), device
+def _device(ranks: Ranks) -> str:
+    """Where ``load_model`` would put the model."""
+    return ranks.device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _texts(stats: Stats, tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:

@@ -36,16 +36,14 @@ def run(
     tokens: torch.Tensor,
     valid: torch.Tensor | None,
     positions: torch.Tensor,
-    embeddings: torch.Tensor | None = None,
-    device: torch.device | None = None,
 ) -> None:
-    """Run the decoder over tokens [B, T], or over ``embeddings`` [B, T, C] instead of them, and show it to ``watcher``.
+    """Run the decoder over tokens [B, T], and show it to ``watcher``.
 
     The decoder alone: logits of a large vocabulary cost more than the measuring.
     """
-    device = device or model.device
+    device = model.get_input_embeddings().weight.device
     decoder = decoder_of(model)
-    inputs = {"input_ids": tokens.to(device)} if embeddings is None else {"inputs_embeds": embeddings.to(device)}
+    inputs = {"input_ids": tokens.to(device)}
     if valid is not None:
         inputs["attention_mask"] = valid.long().to(device)
     # Families without positions (ALiBi) do not take them.

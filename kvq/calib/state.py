@@ -7,7 +7,6 @@ A folder with one statistics file for each node of the tree of batches (``kvq.ca
 import contextlib
 import logging
 import re
-import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 class RunState:
-    """The nodes of one run in ``folder``. A folder of another run is emptied, with a warning.
+    """The nodes of one run in ``folder``. Those of another run are removed, with a warning.
 
     run   hash of everything that decides the statistics.
     """
@@ -79,12 +78,10 @@ class RunState:
         if time.monotonic() - self._saved_at >= self._cost / SAVE_SHARE:
             self.save(tree)
 
-    def clear(self) -> None:
-        """Remove the folder, once the statistics are where they belong."""
-        shutil.rmtree(self.folder, ignore_errors=True)
-
     def _emptied(self) -> dict[Node, Layers]:
-        self.clear()
+        # Of what else is in the folder, everything knows its own run.
+        for path in self.folder.glob("part-*.safetensors"):
+            path.unlink(missing_ok=True)
         return {}
 
     def _remove_if_empty(self) -> None:

@@ -63,7 +63,7 @@ class Bytes(click.ParamType):
 @click.option("--batch-size", default=8, show_default=True, type=click.IntRange(1), help="Windows per forward.")
 @click.option("--dtype", type=click.Choice(DTYPES), help="Of the weights.  [default: float32 on the CPU]")
 @click.option("--device-map", metavar="auto|...", help="Spread the model over several GPUs, as from_pretrained does.")
-@click.option("--layer-by-layer", is_flag=True, help="Hold one decoder layer at a time, for models beyond memory.")
+@click.option("--layer-by-layer", is_flag=True, help="Keep one decoder layer at a time in memory, the rest on disk.")
 @click.option("--memory-limit", type=Bytes(), help="Go layer by layer if the model takes more, e.g. 8GB.")
 @click.option(
     "--reservoir", default="512MB", show_default=True, type=Bytes(), help="Token vectors to keep, all layers together."
@@ -121,7 +121,7 @@ def _calibrate(
     folder = resolve_model(model)
     spec = describe(load_config(folder))
     options = _options(recipes, full, spec, settings)
-    sweeps = len(spec.layers) if by_layer(folder, options, processes) else 1
+    one_layer = by_layer(folder, options, processes)
     tokenizer = load_tokenizer(folder)
     windows = token_windows(
         tokenizer,
@@ -134,7 +134,7 @@ def _calibrate(
         chat_template=settings["chat_template"],
     )
     state_folder = path.with_name(f".{path.name}.partial")
-    tokens_per_step = windows.identity.tokens / len(windows.tokens) * processes.world / sweeps
+    tokens_per_step = windows.identity.tokens / len(windows.tokens) * processes.world
     bars = {"tokens_per_step": tokens_per_step, "silent": not processes.is_first}
     with progress_bars("Calibrating", "Learning codebooks", **bars) as (step, learning):
         stats = calibrate(
@@ -170,7 +170,7 @@ def _calibrate(
             "learning": times,
             "missing": dict(stats.missing),
             "processes": processes.world,
-            "layer_by_layer": sweeps > 1,
+            "layer_by_layer": one_layer,
             **stats.provenance(),
         }
     )

@@ -240,6 +240,7 @@ def load_model(
     device: torch.device | str | None = None,
     attn_implementation: str | None = None,
     device_map: str | dict | None = None,
+    offload_folder: Path | None = None,
     config: PretrainedConfig | None = None,
 ):
     """Load a causal model in eval mode.
@@ -247,6 +248,7 @@ def load_model(
     config   instead of the folder's own.
     device   None takes the GPU if there is one.
     device_map   spreads the model over several devices instead, as ``from_pretrained`` does (needs accelerate).
+    offload_folder   for weights of modules on ``disk`` that are not in the files as the model takes them.
     dtype    None takes float32 on the CPU, where half precision is slow, and the checkpoint's dtype elsewhere.
 
     Raises CheckpointError for truncated, missing or mismatched weights.
@@ -257,6 +259,8 @@ def load_model(
     if dtype is None:
         dtype = torch.float32 if device.type == "cpu" else "auto"
     given = {"attn_implementation": attn_implementation, "device_map": device_map, "config": config}
+    if device_map is not None:
+        given["offload_folder"] = offload_folder
     settings = {name: value for name, value in given.items() if value is not None}
     try:
         model, report = AutoModelForCausalLM.from_pretrained(

@@ -60,9 +60,6 @@ def test_a_full_disk_leaves_nothing(refuse, tiny_checkpoint, text, tmp_path, mon
     args = ("-o", tmp_path / "stats.safetensors", "--data", text, "--samples", 2, "--seq-len", 32)
     refuse("calibrate", model, *args, says=("No space left on device",))
     assert sorted(tmp_path.iterdir()) == before
-    monkeypatch.setattr("os.posix_fallocate", full)
-    refuse("calibrate", model, *args, "--layer-by-layer", says=("the disk is full",))
-    assert not (tmp_path / "stats.safetensors").exists()
 
 
 def calibrated(run, model, out, *args) -> Stats:
