@@ -35,7 +35,7 @@ demo: $(READY)
 	$(VENV)/bin/python examples/demo.py --model $(MODEL)
 
 test: $(READY)
-	$(OFFLINE) OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto
+	$(OFFLINE) OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto --dist worksteal --durations 25
 
 test-oldest:
 	$(MAKE) test VENV=$(OLDEST) PINNED="'transformers==5.17.*'"

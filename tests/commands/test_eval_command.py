@@ -82,6 +82,7 @@ def test_an_interrupted_run_shows_what_it_has_and_exits_130(run, exported, text,
     assert result.stderr.strip().endswith("Interrupted.")
 
 
+@pytest.mark.long
 def test_bad_requests_are_refused(refuse, exported, tiny_checkpoint, text, tmp_path):
     model = tiny_checkpoint(head_dim=32, name="plain")
     refuse("eval", model, "--recipe", "kivi", says=("'kivi'", "Did you mean"))

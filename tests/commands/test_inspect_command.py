@@ -138,6 +138,7 @@ def test_pictures_and_page_are_written(run, tiny_checkpoint, stats, tmp_path):
     assert "http" not in text.replace("http-equiv", "")
 
 
+@pytest.mark.long
 def test_the_same_statistics_give_the_same_page(run, tiny_checkpoint, stats, tmp_path):
     file = stats(tiny_checkpoint(head_dim=32))
     pages = [tmp_path / name for name in ("a.html", "b.html")]

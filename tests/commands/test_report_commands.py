@@ -68,6 +68,7 @@ def test_report_writes_a_page_or_markdown(run, scored, tmp_path):
     assert run("report", file).stdout == text.read_text()
 
 
+@pytest.mark.long
 def test_a_card_gets_its_results_once(run, scored):
     folder, file = scored
     before = (folder / "README.md").read_text()

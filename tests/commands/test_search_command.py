@@ -103,6 +103,7 @@ def test_an_interrupted_search_goes_on(run, model, text, space, tmp_path, monkey
     assert not journal.exists()
 
 
+@pytest.mark.long
 def test_killed_without_warning_it_gives_the_same_files(run, model, text, space, tmp_path):
     """SIGKILL while the journal grows; the second call goes on and writes what an undisturbed search writes."""
     arguments = ["search", model, "--budget", "4.5", "--data", text, "--space", space, *SMALL, "-o"]

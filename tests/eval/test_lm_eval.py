@@ -225,6 +225,7 @@ def test_a_task_file_scores_as_the_task_of_its_folder(tiny_checkpoint, task_dir)
     assert found["choose"]["samples"] == 3
 
 
+@pytest.mark.long
 def test_a_group_file_finds_the_tasks_beside_it(tiny_checkpoint, task_dir):
     group = task_dir / "both.yaml"
     group.write_text("group: both\ntask: [choose, roll]\n")

@@ -68,6 +68,7 @@ def kept_windows(cache):
     return found
 
 
+@pytest.mark.long
 def test_an_interrupted_process_leaves_valid_results_marked_partial(folder, text_file, tmp_path):
     out = tmp_path / "out.json"
     assert stopped_by(signal.SIGINT, folder, text_file, tmp_path / "cache", out) == 130
@@ -78,6 +79,7 @@ def test_an_interrupted_process_leaves_valid_results_marked_partial(folder, text
     assert found["results"]["perplexity"]["windows"] == found["windows"]
 
 
+@pytest.mark.long
 def test_a_killed_run_that_is_given_again_gives_the_same_json(folder, text_file, tmp_path):
     cache, out = tmp_path / "cache", tmp_path / "out.json"
     assert stopped_by(signal.SIGKILL, folder, text_file, cache, out) == -signal.SIGKILL
@@ -160,6 +162,7 @@ def test_an_interrupt_keeps_finished_tasks_and_names_the_others(folder, text_fil
     assert list(partial.unfinished) == ["needle", "drift"]
 
 
+@pytest.mark.long
 def test_a_comparison_runs_the_baseline_once_and_equals_single_runs(folder, text_file, monkeypatch):
     settings = {**SETTINGS, "tasks": TASKS, "data": text_file, "cache": None}
     seen = []

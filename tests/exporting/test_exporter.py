@@ -306,6 +306,7 @@ for force in (False, True):
 """
 
 
+@pytest.mark.long
 def test_killed_at_any_moment(source, tmp_path):
     """SIGKILL before each call that touches the file system: no folder, or a whole one; the next export clears up."""
     root = tmp_path / "root"

@@ -241,6 +241,7 @@ def test_answers_that_read_nothing_quantized_get_no_number(tiny_model, tiny_toke
     assert "--lengths" in result.refused
 
 
+@pytest.mark.long
 def test_drift_counts_the_tokens_of_the_recipes_own_greedy_text(tiny_model, tiny_tokenizer):
     """By really generating through the packed cache, token by token."""
     from kvq.integrations import runtime
