@@ -86,8 +86,8 @@ def make_tiny_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-# tryfirst: before plugins that look at the order.
-@pytest.hookimpl(tryfirst=True)
+# trylast: pytest itself has then brought tests together that share a fixture.
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests marked ``long`` or ``model`` start first, so that none is left over for one core in the end."""
     items.sort(key=lambda item: not any(item.get_closest_marker(mark) for mark in ("long", "model")))

@@ -26,7 +26,8 @@ def test_the_others_keep_their_order(request):
             return mark if mark in self.marks else None
 
     items = [Item("a"), Item("b", "long"), Item("c", "engine"), Item("d", "model"), Item("e")]
-    request.config.hook.pytest_collection_modifyitems(session=request.session, config=request.config, items=items)
+    (conftest,) = (own for own in request.config.pluginmanager.get_plugins() if hasattr(own, "make_tiny_model"))
+    conftest.pytest_collection_modifyitems(items)
     assert [item.name for item in items] == ["b", "d", "a", "c", "e"]
 
 

@@ -1,10 +1,7 @@
 """Statistics on disk: a safetensors file whose bytes are fixed by its contents, written whole or not at all."""
 
-import contextlib
-import glob
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,29 +9,20 @@ import safetensors
 import torch
 from safetensors.torch import save
 
+from kvq.atomic import write_whole
 from kvq.errors import CheckpointError
 from kvq.models.resolve import read_header
 
 
 def write_file(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
     """Write atomically: after any failure the old file, or none, is there. Raises CheckpointError if it fails."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    _clear_leftovers(path)
     try:
-        with open(temporary, "wb") as file:
-            for piece in _serialized(tensors, metadata):
-                file.write(piece)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        write_whole(path, _serialized(tensors, metadata))
     except OSError as error:
         raise CheckpointError(
             f"statistics file {str(path)!r} cannot be written ({error.strerror or error}): free space or choose "
             "another place."
         ) from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
 
 
 def read_file(path: Path, version: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -95,21 +83,3 @@ def _serialized(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]
     yield len(head).to_bytes(8, "little") + head
     for name in order:
         yield _bytes(tensors[name])
-
-
-def _clear_leftovers(path: Path) -> None:
-    """Remove what processes that were killed while they wrote this file have left."""
-    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        owner = leftover.suffixes[-2].removeprefix(".") if len(leftover.suffixes) > 1 else ""
-        if owner.isdigit() and not _is_alive(int(owner)):
-            leftover.unlink(missing_ok=True)
-
-
-def _is_alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except OSError:
-        return True
-    return True

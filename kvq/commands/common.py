@@ -15,6 +15,7 @@ from typing import Any
 import click
 import yaml
 
+from kvq.atomic import write_whole
 from kvq.errors import CheckpointError, RecipeError
 
 NOISY_LOGGERS = ("transformers", "lm_eval", "lm-eval", "datasets", "huggingface_hub", "httpx", "accelerate", "filelock")
@@ -62,14 +63,10 @@ def _finite(value: Any) -> Any:
 
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Write a file whole or not at all; text as UTF-8. Raises CheckpointError if it cannot be written."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-        os.replace(temporary, path)
+        write_whole(path, [content.encode() if isinstance(content, str) else content])
     except OSError as error:
         raise CheckpointError(f"{str(path)!r} cannot be written ({error.strerror}): choose another place.") from None
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def comma_list(*names: str, **settings) -> Callable:

@@ -1,8 +1,8 @@
 """A folder that appears whole or not at all.
 
-The contents are written into a temporary sibling ``.NAME.kvq-tmp-PID``, flushed to disk, and renamed once. A folder
-that is replaced is moved to ``.NAME.kvq-old-PID`` first and removed afterwards. What killed processes leave behind is
-cleared, or put back, by the next call for the same folder.
+The contents are written into a temporary sibling ``.NAME.kvq-tmp-HOST-PID``, flushed to disk, and renamed once. A
+folder that is replaced is moved to ``.NAME.kvq-old-HOST-PID`` first and removed afterwards. What killed processes of
+this host leave behind is cleared, or put back, by the next call for the same folder.
 """
 
 import os
@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from kvq.atomic import has_ended, owner
 
 # Larger files, in bytes, are copies of weights (those with folded tensors are flushed where they are written). Flushing
 # copies doubles the time of an export; should the power fail, the checks at load (size, header, fingerprint) tell that
@@ -55,12 +57,12 @@ def scratch_folder(target: Path) -> Iterator[Path]:
 
 def recover(target: Path) -> None:
     """Clear what dead processes left beside ``target``; a folder they had moved aside is put back."""
-    pattern = re.compile(rf"\.{re.escape(target.name)}\.kvq-(tmp|old|scratch)-([0-9]+)")
+    pattern = re.compile(rf"\.{re.escape(target.name)}\.kvq-(tmp|old|scratch)-(.+)")
     if not target.parent.is_dir():
         return
     for path in sorted(target.parent.iterdir()):
         match = pattern.fullmatch(path.name)
-        if not match or _alive(int(match[2])):
+        if not match or not has_ended(match[2]):
             continue
         if match[1] == "old" and not target.exists():
             os.rename(path, target)
@@ -99,20 +101,7 @@ def _swap(work: Path, target: Path) -> None:
 
 
 def _sibling(target: Path, kind: str) -> Path:
-    return target.with_name(f".{target.name}.kvq-{kind}-{os.getpid()}")
-
-
-def _alive(pid: int) -> bool:
-    """True if another process of this number runs; our own number on an old file means that it was given out again."""
-    if pid == os.getpid():
-        return False
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except OSError:
-        return True
-    return True
+    return target.with_name(f".{target.name}.kvq-{kind}-{owner()}")
 
 
 def _flush_folder(folder: Path) -> None:

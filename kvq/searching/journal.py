@@ -7,12 +7,12 @@ digits, so a search that went on chooses what an undisturbed one would have chos
 import hashlib
 import json
 import logging
-import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from kvq.atomic import write_whole
 from kvq.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -40,10 +40,7 @@ class Journal:
             self.found[line["job"]] = line["found"]
             self.seconds += line["seconds"]
         # Rewritten without what was cut short; replaced at once, so that a kill here loses nothing.
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        lines = [{"search": identity}, *kept]
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-        os.replace(temporary, path)
+        write_whole(path, [f"{json.dumps(line)}\n".encode() for line in ({"search": identity}, *kept)])
         self._file = path.open("a", encoding="utf-8")
 
     def _read(self, identity: str) -> list[dict[str, Any]]:

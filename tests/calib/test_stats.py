@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 from dataclasses import replace
 
 import pytest
@@ -249,14 +248,3 @@ def test_a_place_that_does_not_exist_is_one_sentence(stats, tmp_path):
     for place in (tmp_path / "none" / "a", tmp_path / "file" / "a"):
         with pytest.raises(CheckpointError, match="cannot be written"):
             stats.save(place)
-
-
-def test_leftovers_of_killed_processes_are_removed_and_those_of_living_ones_stay(stats, tmp_path):
-    ended = subprocess.Popen(["true"])
-    ended.wait()
-    leftover, living = tmp_path / f".a.{ended.pid}.tmp", tmp_path / f".a.{os.getppid()}.tmp"
-    other = tmp_path / f".b.{ended.pid}.tmp"
-    for path in (leftover, living, other):
-        path.touch()
-    stats.save(tmp_path / "a")
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([living.name, other.name, "a"])
