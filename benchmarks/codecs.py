@@ -20,9 +20,7 @@ from pathlib import Path
 
 import torch
 
-from kvq.calib.artefacts import stand_ins
-from kvq.codec_specs import CodecSpec
-from kvq.codecs import build_codec, codec_tensors
+from kvq.codecs import CodecSpec
 from kvq.codecs.packed import pack_pages, unpack_pages
 from kvq.eval.result import installed_versions
 from kvq.recipe import list_recipes, load_recipe
@@ -40,7 +38,7 @@ def seconds(function) -> float:
 def measure(spec: CodecSpec, x: torch.Tensor, turns: int) -> dict:
     """Throughput of one codec on x [1, K, T, head_dim] (bfloat16), in gigabytes of x a second."""
     heads, head_dim = x.shape[1], x.shape[3]
-    codec = build_codec(spec, head_dim, stand_ins(codec_tensors(spec, head_dim, heads)), heads)
+    codec = spec.stand_in(head_dim, heads)
     tokens = x.shape[2] // codec.page_tokens * codec.page_tokens
     x = x[:, :, :tokens].contiguous()
     target = torch.empty_like(x)

@@ -18,10 +18,11 @@ from typing import Any
 
 import yaml
 
-from kvq.codec_specs import CodecSpec
+from kvq.codecs.spec import CodecSpec, merge_codec, parse_codec
 from kvq.errors import RecipeError, suggest
-from kvq.fields import build, refuse_unknown
-from kvq.specs import HeadSpec, TokenPolicy, Transforms, build_transforms, merge_codec
+from kvq.heads import HeadSpec, TokenPolicy
+from kvq.settings import build, refuse_unknown
+from kvq.transform_specs import Transforms, build_transforms
 
 _LAYER_PATTERN = re.compile(r"^[-\d,]+(/[\d,-]+)?$")
 _PARTS = ("key", "value", "tokens", "transforms")
@@ -213,8 +214,8 @@ def parse_recipe(data: Any, source: str) -> Recipe:
         name=data["name"],
         summary=data.get("summary", ""),
         paper=data.get("paper", ""),
-        key=build(CodecSpec, data["key"], f"recipe {source!r}: key"),
-        value=build(CodecSpec, data["value"], f"recipe {source!r}: value"),
+        key=parse_codec(data["key"], f"recipe {source!r}: key"),
+        value=parse_codec(data["value"], f"recipe {source!r}: value"),
         tokens=build(TokenPolicy, data.get("tokens") or {}, f"recipe {source!r}: tokens"),
         transforms=build_transforms(data.get("transforms") or {}, f"recipe {source!r}: transforms"),
         layers={str(p): o for p, o in layers.items()},

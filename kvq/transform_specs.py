@@ -3,12 +3,13 @@
 A spec only says what is wanted. What a transform does lives in ``kvq/transforms``.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from kvq.errors import RecipeError, suggest
-from kvq.fields import build, check_choice, check_fields, given, is_count, is_number, refuse_unknown
+from kvq.settings import build, check_choice, is_count, is_number, plain, refuse_unknown
 
 _SIDES = ("key", "value")
 # Settings by kind of transform: those that must be given, and those that may be; and the sides that it makes sense on.
@@ -177,3 +178,20 @@ def build_transforms(data: Any, where: str) -> Transforms:
         return Transforms(**sides)
     except RecipeError as error:
         raise RecipeError(f"{where}: {error}") from None
+
+
+def check_fields(spec, what: str, required: tuple[str, ...], optional: tuple[str, ...]) -> None:
+    """Refuse settings that this codec or transform lacks or does not take; the first field names the kind."""
+    for field in dataclasses.fields(spec)[1:]:
+        name, value = field.name, getattr(spec, field.name)
+        if name in required and value is None:
+            raise RecipeError(f"{what} needs {name!r}: add '{name}: ...' beside it.")
+        if name not in (*required, *optional) and value is not None:
+            takes = ", ".join((*required, *optional)) or "no settings"
+            raise RecipeError(f"{what} has no setting {name!r} (it takes {takes}): remove it.")
+
+
+def given(spec, required: tuple[str, ...], optional: tuple[str, ...]) -> dict[str, Any]:
+    """The settings that were given, as plain data."""
+    found = {name: getattr(spec, name) for name in (*required, *optional) if getattr(spec, name) is not None}
+    return {name: plain(value) for name, value in found.items()}

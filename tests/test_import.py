@@ -13,10 +13,11 @@ import kvq
 PACKAGE = Path(kvq.__file__).parent
 # A part imports from its own floor and from those below it; parts of one floor form no circle either.
 FLOORS = (
-    ("errors", "atomic", "fields", "codec_specs", "transform_specs", "specs", "recipe", "recipes", "pages"),
+    ("errors", "atomic", "registry", "settings", "transform_specs", "recipes", "pages"),
     ("kernels",),
     ("codecs",),
     ("transforms", "models"),
+    ("heads", "recipe"),
     ("cache",),
     ("calib", "exporting"),
     ("integrations", "engines"),

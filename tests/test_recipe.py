@@ -7,10 +7,10 @@ import sys
 import pytest
 import yaml
 
-from kvq.codec_specs import CodecSpec
+from kvq.codecs import codec_spec
 from kvq.errors import RecipeError
+from kvq.heads import HeadSpec, TokenPolicy
 from kvq.recipe import Recipe, list_recipes, load_recipe, parse_recipe
-from kvq.specs import HeadSpec, TokenPolicy
 
 AFFINE = {"codec": "affine", "bits": 2, "axis": "token", "group": 32}
 CHANNEL = {"codec": "affine", "bits": 2, "axis": "channel", "group": 32}
@@ -108,7 +108,7 @@ def test_later_patterns_win_and_parts_add_up():
 
 def test_naming_another_codec_starts_from_nothing():
     mine = recipe(layers={"0": {"key": {"codec": "float8", "scale": "unit"}}})
-    assert mine.for_head(0, 0, 2).key == CodecSpec(codec="float8", scale="unit")
+    assert mine.for_head(0, 0, 2).key == codec_spec(codec="float8", scale="unit")
 
 
 def test_patterns_are_checked_against_the_model():
@@ -121,7 +121,7 @@ def test_patterns_are_checked_against_the_model():
 
 def test_settings_override_like_the_command_line():
     mine = recipe().override({"key.bits": 4, "tokens.window": 64, "layers.0-1.key.bits": 8, "layers.0-1.value.bits": 3})
-    assert mine.key == CodecSpec(**(CHANNEL | {"bits": 4}))
+    assert mine.key == codec_spec(**(CHANNEL | {"bits": 4}))
     assert mine.tokens == TokenPolicy(window=64)
     assert mine.for_head(1, 0, 4).key.bits == 8
     assert mine.for_head(1, 0, 4).value.bits == 3
@@ -131,15 +131,15 @@ def test_settings_override_like_the_command_line():
 
 def test_parts_that_wrap_a_codec_are_data_too():
     mine = recipe(key=CHANNEL | {"outliers": {"share": 0.02, "along": "channel"}, "norm": {"over": "token"}})
-    assert mine.key.outliers.share == 0.02
+    assert mine.key.part("outliers").share == 0.02
     again = parse_recipe(yaml.safe_load(mine.to_yaml()), source="again")
     assert again == mine
     assert again.hash == mine.hash != recipe().hash
-    assert mine.override({"key.outliers": None}).key.outliers is None
-    assert mine.override({"key.norm": {"over": "head"}}).key.norm.over == "head"
+    assert mine.override({"key.outliers": None}).key.part("outliers") is None
+    assert mine.override({"key.norm": {"over": "head"}}).key.part("norm").over == "head"
     layered = recipe(layers={"1": {"key": {"low_rank": {"rank": 2, "block": 64}}}})
-    assert layered.for_head(1, 0, 2).key.low_rank.block == 64
-    assert layered.for_head(0, 0, 2).key.low_rank is None
+    assert layered.for_head(1, 0, 2).key.part("low_rank").block == 64
+    assert layered.for_head(0, 0, 2).key.part("low_rank") is None
 
 
 def test_overriding_the_codec_drops_the_old_codecs_settings():
@@ -170,11 +170,11 @@ def test_the_hash_is_the_same_in_another_process():
 
 @pytest.mark.parametrize(("group", "head_dim", "expected"), [(32, 64, 32), ("head", 80, 80), (64, 128, 64)])
 def test_a_token_group_divides_the_head(group, head_dim, expected):
-    assert CodecSpec(**(AFFINE | {"group": group})).group_size(head_dim) == expected
+    assert codec_spec(**(AFFINE | {"group": group})).group_size(head_dim) == expected
 
 
 def test_a_group_that_does_not_divide_names_those_that_do():
-    assert refusal(CodecSpec(**(AFFINE | {"group": 96})).group_size, 128) == (
+    assert refusal(codec_spec(**(AFFINE | {"group": 96})).group_size, 128) == (
         "group=96 does not divide head_dim=128; use 16, 32, 64, 128 or 'head'."
     )
 

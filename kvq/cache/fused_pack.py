@@ -2,7 +2,7 @@
 
 import torch
 
-from kvq.codecs.static import StaticNumbers, static_numbers
+from kvq.codecs.base import StaticNumbers
 from kvq.kernels.pack import pack_tokens
 from kvq.kernels.types import Source
 from kvq.pages.layout import SIDES
@@ -17,7 +17,7 @@ def pages_of(store, rows: list[int] | None = None) -> Pages:
     if store.kernel_table is None:
         store.kernel_table = _table(store)
     table, slabs = store.kernel_table, store.arena.slabs
-    numbers = [static_numbers(store.group.codecs[side]) for side in SIDES]
+    numbers = [store.group.codecs[side].static_numbers() for side in SIDES]
     key, value = (n if isinstance(n, StaticNumbers) else StaticNumbers() for n in numbers)
     return Pages(
         layout=store.group.layout,

@@ -8,16 +8,16 @@ import torch
 
 from kvq.cache.policy import flush_rule
 from kvq.cache.tail import HEADROOM
-from kvq.codec_specs import CodecSpec
-from kvq.codecs import Codec, build_codec, codec_tensors
+from kvq.codecs import Codec, CodecSpec
 from kvq.errors import RecipeError, UnsupportedModelError
+from kvq.heads import HeadSpec
 from kvq.models.architecture import Attention, describe_attention
 from kvq.models.describe import LayerSpec, ModelSpec
 from kvq.models.rope import Rope, rope_of
 from kvq.pages.flush import FlushRule
 from kvq.pages.layout import SIDES, PageLayout
 from kvq.recipe import Recipe
-from kvq.specs import HeadSpec, Transforms
+from kvq.transform_specs import Transforms
 from kvq.transforms import Chain, RopeBias, RopeOffset, build_chain
 from kvq.transforms.rope_bias import NO_BIAS
 
@@ -199,8 +199,9 @@ def _stored_alike(
 
     A codec has one static scale, so heads with scales of their own are stored as groups of one.
     """
-    own = {side: _codec_artefacts(getattr(spec, side), side, alike, layer, number, artefacts) for side in SIDES}
-    if spec.has_head_scales and any("order" in tensors for tensors in own.values()):
+    needed = {side: getattr(spec, side).artefacts(layer.head_dim, len(alike)) for side in SIDES}
+    own = {side: _codec_artefacts(getattr(spec, side), needed[side], side, layer, number, artefacts) for side in SIDES}
+    if spec.has_head_scales and any(part.joint for parts in needed.values() for part in parts.values()):
         raise RecipeError(
             f"layer {layer.index} has one scale a head and places of channels of all its heads (permute), and heads "
             "with scales of their own are stored apart: use granularity tensor."
@@ -210,17 +211,15 @@ def _stored_alike(
         places = [alike.index(head) for head in heads]
         codecs = {}
         for side in SIDES:
-            codec = getattr(spec, side)
-            of_heads = {"range"} | ({"scale"} if codec.granularity == "head" else set())
-            given = {what: tensor[places] if what in of_heads else tensor for what, tensor in own[side].items()}
-            codecs[side] = build_codec(codec, layer.head_dim, given, len(heads))
+            given = {w: tensor[places] if needed[side][w].by_head else tensor for w, tensor in own[side].items()}
+            codecs[side] = getattr(spec, side).build(layer.head_dim, given, len(heads))
         yield heads, codecs
 
 
-def _codec_artefacts(spec: CodecSpec, side: str, heads: tuple[int, ...], layer: LayerSpec, number: int, artefacts):
+def _codec_artefacts(spec: CodecSpec, needed, side: str, layer: LayerSpec, number: int, artefacts):
     """What calibration made for the codec of these heads, by what it is."""
     found = {}
-    for what in codec_tensors(spec, layer.head_dim, len(heads)):
+    for what in needed:
         name = artefact_name(layer.index, side, what, number)
         if name not in artefacts:
             raise RecipeError(_missing(spec, side, layer.index))
@@ -280,10 +279,11 @@ def artefact_name(layer: int, side: str, what: str, group: int = 0) -> str:
 
 
 def _missing(spec: CodecSpec, side: str, layer: int) -> str:
-    if spec.scale == "calibrated" and spec.codec in ("float8", "float4"):
+    if spec.hint:
+        unit = " ".join(f"{side}.{spec.hint}" for side in SIDES)
         return (
             f"{side}.scale=calibrated needs statistics of this model, and layer {layer} has none: run 'kvq calibrate "
-            "MODEL -o STATS' and pass --stats STATS, or set key.scale=unit value.scale=unit."
+            f"MODEL -o STATS' and pass --stats STATS, or set {unit}."
         )
     return (
         f"the {side} codec needs what calibration learns of this model, and layer {layer} has none: run 'kvq calibrate "

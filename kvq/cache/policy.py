@@ -1,8 +1,8 @@
 """The flush rule (``kvq.pages.flush``) of a recipe's side."""
 
-from kvq.codec_specs import CodecSpec
+from kvq.codecs.spec import CodecSpec
+from kvq.heads import TokenPolicy
 from kvq.pages.flush import FlushRule
-from kvq.specs import TokenPolicy
 
 
 def flush_rule(spec: CodecSpec, tokens: TokenPolicy) -> FlushRule:

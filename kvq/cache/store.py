@@ -187,7 +187,7 @@ class HeadStore:
     def _append_compiled(self, side: str, rows: list[int], start: int, tokens: torch.Tensor) -> bool:
         """Encode and write one token a row in the compiled kernel; False, and nothing lost, where it does not serve."""
         codec = self.group.codecs[side]
-        plain = getattr(codec, "is_min_max", False) and tokens.device.type == "cpu" and self.impl != "reference"
+        plain = codec.kernels_encode and tokens.device.type == "cpu" and self.impl != "reference"
         if not plain or tokens.dtype not in cpu.DTYPES or not cpu.appends(self.group.layout.side(side)):
             return False
         page, slot = divmod(start, self.group.layout.page_tokens)

@@ -3,44 +3,34 @@
 An artefact belongs to one layer and side and is named ``layers.{i}.{side}.{what}``, with ``group{n}.`` before ``what``
 for the second and further groups of K heads that a recipe treats alike.
 
-    scale    float64, [] or, with granularity head, [K]: what a stored 1.0 stands for, after transforms; the
-             convention of serving engines (``kvq.calib.scales``).
-    range    [K, head_dim, 2] float64: half range and middle of every channel; with outliers, of all but their share.
-    levels   [2^bits] float64: what the codes of a codebook stand for, ascending.
-    edges    [2^bits - 1] float64: where one code ends and the next begins.
-    order    [K, head_dim] int32: which channel of the heads side by side is stored in this place.
-    transforms.*   what the transforms of the side need (``kvq.transforms.KINDS``), by their place in the chain.
+    codec's own   what its settings name (``CodecSpec.artefacts``), for the heads of the group.
+    transforms.*  what the transforms of the side need (``kvq.transforms.KINDS``), by their place in the chain.
 """
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from kvq.cache.plan import artefact_name
 from kvq.calib.codebooks import Book, learned
 from kvq.calib.evidence import Source
-from kvq.calib.kinds.bins import bin_middles
-from kvq.calib.kmeans import levels_of, q_norm
+from kvq.calib.kinds.bins import Bins
 from kvq.calib.learn import find_learned
-from kvq.calib.ranges import static_tensors
+from kvq.calib.measured import MeasuredLayer
 from kvq.calib.stats import Stats
-from kvq.codec_specs import CodecSpec
-from kvq.codecs import build_codec, codec_tensors
-from kvq.codecs.levels import midpoints
+from kvq.codecs import Artefact, CodecSpec
+from kvq.codecs.float8 import not_positive
 from kvq.errors import DataError
 from kvq.models.describe import LayerSpec, ModelSpec
 from kvq.pages.layout import SIDES
 from kvq.recipe import Recipe
-from kvq.specs import TransformSpec
+from kvq.transform_specs import TransformSpec
 from kvq.transforms import needed_tensors
 from kvq.transforms.fit import fit_steps
-
-# Share of unweighted counts in a codebook's weights, so that it is defined where gradients are all zero.
-_PLAIN_SHARE = 1e-6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,10 +44,8 @@ class _Use:
     spec: CodecSpec
     sinks: int
 
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        found = codec_tensors(self.spec, self.layer.head_dim, len(self.heads))
-        return {artefact_name(self.layer.index, self.side, what, self.group): shape for what, shape in found.items()}
+    def named(self, found: Mapping[str, Any]) -> dict[str, Any]:
+        return {artefact_name(self.layer.index, self.side, what, self.group): own for what, own in found.items()}
 
     def fit(self, stats: Stats, absmax: torch.Tensor | None) -> dict[str, torch.Tensor]:
         """Tensors by name. ``absmax`` [K, head_dim]: after transforms; None: there are none."""
@@ -66,12 +54,11 @@ class _Use:
             raise DataError(
                 f"the statistics of {stats.model!r} have no layer {index}: run 'kvq calibrate' on this model."
             )
-        found = static_tensors(self.spec, stats.layers[index], index, self.side, self.heads, absmax)
-        if self.spec.levels == "calibrated":
-            found |= self._codebook(stats)
-        return {artefact_name(index, self.side, what, self.group): tensor for what, tensor in found.items()}
+        tensor, codebook = self.spec.tensor(self.side), partial(self._codebook, stats)
+        measured = MeasuredLayer(stats.layers[index], index, tensor, self.heads, absmax, codebook)
+        return self.named(self.spec.fit(measured))
 
-    def _codebook(self, stats: Stats) -> dict[str, torch.Tensor]:
+    def _codebook(self, stats: Stats) -> Bins:
         book = Book(side=self.side, heads=self.heads, spec=self.spec, sinks=self.sinks)
         bins = learned(stats, self.layer.index, book)
         if not bool(bins.counts.any()):
@@ -79,35 +66,24 @@ class _Use:
                 f"the codebook of the {self.side}s of layer {self.layer.index} was learned from no numbers at all: "
                 "calibrate with longer windows."
             )
-        weights = counts = bins.counts / bins.counts.sum()
-        if self.spec.weights == "fisher":
-            weights = (
-                bins.weights / bins.weights.sum().clamp_min(torch.finfo(torch.float64).tiny) + _PLAIN_SHARE * counts
-            )
-        levels = levels_of(bin_middles(), weights, 2**self.spec.bits)
-        edges = midpoints(levels)
-        if self.spec.q_norm:
-            levels = q_norm(levels, bin_middles(), counts)
-        return {"levels": levels, "edges": edges}
+        return bins
 
 
-def needed_artefacts(recipe: Recipe, model: ModelSpec) -> dict[str, tuple[int, ...]]:
-    """Shapes by name of the artefacts that a recipe reads on this model; empty for a recipe without calibration."""
-    needed = {name: shape for use in _uses(recipe, model) for name, shape in use.shapes.items()}
+def needed_artefacts(recipe: Recipe, model: ModelSpec) -> dict[str, Artefact]:
+    """The artefacts that a recipe reads on this model, by name; empty for a recipe without calibration."""
+    needed: dict[str, Artefact] = {}
+    for use in _uses(recipe, model):
+        needed |= use.named(use.spec.artefacts(use.layer.head_dim, len(use.heads)))
     for layer, side, specs in _transforms(recipe, model):
         for what, shape in needed_tensors(specs, layer.kv_heads, layer.head_dim).items():
-            needed[artefact_name(layer.index, side, what)] = shape
+            wrong = {"wrong": not_positive} if what.endswith(".scale") else {}
+            needed[artefact_name(layer.index, side, what)] = Artefact(shape=shape, **wrong)
     return needed
 
 
 def stand_in_artefacts(recipe: Recipe, model: ModelSpec) -> dict[str, torch.Tensor]:
     """Artefacts that fit a recipe without any statistics, for where bytes and speed matter and numbers do not."""
-    return stand_ins(needed_artefacts(recipe, model))
-
-
-def stand_ins(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
-    """Tensors of these shapes that pass ``check_artefacts``."""
-    return {name: _STAND_INS.get(name.rpartition(".")[2], torch.ones)(shape) for name, shape in shapes.items()}
+    return {name: own.stand_in(own.shape) for name, own in needed_artefacts(recipe, model).items()}
 
 
 def fit_artefacts(
@@ -125,7 +101,7 @@ def fit_artefacts(
     source = Source(model, stats, folder) if chains else None
     for layer, side, specs in chains:
         spec = recipe.for_head(layer.index, 0, len(model.layers))
-        codec = build_codec(getattr(spec, side), layer.head_dim, {"scale": torch.ones(())}, layer.kv_heads)
+        codec = getattr(spec, side).stand_in(layer.head_dim, layer.kv_heads)
         evidence = source.evidence(layer, side, spec, codec)
         learned = partial(find_learned, stats, recipe, spec, layer.index, side)
         numbers, fitted[layer.index, side] = fit_steps(specs, evidence, learned)
@@ -145,49 +121,19 @@ def _transforms(recipe: Recipe, model: ModelSpec) -> Iterator[tuple[LayerSpec, s
                 yield layer, side, getattr(spec.transforms, side)
 
 
-def check_artefacts(tensors: Mapping[str, torch.Tensor], needed: Mapping[str, tuple[int, ...]]) -> str | None:
+def check_artefacts(tensors: Mapping[str, torch.Tensor], needed: Mapping[str, Artefact]) -> str | None:
     """What is wrong with artefacts read from a file, as the end of a sentence; None if nothing is."""
     for name in sorted(set(tensors) ^ set(needed)):
         return f"lacks {name!r}" if name in needed else f"holds the unknown tensor {name!r}"
     for name, tensor in tensors.items():
-        if tuple(tensor.shape) != tuple(needed[name]):
-            return f"has {name!r} of shape {list(tensor.shape)}, not {list(needed[name])}"
+        if tuple(tensor.shape) != needed[name].shape:
+            return f"has {name!r} of shape {list(tensor.shape)}, not {list(needed[name].shape)}"
         if not bool(tensor.isfinite().all()):
             return f"has NaN or infinity in {name!r}"
-        wrong = _CHECKS.get(name.rpartition(".")[2], lambda _: None)(tensor)
+        wrong = needed[name].wrong(tensor)
         if wrong:
             return f"has {wrong} in {name!r}"
     return None
-
-
-def _not_positive(tensor: torch.Tensor) -> str | None:
-    return None if bool((tensor > 0).all()) else "a scale that is not positive"
-
-
-def _not_ascending(tensor: torch.Tensor) -> str | None:
-    return None if bool((tensor.diff() >= 0).all()) else "numbers that do not ascend"
-
-
-def _no_permutation(tensor: torch.Tensor) -> str | None:
-    places = torch.arange(tensor.numel(), dtype=tensor.dtype, device=tensor.device)
-    return None if torch.equal(tensor.flatten().sort().values, places) else "something else than places of all channels"
-
-
-_CHECKS = {
-    "scale": _not_positive,
-    "range": lambda tensor: _not_positive(tensor[..., 0]),
-    "levels": _not_ascending,
-    "edges": _not_ascending,
-    "order": _no_permutation,
-}
-
-
-_STAND_INS = {
-    "range": lambda shape: torch.tensor([4.0, 0.0], dtype=torch.float64).expand(shape).clone(),
-    "levels": lambda shape: torch.linspace(-1, 1, *shape, dtype=torch.float64),
-    "edges": lambda shape: midpoints(torch.linspace(-1, 1, shape[0] + 1, dtype=torch.float64)),
-    "order": lambda shape: torch.arange(math.prod(shape), dtype=torch.int32).view(shape),
-}
 
 
 def _uses(recipe: Recipe, model: ModelSpec) -> Iterator[_Use]:

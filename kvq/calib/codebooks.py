@@ -11,7 +11,6 @@ code leaves s out). Exact tokens (sinks) and outliers are not counted: no level 
 """
 
 import contextlib
-import dataclasses
 import functools
 import hashlib
 import json
@@ -25,17 +24,15 @@ from transformers import PreTrainedModel
 from kvq.calib.forward import look, plan_layers
 from kvq.calib.job import Job, joined, refuse_missing, state_of
 from kvq.calib.kinds.bins import BINS, Bins
+from kvq.calib.measured import MeasuredLayer
 from kvq.calib.observe import Batch
-from kvq.calib.ranges import static_tensors
 from kvq.calib.ranks import Ranks
 from kvq.calib.state import Layers, RunState
 from kvq.calib.stats import Fit, LayerStats, Stats
 from kvq.calib.tree import Tree
 from kvq.calib.watch import watch
-from kvq.codec_specs import CodecSpec
-from kvq.codecs import Codec, build_codec
+from kvq.codecs import Codec, CodecSpec
 from kvq.codecs.packed import wide
-from kvq.codecs.training import normalised
 from kvq.errors import DataError
 from kvq.models.describe import ModelSpec, describe
 from kvq.models.rope import Rope
@@ -61,16 +58,13 @@ class Book:
 
     @property
     def name(self) -> str:
-        settings = self.spec.to_dict()
-        for setting in ("bits", "weights", "q_norm", "signs", "low_rank"):
-            settings.pop(setting, None)
-        text = json.dumps([settings, self.heads, self.sinks], sort_keys=True)
+        text = json.dumps([self.spec.compared_settings(), self.heads, self.sinks], sort_keys=True)
         return f"{self.side}.{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
     @property
     def tensor(self) -> str:
         """The statistic's tensor that the codec sees."""
-        return "key_pre" if self.spec.placement == "pre_rope" else self.side
+        return self.spec.tensor(self.side)
 
 
 def books_of(recipes: Sequence[Recipe], model: ModelSpec) -> dict[int, tuple[Book, ...]]:
@@ -81,7 +75,7 @@ def books_of(recipes: Sequence[Recipe], model: ModelSpec) -> dict[int, tuple[Boo
             for spec, heads in recipe.head_groups(layer.index, layer.kv_heads, len(model.layers)):
                 for side in ("key", "value"):
                     codec = getattr(spec, side)
-                    if codec.levels == "calibrated":
+                    if codec.learns_levels:
                         book = Book(side=side, heads=heads, spec=codec, sinks=spec.tokens.sinks)
                         found.setdefault(layer.index, {}).setdefault(book.name, book)
     return {index: tuple(books.values()) for index, books in found.items()}
@@ -90,7 +84,7 @@ def books_of(recipes: Sequence[Recipe], model: ModelSpec) -> dict[int, tuple[Boo
 def weighted(recipes: Sequence[Recipe], model: ModelSpec) -> bool:
     """True if some codebook is weighted by gradients."""
     return any(
-        getattr(spec, side).weights == "fisher"
+        getattr(spec, side).weighs_by_gradients
         for recipe in recipes
         for layer in model.full_layers
         for spec, _ in recipe.head_groups(layer.index, layer.kv_heads, len(model.layers))
@@ -113,7 +107,7 @@ def learned(stats: Stats, layer: int, book: Book) -> Bins:
             f"the codebooks of {stats.model!r} were learned by another version of kvq, from {len(bins.counts)} bins "
             f"instead of {BINS}: run 'kvq calibrate' again."
         )
-    if book.spec.weights == "fisher" and not fit.facts.get("weighted"):
+    if book.spec.weighs_by_gradients and not fit.facts.get("weighted"):
         raise DataError(
             f"the codebooks of {stats.model!r} were learned without gradients and the recipe wants weights=fisher: "
             "run 'kvq calibrate' with --for and this recipe."
@@ -183,9 +177,9 @@ def _codecs(books: Mapping[int, Sequence[Book]], stats: Stats, model: ModelSpec)
     for index, own in books.items():
         found[index] = {}
         for book in own:
-            tensors = static_tensors(book.spec, stats.layers[index], index, book.side, book.heads)
-            plain = dataclasses.replace(book.spec, levels="uniform", weights=None, q_norm=None)
-            found[index][book.name] = build_codec(plain, head_dims[index], tensors, len(book.heads))
+            plain = book.spec.before_learning()
+            tensors = plain.fit(MeasuredLayer(stats.layers[index], index, book.tensor, book.heads))
+            found[index][book.name] = plain.build(head_dims[index], tensors, len(book.heads))
     return found
 
 
@@ -297,7 +291,7 @@ def _bins(
         body = body[:, : body.shape[1] // codec.block_tokens * codec.block_tokens]
         if not body.numel():
             continue
-        numbers, scale = normalised(codec, body)
+        numbers, scale = codec.compared(body)
         weights = None
         if slope is not None:
             weights = (slope[row][:, real][:, book.sinks :][:, : body.shape[1]] * scale).square()

@@ -22,16 +22,15 @@ from kvq.calib.evidence import Source
 from kvq.calib.file import read_file, write_file
 from kvq.calib.learn import fit_name, learned_steps
 from kvq.calib.stats import STATS_VERSION, Fit, Stats
-from kvq.codecs import Codec, build_codec
+from kvq.codecs import Codec
 from kvq.errors import CheckpointError, DataError
+from kvq.heads import HeadSpec
 from kvq.models.describe import describe
 from kvq.pages.layout import SIDES
 from kvq.recipe import Recipe
-from kvq.specs import HeadSpec
 from kvq.transforms import KINDS, Chain
 from kvq.transforms.fit import fit_steps
 from kvq.transforms.learned import LEARNABLES, Learnable, composed, cosine
-from kvq.transforms.objective import fake_quantized
 
 NAME = "kvq_end_to_end"
 OBJECTIVE = "logits"
@@ -135,7 +134,7 @@ def _layers(recipe: Recipe, spec, stats: Stats, folder: Path) -> dict[int, _Laye
         head = recipe.for_head(layer.index, 0, len(spec.layers))
         if head.is_exact:
             continue
-        codecs = {s: build_codec(getattr(head, s), layer.head_dim, {"scale": torch.ones(())}) for s in SIDES}
+        codecs = {s: getattr(head, s).stand_in(layer.head_dim, layer.kv_heads) for s in SIDES}
         own = _Layer(spec=head, codecs=codecs)
         for side in SIDES:
             specs = getattr(head.transforms, side)
@@ -232,7 +231,7 @@ def _stored(layer: _Layer, side: str, x: torch.Tensor) -> torch.Tensor:
     codec, chain = layer.codecs[side], layer.chain(side)
     first = min(layer.spec.tokens.sinks, x.shape[2])
     whole = first + (x.shape[2] - first) // codec.block_tokens * codec.block_tokens
-    decoded = chain.undo(fake_quantized(chain.write(x[:, :, first:whole]), codec))
+    decoded = chain.undo(codec.fake_quantized(chain.write(x[:, :, first:whole])))
     return torch.cat([x[:, :, :first], decoded, x[:, :, whole:]], dim=2)
 
 

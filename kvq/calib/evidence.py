@@ -8,11 +8,12 @@ import torch
 from kvq.calib.stats import LayerStats, Stats
 from kvq.codecs import Codec
 from kvq.errors import DataError, UnsupportedModelError
+from kvq.heads import HeadSpec
 from kvq.models.architecture import Attention, Projection, describe_attention
 from kvq.models.describe import LayerSpec, ModelSpec
 from kvq.models.rope import rope_of
 from kvq.models.weights import Weights
-from kvq.specs import HeadSpec, TransformSpec
+from kvq.transform_specs import TransformSpec
 from kvq.transforms.evidence import Evidence, Measured, Window
 
 

@@ -18,12 +18,11 @@ import torch
 from kvq.calib.evidence import Source
 from kvq.calib.file import read_file, write_file
 from kvq.calib.stats import STATS_VERSION, Fit, Stats
-from kvq.codecs import build_codec
 from kvq.errors import CheckpointError, RecipeError
+from kvq.heads import HeadSpec
 from kvq.models.describe import LayerSpec, ModelSpec
 from kvq.pages.layout import SIDES
 from kvq.recipe import Recipe
-from kvq.specs import HeadSpec
 from kvq.transforms.evidence import Evidence
 from kvq.transforms.fit import fit_steps
 from kvq.transforms.learned import learn
@@ -99,7 +98,7 @@ def learn_fits(
     if progress:
         progress(0, len(jobs))
     for layer, side, spec in dict.fromkeys((layer, side, spec) for layer, side, spec, _ in jobs):
-        codec = build_codec(getattr(spec, side), layer.head_dim, {"scale": torch.ones(())}, layer.kv_heads)
+        codec = getattr(spec, side).stand_in(layer.head_dim, layer.kv_heads)
         evidence = source.evidence(layer, side, spec, codec)
         step = partial(_learn_one, spec, layer.index, side, state_folder, _run(stats), done)
         fit_steps(getattr(spec.transforms, side), evidence, step)

@@ -7,15 +7,16 @@ A need is ``tensor.kind``, or ``kind`` alone for what is measured on a layer as 
     kinds     ``kvq/calib/kinds``: range, histogram, moments, and ``value.weighted_moments`` (weights: the attention
               that a token gets); reservoir, massive, sinks.
 
-A codec or transform that reads statistics adds a line to ``CODEC_NEEDS`` or ``TRANSFORM_NEEDS``.
+Codecs and transforms name their own.
 """
 
 from collections.abc import Callable, Iterable
 
 from kvq.errors import DataError, suggest
+from kvq.heads import HeadSpec
 from kvq.models.describe import ModelSpec
 from kvq.recipe import Recipe
-from kvq.specs import CodecSpec, HeadSpec, TransformSpec
+from kvq.transform_specs import TransformSpec
 
 TENSORS = ("key", "key_pre", "value", "query")
 
@@ -32,27 +33,9 @@ DEFAULT_NEEDS = frozenset(
 )
 
 
-def _codec_needs(spec: CodecSpec, side: str) -> Iterable[str]:
-    """Static scales (histograms if some numbers may be clipped), static ranges of channels (quantiles if outliers lie
-    outside), places of channels. What codebooks are learned from is no statistic of this kind
-    (``kvq.calib.codebooks``).
-    """
-    tensor = "key_pre" if spec.placement == "pre_rope" else side
-    if spec.is_calibrated:
-        yield f"{tensor}.range"
-    if spec.codec == "book" and spec.scale == "calibrated" and spec.outliers is not None:
-        yield f"{tensor}.histogram"
-    if spec.method in ("percentile", "mse"):
-        yield f"{tensor}.histogram"
-
-
 # All that is measured on sliding-window layers: kvq leaves them exact, and serving engines want their scales.
 WINDOW_NEEDS = frozenset(f"{side}.{kind}" for side in ("key", "value") for kind in ("range", "histogram"))
 
-# side is "key" or "value".
-CODEC_NEEDS: dict[str, Callable[[CodecSpec, str], Iterable[str]]] = dict.fromkeys(
-    ("affine", "book", "float4", "float8"), _codec_needs
-)
 _MOMENTS = {
     "key": ("key.range", "key.moments", "query.range", "query.moments"),
     "value": ("value.range", "value.moments"),
@@ -97,15 +80,15 @@ def _head_needs(head: HeadSpec) -> set[str]:
     found: set[str] = set()
     for side in ("key", "value"):
         codec = getattr(head, side)
-        found |= set(CODEC_NEEDS.get(codec.codec, lambda *_: ())(codec, side))
+        found |= codec.needs(side)
         steps = getattr(head.transforms, side)
         for step in steps:
             found |= set(TRANSFORM_NEEDS.get(step.kind, lambda *_: ())(step, side))
         # What a step has turned, or will move, is measured on token vectors.
         kinds = [step.kind for step in steps]
-        measured_again = codec.scale == "calibrated" or "smooth" in kinds
+        measured_again = codec.is_calibrated or "smooth" in kinds
         if measured_again and set(kinds) - {"smooth", "hadamard", "rope_bias"}:
             found.add("reservoir")
-        if codec.scale == "calibrated" and "hadamard" in kinds:
+        if codec.is_calibrated and "hadamard" in kinds:
             found.add("reservoir")
     return found

@@ -18,15 +18,22 @@ from functools import cached_property
 
 import torch
 
-from kvq.codecs.grouping import Grouping
+from kvq.codecs.base import Codec, Encoded, StaticNumbers
+from kvq.codecs.grouping import GroupedSpec, Grouping
 from kvq.codecs.meta import from_e4m3, load_pair, range_section, store_range, to_e4m3
-from kvq.codecs.packed import Encoded, PackedKV, refuse_unstorable
+from kvq.codecs.packed import PackedKV, refuse_unstorable
+from kvq.codecs.spec import register_codec
+from kvq.errors import RecipeError
 from kvq.kernels.decode_attention.products import page_scores, page_weighted_sum
-from kvq.pages.layout import DEFAULT_PAGE_TOKENS, SideLayout
+from kvq.pages.layout import SideLayout
+from kvq.settings import check_choice, check_flag, is_number
+
+BITS = (2, 3, 4, 8)
+METADATA = ("float16", "e4m3", "zero8", "range8")
 
 
 @dataclass(frozen=True, kw_only=True)
-class AffineCodec:
+class AffineCodec(Codec):
     """bits in {2, 3, 4, 8}; axis ``token`` or ``channel``; group: numbers that share a scale; head_dim: channels.
 
     clip        share of a group's range that the codes span.
@@ -53,14 +60,9 @@ class AffineCodec:
         return self.group if self.axis == "channel" else 1
 
     @property
-    def is_min_max(self) -> bool:
-        """True for the plain grid from a group's minimum to its maximum, stored as fp16: what kernels encode."""
+    def kernels_encode(self) -> bool:
+        """True for the plain grid from a group's minimum to its maximum, stored as fp16."""
         return self.clip == 1 and not self.symmetric and not self.shared and self.meta == "float16"
-
-    @property
-    def page_tokens(self) -> int:
-        """Smallest page that holds whole groups."""
-        return max(DEFAULT_PAGE_TOKENS, self.block_tokens)
 
     @cached_property
     def grouping(self) -> Grouping:
@@ -128,6 +130,25 @@ class AffineCodec:
         scale, minimum = (self.grouping.spread(part) for part in self.pair(encoded.sections, dtype))
         return self.grouping.join(torch.addcmul(minimum, grouped.to(dtype), scale))
 
+    def static_numbers(self) -> StaticNumbers:
+        return StaticNumbers()
+
+    def fake_quantized(self, x: torch.Tensor) -> torch.Tensor:
+        """Straight through rounding, with gradients to the numbers that set a group's scale and minimum; fp16 rounding
+        of the metadata is left out."""
+        if self.symmetric:
+            return super().fake_quantized(x)
+        grouped = self.grouping.split(x)
+        low, high = torch.aminmax(grouped, dim=self.grouping.dim, keepdim=True)
+        if self.clip < 1:
+            cut = (high - low) * ((1 - self.clip) / 2)
+            low, high = low + cut, high - cut
+        steps = 2**self.bits - 1
+        scale = ((high - low) / steps).clamp_min(torch.finfo(torch.float16).tiny)
+        codes = (grouped - low) / scale
+        codes = (codes + (codes.round() - codes).detach()).clamp(0, steps)
+        return self.grouping.join(codes * scale + low)
+
     def scores(self, packed: PackedKV, q: torch.Tensor) -> torch.Tensor:
         return page_scores(q, packed.words, self._page_pairs(packed, q.dtype), packed.layout)
 
@@ -140,3 +161,64 @@ class AffineCodec:
             return packed.sections["meta"]
         pairs = torch.stack(self.pair(packed.sections, dtype), dim=-1)
         return pairs.unsqueeze(1).expand(-1, packed.words.shape[1], *pairs.shape[1:]) if self.shared else pairs
+
+
+@register_codec("affine")
+@dataclass(frozen=True, kw_only=True)
+class Affine(GroupedSpec):
+    """Integer codes with a scale and a minimum.
+
+    bits          2, 3, 4 or 8.
+    axis, group   what shares a scale (``GroupedSpec``).
+    clip          share of a group's range that the codes span, above 0 to 1; what lies outside saturates.
+    symmetric     codes are centred on zero, and there is no minimum (ZeroQuant, arXiv 2206.01861).
+    meta          how scale and minimum are stored (``meta.py``): ``float16`` (default), ``e4m3``, ``zero8`` or
+                  ``range8``.
+    """
+
+    bits: int
+    axis: str
+    group: int | str
+    clip: float | None = None
+    symmetric: bool | None = None
+    meta: str | None = None
+
+    def check(self) -> None:
+        check_choice("meta", self.meta, METADATA, "metadata of affine")
+        check_bits(self.bits, BITS)
+        self.check_group()
+        check_clip(self.clip)
+        check_flag("symmetric", self.symmetric)
+        if self.symmetric and self.meta in ("zero8", "range8"):
+            raise RecipeError(f"symmetric codes have no minimum for meta={self.meta} to store: use float16 or e4m3.")
+        if self.meta == "range8" and self.axis != "channel":
+            raise RecipeError(
+                "meta=range8 stores minima relative to those of the other channels: use axis channel, or meta zero8."
+            )
+
+    def bind(self, head_dim, artefacts, heads) -> AffineCodec:
+        return AffineCodec(
+            bits=self.bits,
+            axis=self.axis,
+            group=self.group_size(head_dim),
+            head_dim=head_dim,
+            clip=self.clip or 1.0,
+            symmetric=bool(self.symmetric),
+            meta=self.meta or "float16",
+            shared=self.group == "token",
+        )
+
+    @property
+    def token_dtype_bits(self) -> int | None:
+        is_plain = set(self.to_dict()) <= {"codec", "bits", "axis", "group", "symmetric"}
+        return self.bits if is_plain and (self.axis, self.group) == ("token", "head") else None
+
+
+def check_bits(bits, widths: tuple[int, ...]) -> None:
+    if isinstance(bits, bool) or bits not in widths:
+        raise RecipeError(f"bits={bits!r} is not a packed width: use one of {', '.join(map(str, widths))}.")
+
+
+def check_clip(clip) -> None:
+    if clip is not None and (not is_number(clip) or not 0 < clip <= 1):
+        raise RecipeError(f"clip={clip!r} is not a share of the range: use a number above 0 and at most 1.")

@@ -15,20 +15,35 @@ to other levels than it encodes by). A constant group has scale 0 and decodes to
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
-from kvq.codecs.grouping import Grouping
-from kvq.codecs.packed import Encoded, PackedKV, refuse_unstorable, wide
+from kvq.codecs.affine import check_bits
+from kvq.codecs.base import Codec, Encoded, StaticNumbers
+from kvq.codecs.float8 import not_positive
+from kvq.codecs.grouping import GroupedSpec, Grouping
+from kvq.codecs.kmeans import levels_of, q_norm
+from kvq.codecs.levels import NAMED_LEVELS, make_levels, midpoints
+from kvq.codecs.packed import PackedKV, refuse_unstorable, wide
+from kvq.codecs.spec import Artefact, Measured, register_codec
+from kvq.errors import RecipeError
 from kvq.kernels.decode_attention.products import page_scores, page_weighted_sum
-from kvq.pages.layout import DEFAULT_PAGE_TOKENS, SideLayout
+from kvq.pages.layout import SideLayout
+from kvq.settings import check_choice, check_flag
 
 META_DTYPE = torch.float16
+BITS = (2, 3, 4)
+SCALES = ("unit", "absmax", "range", "moments", "calibrated")
+# Those that are taken over groups of what is stored.
+GROUPED_SCALES = ("absmax", "range", "moments")
+# Share of unweighted counts in a codebook's weights, so that it is defined where gradients are all zero.
+_PLAIN_SHARE = 1e-6
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class BookCodec:
+class BookCodec(Codec):
     """bits in {2, 3, 4}; levels, edges: float64 [2^bits] and [2^bits - 1], ascending.
 
     scale      as above; grouping: of its dynamic kinds.
@@ -46,10 +61,6 @@ class BookCodec:
     @property
     def block_tokens(self) -> int:
         return self.grouping.group if self.grouping.axis == "channel" else 1
-
-    @property
-    def page_tokens(self) -> int:
-        return max(DEFAULT_PAGE_TOKENS, self.block_tokens)
 
     @property
     def meta_terms(self) -> int:
@@ -140,6 +151,14 @@ class BookCodec:
         scale, offset = (self.grouping.spread(part) for part in self.pair(encoded.sections, dtype))
         return self.grouping.join(torch.addcmul(offset, self.grouping.split(numbers), scale))
 
+    def static_numbers(self) -> StaticNumbers | str:
+        if self.static is not None:
+            return "static scales of channels"
+        return StaticNumbers(levels=tuple(self.levels.double().tolist()))
+
+    def compared(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.normalised(x), self.scales(x)
+
     def scores(self, packed: PackedKV, q: torch.Tensor) -> torch.Tensor:
         levels = self.levels.to(q.device)
         pairs = self._page_pairs(packed, q.dtype)
@@ -165,3 +184,158 @@ class BookCodec:
         if self.grouping.shared:
             pairs = pairs.unsqueeze(1).expand(-1, packed.words.shape[1], *pairs.shape[1:])
         return pairs
+
+
+@register_codec("book")
+@dataclass(frozen=True, kw_only=True)
+class Book(GroupedSpec):
+    """Codes that name the levels of a static codebook, times a scale.
+
+    bits          2, 3 or 4.
+    levels        ``lloyd_max`` (for the normal distribution), ``normal_float`` (QLoRA), ``uniform``, or ``calibrated``
+                  (k-means over statistics).
+    scale         ``unit``; ``absmax``, ``range`` (middle and half range) or ``moments`` (mean and deviation) of every
+                  group; or ``calibrated`` (a static range per channel).
+    axis, group   what shares a scale (``GroupedSpec``), for scales that are taken over groups.
+    weights       with calibrated levels: ``fisher`` weights the k-means by squared gradients (KVQuant).
+    q_norm        with calibrated levels: decoded numbers keep the mean and deviation of calibration (KVQuant).
+    """
+
+    bits: int
+    levels: str
+    scale: str
+    axis: str | None = None
+    group: int | str | None = None
+    weights: str | None = None
+    q_norm: bool | None = None
+
+    def check(self) -> None:
+        check_choice("scale", self.scale, SCALES, "a book scale")
+        check_bits(self.bits, BITS)
+        if self.levels == "uniform" and self.scale in ("unit", "moments"):
+            raise RecipeError(
+                f"levels=uniform go from -1 to 1, and scale={self.scale} has no such range: use absmax or range."
+            )
+        check_choice("levels", self.levels, (*NAMED_LEVELS, "calibrated"))
+        if self.scale in GROUPED_SCALES:
+            for name in ("axis", "group"):
+                if getattr(self, name) is None:
+                    raise RecipeError(f"scale={self.scale} is taken over groups and needs {name!r}: add it.")
+            self.check_group()
+        elif self.axis is not None or self.group is not None:
+            raise RecipeError(f"scale={self.scale} is static and has no groups: remove axis and group.")
+        if not self.learns_levels and (self.weights is not None or self.q_norm is not None):
+            raise RecipeError(f"weights and q_norm belong to calibrated levels, not to {self.levels}: remove them.")
+        check_choice("weights", self.weights, ("fisher",))
+        check_flag("q_norm", self.q_norm)
+        if self.learns_levels and self.scale in ("unit", "absmax", "moments"):
+            raise RecipeError(
+                f"levels=calibrated are learned between the ends of a range: use scale=range or calibrated, not "
+                f"{self.scale}."
+            )
+
+    @property
+    def has_static_ranges(self) -> bool:
+        return self.scale == "calibrated"
+
+    @property
+    def learns_levels(self) -> bool:
+        return self.levels == "calibrated"
+
+    @property
+    def weighs_by_gradients(self) -> bool:
+        return self.weights == "fisher"
+
+    def before_learning(self) -> "Book":
+        return replace(self, levels="uniform", weights=None, q_norm=None)
+
+    def compared_settings(self) -> dict[str, Any]:
+        return {k: v for k, v in super().compared_settings().items() if k not in ("bits", "weights", "q_norm")}
+
+    @property
+    def why_no_channel_groups(self) -> str | None:
+        if self.axis is None:
+            return f"permute changes which channels share a group, and scale={self.scale} has none: remove it."
+        return super().why_no_channel_groups
+
+    def own_artefacts(self, head_dim: int, heads: int) -> dict[str, Artefact]:
+        """range: [K, head_dim, 2] float64, half range and middle of channels; with outliers, of all but their share.
+        levels: [2^bits] float64, ascending; edges: [2^bits - 1] float64, where one code ends and the next begins.
+        """
+        found = {}
+        if self.has_static_ranges:
+            found["range"] = Artefact(
+                shape=(heads, head_dim, 2),
+                stand_in=lambda shape: torch.tensor([4.0, 0.0], dtype=torch.float64).expand(shape).clone(),
+                wrong=lambda tensor: not_positive(tensor[..., 0]),
+                by_head=True,
+            )
+        if self.learns_levels:
+            found["levels"] = Artefact(shape=(2**self.bits,), stand_in=_even_levels, wrong=_not_ascending)
+            found["edges"] = Artefact(
+                shape=(2**self.bits - 1,),
+                stand_in=lambda shape: midpoints(_even_levels((shape[0] + 1,))),
+                wrong=_not_ascending,
+            )
+        return found
+
+    def own_needs(self, tensor: str):
+        if self.has_static_ranges or self.learns_levels:
+            yield f"{tensor}.range"
+        if self.has_static_ranges and self.outside_share:
+            yield f"{tensor}.histogram"
+
+    def own_fit(self, measured: Measured) -> dict[str, torch.Tensor]:
+        found = {"range": channel_ranges(measured, self.outside_share)} if self.has_static_ranges else {}
+        return found | (self._learned(measured) if self.learns_levels else {})
+
+    def _learned(self, measured: Measured) -> dict[str, torch.Tensor]:
+        numbers, counts, weights = measured.compared()
+        counts = counts / counts.sum()
+        if self.weighs_by_gradients:
+            weights = weights / weights.sum().clamp_min(torch.finfo(torch.float64).tiny) + _PLAIN_SHARE * counts
+        else:
+            weights = counts
+        levels = levels_of(numbers, weights, 2**self.bits)
+        edges = midpoints(levels)
+        return {"levels": q_norm(levels, numbers, counts) if self.q_norm else levels, "edges": edges}
+
+    def bind(self, head_dim, artefacts, heads) -> BookCodec:
+        if self.learns_levels:
+            levels, edges = artefacts["levels"].double(), artefacts["edges"].double()
+        else:
+            levels = make_levels(self.levels, self.bits, unit_range=self.scale not in ("unit", "moments"))
+            edges = midpoints(levels)
+        return BookCodec(
+            bits=self.bits,
+            head_dim=head_dim,
+            levels=levels,
+            edges=edges,
+            scale=self.scale,
+            grouping=Grouping(
+                axis=self.axis or "token",
+                group=head_dim if self.axis is None else self.group_size(head_dim),
+                head_dim=head_dim,
+                shared=self.group == "token",
+            ),
+            static=artefacts["range"].double() if self.has_static_ranges else None,
+        )
+
+
+def channel_ranges(measured: Measured, share: float) -> torch.Tensor:
+    """(half range, middle) of every channel, float64 [K, head_dim, 2] (KVQuant, section 3.1).
+
+    share   of a channel's numbers that lie outside, half of them at each end; 0: the range of all numbers.
+    """
+    low, high = (measured.quantile(q) for q in (share / 2, 1 - share / 2)) if share else measured.ends()
+    # A channel that never changes would have no range to divide by.
+    half = ((high - low) / 2).clamp_min(torch.finfo(torch.float32).tiny)
+    return torch.stack([half, (high + low) / 2], dim=-1)
+
+
+def _even_levels(shape: tuple[int, ...]) -> torch.Tensor:
+    return torch.linspace(-1, 1, *shape, dtype=torch.float64)
+
+
+def _not_ascending(tensor: torch.Tensor) -> str | None:
+    return None if bool((tensor.diff() >= 0).all()) else "numbers that do not ascend"

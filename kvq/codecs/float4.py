@@ -14,10 +14,15 @@ from dataclasses import dataclass
 
 import torch
 
+from kvq.codecs.base import Codec, Encoded, StaticNumbers
+from kvq.codecs.float8 import static_scale
 from kvq.codecs.meta import from_e4m3, to_e4m3
-from kvq.codecs.packed import Encoded, PackedKV, refuse_unstorable, wide
+from kvq.codecs.packed import PackedKV, refuse_unstorable, wide
+from kvq.codecs.spec import Artefact, CodecSpec, Measured, register_codec
+from kvq.errors import RecipeError
 from kvq.kernels.decode_attention.products import page_scores, page_weighted_sum
-from kvq.pages.layout import DEFAULT_PAGE_TOKENS, SideLayout
+from kvq.pages.layout import E4M3_MAX, SideLayout
+from kvq.settings import check_choice
 
 MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 E2M1_MAX = 6.0
@@ -28,7 +33,7 @@ _SIGN = 8
 
 
 @dataclass(frozen=True, kw_only=True)
-class Float4Codec:
+class Float4Codec(Codec):
     """block: channels that share a scale; meta: ``e8m0`` or ``e4m3``; scale: the global number g (e4m3 only)."""
 
     head_dim: int
@@ -37,8 +42,6 @@ class Float4Codec:
     scale: float = 1.0
 
     bits = 4
-    block_tokens = 1
-    page_tokens = DEFAULT_PAGE_TOKENS
 
     def layout(self, page_tokens: int) -> SideLayout:
         return SideLayout(
@@ -83,6 +86,11 @@ class Float4Codec:
         scale = self._scales(encoded.sections, dtype)
         return (numbers.unflatten(-1, (-1, self.block)) * scale).flatten(-2)
 
+    def static_numbers(self) -> StaticNumbers:
+        # The scale of powers of two is whole in its metadata.
+        scale = 1.0 if self.meta == "e8m0" else float(self.scale)
+        return StaticNumbers(scale=scale, levels=tuple(e2m1_levels(torch.float64).tolist()))
+
     def scores(self, packed: PackedKV, q: torch.Tensor) -> torch.Tensor:
         return page_scores(
             q, packed.words, self._pairs(packed, q), packed.layout, levels=e2m1_levels(q.dtype, q.device)
@@ -109,3 +117,52 @@ def e2m1_codes(x: torch.Tensor) -> torch.Tensor:
     edges = torch.where(torch.arange(1, 8, device=x.device) % 2 == 0, torch.nextafter(middles, middles * 0), middles)
     codes = torch.bucketize(x.abs().contiguous(), edges, out_int32=True).to(torch.uint8)
     return codes + _SIGN * torch.signbit(x).to(torch.uint8)
+
+
+@register_codec("float4")
+@dataclass(frozen=True, kw_only=True)
+class Float4(CodecSpec):
+    """E2M1 in blocks with a block scale.
+
+    group   channels of a block, 16 or 32.
+    meta    of the block scales: ``e8m0`` (MXFP4) or ``e4m3`` (NVFP4).
+    scale   with meta e4m3: the global scale, ``calibrated`` (the largest magnitude / 2688) or ``unit``.
+    """
+
+    group: int
+    meta: str
+    scale: str | None = None
+
+    def check(self) -> None:
+        check_choice("scale", self.scale, ("calibrated", "unit"), "a float4 scale")
+        check_choice("meta", self.meta, ("e8m0", "e4m3"), "metadata of float4")
+        check_choice("group", self.group, (16, 32), "a block of float4")
+        if (self.scale is None) != (self.meta == "e8m0"):
+            raise RecipeError("meta=e4m3 needs scale=unit or scale=calibrated beside it, and meta=e8m0 takes none.")
+
+    def own_artefacts(self, head_dim: int, heads: int) -> dict[str, Artefact]:
+        return static_scale(()) if self.scale == "calibrated" else {}
+
+    def own_needs(self, tensor: str):
+        return [f"{tensor}.range"] if self.scale == "calibrated" else []
+
+    def own_fit(self, measured: Measured) -> dict[str, torch.Tensor]:
+        """``scale``, float64 []; 1.0 where all was zero."""
+        if self.scale != "calibrated":
+            return {}
+        scale = measured.absmax().max() / (E2M1_MAX * E4M3_MAX)
+        return {"scale": torch.where(scale > 0, scale, 1.0)}
+
+    def bind(self, head_dim, artefacts, heads) -> Float4Codec:
+        if head_dim % self.group:
+            raise RecipeError(f"a float4 block of {self.group} channels does not divide head_dim={head_dim}.")
+        scale = float(artefacts["scale"]) if self.scale == "calibrated" else 1.0
+        return Float4Codec(head_dim=head_dim, block=self.group, meta=self.meta, scale=scale)
+
+    @property
+    def why_no_channel_groups(self) -> str | None:
+        return None
+
+    @property
+    def hint(self) -> str | None:
+        return "scale=unit" if self.scale == "calibrated" else None

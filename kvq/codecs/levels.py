@@ -10,6 +10,7 @@ from functools import lru_cache
 
 import torch
 
+NAMED_LEVELS = ("lloyd_max", "normal_float", "uniform")
 _TOLERANCE = 1e-13
 
 

@@ -15,27 +15,26 @@ from functools import lru_cache
 
 import torch
 
+from kvq.codecs.base import Encoded, WrappingCodec
 from kvq.codecs.meta import from_e4m3, to_e4m3
-from kvq.codecs.packed import Codec, Encoded, PackedKV, refuse_unstorable, wide
+from kvq.codecs.packed import PackedKV, refuse_unstorable, wide
+from kvq.codecs.spec import BLOCK_TOKENS, PartSpec, register_part
 from kvq.codecs.wrapping import by_token, with_sections
+from kvq.errors import RecipeError
 from kvq.pages.layout import Section, SideLayout
+from kvq.settings import check_choice, is_count
 
 ITERATIONS = 3
 _TINY = 1e-150
 
 
 @dataclass(frozen=True, kw_only=True)
-class LowRankCodec:
+class LowRankCodec(WrappingCodec):
     """rank: columns of the factors; block: tokens, a multiple of the inner codec's; form: ``float16`` or ``e4m3``."""
 
-    inner: Codec
     rank: int
     block: int
     form: str = "float16"
-
-    @property
-    def head_dim(self) -> int:
-        return self.inner.head_dim
 
     @property
     def block_tokens(self) -> int:
@@ -125,3 +124,34 @@ def _orthonormal(x: torch.Tensor) -> torch.Tensor:
 @lru_cache(maxsize=32)
 def _start(columns: int, rank: int) -> torch.Tensor:
     return torch.randn(columns, rank, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+@register_part("low_rank")
+@dataclass(frozen=True, kw_only=True)
+class LowRank(PartSpec):
+    """A low-rank approximation of what the codec left over, one per head and block of tokens (GEAR, arXiv 2403.05527).
+
+    rank     columns of the factors.
+    block    tokens of a block, which is quantized as a whole.
+    format   of the factors: ``float16`` or ``e4m3``.
+    """
+
+    rank: int
+    block: int
+    format: str = "float16"
+
+    order = 40
+    changes_input = False
+
+    def __post_init__(self):
+        if not is_count(self.rank):
+            raise RecipeError(f"low_rank.rank={self.rank!r} is not a rank: use a whole number of 1 or more.")
+        check_choice("low_rank.block", self.block, BLOCK_TOKENS)
+        check_choice("low_rank.format", self.format, ("float16", "e4m3"))
+
+    @property
+    def block_tokens(self) -> int:
+        return self.block
+
+    def wrap(self, inner, *, base, artefacts, heads) -> LowRankCodec:
+        return LowRankCodec(inner=inner, rank=self.rank, block=self.block, form=self.format)

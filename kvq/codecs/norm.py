@@ -16,30 +16,21 @@ from dataclasses import dataclass
 
 import torch
 
-from kvq.codecs.packed import Codec, Encoded, PackedKV, refuse_unstorable, wide
+from kvq.codecs.base import Encoded, StaticNumbers, WrappingCodec
+from kvq.codecs.packed import PackedKV, refuse_unstorable, wide
+from kvq.codecs.spec import CodecSpec, PartSpec, register_part
 from kvq.codecs.wrapping import by_token, with_sections
+from kvq.errors import RecipeError
 from kvq.pages.layout import Section, SideLayout
+from kvq.settings import check_choice
 
 
 @dataclass(frozen=True, kw_only=True)
-class NormedCodec:
+class NormedCodec(WrappingCodec):
     """over: ``head`` or ``token``; correct: None, ``length`` or ``least_squares``."""
 
-    inner: Codec
     over: str
     correct: str | None = None
-
-    @property
-    def head_dim(self) -> int:
-        return self.inner.head_dim
-
-    @property
-    def block_tokens(self) -> int:
-        return self.inner.block_tokens
-
-    @property
-    def page_tokens(self) -> int:
-        return self.inner.page_tokens
 
     def layout(self, page_tokens: int) -> SideLayout:
         return with_sections(self.inner.layout(page_tokens), Section(name="norm", shape=(), shared=self._shared))
@@ -92,6 +83,42 @@ class NormedCodec:
     def weighted_sum(self, packed: PackedKV, p: torch.Tensor) -> torch.Tensor:
         return self.inner.weighted_sum(packed.of(self.inner), p * self._by_token(packed, p.dtype))
 
+    def static_numbers(self) -> StaticNumbers | str:
+        return self.inner.static_numbers()
+
+    def compared(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        unit, size = self.unit(x)
+        numbers, scale = self.inner.compared(unit)
+        return numbers, scale * size.expand_as(scale)
+
     def _by_token(self, packed: PackedKV, dtype: torch.dtype) -> torch.Tensor:
         """[B, K or 1, 1, T]."""
         return self._spread(by_token(packed.sections["norm"], 0).to(dtype)).transpose(-1, -2)
+
+
+@register_part("norm")
+@dataclass(frozen=True, kw_only=True)
+class Norm(PartSpec):
+    """Every token is divided by its length before the codec, and multiplied after it.
+
+    over      ``head``: the length of the head's vector (TurboQuant, arXiv 2504.19874); ``token``: of all heads of the
+              layer that are stored alike together, stored once (OScaR, arXiv 2605.19660).
+    correct   which number is stored. Left out: the length itself. ``length``: what gives the decoded vector the length
+              of the exact one. ``least_squares``: what brings it nearest to the exact one.
+    """
+
+    over: str
+    correct: str | None = None
+
+    order = 20
+
+    def __post_init__(self):
+        check_choice("norm.over", self.over, ("head", "token"))
+        check_choice("norm.correct", self.correct, ("length", "least_squares"))
+
+    def check_codec(self, spec: CodecSpec) -> None:
+        if spec.has_static_ranges:
+            raise RecipeError("norm changes the numbers that scale=calibrated was fitted to: remove one of them.")
+
+    def wrap(self, inner, *, base, artefacts, heads) -> NormedCodec:
+        return NormedCodec(inner=inner, over=self.over, correct=self.correct)

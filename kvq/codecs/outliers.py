@@ -15,10 +15,14 @@ from dataclasses import dataclass
 
 import torch
 
+from kvq.codecs.base import Encoded, WrappingCodec
 from kvq.codecs.book import BookCodec
-from kvq.codecs.packed import Codec, Encoded, PackedKV, refuse_unstorable, wide
+from kvq.codecs.packed import PackedKV, refuse_unstorable, wide
+from kvq.codecs.spec import CodecSpec, PartSpec, register_part
 from kvq.codecs.wrapping import by_token, heads_apart, heads_together, with_sections
+from kvq.errors import RecipeError
 from kvq.pages.layout import Section, SideLayout
+from kvq.settings import check_choice, is_number
 
 
 def outlier_count(share: float, length: int) -> int:
@@ -27,29 +31,16 @@ def outlier_count(share: float, length: int) -> int:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SparseCodec:
+class SparseCodec(WrappingCodec):
     """count: outliers at each end; along: ``token`` or ``channel``; heads: heads that are stored together.
 
     static   codec whose static ranges say what lies outside; None: the extremes are outliers.
     """
 
-    inner: Codec
     count: int
     along: str
     heads: int
     static: BookCodec | None = None
-
-    @property
-    def head_dim(self) -> int:
-        return self.inner.head_dim
-
-    @property
-    def block_tokens(self) -> int:
-        return self.inner.block_tokens
-
-    @property
-    def page_tokens(self) -> int:
-        return self.inner.page_tokens
 
     def layout(self, page_tokens: int) -> SideLayout:
         if self.along == "token":
@@ -88,9 +79,10 @@ class SparseCodec:
         mean = (vectors.sum(-1, keepdim=True) - vectors.gather(-1, index).sum(-1, keepdim=True)) / others
         return self._back(vectors.scatter(-1, index, mean.expand(index.shape)), x), index
 
-    def masked(self, x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-        """x with NaN at the outliers."""
-        return self._back(self._vectors(x).scatter(-1, index, torch.nan), x)
+    def compared(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        filled, index = self.split(x)
+        numbers, scale = self.inner.compared(filled)
+        return self._back(self._vectors(numbers).scatter(-1, index, torch.nan), numbers), scale
 
     def _vectors(self, x: torch.Tensor) -> torch.Tensor:
         """Vectors in the last dimension: [..., T, K * D], or [..., K, blocks, D, block]."""
@@ -154,3 +146,41 @@ class SparseCodec:
 
 def _loaded(sections: Mapping[str, torch.Tensor], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     return sections["outlier_index"].to(torch.long), sections["outlier_value"].to(dtype)
+
+
+@register_part("outliers")
+@dataclass(frozen=True, kw_only=True)
+class Outliers(PartSpec):
+    """The most extreme numbers of every vector are stored exactly beside the codes, a fixed count of them.
+
+    share   of a vector's numbers, half of them at each end (at least one at each).
+    along   what a vector is: ``token`` (one token, all heads of the layer that are stored alike) or ``channel`` (one
+            channel of one block of tokens).
+    """
+
+    share: float
+    along: str
+
+    order = 50
+
+    def __post_init__(self):
+        if not is_number(self.share) or not 0 < self.share <= 1:
+            raise RecipeError(f"outliers.share={self.share!r} is not a share: use a number above 0 and at most 1.")
+        check_choice("outliers.along", self.along, ("token", "channel"))
+
+    def check_codec(self, spec: CodecSpec) -> None:
+        if self.along == "channel" and spec.block_tokens == 1:
+            raise RecipeError(
+                "outliers along channel are chosen among the tokens of a block, and this codec has none: use axis "
+                "channel, low_rank, or outliers along token."
+            )
+
+    @property
+    def outside_share(self) -> float:
+        return self.share
+
+    def wrap(self, inner, *, base, artefacts, heads) -> SparseCodec:
+        length = heads * inner.head_dim if self.along == "token" else inner.block_tokens
+        static = base if self.along == "token" and getattr(base, "static", None) is not None else None
+        count = outlier_count(self.share, length)
+        return SparseCodec(inner=inner, count=count, along=self.along, heads=heads, static=static)

@@ -1,59 +1,15 @@
-"""What codecs give and take, and PackedKV, the one value type for everything that is stored."""
+"""PackedKV, the one value type for everything that is stored, and what codecs share."""
 
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 
+from kvq.codecs.base import Codec, Encoded
 from kvq.errors import DataError
 from kvq.pages import bits as bits_ops
 from kvq.pages.layout import PLANE_FORMATS, SideLayout
-
-
-@dataclass(frozen=True, kw_only=True)
-class Encoded:
-    """A codec's answer for x [..., K, T, D].
-
-    codes      uint8 [..., K, T, D]; bytes of e4m3 numbers for that format.
-    sections   by name of the layout's sections: [..., K, rows, *shape], without K where the section is shared. A codec
-               that wraps another passes its own and the other's on together.
-    """
-
-    codes: torch.Tensor
-    sections: Mapping[str, torch.Tensor]
-
-
-class Codec(Protocol):
-    """Chooses numbers: tensor to codes and sections, and back. It has never seen a model.
-
-    head_dim       channels of a head.
-    block_tokens   the smallest number of consecutive tokens that can be encoded alone.
-    page_tokens    the smallest page that holds whole blocks.
-    """
-
-    head_dim: int
-    block_tokens: int
-    page_tokens: int
-
-    def layout(self, page_tokens: int) -> SideLayout:
-        """The page layout of what ``encode`` gives."""
-
-    def encode(self, x: torch.Tensor) -> Encoded:
-        """Encode x [..., K, T, D], whole blocks. Codes do not depend on batch neighbours or on later tokens."""
-
-    def decode(self, encoded: Encoded, dtype: torch.dtype) -> torch.Tensor:
-        """The numbers that the codes stand for, [..., K, T, D]."""
-
-    def scores(self, packed: "PackedKV", q: torch.Tensor) -> torch.Tensor:
-        """Products of q [B, K, M, D] with every token of the pages, [B, K, M, T].
-
-        ``dequantized_scores`` serves every codec; one that can multiply without decoding does better.
-        """
-
-    def weighted_sum(self, packed: "PackedKV", p: torch.Tensor) -> torch.Tensor:
-        """sum_t p[..., t] * token t, [B, K, M, D]; likewise ``dequantized_sum``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,16 +70,6 @@ class PackedKV:
     @property
     def nbytes(self) -> int:
         return self.words.nbytes + sum(numbers.nbytes for numbers in self.sections.values())
-
-
-def dequantized_scores(packed: PackedKV, q: torch.Tensor) -> torch.Tensor:
-    """``Codec.scores`` of any codec: decode, then multiply."""
-    return q @ packed.dequantize(q.dtype).transpose(-1, -2)
-
-
-def dequantized_sum(packed: PackedKV, p: torch.Tensor) -> torch.Tensor:
-    """``Codec.weighted_sum`` of any codec: decode, then multiply."""
-    return p @ packed.dequantize(p.dtype)
 
 
 def refuse_unstorable(form: str, *numbers: torch.Tensor) -> None:

@@ -9,30 +9,20 @@ from dataclasses import dataclass
 
 import torch
 
-from kvq.codecs.packed import Codec, Encoded, PackedKV, refuse_unstorable, wide
+from kvq.codecs.base import Encoded, WrappingCodec
+from kvq.codecs.packed import PackedKV, refuse_unstorable, wide
 from kvq.codecs.projections import directions, estimate, from_bytes, project, to_bytes, unbiasing
+from kvq.codecs.spec import PartSpec, register_part
 from kvq.codecs.wrapping import by_token, with_sections
 from kvq.pages.layout import Section, SideLayout
+from kvq.settings import check_seed
 
 
 @dataclass(frozen=True, kw_only=True)
-class SignedCodec:
+class SignedCodec(WrappingCodec):
     """seed: of the directions."""
 
-    inner: Codec
     seed: int = 0
-
-    @property
-    def head_dim(self) -> int:
-        return self.inner.head_dim
-
-    @property
-    def block_tokens(self) -> int:
-        return self.inner.block_tokens
-
-    @property
-    def page_tokens(self) -> int:
-        return self.inner.page_tokens
 
     def layout(self, page_tokens: int) -> SideLayout:
         return with_sections(
@@ -73,3 +63,23 @@ class SignedCodec:
         """Signs [B, K, T, D], and lengths times the constant of the estimate [B, K, T]."""
         signs = from_bytes(by_token(packed.sections["sign_bits"], 1), dtype)
         return signs, by_token(packed.sections["sign_norm"], 0).to(dtype) * (unbiasing(self.head_dim) / self.head_dim)
+
+
+@register_part("signs")
+@dataclass(frozen=True, kw_only=True)
+class Signs(PartSpec):
+    """One more bit a channel: the signs of a random projection of what the codec left over (TurboQuant's QJL term).
+
+    seed   of the projection.
+    """
+
+    seed: int = 0
+
+    order = 30
+    changes_input = False
+
+    def __post_init__(self):
+        check_seed("signs.seed", self.seed)
+
+    def wrap(self, inner, *, base, artefacts, heads) -> SignedCodec:
+        return SignedCodec(inner=inner, seed=self.seed)

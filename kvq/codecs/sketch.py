@@ -14,14 +14,19 @@ from dataclasses import dataclass
 
 import torch
 
-from kvq.codecs.packed import Encoded, PackedKV, dequantized_sum, refuse_unstorable, unpack_pages, wide
+from kvq.codecs.affine import BITS, check_bits
+from kvq.codecs.base import Codec, Encoded
+from kvq.codecs.packed import PackedKV, refuse_unstorable, unpack_pages, wide
 from kvq.codecs.projections import directions, estimate, from_bytes, project, to_bytes, unbiasing
+from kvq.codecs.spec import BLOCK_TOKENS, CodecSpec, register_codec
 from kvq.codecs.wrapping import by_token
-from kvq.pages.layout import DEFAULT_PAGE_TOKENS, Section, SideLayout
+from kvq.errors import RecipeError
+from kvq.pages.layout import Section, SideLayout
+from kvq.settings import check_choice, check_seed, is_count
 
 
 @dataclass(frozen=True, kw_only=True)
-class SketchCodec:
+class SketchCodec(Codec):
     """bits: projections per channel (2, 3, 4, 8); group: tokens that share their outlier channels, 1 without any."""
 
     bits: int
@@ -34,10 +39,6 @@ class SketchCodec:
     @property
     def block_tokens(self) -> int:
         return self.group
-
-    @property
-    def page_tokens(self) -> int:
-        return max(DEFAULT_PAGE_TOKENS, self.group)
 
     @property
     def _outlier_seed(self) -> int:
@@ -130,5 +131,49 @@ class SketchCodec:
         turned = q @ (directions(self.head_dim, count, seed) * (unbiasing(self.head_dim) / count)).to(q)
         return ((turned @ signs.transpose(-1, -2)) * length.unsqueeze(-2)).transpose(2, 3).flatten(-2)
 
-    def weighted_sum(self, packed: PackedKV, p: torch.Tensor) -> torch.Tensor:
-        return dequantized_sum(packed, p)
+
+@register_codec("sketch")
+@dataclass(frozen=True, kw_only=True)
+class Sketch(CodecSpec):
+    """Signs of random projections, keys only.
+
+    bits               projections per channel, 2, 3, 4 or 8.
+    seed               of the projections.
+    outlier_channels   channels of a group of tokens that have a sketch of their own; outlier_bits: its projections per
+                       channel of the head; group: consecutive tokens that share these channels.
+    """
+
+    bits: int
+    seed: int | None = None
+    outlier_channels: int | None = None
+    outlier_bits: int | None = None
+    group: int | None = None
+
+    is_placeable = is_wrappable = False
+    keys_only = "estimates products with queries"
+
+    def check(self) -> None:
+        check_bits(self.bits, BITS)
+        check_seed("seed", self.seed)
+        outliers = [getattr(self, name) is not None for name in ("outlier_channels", "outlier_bits", "group")]
+        if any(outliers) != all(outliers):
+            raise RecipeError("outlier_channels, outlier_bits and group belong together: give all of them, or none.")
+        if all(outliers):
+            check_choice("group", self.group, BLOCK_TOKENS)
+            for name in ("outlier_channels", "outlier_bits"):
+                if not is_count(getattr(self, name)):
+                    raise RecipeError(f"{name}={getattr(self, name)!r} is not a count: use 1 or more.")
+
+    @property
+    def own_block_tokens(self) -> int:
+        return self.group or 1
+
+    def bind(self, head_dim, artefacts, heads) -> SketchCodec:
+        return SketchCodec(
+            bits=self.bits,
+            head_dim=head_dim,
+            seed=self.seed or 0,
+            outlier_channels=self.outlier_channels or 0,
+            outlier_bits=self.outlier_bits or 0,
+            group=self.group or 1,
+        )

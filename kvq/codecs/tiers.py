@@ -12,14 +12,17 @@ from functools import cached_property
 
 import torch
 
-from kvq.codecs.affine import AffineCodec
-from kvq.codecs.packed import Encoded, PackedKV, dequantized_scores, dequantized_sum, pack_pages, unpack_pages
+from kvq.codecs.affine import BITS, METADATA, AffineCodec, check_clip
+from kvq.codecs.base import Codec, Encoded
+from kvq.codecs.packed import pack_pages, unpack_pages
+from kvq.codecs.spec import BLOCK_TOKENS, CodecSpec, register_codec
 from kvq.errors import RecipeError
-from kvq.pages.layout import ATOM, DEFAULT_PAGE_TOKENS, Section, SideLayout
+from kvq.pages.layout import ATOM, Section, SideLayout
+from kvq.settings import check_choice
 
 
 @dataclass(frozen=True, kw_only=True)
-class TiersCodec:
+class TiersCodec(Codec):
     """bits of each tier, 0, 2, 3, 4 or 8; group: consecutive tokens of a channel that share a scale; meta as affine.
 
     clip   share of a group's range that the codes of a tier span, as affine; empty: the whole range.
@@ -44,10 +47,6 @@ class TiersCodec:
     @property
     def block_tokens(self) -> int:
         return self.group
-
-    @property
-    def page_tokens(self) -> int:
-        return max(DEFAULT_PAGE_TOKENS, self.group)
 
     @cached_property
     def tiers(self) -> tuple[tuple[str, slice, AffineCodec], ...]:
@@ -100,13 +99,52 @@ class TiersCodec:
             out[..., channels] = codec.decode(own, dtype)
         return out
 
-    def scores(self, packed: PackedKV, q: torch.Tensor) -> torch.Tensor:
-        return dequantized_scores(packed, q)
-
-    def weighted_sum(self, packed: PackedKV, p: torch.Tensor) -> torch.Tensor:
-        return dequantized_sum(packed, p)
-
 
 def _own(sections: Mapping[str, torch.Tensor], name: str) -> dict[str, torch.Tensor]:
     """One tier's sections, by the names that its codec gave them."""
     return {part.removeprefix(f"{name}_"): numbers for part, numbers in sections.items() if part.startswith(f"{name}_")}
+
+
+@register_codec("tiers")
+@dataclass(frozen=True, kw_only=True)
+class Tiers(CodecSpec):
+    """Affine codes along the channel axis, with bits of their own for equal parts of the channels.
+
+    bits    one number for each part, 2, 3, 4 or 8, or 0 for one that is not stored.
+    group   consecutive tokens of a channel that share a scale.
+    clip    as of affine, one number for each tier, or one for all.
+    meta    as of affine.
+    """
+
+    bits: tuple[int, ...]
+    group: int
+    clip: float | tuple[float, ...] | None = None
+    meta: str | None = None
+
+    is_wrappable = False
+
+    def check(self) -> None:
+        check_choice("meta", self.meta, METADATA, "metadata of tiers")
+        if not isinstance(self.bits, list | tuple) or not self.bits:
+            raise RecipeError(f"bits={self.bits!r} are not tiers: give a list such as [4, 2, 2, 2].")
+        object.__setattr__(self, "bits", tuple(self.bits))
+        for width in self.bits:
+            if isinstance(width, bool) or width not in (0, *BITS):
+                raise RecipeError(f"bits={width!r} of a tier is not a packed width: use one of 0, 2, 3, 4, 8.")
+        if not any(self.bits):
+            raise RecipeError("every tier has 0 bits, so nothing would be stored: give one of them bits.")
+        check_choice("group", self.group, BLOCK_TOKENS, "a block of tokens")
+        if isinstance(self.clip, list | tuple):
+            object.__setattr__(self, "clip", tuple(self.clip))
+            if len(self.clip) != len(self.bits):
+                raise RecipeError(f"clip={list(self.clip)!r} does not name a share for each of {len(self.bits)} tiers.")
+        for share in self.clip if isinstance(self.clip, tuple) else (self.clip,):
+            check_clip(share)
+
+    @property
+    def own_block_tokens(self) -> int:
+        return self.group
+
+    def bind(self, head_dim, artefacts, heads) -> TiersCodec:
+        clip = self.clip if isinstance(self.clip, tuple) else (self.clip,) * len(self.bits) if self.clip else ()
+        return TiersCodec(bits=self.bits, group=self.group, head_dim=head_dim, meta=self.meta or "float16", clip=clip)

@@ -29,6 +29,7 @@ from transformers import PretrainedConfig
 from kvq import __version__
 from kvq.cache import CachePlan, make_plan
 from kvq.calib.artefacts import check_artefacts, needed_artefacts
+from kvq.codecs import Artefact
 from kvq.errors import CheckpointError
 from kvq.models.describe import ModelSpec, describe
 from kvq.models.resolve import INDEX_FILE, check_weights, read_header
@@ -246,7 +247,7 @@ def _own_spec(config: Mapping[str, Any], folder: Path, model_config: PretrainedC
     return spec
 
 
-def _read_artefacts(content: bytes, needed: Mapping[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
+def _read_artefacts(content: bytes, needed: Mapping[str, Artefact]) -> dict[str, torch.Tensor]:
     try:
         tensors = load(content)
     except (SafetensorError, ValueError, KeyError, TypeError):

@@ -24,7 +24,7 @@ from kvq.exporting.targets.scheme import engine_view
 from kvq.models.describe import ModelSpec, describe
 from kvq.models.resolve import load_config
 from kvq.recipe import Recipe, load_recipe, parse_recipe
-from kvq.specs import Transforms
+from kvq.transform_specs import Transforms
 
 
 def is_served(folder: Path) -> bool:
@@ -85,7 +85,7 @@ def _artefacts(recipe: Recipe, scales: Scales, largest: bool) -> dict[str, torch
     for (layer, side), scale in scales.found.items():
         numbers = scale.double().flatten()
         numbers = numbers.max().expand_as(numbers) if largest else numbers
-        by_head = getattr(recipe, side).granularity == "head"
+        by_head = getattr(recipe, side).has_head_scales
         found[artefact_name(layer, side, "scale")] = numbers if by_head else numbers.reshape(())
     return found
 

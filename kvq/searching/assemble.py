@@ -4,12 +4,14 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from kvq.codecs import CodecSpec
+from kvq.heads import HeadSpec
 from kvq.models.describe import LayerSpec
 from kvq.pages.layout import SIDES
 from kvq.recipe import Recipe
 from kvq.searching.allocate import Allocation
 from kvq.searching.space import Option, Space
-from kvq.specs import CodecSpec, HeadSpec, build_transforms
+from kvq.transform_specs import build_transforms
 
 
 def recipe_of(allocation: Allocation, space: Space, layers: Mapping[int, LayerSpec], name: str, summary: str) -> Recipe:

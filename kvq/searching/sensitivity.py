@@ -21,12 +21,12 @@ from dataclasses import dataclass
 from transformers import PreTrainedModel
 
 from kvq.errors import DataError
+from kvq.heads import TokenPolicy
 from kvq.pages.layout import SIDES
 from kvq.searching.journal import Journal
 from kvq.searching.measure import Damage, Probe
 from kvq.searching.space import Option
 from kvq.searching.variants import Variants
-from kvq.specs import TokenPolicy
 
 # Options whose error is within this factor of the best at no more bits stay: the scan is a proxy.
 SLACK = 1.05

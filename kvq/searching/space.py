@@ -17,15 +17,17 @@ import yaml
 from kvq.cache import make_plan
 from kvq.calib.artefacts import fit_artefacts
 from kvq.calib.stats import Stats
+from kvq.codecs import CodecSpec, codec_spec, parse_codec
 from kvq.errors import DataError, KvqError, RecipeError
-from kvq.fields import build, refuse_unknown
+from kvq.heads import TokenPolicy
 from kvq.models.describe import ModelSpec
 from kvq.pages.layout import SIDES
 from kvq.recipe import Recipe
-from kvq.specs import CodecSpec, TokenPolicy, Transforms, build_transforms
+from kvq.settings import build, refuse_unknown
+from kvq.transform_specs import Transforms, build_transforms
 
 # What stands on the side that an option leaves alone, where a plan needs something there.
-PARTNER = CodecSpec(codec="affine", bits=8, axis="token", group="head")
+PARTNER = codec_spec(codec="affine", bits=8, axis="token", group="head")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +133,7 @@ def _family(side, family, model, stats, policies: Sequence[TokenPolicy]):
         own = _resolved(dict(zip(vary, values)))
         name = " ".join([str(family.get("name")), *(f"{key}={_short(value)}" for key, value in own.items())])
         try:
-            codec = build(CodecSpec, {**family["codec"], **own}, name)
+            codec = parse_codec({**family["codec"], **own}, name)
             option = Option(side=side, name=name, family=str(family.get("name")), chain=chain, codec=codec)
             _check(option, model, stats, policies)
         except (KvqError, KeyError) as error:
@@ -144,7 +146,7 @@ def _check(option: Option, model: ModelSpec, stats: Stats | None, policies: Sequ
     """Refuse what no recipe may hold, or what this model or these statistics do not allow."""
     if option.chain and stats is None and any(step["kind"] != "hadamard" for step in option.chain):
         raise DataError("its transforms need statistics: pass --stats")
-    if option.codec.codec == "exact":
+    if option.codec.is_exact:
         raise RecipeError("one exact side beside a quantized one is not stored")
     for policy in policies:
         recipe = option.recipe(policy)

@@ -10,11 +10,11 @@ import torch
 from kvq.cache import CachePlan, HeadGroup, make_plan
 from kvq.calib.stats import Stats
 from kvq.errors import KvqError, RecipeError
+from kvq.heads import TokenPolicy
 from kvq.models.describe import LayerSpec, ModelSpec
 from kvq.pages.flush import FlushRule
 from kvq.pages.layout import SIDES
 from kvq.searching.space import Option, Space, artefacts_of
-from kvq.specs import TokenPolicy
 
 # A window that no text leaves: what is not measured stays exact.
 _ENDLESS = 1 << 40

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from kvq.errors import RecipeError
-from kvq.specs import TransformSpec
+from kvq.transform_specs import TransformSpec
 from kvq.transforms.align import fit_align
 from kvq.transforms.balance import fit_balance
 from kvq.transforms.chain import Chain, Step

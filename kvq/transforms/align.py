@@ -13,7 +13,7 @@ import math
 
 import torch
 
-from kvq.specs import TransformSpec
+from kvq.transform_specs import TransformSpec
 from kvq.transforms.evidence import Evidence
 
 

@@ -17,7 +17,7 @@ import torch
 
 from kvq.errors import DataError
 from kvq.kernels.rotate.hadamard_matrix import hadamard_matrix
-from kvq.specs import TransformSpec
+from kvq.transform_specs import TransformSpec
 from kvq.transforms.evidence import Evidence
 
 # Share of a channel's own moment that is added to it: measured moments of dead directions are noise.

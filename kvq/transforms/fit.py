@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import torch
 
-from kvq.specs import TransformSpec
+from kvq.transform_specs import TransformSpec
 from kvq.transforms import KINDS, build_chain
 from kvq.transforms.evidence import Evidence
 

@@ -18,12 +18,12 @@ from typing import Protocol
 
 import torch
 
-from kvq.specs import TransformSpec
+from kvq.transform_specs import TransformSpec
 from kvq.transforms.align import pair_numbers
 from kvq.transforms.cayley import cayley, cayley_step, orthonormal
 from kvq.transforms.chain import Step
 from kvq.transforms.evidence import Evidence
-from kvq.transforms.objective import Probe, fake_quantized, probes_error, spread, stored
+from kvq.transforms.objective import Probe, probes_error, spread, stored
 from kvq.transforms.steps import Diagonal, Pairs
 
 DEFAULT_STEPS = 200
@@ -223,9 +223,7 @@ def learn(spec: TransformSpec, evidence: Evidence) -> Learned:
     probes = [Probe.of(evidence, window, spread(window, QUERIES)) for window in evidence.windows[-held:]]
     learnable = LEARNABLES[spec.kind](evidence)
 
-    def quantize(x: torch.Tensor) -> torch.Tensor:
-        return fake_quantized(x, evidence.codec)
-
+    quantize = evidence.codec.fake_quantized
     losses, trials, best = [], [], None
     for count in range(steps + 1):
         if count % max(1, steps // TRIALS) == 0 or count == steps:

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 import torch
 
-from kvq.codecs import AffineCodec, Codec
 from kvq.transforms.evidence import Evidence, Window
 
 
@@ -118,20 +117,3 @@ def stored(evidence: Evidence, probe: Probe, step, quantize: Callable) -> torch.
     written = step.write(x)
     mean = step.write(evidence.mean(evidence.side).to(x).unsqueeze(-2)) if evidence.centred else 0
     return step.undo(evidence.after.undo(quantize(evidence.after.write(written - mean))) + mean)
-
-
-def fake_quantized(x: torch.Tensor, codec: Codec) -> torch.Tensor:
-    """What the codec gives back for x [..., T, D], with gradients: straight through rounding and, for affine codes,
-    through scale and minimum to the numbers that set them. fp16 rounding of the metadata is left out there."""
-    if not isinstance(codec, AffineCodec) or codec.symmetric:
-        return x + (codec.decode(codec.encode(x.detach()), x.dtype) - x.detach())
-    grouped = codec.grouping.split(x)
-    low, high = torch.aminmax(grouped, dim=codec.grouping.dim, keepdim=True)
-    if codec.clip < 1:
-        cut = (high - low) * ((1 - codec.clip) / 2)
-        low, high = low + cut, high - cut
-    steps = 2**codec.bits - 1
-    scale = ((high - low) / steps).clamp_min(torch.finfo(torch.float16).tiny)
-    codes = (grouped - low) / scale
-    codes = (codes + (codes.round() - codes).detach()).clamp(0, steps)
-    return codec.grouping.join(codes * scale + low)

@@ -11,7 +11,7 @@ import torch
 
 from kvq.errors import UnsupportedModelError
 from kvq.models.rope import Rope
-from kvq.specs import TransformSpec
+from kvq.transform_specs import TransformSpec
 from kvq.transforms.chain import Chain
 from kvq.transforms.evidence import Evidence
 

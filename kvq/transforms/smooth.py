@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import torch
 
 from kvq.errors import DataError
-from kvq.specs import TransformSpec
+from kvq.transform_specs import TransformSpec
 from kvq.transforms.evidence import Evidence
 from kvq.transforms.objective import attention_errors
 from kvq.transforms.steps import Diagonal

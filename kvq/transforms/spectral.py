@@ -11,7 +11,7 @@ rotation for all heads of a layer.
 import torch
 
 from kvq.kernels.rotate.hadamard_matrix import hadamard_matrix
-from kvq.specs import TransformSpec
+from kvq.transform_specs import TransformSpec
 from kvq.transforms.evidence import Evidence
 
 

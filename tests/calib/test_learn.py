@@ -13,7 +13,6 @@ from kvq.calib.evidence import Source
 from kvq.calib.learn import fit_name, learn_fits, learned_steps
 from kvq.calib.needs import needs_of
 from kvq.calib.stats import Stats
-from kvq.codecs import build_codec
 from kvq.errors import DataError, RecipeError, UnsupportedModelError
 from kvq.models.describe import describe
 from kvq.recipe import parse_recipe
@@ -130,7 +129,7 @@ def test_evidence_holds_the_weights_that_read_the_cache(measured):
     mine = recipe([{"kind": "balance"}], [{"kind": "balance"}], tokens={"sinks": 2, "window": 0})
     folder, spec, stats = measured(mine, attention_bias=True)
     head = mine.for_head(1, 0, 2)
-    codec = build_codec(head.key, 16)
+    codec = head.key.build(16)
     found = Source(spec, stats, folder).evidence(spec.full_layers[1], "key", head, codec)
     from safetensors.torch import load_file
 

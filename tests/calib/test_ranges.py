@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from kvq.calib.kinds import Histogram, Range
-from kvq.calib.ranges import channel_order, channel_ranges, static_tensors
+from kvq.calib.measured import MeasuredLayer
 from kvq.calib.stats import LayerStats
-from kvq.codec_specs import CodecSpec
+from kvq.codecs import codec_spec
+from kvq.codecs.book import channel_ranges
+from kvq.codecs.permute import channel_order
 from kvq.errors import DataError
 
 
@@ -24,14 +26,18 @@ def layer(keys):
     return LayerStats({"key_pre.range": Range.observe(keys), "key_pre.histogram": Histogram.observe(keys)})
 
 
+def measured(layer: LayerStats, tensor: str = "key_pre", heads: int = 3) -> MeasuredLayer:
+    return MeasuredLayer(layer, 0, tensor, tuple(range(heads)))
+
+
 def test_without_outliers_a_range_spans_all_numbers(keys, layer):
-    half, middle = channel_ranges(layer, "key_pre", 0).unbind(-1)
+    half, middle = channel_ranges(measured(layer), 0).unbind(-1)
     assert torch.allclose(middle - half, keys.amin((0, 2)).double(), atol=1e-6)
     assert torch.allclose(middle + half, keys.amax((0, 2)).double(), atol=1e-6)
 
 
 def test_with_outliers_it_spans_all_but_their_share(keys, layer):
-    half, middle = channel_ranges(layer, "key_pre", 0.02).unbind(-1)
+    half, middle = channel_ranges(measured(layer), 0.02).unbind(-1)
     outside = ((keys[0].double() - middle.unsqueeze(1)).abs() > half.unsqueeze(1)).double().mean(1)
     assert outside.mean().item() == pytest.approx(0.02, abs=0.004)
     for end, q in ((middle - half, 0.01), (middle + half, 0.99)):
@@ -42,20 +48,20 @@ def test_with_outliers_it_spans_all_but_their_share(keys, layer):
 
 def test_a_channel_that_never_changes_has_a_range_to_divide_by():
     still = LayerStats({"value.range": Range.observe(torch.full((1, 1, 50, 16), 2.5))})
-    half, middle = channel_ranges(still, "value", 0).unbind(-1)
+    half, middle = channel_ranges(measured(still, "value", 1), 0).unbind(-1)
     assert (half > 0).all()
     assert (middle == 2.5).all()
 
 
 def test_heads_get_their_own_rows_and_the_tensor_follows_the_placement(layer):
-    spec = CodecSpec(
+    spec = codec_spec(
         codec="book", bits=3, levels="uniform", scale="calibrated", placement="pre_rope",
         outliers={"share": 0.02, "along": "token"},
     )  # fmt: skip
-    found = static_tensors(spec, layer, 0, "key", (2, 0))
-    assert torch.equal(found["range"], channel_ranges(layer, "key_pre", 0.02)[[2, 0]])
+    found = spec.fit(MeasuredLayer(layer, 0, spec.tensor("key"), (2, 0)))
+    assert torch.equal(found["range"], channel_ranges(measured(layer), 0.02)[[2, 0]])
     with pytest.raises(DataError, match=r"no 'key.range'"):
-        static_tensors(CodecSpec(codec="book", bits=3, levels="uniform", scale="calibrated"), layer, 0, "key", (0,))
+        codec_spec(codec="book", bits=3, levels="uniform", scale="calibrated").fit(measured(layer, "key", 1))
 
 
 def spread_within(ends, order, group):
@@ -83,6 +89,6 @@ def test_small_cases_are_cut_as_well_as_can_be():
     ("codec", "more", "top"), [("float8", {}, 448), ("float4", {"group": 16, "meta": "e4m3"}, 2688)]
 )
 def test_scales_map_the_largest_number_to_the_largest_of_the_format(layer, codec, more, top):
-    spec = CodecSpec(codec=codec, scale="calibrated", placement="pre_rope", **more)
-    found = static_tensors(spec, layer, 0, "key", (0, 1, 2))["scale"]
+    spec = codec_spec(codec=codec, scale="calibrated", placement="pre_rope", **more)
+    found = spec.fit(measured(layer, spec.tensor("key")))["scale"]
     assert float(found) == pytest.approx(float(layer["key_pre.range"].absmax.max()) / top)

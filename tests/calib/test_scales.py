@@ -4,15 +4,15 @@ import pytest
 import torch
 
 from kvq.calib.kinds import Histogram, Range
-from kvq.calib.scales import float8_scale
+from kvq.calib.measured import MeasuredLayer
 from kvq.calib.stats import LayerStats
-from kvq.codec_specs import CodecSpec
+from kvq.codecs import CodecSpec, codec_spec
 from kvq.codecs.float8 import Float8Codec
 from kvq.errors import DataError
 
 
 def spec(**settings) -> CodecSpec:
-    return CodecSpec(codec="float8", scale="calibrated", **settings)
+    return codec_spec(codec="float8", scale="calibrated", **settings)
 
 
 def numbers(heads=3, tokens=4000, width=8, tail=1.0) -> torch.Tensor:
@@ -29,7 +29,8 @@ def layer_of(x: torch.Tensor) -> LayerStats:
 
 
 def scale_of(layer: LayerStats, side: str, wanted: CodecSpec, index: int = 0) -> torch.Tensor:
-    return float8_scale(wanted, layer[f"{side}.range"].absmax, index, side, layer)
+    heads = tuple(range(len(layer[f"{side}.range"].absmax)))
+    return wanted.fit(MeasuredLayer(layer, index, side, heads))["scale"]
 
 
 def error(x: torch.Tensor, scale: float) -> float:
@@ -99,7 +100,7 @@ def test_statistics_that_cannot_be_used():
     with pytest.raises(DataError, match="layer 7 hold a key maximum of inf"):
         scale_of(layer_of(x), "key", spec(), index=7)
     with pytest.raises(DataError, match="there is none of keys after transforms: use max"):
-        float8_scale(spec(method="mse"), torch.ones(2, 8), 0, "key")
+        spec(method="mse").fit(MeasuredLayer(layer_of(numbers()), 0, "key", (0, 1), torch.ones(2, 8)))
     lean = LayerStats({"key.range": Range.observe(numbers())})
     with pytest.raises(DataError, match=r"hold no 'key\.histogram': run 'kvq calibrate' again with --for"):
         scale_of(lean, "key", spec(method="mse"))

@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from kvq.codec_specs import CodecSpec
-from kvq.codecs import build_codec
+from kvq.codecs import CodecSpec, codec_spec
 
 HEAD_DIM, HEADS = 32, 3
 
@@ -62,7 +61,7 @@ def artefacts_of(spec: CodecSpec, heads: int = HEADS, head_dim: int = HEAD_DIM) 
     """Tensors as calibration would make them, made up."""
     generator = torch.Generator().manual_seed(7)
     found = {"scale": torch.tensor(0.02)}
-    if spec.levels == "calibrated":
+    if spec.learns_levels:
         levels = torch.rand(2**spec.bits, generator=generator, dtype=torch.float64).mul(2).sub(1).sort().values
         found |= {"levels": levels + 0.01, "edges": (levels[1:] + levels[:-1]) / 2}
     width = torch.rand(heads, head_dim, generator=generator, dtype=torch.float64) * 3 + 4
@@ -73,17 +72,17 @@ def artefacts_of(spec: CodecSpec, heads: int = HEADS, head_dim: int = HEAD_DIM) 
 
 @pytest.fixture(params=sorted(SPECS))
 def spec(request) -> CodecSpec:
-    return CodecSpec(**SPECS[request.param])
+    return codec_spec(**SPECS[request.param])
 
 
 @pytest.fixture
 def specs() -> list[CodecSpec]:
-    return [CodecSpec(**settings) for settings in SPECS.values()]
+    return [codec_spec(**settings) for settings in SPECS.values()]
 
 
 @pytest.fixture
 def codec(spec):
-    return build_codec(spec, HEAD_DIM, artefacts_of(spec), HEADS)
+    return spec.build(HEAD_DIM, artefacts_of(spec), HEADS)
 
 
 @pytest.fixture

@@ -3,15 +3,14 @@
 import pytest
 import torch
 
-from kvq.codec_specs import CodecSpec
-from kvq.codecs import AffineCodec, build_codec
+from kvq.codecs import AffineCodec, codec_spec
 from kvq.codecs.levels import lloyd_max, make_levels
 
 HEAD_DIM, HEADS = 32, 3
 
 
 def codec_of(artefacts=None, **settings):
-    return build_codec(CodecSpec(codec="book", **settings), HEAD_DIM, artefacts, HEADS)
+    return codec_spec(codec="book", **settings).build(HEAD_DIM, artefacts, HEADS)
 
 
 def half(x: float) -> float:

@@ -7,8 +7,8 @@ from fractions import Fraction
 import pytest
 import torch
 
-from kvq.codec_specs import CodecSpec
-from kvq.codecs import Float4Codec, build_codec
+from kvq.codecs import codec_spec
+from kvq.codecs.float4 import Float4Codec
 from kvq.errors import RecipeError
 
 E2M1 = [Fraction(0), Fraction(1, 2), Fraction(1), Fraction(3, 2), Fraction(2), Fraction(3), Fraction(4), Fraction(6)]
@@ -138,4 +138,4 @@ def _signed(codes: list[int]) -> torch.Tensor:
 
 def test_a_block_that_does_not_divide_the_head_is_refused():
     with pytest.raises(RecipeError, match="does not divide head_dim=80"):
-        build_codec(CodecSpec(codec="float4", group=32, meta="e8m0"), 80)
+        codec_spec(codec="float4", group=32, meta="e8m0").build(80)

@@ -3,14 +3,13 @@
 import pytest
 import torch
 
-from kvq.codec_specs import CodecSpec
-from kvq.codecs import build_codec
+from kvq.codecs import codec_spec
 from kvq.codecs.levels import lloyd_max
 from kvq.kernels.rotate.hadamard_matrix import hadamard_matrix
 
 
 def codec_of(head_dim, heads=1, **settings):
-    return build_codec(CodecSpec(**settings), head_dim, {}, heads)
+    return codec_spec(**settings).build(head_dim, {}, heads)
 
 
 def round_trip(codec, x):

@@ -3,15 +3,14 @@
 import pytest
 import torch
 
-from kvq.codec_specs import CodecSpec
-from kvq.codecs import build_codec
+from kvq.codecs import codec_spec
 from kvq.codecs.outliers import outlier_count
 
 HEAD_DIM, HEADS = 32, 3
 
 
 def codec_of(artefacts=None, **settings):
-    return build_codec(CodecSpec(**settings), HEAD_DIM, artefacts or {}, HEADS)
+    return codec_spec(**settings).build(HEAD_DIM, artefacts or {}, HEADS)
 
 
 def round_trip(codec, x):
@@ -106,8 +105,8 @@ def test_counts(share, length, count):
 
 def test_the_smallest_index_type_that_holds_a_token():
     for heads, dtype in ((8, "uint8"), (9, "int16")):
-        spec = CodecSpec(codec="affine", bits=2, axis="token", group="head", outliers={"share": 0.1, "along": "token"})
-        layout = build_codec(spec, HEAD_DIM, {}, heads).layout(64)
+        spec = codec_spec(codec="affine", bits=2, axis="token", group="head", outliers={"share": 0.1, "along": "token"})
+        layout = spec.build(HEAD_DIM, {}, heads).layout(64)
         assert {s.name: s.dtype for s in layout.extras}["outlier_index"] == dtype
 
 
@@ -116,7 +115,7 @@ def test_gear_is_sparse_plus_backbone_plus_low_rank(numbers):
     x = numbers(1, 64, heads=1)
     spec = {"codec": "affine", "bits": 2, "axis": "channel", "group": 64}
     spec |= {"low_rank": {"rank": 4, "block": 64}, "outliers": {"share": 0.04, "along": "channel"}}
-    codec = build_codec(CodecSpec(**spec), HEAD_DIM, {}, 1)
+    codec = codec_spec(**spec).build(HEAD_DIM, {}, 1)
     dense, kept = torch.empty(64, HEAD_DIM, dtype=torch.float64), torch.zeros(64, HEAD_DIM, dtype=torch.bool)
     filled = x[0, 0].clone()
     for c in range(HEAD_DIM):
@@ -132,5 +131,5 @@ def test_gear_is_sparse_plus_backbone_plus_low_rank(numbers):
     # Three iterations come near to the best approximation.
     assert (found - x[0, 0]).norm() < 1.03 * (expected - x[0, 0]).norm()
     assert (found - expected)[kept].abs().max() < 1e-2
-    backbone = build_codec(CodecSpec(**{k: spec[k] for k in ("codec", "bits", "axis", "group")}), HEAD_DIM)
+    backbone = codec_spec(**{k: spec[k] for k in ("codec", "bits", "axis", "group")}).build(HEAD_DIM)
     assert (found - x[0, 0]).norm() < 0.8 * (round_trip(backbone, x)[0, 0] - x[0, 0]).norm()

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from kvq.codec_specs import CodecSpec
-from kvq.codecs import PackedKV, SketchCodec, build_codec
+from kvq.codecs import PackedKV, codec_spec
 from kvq.codecs.projections import directions, from_bytes, project, to_bytes, unbiasing
+from kvq.codecs.sketch import SketchCodec
 
 D = 64
 SEEDS = 1000
@@ -92,7 +92,7 @@ def test_a_sign_does_not_depend_on_neighbours():
 
 def turboquant(bits, seed=None):
     settings = {"codec": "book", "bits": bits, "levels": "lloyd_max", "scale": "unit", "norm": {"over": "head"}}
-    return build_codec(CodecSpec(**settings, signs=None if seed is None else {"seed": seed}), D)
+    return codec_spec(**settings, signs=None if seed is None else {"seed": seed}).build(D)
 
 
 def test_the_sign_term_makes_products_unbiased_and_adds_to_the_error():

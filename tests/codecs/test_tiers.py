@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from kvq.codec_specs import CodecSpec
-from kvq.codecs import AffineCodec, PackedKV, build_codec
+from kvq.codecs import AffineCodec, PackedKV, codec_spec
 from kvq.codecs.tiers import TiersCodec
 from kvq.errors import RecipeError
 
@@ -83,16 +82,16 @@ def test_each_tier_meets_its_own_error():
 )
 def test_bits_that_are_no_tiers_are_refused(bits, words):
     with pytest.raises(RecipeError, match=words):
-        CodecSpec(codec="tiers", bits=bits, group=128)
+        codec_spec(codec="tiers", bits=bits, group=128)
 
 
 def test_tiers_must_cut_the_head_into_atoms():
     with pytest.raises(RecipeError, match="3 tiers do not cut head_dim=64"):
-        build_codec(CodecSpec(codec="tiers", bits=[4, 2, 2], group=128), 64)
+        codec_spec(codec="tiers", bits=[4, 2, 2], group=128).build(64)
 
 
 def test_a_spec_survives_plain_data():
-    spec = CodecSpec(codec="tiers", bits=[4, 2, 2, 0], group=128)
-    assert CodecSpec(**spec.to_dict()) == spec
+    spec = codec_spec(codec="tiers", bits=[4, 2, 2, 0], group=128)
+    assert codec_spec(**spec.to_dict()) == spec
     assert spec.to_dict()["bits"] == [4, 2, 2, 0]
-    assert len({spec, CodecSpec(**spec.to_dict())}) == 1
+    assert len({spec, codec_spec(**spec.to_dict())}) == 1

@@ -29,7 +29,7 @@ from kvq.recipe import load_recipe
 def made_up(needed):
     """Artefacts with a number of their own each."""
     return {
-        name: torch.full(shape, 0.1 * (i + 1), dtype=torch.float64) for i, (name, shape) in enumerate(needed.items())
+        name: torch.full(own.shape, 0.1 * (i + 1), dtype=torch.float64) for i, (name, own) in enumerate(needed.items())
     }
 
 

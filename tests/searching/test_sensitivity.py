@@ -2,13 +2,13 @@
 
 import pytest
 
+from kvq.codecs import codec_spec
 from kvq.searching.sensitivity import Sensitivity, _Ratios
 from kvq.searching.space import Option
-from kvq.specs import CodecSpec
 
 
 def option(name, family):
-    codec = CodecSpec(codec="affine", bits=4, axis="token", group="head")
+    codec = codec_spec(codec="affine", bits=4, axis="token", group="head")
     return Option(side="key", name=name, family=family, codec=codec)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kvq.errors import RecipeError
-from kvq.specs import TransformSpec
+from kvq.transform_specs import TransformSpec
 from kvq.transforms import Chain, Hadamard, build_chain, needed_tensors
 
 HEADS = 3

@@ -8,7 +8,7 @@ import torch
 
 from kvq.errors import DataError, UnsupportedModelError
 from kvq.kernels.rotate.hadamard_matrix import hadamard_matrix
-from kvq.specs import TransformSpec
+from kvq.transform_specs import TransformSpec
 from kvq.transforms import KINDS, build_chain
 from kvq.transforms.evidence import measure
 from kvq.transforms.fit import fit_steps

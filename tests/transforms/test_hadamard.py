@@ -5,7 +5,7 @@ import torch
 
 from kvq.errors import RecipeError
 from kvq.kernels.rotate.hadamard_matrix import hadamard_matrix, known_order
-from kvq.specs import TransformSpec
+from kvq.transform_specs import TransformSpec
 from kvq.transforms import build_chain
 from kvq.transforms.hadamard import DENSE_ORDER, rotate
 

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from kvq.specs import TransformSpec
+from kvq.transform_specs import TransformSpec
 from kvq.transforms import KINDS
 from kvq.transforms.cayley import cayley, cayley_step, orthonormal
 from kvq.transforms.learned import LEARNABLES, learn

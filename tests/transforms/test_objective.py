@@ -7,7 +7,7 @@ import torch
 
 from kvq.transforms.chain import Chain
 from kvq.transforms.hadamard import Hadamard
-from kvq.transforms.objective import Probe, attention_error, attention_errors, fake_quantized, spread
+from kvq.transforms.objective import Probe, attention_error, attention_errors, spread
 
 
 def slow_output(evidence, window, row, keys, values):
@@ -75,13 +75,13 @@ def test_what_is_stored_exactly_costs_nothing(make_evidence):
 def test_fake_quantization_is_the_codec_up_to_half_precision_of_its_metadata(axis, make_evidence):
     codec = make_evidence(bits=3, axis=axis, group=16).codec
     x = torch.randn(2, 32, 16, generator=torch.Generator().manual_seed(0))
-    assert torch.allclose(fake_quantized(x, codec), codec.decode(codec.encode(x), x.dtype), atol=4e-3)
+    assert torch.allclose(codec.fake_quantized(x), codec.decode(codec.encode(x), x.dtype), atol=4e-3)
 
 
 def test_gradients_reach_the_numbers_and_their_range(make_evidence):
     codec = make_evidence(bits=2).codec
     x = torch.randn(1, 1, 16, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    fake_quantized(x, codec)[0, 0, 3].backward()
+    codec.fake_quantized(x)[0, 0, 3].backward()
     touched = x.grad[0, 0].nonzero().flatten().tolist()
     assert set(touched) == {3, int(x.argmin()), int(x.argmax())}
 
@@ -89,6 +89,6 @@ def test_gradients_reach_the_numbers_and_their_range(make_evidence):
 def test_clipped_fake_quantization_saturates(make_evidence):
     codec = dataclasses.replace(make_evidence(bits=2).codec, clip=0.5)
     x = torch.linspace(-1, 1, 16).view(1, 1, 16)
-    found = fake_quantized(x, codec)
+    found = codec.fake_quantized(x)
     assert float(found.min()) == pytest.approx(-0.5)
     assert float(found.max()) == pytest.approx(0.5)

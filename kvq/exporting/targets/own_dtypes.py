@@ -12,7 +12,7 @@ def own_dtype(recipe: Recipe, release: Release) -> str | None:
     if recipe.layers or recipe.tokens.sinks or recipe.tokens.window:
         return None
     for name, own in release.own.items():
-        if all(_stores(side, own.codec, own.bits) for side in (recipe.key, recipe.value)):
+        if all((s.codec, s.token_dtype_bits) == (own.codec, own.bits) for s in (recipe.key, recipe.value)):
             return name
     return None
 
@@ -36,12 +36,3 @@ def serve_section(folder: str, dtype: str, release: Release) -> str:
         f"\n## Serve it\n\n{text}\n{release.title} computes the scales of these caches token by token. The folder "
         f"holds none, so `{release.dtype_flag} fp8` would use 1.0.\n"
     )
-
-
-def _stores(side, codec: str, bits: int) -> bool:
-    if side.codec != codec:
-        return False
-    if codec == "float8":
-        return side.scale == "unit" and set(side.to_dict()) <= {"codec", "scale"}
-    plain = set(side.to_dict()) <= {"codec", "bits", "axis", "group", "symmetric"}
-    return plain and (side.bits, side.axis, side.group) == (bits, "token", "head")

@@ -11,14 +11,13 @@ import torch
 
 from kvq.calib.artefacts import artefact_name
 from kvq.errors import RecipeError
+from kvq.heads import HeadSpec
 from kvq.models.describe import ModelSpec
 from kvq.pages.layout import SIDES
 from kvq.recipe import Recipe
-from kvq.specs import HeadSpec
 from kvq.transforms.plan import FoldPlan
 
 # Settings of a float8 codec that change how its scale is chosen, and nothing of what is stored.
-_SCALE_SETTINGS = {"codec", "scale", "method", "percentile", "granularity"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +93,7 @@ def fp8_scheme(
         if spec.is_exact:
             exact.append(layer.index)
             continue
-        granularities.add(spec.key.granularity or "tensor")
+        granularities.add("head" if spec.key.has_head_scales else "tensor")
         scales[layer.index] = {
             side: round_up(artefacts[artefact_name(layer.index, side, "scale")]).reshape(-1) for side in SIDES
         }
@@ -119,19 +118,15 @@ def _spec_refusal(spec: HeadSpec, folded: Mapping[str, int] | None, left: Mappin
         return None
     for side in SIDES:
         codec = getattr(spec, side)
-        if codec.codec != "float8":
-            return f"{side}s are stored by the codec {codec.codec!r}{f' with {codec.bits} bits' if codec.bits else ''}"
-        if codec.scale != "calibrated":
-            return f"{side}.scale is {codec.scale!r}, which engines use without any checkpoint"
-        extra = set(codec.to_dict()) - _SCALE_SETTINGS
-        if extra:
-            return f"{side}s have {sorted(extra)[0]!r}, which an FP8 cache does not have"
+        obstacle = codec.engine_obstacle(side)
+        if obstacle:
+            return obstacle
         steps = getattr(spec.transforms, side)
         if folded is not None and len(steps) > folded.get(side, 0):
             kind = steps[folded.get(side, 0)].kind
             because = f", because {left[side]}" if side in left else ""
             return f"{side}s go through the transform {kind!r} while the model runs{because}"
-    if (spec.key.granularity or "tensor") != (spec.value.granularity or "tensor"):
+    if spec.key.has_head_scales != spec.value.has_head_scales:
         return "keys and values differ in granularity"
     if spec.tokens.sinks or spec.tokens.window:
         return f"the first {spec.tokens.sinks} and the last {spec.tokens.window} tokens stay exact"

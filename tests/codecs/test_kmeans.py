@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from kvq.calib.kmeans import levels_of, q_norm
+from kvq.codecs.kmeans import levels_of, q_norm
 from kvq.codecs.levels import lloyd_max, midpoints
 
 

@@ -1,18 +1,10 @@
-"""The parts of a recipe: codec, transforms, token policy, and what one head gets, as frozen, validated data.
+"""What one KV head gets: codecs, transforms and token policy, and which of them go together."""
 
-A spec only says what is wanted. What a codec or transform does lives in ``kvq/codecs`` and ``kvq/transforms``.
-"""
-
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
-from kvq.codec_specs import CodecSpec
+from kvq.codecs.spec import CodecSpec
 from kvq.errors import RecipeError
-from kvq.fields import build
-from kvq.transform_specs import COMMUTES_WITH_ROPE, Transforms, TransformSpec, build_transforms
-
-__all__ = ["CodecSpec", "HeadSpec", "TokenPolicy", "TransformSpec", "Transforms", "build_transforms", "merge_codec"]
+from kvq.transform_specs import COMMUTES_WITH_ROPE, Transforms
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,24 +39,23 @@ class HeadSpec:
     transforms: Transforms = field(default_factory=Transforms)
 
     def __post_init__(self):
-        if (self.key.codec == "exact") != (self.value.codec == "exact"):
+        if self.key.is_exact != self.value.is_exact:
             raise RecipeError("'exact' keys with quantized values (or the reverse) are not stored: set both or none.")
         for side in ("key", "value"):
             spec = getattr(self, side)
             block = spec.block_tokens
             if self.tokens.window % block:
-                name = "group" if spec.group == block else "low_rank.block"
                 raise RecipeError(
-                    f"tokens.window={self.tokens.window} is no multiple of {side}.{name}={block}: a block of tokens "
-                    f"is flushed whole; use a window of 0, {block}, {2 * block}, ..."
+                    f"tokens.window={self.tokens.window} is no multiple of {side}.{spec.block_setting}={block}: a "
+                    f"block of tokens is flushed whole; use a window of 0, {block}, {2 * block}, ..."
                 )
-            if spec.is_calibrated and spec.codec != "float8" and getattr(self.transforms, side):
+            if spec.is_calibrated and not spec.fits_transformed and getattr(self.transforms, side):
                 raise RecipeError(
                     f"{side}: what calibration made for the codec is of {side}s without transforms: remove the "
                     "transforms, or the calibrated settings."
                 )
-        if self.value.codec == "sketch":
-            raise RecipeError("value.codec='sketch' estimates products with queries: use it for keys only.")
+        if self.value.keys_only:
+            raise RecipeError(f"value.codec={self.value.codec!r} {self.value.keys_only}: use it for keys only.")
         if self.value.placement is not None:
             raise RecipeError(f"value.placement={self.value.placement!r}: values have no rotary embedding; remove it.")
         for step in self.transforms.key if self.key.placement == "pre_rope" else ():
@@ -76,17 +67,9 @@ class HeadSpec:
 
     @property
     def is_exact(self) -> bool:
-        return self.key.codec == "exact"
+        return self.key.is_exact
 
     @property
     def has_head_scales(self) -> bool:
         """True if keys or values have one static scale a head."""
-        return "head" in (self.key.granularity, self.value.granularity)
-
-
-def merge_codec(base: CodecSpec, override: Any, where: str) -> CodecSpec:
-    """Lay an override over a codec; naming another codec starts from nothing."""
-    if not isinstance(override, Mapping):
-        raise RecipeError(f"{where} is {override!r}, not a mapping: write it as '{{bits: 4}}'.")
-    keep = {} if override.get("codec", base.codec) != base.codec else base.to_dict()
-    return build(CodecSpec, keep | dict(override), where)
+        return self.key.has_head_scales or self.value.has_head_scales

@@ -49,21 +49,34 @@ def check_flag(name: str, value: Any) -> None:
         raise RecipeError(f"{name}={value!r} is neither true nor false: use one of them.")
 
 
-def check_fields(spec, what: str, required: tuple[str, ...], optional: tuple[str, ...]) -> None:
-    """Refuse settings that this codec or transform lacks or does not take; the first field names the kind."""
-    for field in dataclasses.fields(spec)[1:]:
-        name, value = field.name, getattr(spec, field.name)
-        if name in required and value is None:
+def check_seed(name: str, seed: Any) -> None:
+    """Refuse anything but whole numbers of 0 or more and None."""
+    if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool) or seed < 0):
+        raise RecipeError(f"{name}={seed!r} is not a seed: use a whole number of 0 or more.")
+
+
+def check_settings(cls, data: Mapping[str, Any], what: str, more: tuple[str, ...] = ()) -> None:
+    """Refuse settings that a method lacks or does not take.
+
+    cls    dataclass of the method's settings, ``own_fields`` of which it takes.
+    more   names of further settings that it takes.
+    """
+    own = own_fields(cls)
+    required = tuple(field.name for field in own if field.default is dataclasses.MISSING)
+    takes = (*required, *(field.name for field in own if field.name not in required), *more)
+    for name in required:
+        if name not in data:
             raise RecipeError(f"{what} needs {name!r}: add '{name}: ...' beside it.")
-        if name not in (*required, *optional) and value is not None:
-            takes = ", ".join((*required, *optional)) or "no settings"
-            raise RecipeError(f"{what} has no setting {name!r} (it takes {takes}): remove it.")
+    for name in data:
+        if name not in takes:
+            raise RecipeError(
+                f"{what} has no setting {name!r} (it takes {', '.join(takes) or 'no settings'}): remove it."
+            )
 
 
-def given(spec, required: tuple[str, ...], optional: tuple[str, ...]) -> dict[str, Any]:
-    """The settings that were given, as plain data."""
-    found = {name: getattr(spec, name) for name in (*required, *optional) if getattr(spec, name) is not None}
-    return {name: plain(value) for name, value in found.items()}
+def own_fields(cls) -> tuple[dataclasses.Field, ...]:
+    """Fields of a settings dataclass, without those that all methods share (marked ``shared``)."""
+    return tuple(field for field in dataclasses.fields(cls) if not field.metadata.get("shared"))
 
 
 def plain(value: Any) -> Any:

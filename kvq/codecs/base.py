@@ -1,0 +1,112 @@
+"""What codecs are: numbers to codes and sections, and back. They have never seen a model."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from kvq.pages.layout import DEFAULT_PAGE_TOKENS, SideLayout
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoded:
+    """A codec's answer for x [..., K, T, D].
+
+    codes      uint8 [..., K, T, D]; bytes of e4m3 numbers for that format.
+    sections   by name of the layout's sections: [..., K, rows, *shape], without K where the section is shared. A codec
+               that wraps another passes its own and the other's on together.
+    """
+
+    codes: torch.Tensor
+    sections: Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StaticNumbers:
+    """What a kernel must know of a codec besides the page layout: numbers that are the same for all pages.
+
+    scale: static factor of all numbers. levels: what the codes of a book name, or None.
+    Decoded numbers are those of the layout's codes and sections, times ``scale``.
+    """
+
+    scale: float = 1.0
+    levels: tuple[float, ...] | None = None
+
+
+class Codec:
+    """Chooses numbers for one head dimension; a derived class has ``layout``, ``encode`` and ``decode`` at least.
+
+    head_dim         channels of a head.
+    kernels_encode   kernels that know the layout alone encode as ``encode`` does: minimum and maximum of a group as
+                     fp16 pairs, or a cast to E4M3.
+    """
+
+    head_dim: int
+    kernels_encode: bool = False
+
+    @property
+    def block_tokens(self) -> int:
+        """The smallest number of consecutive tokens that can be encoded alone."""
+        return 1
+
+    @property
+    def page_tokens(self) -> int:
+        """The smallest page that holds whole blocks."""
+        return max(DEFAULT_PAGE_TOKENS, self.block_tokens)
+
+    def layout(self, page_tokens: int) -> SideLayout:
+        """The page layout of what ``encode`` gives."""
+        raise NotImplementedError
+
+    def encode(self, x: torch.Tensor) -> Encoded:
+        """Encode x [..., K, T, D], whole blocks. Codes do not depend on batch neighbours or on later tokens."""
+        raise NotImplementedError
+
+    def decode(self, encoded: Encoded, dtype: torch.dtype) -> torch.Tensor:
+        """The numbers that the codes stand for, [..., K, T, D]."""
+        raise NotImplementedError
+
+    def scores(self, packed, q: torch.Tensor) -> torch.Tensor:
+        """Products of q [B, K, M, D] with every token of the pages, [B, K, M, T]; here: decode, then multiply."""
+        return q @ packed.dequantize(q.dtype).transpose(-1, -2)
+
+    def weighted_sum(self, packed, p: torch.Tensor) -> torch.Tensor:
+        """sum_t p[..., t] * token t, [B, K, M, D]; here: decode, then multiply."""
+        return p @ packed.dequantize(p.dtype)
+
+    def static_numbers(self) -> StaticNumbers | str:
+        """The static numbers of the codec, or why layout and such numbers do not say all that its codes mean."""
+        return f"codec {type(self).__name__.removesuffix('Codec').lower()!r}"
+
+    def compared(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """For x [..., K, T, D]: what is compared with the levels of a codebook, and by how much it was divided; like x.
+
+        NaN stands for numbers that are stored beside the codes.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no levels")
+
+    def fake_quantized(self, x: torch.Tensor) -> torch.Tensor:
+        """What ``decode`` gives back for x [..., T, D], with gradients, here straight through all of it."""
+        return x + (self.decode(self.encode(x.detach()), x.dtype) - x.detach())
+
+
+@dataclass(frozen=True, kw_only=True)
+class WrappingCodec(Codec):
+    """A codec around ``inner``, whose sections it passes on."""
+
+    inner: Codec
+
+    @property
+    def head_dim(self) -> int:
+        return self.inner.head_dim
+
+    @property
+    def block_tokens(self) -> int:
+        return self.inner.block_tokens
+
+    @property
+    def page_tokens(self) -> int:
+        return self.inner.page_tokens
+
+    def compared(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.inner.compared(x)
