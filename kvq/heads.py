@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from kvq.codecs.spec import CodecSpec
 from kvq.errors import RecipeError
-from kvq.transform_specs import COMMUTES_WITH_ROPE, Transforms
+from kvq.transforms import Transforms
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,8 +58,8 @@ class HeadSpec:
             raise RecipeError(f"value.codec={self.value.codec!r} {self.value.keys_only}: use it for keys only.")
         if self.value.placement is not None:
             raise RecipeError(f"value.placement={self.value.placement!r}: values have no rotary embedding; remove it.")
-        for step in self.transforms.key if self.key.placement == "pre_rope" else ():
-            if step.kind not in COMMUTES_WITH_ROPE:
+        for step in self.transforms.key if self.key.is_before_rope else ():
+            if not step.commutes_with_rope:
                 raise RecipeError(
                     f"key.placement=pre_rope and the key transform {step.kind!r} exclude each other, because it does "
                     "not commute with the rotary embedding: remove one of them."

@@ -22,7 +22,7 @@ from kvq.codecs.spec import CodecSpec, merge_codec, parse_codec
 from kvq.errors import RecipeError, suggest
 from kvq.heads import HeadSpec, TokenPolicy
 from kvq.settings import build, refuse_unknown
-from kvq.transform_specs import Transforms, build_transforms
+from kvq.transforms import Transforms, build_transforms
 
 _LAYER_PATTERN = re.compile(r"^[-\d,]+(/[\d,-]+)?$")
 _PARTS = ("key", "value", "tokens", "transforms")

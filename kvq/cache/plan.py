@@ -17,9 +17,8 @@ from kvq.models.rope import Rope, rope_of
 from kvq.pages.flush import FlushRule
 from kvq.pages.layout import SIDES, PageLayout
 from kvq.recipe import Recipe
-from kvq.transform_specs import Transforms
-from kvq.transforms import Chain, RopeBias, RopeOffset, build_chain
-from kvq.transforms.rope_bias import NO_BIAS
+from kvq.transforms import Chain, Transforms, build_chain
+from kvq.transforms.rope_bias import RopeOffset
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,25 +168,24 @@ def check_transforms(recipe: Recipe, model: ModelSpec) -> None:
         if spec.is_exact:
             continue
         _refuse_inexact(spec.transforms, model, layer.index)
-        if any(step.kind == "rope_bias" for step in spec.transforms.key):
-            found = describe_attention(model.config).get(layer.index)
-            if found and found.key and (found.key.bias is None or found.key_norm):
-                raise UnsupportedModelError(NO_BIAS)
+        found = describe_attention(model.config).get(layer.index)
+        for side in SIDES if found else ():
+            for step in getattr(spec.transforms, side):
+                if step.lacking(found):
+                    raise UnsupportedModelError(step.lacking(found))
 
 
 def _refuse_inexact(transforms: Transforms, model: ModelSpec, index: int) -> None:
-    """Refuse a shift where attention does not undo it."""
-    for side in SIDES:
-        if all(step.kind != "shift" for step in getattr(transforms, side)):
-            continue
-        layer = describe_attention(model.config).get(index) or Attention(index=index)
-        reasons = {
-            "learned sinks, which take a share of every softmax": layer.sinks,
-            "a logit softcap, which bends what a shift of keys adds": side == "key" and layer.softcap is not None,
-        }
-        for reason in (reason for reason, applies in reasons.items() if applies):
+    """Refuse a step where attention does not undo it."""
+    steps = [(side, step) for side in SIDES for step in getattr(transforms, side)]
+    if not steps:
+        return
+    layer = describe_attention(model.config).get(index) or Attention(index=index)
+    for side, step in steps:
+        reason = step.inexact(side, layer)
+        if reason:
             raise RecipeError(
-                f"transform 'shift' of {side}s is not exact for {model.model_type!r}, whose layer {index} has "
+                f"transform {step.kind!r} of {side}s is not exact for {model.model_type!r}, whose layer {index} has "
                 f"{reason}: remove it from the recipe."
             )
 
@@ -257,9 +255,9 @@ def _ropes(model: ModelSpec) -> Callable[[int], Rope | None]:
 
 
 def _key_rope(spec: HeadSpec, chain: Chain, ropes, layer: int) -> Rope | RopeOffset | None:
-    if spec.key.placement == "pre_rope":
+    if spec.key.is_before_rope:
         return ropes(layer)
-    biases = [step.bias for step in chain.steps if isinstance(step, RopeBias)]
+    biases = [step.offset for step in chain.steps if step.offset is not None]
     rope = ropes(layer) if biases else None
     return RopeOffset(rope, chain, biases[0]) if rope else None
 

@@ -7,9 +7,6 @@ import torch
 from transformers.utils import logging
 
 from kvq.cache.plan import HeadGroup
-from kvq.codecs.affine import AffineCodec
-from kvq.codecs.float8 import Float8Codec
-from kvq.codecs.static import static_numbers
 from kvq.kernels import cpu, team
 from kvq.kernels.dispatch import LARGEST_HEAD, Choice, choose, why_no_layout, why_no_triton
 from kvq.pages.layout import SIDES
@@ -93,7 +90,7 @@ def why_two_passes(group: HeadGroup) -> str | None:
     if group.rope is not None:
         return "keys are stored before RoPE"
     for side in SIDES:
-        numbers = static_numbers(group.codecs[side])
+        numbers = group.codecs[side].static_numbers()
         if isinstance(numbers, str):
             return f"{side}: {numbers}"
     return why_no_layout(group.layout)
@@ -101,13 +98,8 @@ def why_two_passes(group: HeadGroup) -> str | None:
 
 def _why_no_pack(group: HeadGroup, side: str) -> str | None:
     """What the pack kernel writes is the plain grid, and fp8."""
-    codec = group.codecs[side]
-    plain = codec.is_min_max if isinstance(codec, AffineCodec) else _casts(codec)
-    return why_no_layout(group.layout) if plain else "the codec chooses its numbers otherwise than min-max"
-
-
-def _casts(codec) -> bool:
-    return isinstance(codec, Float8Codec) and codec.rounding == "nearest"
+    encodes = group.codecs[side].kernels_encode
+    return why_no_layout(group.layout) if encodes else "the codec chooses its numbers otherwise than min-max"
 
 
 def _why_not_compiled(group: HeadGroup) -> str | None:

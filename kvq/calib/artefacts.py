@@ -4,7 +4,7 @@ An artefact belongs to one layer and side and is named ``layers.{i}.{side}.{what
 for the second and further groups of K heads that a recipe treats alike.
 
     codec's own   what its settings name (``CodecSpec.artefacts``), for the heads of the group.
-    transforms.*  what the transforms of the side need (``kvq.transforms.KINDS``), by their place in the chain.
+    transforms.*  what the transforms of the side need, by their place in the chain.
 """
 
 from collections.abc import Iterator, Mapping
@@ -23,13 +23,11 @@ from kvq.calib.learn import find_learned
 from kvq.calib.measured import MeasuredLayer
 from kvq.calib.stats import Stats
 from kvq.codecs import Artefact, CodecSpec
-from kvq.codecs.float8 import not_positive
 from kvq.errors import DataError
 from kvq.models.describe import LayerSpec, ModelSpec
 from kvq.pages.layout import SIDES
 from kvq.recipe import Recipe
-from kvq.transform_specs import TransformSpec
-from kvq.transforms import needed_tensors
+from kvq.transforms import TransformSpec, needed_tensors
 from kvq.transforms.fit import fit_steps
 
 
@@ -75,9 +73,8 @@ def needed_artefacts(recipe: Recipe, model: ModelSpec) -> dict[str, Artefact]:
     for use in _uses(recipe, model):
         needed |= use.named(use.spec.artefacts(use.layer.head_dim, len(use.heads)))
     for layer, side, specs in _transforms(recipe, model):
-        for what, shape in needed_tensors(specs, layer.kv_heads, layer.head_dim).items():
-            wrong = {"wrong": not_positive} if what.endswith(".scale") else {}
-            needed[artefact_name(layer.index, side, what)] = Artefact(shape=shape, **wrong)
+        for what, own in needed_tensors(specs, layer.kv_heads, layer.head_dim).items():
+            needed[artefact_name(layer.index, side, what)] = own
     return needed
 
 

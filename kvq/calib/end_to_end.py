@@ -8,7 +8,7 @@ where this begins.
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,9 +28,9 @@ from kvq.heads import HeadSpec
 from kvq.models.describe import describe
 from kvq.pages.layout import SIDES
 from kvq.recipe import Recipe
-from kvq.transforms import KINDS, Chain
+from kvq.transforms import Chain, Step, build_chain
 from kvq.transforms.fit import fit_steps
-from kvq.transforms.learned import LEARNABLES, Learnable, composed, cosine
+from kvq.transforms.learned import Learnable, composed, cosine
 
 NAME = "kvq_end_to_end"
 OBJECTIVE = "logits"
@@ -50,7 +50,7 @@ class _Layer:
 
     spec: HeadSpec
     codecs: dict[str, Codec]
-    fixed: dict[str, list] = field(default_factory=dict)
+    fixed: dict[str, Sequence[Step]] = field(default_factory=dict)
     learnables: dict[tuple[str, int], Learnable] = field(default_factory=dict)
     begun: dict[tuple[str, int], dict[str, torch.Tensor]] = field(default_factory=dict)
 
@@ -141,7 +141,7 @@ def _layers(recipe: Recipe, spec, stats: Stats, folder: Path) -> dict[int, _Laye
             evidence = source.evidence(layer, side, head, codecs[side])
 
             def begin(place, seen, side=side, specs=specs, own=own, index=layer.index):
-                learnable = LEARNABLES[specs[place].kind](seen)
+                learnable = specs[place].learnable(seen)
                 prefix = f"{index}.{side}.{place}."
                 fit = stats.fits.get(fit_name(own.spec, side, place))
                 held = {
@@ -152,14 +152,7 @@ def _layers(recipe: Recipe, spec, stats: Stats, folder: Path) -> dict[int, _Laye
                 return own.begun[side, place]
 
             tensors, _ = fit_steps(specs, evidence, begin)
-            own.fixed[side] = [
-                KINDS[step.kind].build(
-                    step,
-                    layer.head_dim,
-                    {name: tensors[f"transforms.{place}.{name}"] for name in KINDS[step.kind].tensors},
-                )
-                for place, step in enumerate(specs)
-            ]
+            own.fixed[side] = build_chain(specs, layer.head_dim, tensors).steps
         found[layer.index] = own
     return found
 

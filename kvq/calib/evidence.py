@@ -13,7 +13,6 @@ from kvq.models.architecture import Attention, Projection, describe_attention
 from kvq.models.describe import LayerSpec, ModelSpec
 from kvq.models.rope import rope_of
 from kvq.models.weights import Weights
-from kvq.transform_specs import TransformSpec
 from kvq.transforms.evidence import Evidence, Measured, Window
 
 
@@ -44,7 +43,7 @@ class Source:
         attention = self.attention.get(layer.index) or Attention(index=layer.index, scaling=layer.head_dim**-0.5)
         reservoir = measured.parts.get("reservoir")
         partner, second = self._partners(layer.head_dim, attention.rotary)
-        reads = any(_reads_output(step, side) for step in getattr(spec.transforms, side))
+        reads = any(step.reads_output(side) for step in getattr(spec.transforms, side))
         return Evidence(
             side=side,
             heads=layer.kv_heads,
@@ -83,12 +82,6 @@ class Source:
         projection: Projection | None = attention.key if attention.key_norm is None else None
         bias = self._read(projection.bias) if projection else None
         return None if bias is None else torch.stack([bias[span] for span in projection.heads])
-
-
-def _reads_output(step: TransformSpec, side: str) -> bool:
-    """True if a step is fitted on the output projection: on the attention output, or on what reads values."""
-    reads_values = step.kind in ("balance", "principal") or bool(step.beta)
-    return step.searches or step.is_learned or (side == "value" and reads_values)
 
 
 def _plain(x: torch.Tensor) -> torch.Tensor:

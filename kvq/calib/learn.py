@@ -40,7 +40,7 @@ def fit_name(spec: HeadSpec, side: str, place: int, end_to_end: str | None = Non
         "side": side,
         "steps": steps[: place + 1],
         # Later steps without numbers are part of what is tried.
-        "after": [step for step in steps[place + 1 :] if step["kind"] == "hadamard"],
+        "after": [step.to_dict() for step in getattr(spec.transforms, side)[place + 1 :] if not step.tensors],
         "codec": getattr(spec, side).to_dict(),
         "tokens": spec.tokens.to_dict(),
         "end_to_end": end_to_end,

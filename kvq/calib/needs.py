@@ -10,13 +10,13 @@ A need is ``tensor.kind``, or ``kind`` alone for what is measured on a layer as 
 Codecs and transforms name their own.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 from kvq.errors import DataError, suggest
 from kvq.heads import HeadSpec
 from kvq.models.describe import ModelSpec
+from kvq.pages.layout import SIDES
 from kvq.recipe import Recipe
-from kvq.transform_specs import TransformSpec
 
 TENSORS = ("key", "key_pre", "value", "query")
 
@@ -35,27 +35,6 @@ DEFAULT_NEEDS = frozenset(
 
 # All that is measured on sliding-window layers: kvq leaves them exact, and serving engines want their scales.
 WINDOW_NEEDS = frozenset(f"{side}.{kind}" for side in ("key", "value") for kind in ("range", "histogram"))
-
-_MOMENTS = {
-    "key": ("key.range", "key.moments", "query.range", "query.moments"),
-    "value": ("value.range", "value.moments"),
-}
-TRANSFORM_NEEDS: dict[str, Callable[[TransformSpec, str], Iterable[str]]] = {
-    "smooth": lambda spec, side: [
-        f"{side}.range",
-        *(["query.range"] if side == "key" and spec.beta else []),
-        *(["reservoir"] if spec.searches or spec.rule == "mean" else []),
-    ],
-    "align": lambda spec, side: ["key.range"],
-    "shift": lambda spec, side: [f"{side}.range"],
-    "spectral": lambda spec, side: ["query.range", "query.moments", *(["reservoir"] if side == "value" else [])],
-    "balance": lambda spec, side: _MOMENTS[side],
-    "principal": lambda spec, side: _MOMENTS[side],
-    "learned_pairs": lambda spec, side: ["reservoir"],
-    "learned_scale": lambda spec, side: ["reservoir"],
-    "learned_rotation": lambda spec, side: ["reservoir"],
-    "learned_matrix": lambda spec, side: ["reservoir"],
-}
 
 
 def needs_of(recipe: Recipe, model: ModelSpec) -> frozenset[str]:
@@ -78,17 +57,12 @@ def check_needs(needs: Iterable[str]) -> frozenset[str]:
 
 def _head_needs(head: HeadSpec) -> set[str]:
     found: set[str] = set()
-    for side in ("key", "value"):
-        codec = getattr(head, side)
-        found |= codec.needs(side)
-        steps = getattr(head.transforms, side)
-        for step in steps:
-            found |= set(TRANSFORM_NEEDS.get(step.kind, lambda *_: ())(step, side))
-        # What a step has turned, or will move, is measured on token vectors.
-        kinds = [step.kind for step in steps]
-        measured_again = codec.is_calibrated or "smooth" in kinds
-        if measured_again and set(kinds) - {"smooth", "hadamard", "rope_bias"}:
-            found.add("reservoir")
-        if codec.is_calibrated and "hadamard" in kinds:
+    for side in SIDES:
+        codec, steps = getattr(head, side), getattr(head.transforms, side)
+        found |= codec.needs(side).union(*(step.needs(side) for step in steps))
+        # What a step has turned, or will move, is measured again on token vectors.
+        moves = [step for step in steps if not step.keeps_magnitudes]
+        reads = any(step.reads_magnitudes for step in steps) and any(step.tensors for step in moves)
+        if (moves and codec.is_calibrated) or reads:
             found.add("reservoir")
     return found

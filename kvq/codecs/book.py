@@ -22,12 +22,11 @@ import torch
 
 from kvq.codecs.affine import check_bits
 from kvq.codecs.base import Codec, Encoded, StaticNumbers
-from kvq.codecs.float8 import not_positive
 from kvq.codecs.grouping import GroupedSpec, Grouping
 from kvq.codecs.kmeans import levels_of, q_norm
 from kvq.codecs.levels import NAMED_LEVELS, make_levels, midpoints
 from kvq.codecs.packed import PackedKV, refuse_unstorable, wide
-from kvq.codecs.spec import Artefact, Measured, register_codec
+from kvq.codecs.spec import Artefact, Measured, not_positive, register_codec
 from kvq.errors import RecipeError
 from kvq.kernels.decode_attention.products import page_scores, page_weighted_sum
 from kvq.pages.layout import SideLayout

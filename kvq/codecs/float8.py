@@ -20,7 +20,7 @@ import torch
 
 from kvq.codecs.base import Codec, Encoded, StaticNumbers
 from kvq.codecs.packed import PackedKV
-from kvq.codecs.spec import Artefact, CodecSpec, Measured, register_codec
+from kvq.codecs.spec import Artefact, CodecSpec, Measured, not_positive, register_codec
 from kvq.errors import DataError, RecipeError
 from kvq.kernels.decode_attention.products import page_scores, page_weighted_sum
 from kvq.pages.layout import E4M3_MAX, SideLayout
@@ -162,10 +162,6 @@ class Float8(CodecSpec):
 def static_scale(shape: tuple[int, ...], by_head: bool = False) -> dict[str, Artefact]:
     """What a stored 1.0 stands for, one for all numbers or one for each head."""
     return {"scale": Artefact(shape=shape, wrong=not_positive, by_head=by_head)}
-
-
-def not_positive(tensor: torch.Tensor) -> str | None:
-    return None if bool((tensor > 0).all()) else "a scale that is not positive"
 
 
 def _percentile(counts: torch.Tensor, edges: torch.Tensor, largest: torch.Tensor, percentile: float) -> torch.Tensor:

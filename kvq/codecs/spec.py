@@ -51,6 +51,11 @@ class Artefact:
     joint: bool = False
 
 
+def not_positive(tensor: torch.Tensor) -> str | None:
+    """What is wrong with scales."""
+    return None if bool((tensor > 0).all()) else "a scale that is not positive"
+
+
 class Measured(Protocol):
     """What calibration has measured of the numbers that the codec of K heads sees (``kvq.calib.measured``).
 
@@ -266,7 +271,12 @@ class CodecSpec:
 
     def tensor(self, side: str) -> str:
         """What statistics call the numbers that the codec sees: ``key``, ``key_pre`` or ``value``."""
-        return "key_pre" if self.placement == "pre_rope" else side
+        return "key_pre" if self.is_before_rope else side
+
+    @property
+    def is_before_rope(self) -> bool:
+        """True if keys are quantized as they are before the rotary embedding."""
+        return self.placement == "pre_rope"
 
     def fit(self, measured: Measured) -> dict[str, torch.Tensor]:
         """The tensors of ``artefacts``."""

@@ -20,7 +20,7 @@ from kvq.models.rope import Rope
 
 # Parts of the package that decide answers. What is asked is in their names, and what is made of them is made anew.
 _DECIDING = ("cache", "codecs", "integrations", "kernels", "models", "pages", "transforms")
-_DECIDING += ("registry.py", "settings.py", "transform_specs.py", "heads.py", "recipe.py")
+_DECIDING += ("registry.py", "settings.py", "heads.py", "recipe.py")
 _SCORING = ("branches", "continuations", "greedy", "head", "likelihood", "lm_eval", "plain", "subject", "two_view")
 _DECIDING += tuple(f"eval/{name}.py" for name in (*_SCORING, "two_view_model"))
 # What says how a folder came to be, and not what its model computes.

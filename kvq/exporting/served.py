@@ -24,7 +24,7 @@ from kvq.exporting.targets.scheme import engine_view
 from kvq.models.describe import ModelSpec, describe
 from kvq.models.resolve import load_config
 from kvq.recipe import Recipe, load_recipe, parse_recipe
-from kvq.transform_specs import Transforms
+from kvq.transforms import Transforms
 
 
 def is_served(folder: Path) -> bool:

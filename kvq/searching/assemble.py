@@ -11,7 +11,7 @@ from kvq.pages.layout import SIDES
 from kvq.recipe import Recipe
 from kvq.searching.allocate import Allocation
 from kvq.searching.space import Option, Space
-from kvq.transform_specs import build_transforms
+from kvq.transforms import build_transforms
 
 
 def recipe_of(allocation: Allocation, space: Space, layers: Mapping[int, LayerSpec], name: str, summary: str) -> Recipe:

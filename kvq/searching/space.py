@@ -24,7 +24,7 @@ from kvq.models.describe import ModelSpec
 from kvq.pages.layout import SIDES
 from kvq.recipe import Recipe
 from kvq.settings import build, refuse_unknown
-from kvq.transform_specs import Transforms, build_transforms
+from kvq.transforms import Transforms, build_transforms
 
 # What stands on the side that an option leaves alone, where a plan needs something there.
 PARTNER = codec_spec(codec="affine", bits=8, axis="token", group="head")
@@ -144,7 +144,7 @@ def _family(side, family, model, stats, policies: Sequence[TokenPolicy]):
 
 def _check(option: Option, model: ModelSpec, stats: Stats | None, policies: Sequence[TokenPolicy]) -> None:
     """Refuse what no recipe may hold, or what this model or these statistics do not allow."""
-    if option.chain and stats is None and any(step["kind"] != "hadamard" for step in option.chain):
+    if option.chain and stats is None and any(step.tensors for step in getattr(option.transforms(), option.side)):
         raise DataError("its transforms need statistics: pass --stats")
     if option.codec.is_exact:
         raise RecipeError("one exact side beside a quantized one is not stored")

@@ -10,14 +10,34 @@ token, and a common offset of its channels is stored in the minimum at no cost. 
 """
 
 import math
+from collections.abc import Mapping
 
 import torch
 
-from kvq.transform_specs import TransformSpec
 from kvq.transforms.evidence import Evidence
+from kvq.transforms.spec import PAIRS, TransformSpec, register_transform
+from kvq.transforms.steps import Pairs
 
 
-def fit_align(spec: TransformSpec, evidence: Evidence) -> dict[str, torch.Tensor]:
+@register_transform("align")
+class AlignSpec(TransformSpec):
+    """Keys: turn every rotary pair so that its mean has two equal halves."""
+
+    sides = ("key",)
+    tensors = PAIRS
+    commutes_with_rope = works_on_channels = True
+
+    def needs(self, side):
+        return ["key.range"]
+
+    def fit(self, evidence: Evidence) -> dict[str, torch.Tensor]:
+        return aligning(evidence)
+
+    def build(self, head_dim, tensors) -> Pairs:
+        return pairs_of(tensors)
+
+
+def aligning(evidence: Evidence) -> dict[str, torch.Tensor]:
     """``real``, ``imaginary`` [K, D] and ``partner`` [D], as ``Pairs`` takes them."""
     mean, partner, second = evidence.mean("key"), evidence.partner, evidence.second
     alone = partner == torch.arange(len(partner))
@@ -32,3 +52,7 @@ def pair_numbers(real: torch.Tensor, imaginary: torch.Tensor, evidence: Evidence
     """Artefacts of ``Pairs`` for numbers [K, D] that both channels of a pair share."""
     imaginary = torch.where(evidence.second, -imaginary, imaginary)
     return {"real": real.float(), "imaginary": imaginary.float(), "partner": evidence.partner}
+
+
+def pairs_of(tensors: Mapping[str, torch.Tensor]) -> Pairs:
+    return Pairs(tensors["real"], tensors["imaginary"], tensors["partner"].long())

@@ -17,16 +17,37 @@ import torch
 
 from kvq.errors import DataError
 from kvq.kernels.rotate.hadamard_matrix import hadamard_matrix
-from kvq.transform_specs import TransformSpec
 from kvq.transforms.evidence import Evidence
+from kvq.transforms.spec import MATRIX, TransformSpec, register_transform
+from kvq.transforms.steps import Matrix
 
 # Share of a channel's own moment that is added to it: measured moments of dead directions are noise.
 RIDGE = 1e-3
 
 
-def fit_balance(spec: TransformSpec, evidence: Evidence) -> dict[str, torch.Tensor]:
-    """``matrix`` [K, D, D]."""
-    return {"matrix": balancing(*reading_moments(evidence)).float()}
+class MomentsSpec(TransformSpec):
+    """A matrix that follows from the moments of what is stored and of what reads it."""
+
+    tensors = MATRIX
+    mixes_channels = True
+
+    def needs(self, side):
+        read = ("query.range", "query.moments") if side == "key" else ()
+        return (f"{side}.range", f"{side}.moments", *read)
+
+    def reads_output(self, side) -> bool:
+        return side == "value"
+
+    def build(self, head_dim, tensors) -> Matrix:
+        return Matrix(tensors["matrix"])
+
+
+@register_transform("balance")
+class BalanceSpec(MomentsSpec):
+    """The closed-form matrix that gives what is stored and what reads it one covariance, then a Hadamard."""
+
+    def fit(self, evidence: Evidence) -> dict[str, torch.Tensor]:
+        return {"matrix": balancing(*reading_moments(evidence)).float()}
 
 
 def reading_moments(evidence: Evidence) -> tuple[torch.Tensor, torch.Tensor]:

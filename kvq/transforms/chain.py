@@ -13,25 +13,36 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 
-class Step(Protocol):
-    """One transform of the KV heads of a group; x is [..., K, T, D], q is [..., K, M, D]."""
+class Step:
+    """One transform of the KV heads of a group; x is [..., K, T, D], q is [..., K, M, D].
+
+    stays   why weights cannot take it over, whatever the model; None: its matrix is tried (``plan.py``).
+    offset  [K, D], what keys lose where the codec is, rotated to their positions (``rope_bias.py``); None: nothing.
+    """
+
+    stays: str | None = None
+    offset: torch.Tensor | None = None
 
     def write(self, x: torch.Tensor) -> torch.Tensor:
         """What is stored for x."""
+        raise NotImplementedError
 
     def dual(self, q: torch.Tensor) -> torch.Tensor:
         """What queries become, so that products with written keys are the model's (keys only)."""
+        raise NotImplementedError
 
     def undo(self, x: torch.Tensor) -> torch.Tensor:
         """Inverse of ``write``; for values, also what the attention output needs."""
+        raise NotImplementedError
 
     def of_heads(self, heads: Sequence[int]) -> "Step":
-        """The same step for some of the layer's KV heads."""
+        """The same step for some of the layer's KV heads; here: one that is the same for all."""
+        return self
 
 
 @dataclass(frozen=True)

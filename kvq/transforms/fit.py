@@ -5,9 +5,8 @@ from dataclasses import replace
 
 import torch
 
-from kvq.transform_specs import TransformSpec
-from kvq.transforms import KINDS, build_chain
 from kvq.transforms.evidence import Evidence
+from kvq.transforms.spec import TransformSpec, build_chain
 
 # Tensors of a learned step: (its place in the chain, what it sees).
 Learner = Callable[[int, Evidence], dict[str, torch.Tensor]]
@@ -22,11 +21,11 @@ def fit_steps(
     """
     size, found = len(evidence.partner), {}
     for i, spec in enumerate(specs):
-        kind, numbers = KINDS[spec.kind], {}
-        if kind.tensors:
-            after = build_chain([later for later in specs[i + 1 :] if not KINDS[later.kind].tensors], size)
-            seen = replace(evidence, after=after, centred=any(later.kind == "shift" for later in specs[i + 1 :]))
-            numbers = kind.fit(spec, seen) if kind.fit else learn(i, seen)
+        numbers = {}
+        if spec.tensors:
+            after = build_chain([later for later in specs[i + 1 :] if not later.tensors], size)
+            seen = replace(evidence, after=after, centred=any(later.takes_mean for later in specs[i + 1 :]))
+            numbers = learn(i, seen) if spec.is_learned else spec.fit(seen)
             found |= {f"transforms.{i}.{name}": tensor.contiguous() for name, tensor in numbers.items()}
-        evidence = evidence.through(kind.build(spec, size, numbers))
+        evidence = evidence.through(spec.build(size, numbers))
     return found, evidence

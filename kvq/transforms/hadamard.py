@@ -5,14 +5,18 @@ from functools import lru_cache
 
 import torch
 
+from kvq.errors import RecipeError
 from kvq.kernels.rotate.hadamard_matrix import hadamard_matrix, known_order
+from kvq.settings import check_seed, is_count
+from kvq.transforms.chain import Step
+from kvq.transforms.spec import TransformSpec, register_transform
 
 # Above this order a product of two smaller matrices is faster than one large one (benchmarks/hadamard.py).
 DENSE_ORDER = 256
 
 
 @dataclass(frozen=True, kw_only=True)
-class Hadamard:
+class Hadamard(Step):
     """x -> (x * signs) H, block by block, with H orthonormal (entries +-1 / sqrt(block)).
 
     block   channels rotated together, an order that ``hadamard_matrix`` knows; the head dimension is a multiple of it.
@@ -37,9 +41,6 @@ class Hadamard:
 
     def _signs(self, x: torch.Tensor) -> torch.Tensor:
         return _signs(x.shape[-1], self.seed, x.dtype, x.device).view(-1, self.block)
-
-    def of_heads(self, heads) -> "Hadamard":
-        return self
 
 
 def rotate(x: torch.Tensor, inverse: bool = False) -> torch.Tensor:
@@ -69,3 +70,33 @@ def _signs(count: int, seed: int, dtype: torch.dtype, device: torch.device) -> t
     with torch.inference_mode(False):
         drawn = torch.randint(0, 2, (count,), generator=torch.Generator().manual_seed(seed), device="cpu") * 2 - 1
         return drawn.to(device, dtype)
+
+
+@register_transform("hadamard")
+@dataclass(frozen=True, kw_only=True)
+class HadamardSpec(TransformSpec):
+    """A Hadamard rotation of every head, scaled to be orthonormal (QuaRot, arXiv 2404.00456).
+
+    block   rotate blocks of so many channels instead of the whole head.
+    seed    flip the signs of channels first, chosen by this seed.
+    """
+
+    block: int | None = None
+    seed: int | None = None
+
+    mixes_channels = True
+
+    def check(self) -> None:
+        if self.block is not None and not is_count(self.block):
+            raise RecipeError(f"block={self.block!r} is not a number of channels: use 16, 32, 64, ...")
+        check_seed("seed", self.seed)
+
+    def build(self, head_dim, tensors) -> Hadamard:
+        block = self.block or head_dim
+        if head_dim % block or not known_order(block):
+            fits = [b for b in range(head_dim, 1, -1) if head_dim % b == 0 and known_order(b)]
+            raise RecipeError(
+                f"hadamard block={block} does not fit head_dim={head_dim}: use {', '.join(map(str, fits[:3]))}, blocks "
+                "for which a Hadamard matrix is known."
+            )
+        return Hadamard(block=block, seed=self.seed)

@@ -1,30 +1,24 @@
 """Steps that are learned: by gradients of a layer's attention output, with its keys or values fake-quantized.
 
-    learned_pairs      exp(l + i t) by rotary pair and KV head              Adam        OmniQuant (2308.13137), exact
-    learned_scale      exp(l) by channel of values                          Adam        OmniQuant
-    learned_rotation   X by KV head, orthogonal                             Cayley SGD  SpinQuant's R2 (2405.16406)
-    learned_matrix     U diag(exp(l)) V^T, U and V by the Cayley transform  AdamW       FlatQuant (2410.09426)
-
-All begin as the identity, so what they begin from are the steps before them (a Hadamard, ``balance``). The loss is the
+What is learned is in ``learned_pairs.py``, ``learned_scale.py``, ``learned_rotation.py`` and ``learned_matrix.py``. All
+begin as the identity, so what they begin from are the steps before them (a Hadamard, ``balance``). The loss is the
 relative error of the attention block's output on windows of calibration text, under the recipe's own codec and token
 policy; SpinQuant's is the cross-entropy of the whole network (``--end-to-end``). Every few steps the candidate is tried
 on windows that are not trained on, and the best one is kept, the identity included.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 
-from kvq.transform_specs import TransformSpec
-from kvq.transforms.align import pair_numbers
-from kvq.transforms.cayley import cayley, cayley_step, orthonormal
+from kvq.errors import RecipeError
+from kvq.settings import check_seed, is_count
 from kvq.transforms.chain import Step
 from kvq.transforms.evidence import Evidence
 from kvq.transforms.objective import Probe, probes_error, spread, stored
-from kvq.transforms.steps import Diagonal, Pairs
+from kvq.transforms.spec import TransformSpec
 
 DEFAULT_STEPS = 200
 # Tokens of a window and queries that one step sees.
@@ -51,7 +45,7 @@ class Learnable(Protocol):
         """Take up a state again."""
 
 
-class _Adam:
+class Adam:
     """Parameters under Adam."""
 
     def __init__(self, parameters: list[torch.Tensor], lr: float):
@@ -79,41 +73,8 @@ class _Adam:
                 self.optimiser.state[parameter] = held
 
 
-class LearnedPairs(_Adam):
-    def __init__(self, evidence: Evidence):
-        heads = 1 if evidence.shared else evidence.heads
-        self.evidence = evidence
-        # One number a pair: that of its first channel.
-        self.first = torch.where(evidence.second, evidence.partner, torch.arange(len(evidence.partner)))
-        self.alone = evidence.partner == torch.arange(len(evidence.partner))
-        shape = (heads, len(evidence.partner))
-        super().__init__([torch.zeros(shape), torch.zeros(shape)], lr=0.02)
-
-    def numbers(self) -> dict[str, torch.Tensor]:
-        logs, angles = (p.index_select(-1, self.first).expand(self.evidence.heads, -1) for p in self.parameters)
-        # A norm that heads share takes only scales.
-        angles = torch.where(self.alone | torch.tensor(self.evidence.shared), 0.0, angles)
-        return pair_numbers(logs.exp() * angles.cos(), logs.exp() * angles.sin(), self.evidence)
-
-    def step(self) -> "_Dense":
-        # As matrices: gradients of gathered channels are slow.
-        pairs, unit = Pairs(**self.numbers()), torch.eye(len(self.first)).expand(self.evidence.heads, -1, -1)
-        return _Dense(pairs.write(unit), pairs.undo(unit))
-
-
-class LearnedScale(_Adam):
-    def __init__(self, evidence: Evidence):
-        super().__init__([torch.zeros(evidence.heads, len(evidence.partner))], lr=0.02)
-
-    def numbers(self) -> dict[str, torch.Tensor]:
-        return {"scale": self.parameters[0].exp()}
-
-    def step(self) -> Diagonal:
-        return Diagonal(**self.numbers())
-
-
 @dataclass(frozen=True, eq=False)
-class _Dense:
+class Dense:
     """A matrix whose inverse is known, [K, D, D] each."""
 
     matrix: torch.Tensor
@@ -129,59 +90,31 @@ class _Dense:
         return q @ self.inverse.transpose(-1, -2)
 
 
-class LearnedRotation:
-    # SpinQuant takes 1.5 for a cross-entropy; this loss is a relative error of a hundredth or less.
-    lr = 100.0
+@dataclass(frozen=True, kw_only=True)
+class LearnedSpec(TransformSpec):
+    """Settings of a learned step, which begins as the identity, after the steps before it.
 
-    def __init__(self, evidence: Evidence):
-        size = len(evidence.partner)
-        self.parameters = [torch.eye(size).repeat(evidence.heads, 1, 1).requires_grad_()]
+    steps   optimiser steps a layer; seed: of their batches.
+    """
 
-    def numbers(self) -> dict[str, torch.Tensor]:
-        return {"matrix": orthonormal(self.parameters[0].double()).float()}
+    steps: int | None = None
+    seed: int | None = None
 
-    def step(self) -> _Dense:
-        (x,) = self.parameters
-        return _Dense(x, x.transpose(-1, -2))
+    is_learned = True
 
-    def descend(self, lr_factor: float) -> None:
-        (x,) = self.parameters
-        moved = cayley_step(x.detach(), x.grad, self.lr * lr_factor)
-        self.parameters = [orthonormal(moved).requires_grad_()]
+    def check(self) -> None:
+        check_seed("seed", self.seed)
+        if self.steps is not None and not is_count(self.steps):
+            raise RecipeError(f"steps={self.steps!r} is not a number of steps: use 1 or more.")
 
-    def state(self) -> dict[str, torch.Tensor]:
-        return {"0": self.parameters[0].detach().clone()}
+    def needs(self, side):
+        return ["reservoir"]
 
-    def restore(self, state: dict[str, torch.Tensor]) -> None:
-        self.parameters = [state["0"].clone().requires_grad_()]
+    def reads_output(self, side) -> bool:
+        return True
 
-
-class LearnedMatrix(_Adam):
-    def __init__(self, evidence: Evidence):
-        heads, size = evidence.heads, len(evidence.partner)
-        super().__init__(
-            [torch.zeros(heads, size, size), torch.zeros(heads, size, size), torch.zeros(heads, size)], 0.005
-        )
-
-    def _factors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        left, right, logs = self.parameters
-        u, v = (cayley(p - p.transpose(-1, -2)) for p in (left, right))
-        return u, v.transpose(-1, -2), logs.unsqueeze(-1)
-
-    def step(self) -> _Dense:
-        u, v, logs = self._factors()
-        return _Dense(u @ (logs.exp() * v), v.transpose(-1, -2) @ ((-logs).exp() * u.transpose(-1, -2)))
-
-    def numbers(self) -> dict[str, torch.Tensor]:
-        return {"matrix": self.step().matrix}
-
-
-LEARNABLES: dict[str, Callable[[Evidence], Learnable]] = {
-    "learned_pairs": LearnedPairs,
-    "learned_scale": LearnedScale,
-    "learned_rotation": LearnedRotation,
-    "learned_matrix": LearnedMatrix,
-}
+    def learnable(self, evidence: Evidence) -> Learnable:
+        raise NotImplementedError
 
 
 def composed(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -211,7 +144,7 @@ class Learned:
     trials: list[tuple[int, float]] = field(default_factory=list)
 
 
-def learn(spec: TransformSpec, evidence: Evidence) -> Learned:
+def learn(spec: LearnedSpec, evidence: Evidence) -> Learned:
     """Learn one step on the windows of ``evidence``; the last quarter of them, at least one, is only tried on.
 
     With a single window, training and trials share it. The same evidence and seed give the same step.
@@ -221,7 +154,7 @@ def learn(spec: TransformSpec, evidence: Evidence) -> Learned:
     held = max(1, len(evidence.windows) // 4)
     trained = evidence.windows[:-held] or evidence.windows
     probes = [Probe.of(evidence, window, spread(window, QUERIES)) for window in evidence.windows[-held:]]
-    learnable = LEARNABLES[spec.kind](evidence)
+    learnable = spec.learnable(evidence)
 
     quantize = evidence.codec.fake_quantized
     losses, trials, best = [], [], None

@@ -18,7 +18,6 @@ from kvq.models.names import TensorNames
 from kvq.models.rope import Rope
 from kvq.transforms.chain import Chain, Step
 from kvq.transforms.fold import Columns, Gamma, Operation, Rows, Scale
-from kvq.transforms.rope_bias import RopeBias
 
 # Some families rotate in float32 whatever they are given.
 _TOLERANCE = 1e-6
@@ -100,8 +99,8 @@ class _Layer:
         return found
 
     def _key_reason(self, step: Step) -> str | None:
-        if isinstance(step, RopeBias):
-            return "what it takes away is added again as keys are read"
+        if step.stays:
+            return step.stays
         if self._moves(step):
             return "it is subtracted after the rotary embedding"
         matrix, norm = self._matrix(step.write), self.attention.key_norm
@@ -118,6 +117,8 @@ class _Layer:
         return None
 
     def _value_reason(self, step: Step) -> str | None:
+        if step.stays:
+            return step.stays
         if self._moves(step):
             return "it is subtracted, and the output projection has no place to add it again"
         if self.attention.value_norm is not None:

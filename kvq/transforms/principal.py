@@ -11,11 +11,14 @@ which is what matters once every channel may have bits of its own, as in the cod
 
 import torch
 
-from kvq.transform_specs import TransformSpec
-from kvq.transforms.balance import joint_basis, reading_moments
+from kvq.transforms.balance import MomentsSpec, joint_basis, reading_moments
 from kvq.transforms.evidence import Evidence
+from kvq.transforms.spec import register_transform
 
 
-def fit_principal(spec: TransformSpec, evidence: Evidence) -> dict[str, torch.Tensor]:
-    """``matrix`` [K, D, D], columns by falling cost."""
-    return {"matrix": joint_basis(*reading_moments(evidence)).float()}
+@register_transform("principal")
+class PrincipalSpec(MomentsSpec):
+    """Independent channels, sorted by what their errors cost."""
+
+    def fit(self, evidence: Evidence) -> dict[str, torch.Tensor]:
+        return {"matrix": joint_basis(*reading_moments(evidence)).float()}

@@ -6,14 +6,16 @@ before the codec and added again as keys are read, by the positions that the for
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
-from kvq.errors import UnsupportedModelError
+from kvq.errors import RecipeError, UnsupportedModelError
+from kvq.models.architecture import Attention
 from kvq.models.rope import Rope
-from kvq.transform_specs import TransformSpec
-from kvq.transforms.chain import Chain
+from kvq.transforms.chain import Chain, Step
 from kvq.transforms.evidence import Evidence
+from kvq.transforms.spec import TransformSpec, register_transform
 
 NO_BIAS = (
     "transform 'rope_bias' takes away the bias of the key projection, and this model has none that reaches the cache: "
@@ -22,11 +24,17 @@ NO_BIAS = (
 
 
 @dataclass(frozen=True, eq=False)
-class RopeBias:
+class RopeBias(Step):
     """bias [K, D], of the key projection before RoPE. As a step of the chain it changes nothing: ``RopeOffset`` acts
     where the codec is."""
 
     bias: torch.Tensor
+
+    stays = "what it takes away is added again as keys are read"
+
+    @property
+    def offset(self) -> torch.Tensor:
+        return self.bias
 
     def write(self, x: torch.Tensor) -> torch.Tensor:
         return x
@@ -64,8 +72,36 @@ class RopeOffset:
         return whole.write(self.rope.rotate(bias, positions)) - whole.write(torch.zeros_like(bias[:1, :, :1]))
 
 
-def fit_rope_bias(spec: TransformSpec, evidence: Evidence) -> dict[str, torch.Tensor]:
-    """``bias`` [K, D]."""
-    if evidence.bias is None:
-        raise UnsupportedModelError(NO_BIAS)
-    return {"bias": evidence.bias.float()}
+@register_transform("rope_bias")
+class RopeBiasSpec(TransformSpec):
+    """Keys: take away the rotated bias of the key projection, and add it again when read."""
+
+    sides = ("key",)
+    tensors: ClassVar = {"bias": "KD"}
+    # As a step of the chain it changes nothing.
+    keeps_magnitudes = True
+
+    def check_chain(self, side, before, after) -> None:
+        for spec in after:
+            if spec.tensors:
+                raise RecipeError(
+                    f"key transform {spec.kind!r} comes after 'rope_bias', and is fitted on keys with their bias: list "
+                    "it before."
+                )
+        for spec in before:
+            if spec.takes_mean:
+                raise RecipeError(
+                    f"key transforms 'rope_bias' and {spec.kind!r} take away one mean twice: remove one of them."
+                )
+
+    def lacking(self, attention: Attention) -> str | None:
+        has_none = attention.key and (attention.key.bias is None or attention.key_norm)
+        return NO_BIAS if has_none else None
+
+    def fit(self, evidence: Evidence) -> dict[str, torch.Tensor]:
+        if evidence.bias is None:
+            raise UnsupportedModelError(NO_BIAS)
+        return {"bias": evidence.bias.float()}
+
+    def build(self, head_dim, tensors) -> RopeBias:
+        return RopeBias(tensors["bias"])

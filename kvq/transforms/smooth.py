@@ -10,30 +10,79 @@ quantizer sees, is divided out. Searches take what gives the least error of the 
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 
-from kvq.errors import DataError
-from kvq.transform_specs import TransformSpec
+from kvq.errors import DataError, RecipeError
+from kvq.settings import check_choice, is_number
 from kvq.transforms.evidence import Evidence
 from kvq.transforms.objective import attention_errors
+from kvq.transforms.spec import SCALE, TransformSpec, register_transform
 from kvq.transforms.steps import Diagonal
 
 GRID = tuple(i / 20 for i in range(1, 20))
 # Shares of the largest magnitude that a threshold may take.
 THRESHOLDS = tuple(i / 20 for i in range(2, 20))
+RULES = ("absmax", "mean", "threshold")
+SEARCH = "search"
 
 
-def fit_smooth(spec: TransformSpec, evidence: Evidence) -> dict[str, torch.Tensor]:
-    """``scale`` [K, D]."""
-    candidates = list(_candidates(spec, evidence))
-    if len(candidates) > 1:
-        errors = attention_errors(evidence, map(Diagonal, candidates))
-        candidates = [candidates[errors.index(min(errors))]]
-    return {"scale": candidates[0].float()}
+@register_transform("smooth")
+@dataclass(frozen=True, kw_only=True)
+class SmoothSpec(TransformSpec):
+    """A scale by channel (keys: by rotary pair).
+
+    alpha, beta   exponents of 0 to 1 (0.5 and 0 if not given), or ``search``: what gives the least error of the
+                  attention output.
+    rule          ``absmax``, ``mean`` or ``threshold``.
+    """
+
+    alpha: float | str | None = None
+    beta: float | str | None = None
+    rule: str | None = None
+
+    tensors = SCALE
+    commutes_with_rope = works_on_channels = reads_magnitudes = keeps_magnitudes = True
+
+    def check(self) -> None:
+        for name in ("alpha", "beta"):
+            value = getattr(self, name)
+            if value not in (None, SEARCH) and (not is_number(value) or not 0 <= value <= 1):
+                raise RecipeError(f"{name}={value!r} is not an exponent: use a number of 0 to 1, or 'search'.")
+        check_choice("rule", self.rule, RULES)
+        if self.rule == "threshold" and not self.alpha == self.beta is None:
+            raise RecipeError("rule 'threshold' has no exponents: remove alpha and beta.")
+        if self.rule == "mean" and self.beta is not None:
+            raise RecipeError("rule 'mean' has no beta: remove it.")
+
+    @property
+    def searches(self) -> bool:
+        """True if candidates are tried on measured attention."""
+        return self.rule == "threshold" or SEARCH in (self.alpha, self.beta)
+
+    def needs(self, side):
+        yield f"{side}.range"
+        if side == "key" and self.beta:
+            yield "query.range"
+        if self.searches or self.rule == "mean":
+            yield "reservoir"
+
+    def reads_output(self, side) -> bool:
+        return self.searches or (side == "value" and bool(self.beta))
+
+    def fit(self, evidence: Evidence) -> dict[str, torch.Tensor]:
+        candidates = list(_candidates(self, evidence))
+        if len(candidates) > 1:
+            errors = attention_errors(evidence, map(Diagonal, candidates))
+            candidates = [candidates[errors.index(min(errors))]]
+        return {"scale": candidates[0].float()}
+
+    def build(self, head_dim, tensors) -> Diagonal:
+        return Diagonal(tensors["scale"])
 
 
-def _candidates(spec: TransformSpec, evidence: Evidence) -> Iterator[torch.Tensor]:
+def _candidates(spec: SmoothSpec, evidence: Evidence) -> Iterator[torch.Tensor]:
     if spec.searches:
         # First, so that it wins where nothing is better.
         yield torch.ones_like(_stored(evidence, "absmax"))
@@ -51,15 +100,15 @@ def _candidates(spec: TransformSpec, evidence: Evidence) -> Iterator[torch.Tenso
         yield _usable(stored**alpha / (reader**beta if beta else 1))
 
 
-def _exponents(spec: TransformSpec) -> list[tuple[float, float]]:
+def _exponents(spec: SmoothSpec) -> list[tuple[float, float]]:
     """(alpha, beta) to try. Both searched: beta is 0, 1 - alpha (QServe) or alpha."""
     alpha = 0.5 if spec.alpha is None else spec.alpha
     beta = 0.0 if spec.beta is None else spec.beta
-    if alpha == beta == "search":
+    if alpha == beta == SEARCH:
         return [(a, b) for a in GRID for b in dict.fromkeys((0.0, 1 - a, a))]
-    if alpha == "search":
+    if alpha == SEARCH:
         return [(a, beta) for a in GRID]
-    return [(alpha, b) for b in GRID] if beta == "search" else [(alpha, beta)]
+    return [(alpha, b) for b in GRID] if beta == SEARCH else [(alpha, beta)]
 
 
 def _stored(evidence: Evidence, name: str) -> torch.Tensor:

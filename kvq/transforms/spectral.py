@@ -8,15 +8,35 @@ U: eigenvectors of C by falling eigenvalue, P: column r goes to the bit-reversed
 rotation for all heads of a layer.
 """
 
+from typing import ClassVar
+
 import torch
 
 from kvq.kernels.rotate.hadamard_matrix import hadamard_matrix
-from kvq.transform_specs import TransformSpec
 from kvq.transforms.evidence import Evidence
+from kvq.transforms.spec import TransformSpec, register_transform
+from kvq.transforms.steps import Matrix
 
 
-def fit_spectral(spec: TransformSpec, evidence: Evidence) -> dict[str, torch.Tensor]:
-    """``matrix`` [1, D, D], orthogonal."""
+@register_transform("spectral")
+class SpectralSpec(TransformSpec):
+    """Eigenvectors of what reads the tensor, then a Hadamard (OSCAR, arXiv 2605.17757)."""
+
+    tensors: ClassVar = {"matrix": "1DD"}
+    mixes_channels = True
+
+    def needs(self, side):
+        return ["query.range", "query.moments", *(["reservoir"] if side == "value" else [])]
+
+    def fit(self, evidence: Evidence) -> dict[str, torch.Tensor]:
+        return {"matrix": rotation(evidence).unsqueeze(0).float()}
+
+    def build(self, head_dim, tensors) -> Matrix:
+        return Matrix(tensors["matrix"])
+
+
+def rotation(evidence: Evidence) -> torch.Tensor:
+    """R of one side, [D, D], orthogonal."""
     moments = evidence.moment("query") if evidence.side == "key" else _weighted_second(evidence)
     vectors = eigenvectors(moments.mean(0))
     size = len(vectors)
@@ -24,7 +44,7 @@ def fit_spectral(spec: TransformSpec, evidence: Evidence) -> dict[str, torch.Ten
     if size & (size - 1) == 0:
         digits = size.bit_length() - 1
         mixed = mixed[:, [int(f"{i:0{digits}b}"[::-1], 2) for i in range(size)]]
-    return {"matrix": mixed.unsqueeze(0).float()}
+    return mixed
 
 
 def _weighted_second(evidence: Evidence) -> torch.Tensor:

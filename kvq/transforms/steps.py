@@ -15,9 +15,11 @@ from functools import cached_property
 
 import torch
 
+from kvq.transforms.chain import Step
+
 
 @dataclass(frozen=True, eq=False)
-class Diagonal:
+class Diagonal(Step):
     """scale [K, D], positive: what a stored number is multiplied with to be the model's again."""
 
     scale: torch.Tensor
@@ -36,7 +38,7 @@ class Diagonal:
 
 
 @dataclass(frozen=True, eq=False)
-class Pairs:
+class Pairs(Step):
     """Multiply every pair of channels, as a complex number, by one of its own.
 
     real, imaginary   [K, D]: of the number that belongs to the channel's pair; for the second channel of a pair the
@@ -78,7 +80,7 @@ class Pairs:
 
 
 @dataclass(frozen=True, eq=False)
-class Shift:
+class Shift(Step):
     """mean [K, D]: subtracted from what is stored. Exact only where attention weights sum to one and nothing bends the
     logits (no softcap, no learned sinks)."""
 
@@ -98,7 +100,7 @@ class Shift:
 
 
 @dataclass(frozen=True, eq=False)
-class Matrix:
+class Matrix(Step):
     """matrix [K, D, D], or [1, D, D] for all heads: P of x' = x P."""
 
     matrix: torch.Tensor

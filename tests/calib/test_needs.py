@@ -5,10 +5,11 @@ import torch
 
 from kvq.calib.collect import collect
 from kvq.calib.kinds import KINDS
-from kvq.calib.needs import ALL_NEEDS, DEFAULT_NEEDS, TRANSFORM_NEEDS, check_needs, needs_of
+from kvq.calib.needs import ALL_NEEDS, DEFAULT_NEEDS, check_needs, needs_of
 from kvq.errors import DataError
 from kvq.models.describe import describe
 from kvq.recipe import list_recipes, load_recipe, parse_recipe
+from kvq.transforms.hadamard import HadamardSpec
 
 
 def test_every_need_has_a_kind():
@@ -32,8 +33,8 @@ def test_overrides_of_single_layers_and_heads_count(tiny_config):
     assert needs_of(parse_recipe(plain, source="mine"), spec) == frozenset()
 
 
-def test_a_transform_that_reads_statistics_adds_a_line(tiny_config, monkeypatch):
-    monkeypatch.setitem(TRANSFORM_NEEDS, "hadamard", lambda spec, side: [f"{side}.moments", "query.range"])
+def test_a_transform_names_what_it_reads(tiny_config, monkeypatch):
+    monkeypatch.setattr(HadamardSpec, "needs", lambda spec, side: [f"{side}.moments", "query.range"])
     codec = {"codec": "affine", "bits": 4, "axis": "token", "group": "head"}
     recipe = {"name": "mine", "key": codec, "value": codec, "transforms": {"key": [{"kind": "hadamard"}]}}
     needs = needs_of(parse_recipe(recipe, source="mine"), describe(tiny_config(head_dim=32)))

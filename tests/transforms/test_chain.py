@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from kvq.errors import RecipeError
-from kvq.transform_specs import TransformSpec
-from kvq.transforms import Chain, Hadamard, build_chain, needed_tensors
+from kvq.transforms import Chain, build_chain, needed_tensors, transform_spec
+from kvq.transforms.hadamard import Hadamard
 
 HEADS = 3
 CHAINS = {
@@ -26,9 +26,10 @@ CHAINS = {
 
 def chain(name, head_dim=64):
     """A chain with random tensors."""
-    specs = [TransformSpec(**settings) for settings in CHAINS[name]]
+    specs = [transform_spec(**settings) for settings in CHAINS[name]]
     generator, artefacts = torch.Generator().manual_seed(2), {}
-    for what, shape in needed_tensors(specs, HEADS, head_dim).items():
+    for what, own in needed_tensors(specs, HEADS, head_dim).items():
+        shape = own.shape
         x = torch.rand(shape, dtype=torch.float64, generator=generator) + 0.5
         half = head_dim // 2
         if what.endswith("partner"):
@@ -103,7 +104,7 @@ def test_folded_steps_are_left_to_the_weights():
 
 def test_a_step_without_its_tensors_names_the_way_to_them():
     with pytest.raises(RecipeError, match=r"'balance' needs statistics of this model: run 'kvq calibrate"):
-        build_chain([TransformSpec(kind="balance")], 64)
+        build_chain([transform_spec(kind="balance")], 64)
 
 
 def test_an_ordinary_dual_is_wrong_for_a_step_that_is_no_rotation():

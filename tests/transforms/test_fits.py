@@ -8,21 +8,19 @@ import torch
 
 from kvq.errors import DataError, UnsupportedModelError
 from kvq.kernels.rotate.hadamard_matrix import hadamard_matrix
-from kvq.transform_specs import TransformSpec
-from kvq.transforms import KINDS, build_chain
+from kvq.transforms import build_chain, transform_spec
 from kvq.transforms.evidence import measure
 from kvq.transforms.fit import fit_steps
 from kvq.transforms.objective import attention_error
 
 
 def fit(evidence, kind, **settings):
-    spec = TransformSpec(kind=kind, **settings)
-    return KINDS[kind].fit(spec, evidence)
+    return transform_spec(kind=kind, **settings).fit(evidence)
 
 
 def step(evidence, kind, **settings):
-    spec = TransformSpec(kind=kind, **settings)
-    return KINDS[kind].build(spec, len(evidence.partner), fit(evidence, kind, **settings))
+    spec = transform_spec(kind=kind, **settings)
+    return spec.build(len(evidence.partner), spec.fit(evidence))
 
 
 def stacked(evidence, name):
@@ -216,7 +214,7 @@ def test_shift_is_the_mean_and_bias_is_the_models(make_evidence):
 def test_a_step_sees_what_the_steps_before_it_leave(make_evidence):
     """Fits after another step equal fits on windows that went through it beforehand."""
     evidence = make_evidence()
-    specs = [TransformSpec(kind="shift"), TransformSpec(kind="smooth"), TransformSpec(kind="balance")]
+    specs = [transform_spec(kind="shift"), transform_spec(kind="smooth"), transform_spec(kind="balance")]
     found, _ = fit_steps(specs, evidence)
     assert set(found) == {"transforms.0.mean", "transforms.1.scale", "transforms.2.matrix"}
     mean = found["transforms.0.mean"].unsqueeze(1)
@@ -247,14 +245,14 @@ def test_given_moments_go_through_a_step_exactly(kind, make_evidence):
 def test_a_scale_before_a_shift_is_that_of_what_the_shift_leaves(make_evidence):
     """Listed first, it folds into the weights; it must not be made for means that will be gone."""
     evidence = make_evidence()
-    specs = [TransformSpec(kind="smooth"), TransformSpec(kind="shift"), TransformSpec(kind="hadamard")]
+    specs = [transform_spec(kind="smooth"), transform_spec(kind="shift"), transform_spec(kind="hadamard")]
     found, seen = fit_steps(specs, evidence)
     keys = stacked(evidence, "key")
     distance = (keys - keys.mean(1, keepdim=True)).abs().amax(1)
     expected = torch.maximum(distance[:, :8], distance[:, 8:]).repeat(1, 2).sqrt()
     assert torch.allclose(found["transforms.0.scale"].double(), normalised(expected), rtol=1e-5)
     assert float(seen.mean("key").abs().max()) < 1e-5
-    searched = [TransformSpec(kind="smooth", alpha="search"), *specs[1:]]
+    searched = [transform_spec(kind="smooth", alpha="search"), *specs[1:]]
     errors = []
     for chain in (specs, searched):
         tensors, _ = fit_steps(chain, evidence)

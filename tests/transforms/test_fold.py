@@ -78,8 +78,8 @@ def random_artefacts(model, mine, paired=True):
         shared = norm is not None and norm.shared
         for side in ("key", "value"):
             specs = getattr(mine.transforms, side)
-            for name, shape in needed_tensors(specs, layer.kv_heads, layer.head_dim).items():
-                x = torch.rand(shape, dtype=torch.float64, generator=generator) + 0.5
+            for name, own in needed_tensors(specs, layer.kv_heads, layer.head_dim).items():
+                x = torch.rand(own.shape, dtype=torch.float64, generator=generator) + 0.5
                 if name.endswith("partner"):
                     x = partner
                 elif name.endswith("matrix"):

@@ -5,8 +5,7 @@ import torch
 
 from kvq.errors import RecipeError
 from kvq.kernels.rotate.hadamard_matrix import hadamard_matrix, known_order
-from kvq.transform_specs import TransformSpec
-from kvq.transforms import build_chain
+from kvq.transforms import build_chain, transform_spec
 from kvq.transforms.hadamard import DENSE_ORDER, rotate
 
 HEAD_DIMS = (16, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 512, 576)
@@ -65,4 +64,4 @@ def test_zero_padding_to_the_next_power_of_two_would_not_be_a_rotation():
 )
 def test_a_block_that_does_not_fit_is_refused_with_those_that_do(block, head_dim, fits):
     with pytest.raises(RecipeError, match=f"block={block} does not fit head_dim={head_dim}: use {fits}"):
-        build_chain([TransformSpec(kind="hadamard", block=block)], head_dim)
+        build_chain([transform_spec(kind="hadamard", block=block)], head_dim)

@@ -5,10 +5,9 @@ import dataclasses
 import pytest
 import torch
 
-from kvq.transform_specs import TransformSpec
-from kvq.transforms import KINDS
+from kvq.transforms import TRANSFORMS, transform_spec
 from kvq.transforms.cayley import cayley, cayley_step, orthonormal
-from kvq.transforms.learned import LEARNABLES, learn
+from kvq.transforms.learned import learn
 from kvq.transforms.objective import attention_error
 
 SIDES = {"learned_pairs": "key", "learned_scale": "value", "learned_rotation": "value", "learned_matrix": "key"}
@@ -18,8 +17,8 @@ def random(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def test_every_learned_kind_has_a_learner():
-    assert set(LEARNABLES) == {kind for kind in KINDS if TransformSpec(kind=kind).is_learned}
+def test_every_learned_kind_is_tested_here():
+    assert set(SIDES) == {cls.kind for cls in TRANSFORMS.classes() if cls.is_learned}
 
 
 @pytest.mark.parametrize("lr", [1e-3, 0.1, 1e6])
@@ -61,7 +60,8 @@ def test_the_cayley_transform_of_a_skew_matrix_is_orthogonal():
 @pytest.mark.parametrize("kind", SIDES)
 def test_a_learned_step_begins_as_the_identity(kind, make_evidence):
     evidence = make_evidence(SIDES[kind])
-    built = KINDS[kind].build(TransformSpec(kind=kind), 16, LEARNABLES[kind](evidence).numbers())
+    spec = transform_spec(kind=kind)
+    built = spec.build(16, spec.learnable(evidence).numbers())
     x = torch.randn(2, 5, 16)
     for function in (built.write, built.dual, built.undo):
         assert torch.allclose(function(x), x, atol=1e-6)
@@ -70,39 +70,39 @@ def test_a_learned_step_begins_as_the_identity(kind, make_evidence):
 @pytest.mark.parametrize("kind", SIDES)
 def test_learning_lowers_the_error_of_what_the_codec_does(kind, make_evidence):
     evidence = make_evidence(SIDES[kind], bits=3, windows=4)
-    spec = TransformSpec(kind=kind, steps=60)
+    spec = transform_spec(kind=kind, steps=60)
     found = learn(spec, evidence)
     assert len(found.losses) == 60
     assert found.trials[0][0] == 0
     assert found.trials[-1][0] == 60
-    built = KINDS[kind].build(spec, 16, found.numbers)
+    built = spec.build(16, found.numbers)
     x = torch.randn(2, 5, 16)
     assert torch.allclose(built.undo(built.write(x)), x, atol=1e-4)
     fresh = dataclasses.replace(evidence, windows=make_evidence(SIDES[kind], windows=6).windows[4:])
-    identity = KINDS[kind].build(spec, 16, LEARNABLES[kind](evidence).numbers())
+    identity = spec.build(16, spec.learnable(evidence).numbers())
     assert attention_error(fresh, built) < 0.9 * attention_error(fresh, identity)
 
 
 @pytest.mark.parametrize("kind", SIDES)
 def test_the_same_seed_learns_the_same(kind, make_evidence):
     evidence = make_evidence(SIDES[kind], bits=3)
-    first, second, other = (learn(TransformSpec(kind=kind, steps=12, seed=s), evidence) for s in (1, 1, 2))
+    first, second, other = (learn(transform_spec(kind=kind, steps=12, seed=s), evidence) for s in (1, 1, 2))
     assert all(torch.equal(first.numbers[name], second.numbers[name]) for name in first.numbers)
     assert first.losses == second.losses
     assert first.losses != other.losses
 
 
 def test_rotations_stay_orthogonal_and_pairs_stay_pairs(make_evidence):
-    matrix = learn(TransformSpec(kind="learned_rotation", steps=40), make_evidence("value", bits=2)).numbers["matrix"]
+    matrix = learn(transform_spec(kind="learned_rotation", steps=40), make_evidence("value", bits=2)).numbers["matrix"]
     assert torch.allclose(matrix @ matrix.mT, torch.eye(16).expand(2, -1, -1), atol=1e-5)
-    pairs = learn(TransformSpec(kind="learned_pairs", steps=40), make_evidence(bits=3)).numbers
+    pairs = learn(transform_spec(kind="learned_pairs", steps=40), make_evidence(bits=3)).numbers
     assert torch.equal(pairs["real"][:, :8], pairs["real"][:, 8:])
     assert torch.equal(pairs["imaginary"][:, :8], -pairs["imaginary"][:, 8:])
     assert pairs["imaginary"].abs().max() > 1e-2
 
 
 def test_under_a_norm_that_heads_share_pairs_learn_one_scale_and_no_angle(make_evidence):
-    found = learn(TransformSpec(kind="learned_pairs", steps=20), make_evidence(bits=3, shared=True)).numbers
+    found = learn(transform_spec(kind="learned_pairs", steps=20), make_evidence(bits=3, shared=True)).numbers
     assert torch.equal(found["real"][0], found["real"][1])
     assert not found["imaginary"].any()
     assert found["real"].std() > 1e-3
@@ -111,11 +111,10 @@ def test_under_a_norm_that_heads_share_pairs_learn_one_scale_and_no_angle(make_e
 def test_nothing_is_kept_that_is_worse_than_the_identity(make_evidence):
     """8-bit keys leave nothing to learn, and noise must not be kept."""
     evidence = make_evidence(bits=8)
-    found = learn(TransformSpec(kind="learned_matrix", steps=16), evidence)
+    found = learn(transform_spec(kind="learned_matrix", steps=16), evidence)
     assert min(error for _, error in found.trials) <= found.trials[0][1]
-    built = KINDS["learned_matrix"].build(TransformSpec(kind="learned_matrix"), 16, found.numbers)
+    spec = transform_spec(kind="learned_matrix")
+    built = spec.build(16, found.numbers)
     held = dataclasses.replace(evidence, windows=evidence.windows[-1:])
-    identity = KINDS["learned_matrix"].build(
-        TransformSpec(kind="learned_matrix"), 16, LEARNABLES["learned_matrix"](evidence).numbers()
-    )
+    identity = spec.build(16, spec.learnable(evidence).numbers())
     assert attention_error(held, built) <= attention_error(held, identity) * 1.01
