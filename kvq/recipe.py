@@ -12,7 +12,6 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ import yaml
 from kvq.codecs.spec import CodecSpec, merge_codec, parse_codec
 from kvq.errors import RecipeError, suggest
 from kvq.heads import HeadSpec, TokenPolicy
+from kvq.recipes import list_recipes, recipe_text
 from kvq.settings import build, refuse_unknown
 from kvq.transforms import Transforms, build_transforms
 
@@ -222,19 +222,13 @@ def parse_recipe(data: Any, source: str) -> Recipe:
     )
 
 
-def list_recipes() -> list[str]:
-    """Names of the shipped recipes, in alphabetical order."""
-    files = resources.files("kvq.recipes").iterdir()
-    return sorted(f.name.removesuffix(".yaml") for f in files if f.name.endswith(".yaml"))
-
-
 def load_recipe(name_or_path: "str | Path | Recipe") -> Recipe:
     """Load a shipped recipe by name, or a recipe file by path; a Recipe is returned as it is."""
     if isinstance(name_or_path, Recipe):
         return name_or_path
     text = str(name_or_path)
     if text in list_recipes():
-        source = resources.files("kvq.recipes").joinpath(f"{text}.yaml").read_text()
+        source = recipe_text(text)
     elif Path(text).is_file():
         try:
             source = Path(text).read_text()

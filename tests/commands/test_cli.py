@@ -90,7 +90,7 @@ def test_errors_of_the_machine_are_one_sentence(run, monkeypatch, error, says, c
     def fail():
         raise error
 
-    monkeypatch.setattr("kvq.recipe.list_recipes", fail)
+    monkeypatch.setattr("kvq.recipes.list_recipes", fail)
     result = run("recipes", "list")
     assert (result.exit_code, result.stdout.strip()) == (code, "")
     assert says in result.stderr
@@ -98,7 +98,7 @@ def test_errors_of_the_machine_are_one_sentence(run, monkeypatch, error, says, c
 
 
 def test_a_fault_of_kvq_itself_keeps_its_traceback(run, monkeypatch):
-    monkeypatch.setattr("kvq.recipe.list_recipes", lambda: 1 / 0)
+    monkeypatch.setattr("kvq.recipes.list_recipes", lambda: 1 / 0)
     assert isinstance(run("recipes", "list").exception, ZeroDivisionError)
 
 
@@ -112,7 +112,7 @@ def test_the_progress_bar_is_silent_without_a_terminal(capsys):
 def test_an_interrupt_is_one_line_and_130():
     script = """
 import time, kvq.cli, kvq.recipe
-kvq.recipe.list_recipes = lambda: print("ready", flush=True) or time.sleep(30)
+kvq.recipes.list_recipes = lambda: print("ready", flush=True) or time.sleep(30)
 kvq.cli.main(["recipes", "list"])
 """
     process = subprocess.Popen(
