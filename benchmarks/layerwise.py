@@ -31,7 +31,7 @@ import json, sys
 from pathlib import Path
 
 import accelerate.hooks, accelerate.big_modeling
-import kvq.calib.calibrate, kvq.calib.windows, kvq.cli, kvq.commands.calibrate, kvq.report.stats_tables
+import kvq.calib.run, kvq.cli, kvq.commands.calibrate, kvq.report.stats_tables
 import torch, transformers.models.llama.modeling_llama
 from kvq.calib.kinds import Range
 

@@ -11,13 +11,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from pydoc_data.topics import topics
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from transformers import AutoTokenizer
 
-from kvq.calib.data import builtin_text
-from kvq.models.resolve import load_tokenizer, resolve_model
+import kvq
 
 RECIPE = "kivi2"
 # Longer than the 128 tokens that the recipe keeps exact, so that the answer is read out of packed pages.
@@ -38,7 +39,7 @@ SPEED_CONTEXT, SPEED_TOKENS = 2048, 32
 console = Console(highlight=False)
 
 
-def kvq(title: str, *args: str, stdin: str | None = None, quiet: bool = False) -> None:
+def command(title: str, *args: str, stdin: str | None = None, quiet: bool = False) -> None:
     """Run one command of kvq as a user would, and stop the demo if it fails."""
     console.print(f"\n[bold]{title}[/bold]")
     print(f"$ kvq {shlex.join(args)}", flush=True)
@@ -54,9 +55,9 @@ def kvq(title: str, *args: str, stdin: str | None = None, quiet: bool = False) -
 
 
 def long_prompt(model: str) -> str:
-    """About SPEED_CONTEXT tokens of text that was not calibrated on."""
-    tokenizer = load_tokenizer(resolve_model(model))
-    ids = tokenizer(builtin_text("evaluation")[: 8 * SPEED_CONTEXT], add_special_tokens=False, verbose=False)
+    """About SPEED_CONTEXT tokens of the reference that every Python carries."""
+    tokenizer = AutoTokenizer.from_pretrained(kvq.resolve_model(model))
+    ids = tokenizer(topics["specialnames"][: 8 * SPEED_CONTEXT], add_special_tokens=False, verbose=False)
     return tokenizer.decode(ids["input_ids"][:SPEED_CONTEXT])
 
 
@@ -65,11 +66,11 @@ def run(model: str, out: Path) -> dict[str, dict]:
     out.mkdir(parents=True, exist_ok=True)
     stats, export = str(out / "stats.safetensors"), str(out / RECIPE)
     reports = {name: str(out / f"{name}.json") for name in ("eval", "fp16", RECIPE)}
-    kvq("1. Calibrate: measure keys and values", "calibrate", model, "-o", stats, "--samples", "16", quiet=True)
-    kvq("2. Export", "export", model, "--recipe", RECIPE, "--stats", stats, "-o", export, "--force")
+    command("1. Calibrate: measure keys and values", "calibrate", model, "-o", stats, "--samples", "16", quiet=True)
+    command("2. Export", "export", model, "--recipe", RECIPE, "--stats", stats, "-o", export, "--force")
     sizes = ("--seq-len", str(EVAL_TOKENS), "--limit", str(EVAL_WINDOWS))
-    kvq("3. Evaluate: read the quantized cache", "eval", export, *sizes, "--json", reports["eval"])
-    kvq(
+    command("3. Evaluate: read the quantized cache", "eval", export, *sizes, "--json", reports["eval"])
+    command(
         "4. Generate: answer a question about a text on stdin",
         "generate",
         export,
@@ -81,7 +82,7 @@ def run(model: str, out: Path) -> dict[str, dict]:
     speed = ("--raw", "--ignore-eos", "--max-new-tokens", str(SPEED_TOKENS))
     title = f"5. Speed at {SPEED_CONTEXT:,} tokens of context"
     for name, source in (("fp16", model), (RECIPE, export)):
-        kvq(f"{title}, {name}", "generate", source, *speed, "--json", reports[name], stdin=prompt, quiet=True)
+        command(f"{title}, {name}", "generate", source, *speed, "--json", reports[name], stdin=prompt, quiet=True)
     return {name: json.loads(Path(path).read_text()) for name, path in reports.items()}
 
 

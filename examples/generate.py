@@ -4,17 +4,21 @@ python examples/generate.py [MODEL] [RECIPE]
 """
 
 import sys
+from pydoc_data.topics import topics
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import kvq
-from kvq.calib.data import builtin_text
-from kvq.models.resolve import load_model, load_tokenizer, resolve_model
 
 
 def main(name: str = "builtin", recipe: str = "kivi2") -> None:
-    folder = resolve_model(name)
-    model, tokenizer = load_model(folder), load_tokenizer(folder)
+    folder = kvq.resolve_model(name)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    device, dtype = ("cuda", "auto") if torch.cuda.is_available() else ("cpu", "float32")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device)
     # Long enough that most of it is packed: kivi2 keeps the last 128 tokens exact.
-    inputs = tokenizer(builtin_text("evaluation")[:4000], return_tensors="pt").to(model.device)
+    inputs = tokenizer(topics["specialnames"][:4000], return_tensors="pt").to(model.device)
     with kvq.quantized_cache(model, recipe):
         cache = kvq.new_cache(model)
         tokens = model.generate(**inputs, past_key_values=cache, max_new_tokens=32, do_sample=False)

@@ -5,15 +5,17 @@
     with kvq.quantized_cache(model, "kivi2"): ...          # any model, without an export
 
 Importing kvq registers the transformers integration and does nothing else. Names that need torch or transformers are
-imported on first use.
+imported on first use. ``docs/api.md`` describes each.
 """
 
 import importlib
+from typing import TYPE_CHECKING, Any
 
 from kvq.errors import (
     CacheError,
     CheckpointError,
     DataError,
+    KernelError,
     KvqError,
     ModelNotFoundError,
     RecipeError,
@@ -21,36 +23,95 @@ from kvq.errors import (
 )
 from kvq.integrations import hook
 
+if TYPE_CHECKING:
+    from kvq.api import (
+        calibrate,
+        compare,
+        describe,
+        evaluate,
+        export,
+        make_plan,
+        memory_plan,
+        search,
+    )
+    from kvq.cache import CachePlan, cache_nbytes
+    from kvq.calib.stats import Stats
+    from kvq.eval.result import EvalResult
+    from kvq.exporting.exporter import ExportResult
+    from kvq.exporting.memory import MemoryPlan
+    from kvq.integrations.runtime import new_cache, quantized_cache
+    from kvq.integrations.transformers import load
+    from kvq.models.describe import ModelSpec
+    from kvq.models.resolve import resolve_model
+    from kvq.recipe import Recipe, list_recipes, load_recipe
+    from kvq.searching.search import Search
+
+    __version__: str
+
+# The same names, by the module that is imported when one is first used.
 _LAZY = {
+    "CachePlan": "kvq.cache",
+    "EvalResult": "kvq.eval.result",
+    "ExportResult": "kvq.exporting.exporter",
+    "MemoryPlan": "kvq.exporting.memory",
+    "ModelSpec": "kvq.models.describe",
     "Recipe": "kvq.recipe",
+    "Search": "kvq.searching.search",
+    "Stats": "kvq.calib.stats",
     "cache_nbytes": "kvq.cache",
+    "calibrate": "kvq.api",
+    "compare": "kvq.api",
+    "describe": "kvq.api",
+    "evaluate": "kvq.api",
+    "export": "kvq.api",
+    "list_recipes": "kvq.recipe",
     "load": "kvq.integrations.transformers",
     "load_recipe": "kvq.recipe",
-    "make_plan": "kvq.cache",
+    "make_plan": "kvq.api",
+    "memory_plan": "kvq.api",
     "new_cache": "kvq.integrations.runtime",
     "quantized_cache": "kvq.integrations.runtime",
+    "resolve_model": "kvq.models.resolve",
+    "search": "kvq.api",
 }
 
 __all__ = [
     "CacheError",
+    "CachePlan",
     "CheckpointError",
     "DataError",
+    "EvalResult",
+    "ExportResult",
+    "KernelError",
     "KvqError",
+    "MemoryPlan",
     "ModelNotFoundError",
+    "ModelSpec",
     "Recipe",
     "RecipeError",
+    "Search",
+    "Stats",
     "UnsupportedModelError",
     "__version__",
     "cache_nbytes",
+    "calibrate",
+    "compare",
+    "describe",
+    "evaluate",
+    "export",
+    "list_recipes",
     "load",
     "load_recipe",
     "make_plan",
+    "memory_plan",
     "new_cache",
     "quantized_cache",
+    "resolve_model",
+    "search",
 ]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name == "__version__":
         value = _version()
     elif name in _LAZY:

@@ -8,6 +8,8 @@ import socket
 from collections.abc import Iterable
 from pathlib import Path
 
+from kvq.errors import CheckpointError
+
 _HOST = re.sub(r"[^A-Za-z0-9]", "_", socket.gethostname())
 
 
@@ -53,3 +55,22 @@ def write_whole(path: Path, pieces: Iterable[bytes | memoryview]) -> None:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """``write_whole`` of a text (as UTF-8) or of bytes. Raises CheckpointError if it cannot be written."""
+    try:
+        write_whole(path, [content.encode() if isinstance(content, str) else content])
+    except OSError as error:
+        raise CheckpointError(f"{str(path)!r} cannot be written ({error.strerror}): choose another place.") from None
+
+
+def check_writable(path: str | Path) -> None:
+    """Refuse, before any work, a file that could not be written after it."""
+    path = Path(path)
+    if path.is_dir():
+        raise CheckpointError(f"{str(path)!r} is a folder: give the name of a file.")
+    if not path.parent.is_dir():
+        raise CheckpointError(f"folder {str(path.parent)!r} does not exist: make it, or choose another place.")
+    if not os.access(path.parent, os.W_OK):
+        raise CheckpointError(f"folder {str(path.parent)!r} cannot be written: choose another place.")

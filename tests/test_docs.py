@@ -1,5 +1,7 @@
 """What the documents say is true: commands parse, recipes are listed, and the README's Python runs."""
 
+import ast
+import inspect
 import json
 import re
 import runpy
@@ -10,6 +12,7 @@ import click
 import pytest
 import yaml
 
+import kvq
 from kvq.cli import main
 from kvq.exporting.exporter import export
 from kvq.recipe import list_recipes, parse_recipe
@@ -20,6 +23,7 @@ DOCUMENTS = [
     *sorted(ROOT.glob("docs/*.md")),
 ]
 README = (ROOT / "README.md").read_text()
+API = (ROOT / "docs/api.md").read_text()
 
 
 def blocks(text: str, language: str) -> list[str]:
@@ -94,6 +98,47 @@ def test_the_python_of_the_readme_runs(tiny_checkpoint, tmp_path, monkeypatch, c
     (block,) = blocks(README, "python")
     exec(compile(block, "README.md", "exec"), {})
     assert "bytes of cache for" in capsys.readouterr().out
+
+
+def test_the_api_page_describes_every_public_name_as_it_is():
+    script = runpy.run_path(str(ROOT / "docs/build_api.py"))
+    assert script["page"](API) == API, "run python docs/build_api.py"
+    described = set(re.findall(r"<!-- (\w+): begin -->", API))
+    errors = {name for name, thing in vars(kvq.errors).items() if inspect.isclass(thing) and name.endswith("Error")}
+    assert errors <= set(kvq.__all__)
+    assert all(f"| `{name}` |" in API for name in errors)
+    assert described | errors | {"__version__"} == set(kvq.__all__)
+
+
+def test_every_public_function_is_described_with_types_errors_and_an_example():
+    examples = "\n".join(blocks(API, "python"))
+    for name in sorted(set(kvq.__all__) - {"__version__"}):
+        thing = getattr(kvq, name)
+        assert thing.__doc__, name
+        if inspect.isclass(thing):
+            continue
+        assert f"kvq.{name}(" in examples
+        own = inspect.signature(thing)
+        assert own.return_annotation is not inspect.Signature.empty, name
+        for argument in own.parameters.values():
+            assert argument.annotation is not inspect.Parameter.empty, (name, argument)
+
+
+def test_the_python_of_the_api_page_runs(tiny_checkpoint, tmp_path, monkeypatch):
+    tiny_checkpoint(head_dim=64, name="my-model")
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    for block in blocks(API, "python"):
+        exec(compile(block, "api.md", "exec"), names)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.stem)
+def test_examples_import_kvq_and_nothing_inside_it(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            assert (node.module or "").split(".")[0] != "kvq", ast.unparse(node)
+        elif isinstance(node, ast.Import):
+            assert not any(alias.name.startswith("kvq.") for alias in node.names), ast.unparse(node)
 
 
 @pytest.mark.model

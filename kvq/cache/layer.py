@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 import torch
-from transformers.cache_utils import CacheLayerMixin, DynamicLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
 from kvq.cache.attend import Options, attend
 from kvq.cache.context import ForwardContext
@@ -276,7 +276,7 @@ def implementations(cache) -> list[str]:
     return sorted({str(ran) for layer in packed_layers(cache) for store in layer.stores for ran in store.ran})
 
 
-def cache_nbytes(cache) -> int:
+def cache_nbytes(cache: Cache) -> int:
     """Measured bytes of any transformers cache: packed storage and plain tensors."""
     total = 0
     for layer in cache.layers:

@@ -107,7 +107,7 @@ def calibrate(
         stats = learn_codebooks(
             model, options.recipes, stats, windows.tokens, seed=options.seed, progress=learning, **shared
         )
-    return replace(stats, token_texts=_texts(stats, tokenizer)) if stats and tokenizer else stats
+    return replace(stats, token_texts=token_texts(stats, tokenizer)) if stats and tokenizer else stats
 
 
 def by_layer(folder: Path, options: Options, ranks: Ranks = ALONE) -> bool:
@@ -172,7 +172,8 @@ def _device(ranks: Ranks) -> str:
     return ranks.device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _texts(stats: Stats, tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
+def token_texts(stats: Stats, tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
+    """The texts of the tokens that statistics name."""
     ids: set[int] = set()
     for layer in stats.layers.values():
         for part in layer.values():

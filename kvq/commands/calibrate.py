@@ -1,8 +1,7 @@
 """``kvq calibrate``: run a model over text and save statistics of its attention."""
 
 import sys
-import time
-from functools import partial
+from dataclasses import asdict
 from pathlib import Path
 
 import click
@@ -12,12 +11,13 @@ from kvq.commands.common import (
     check_writable,
     comma_list,
     json_option,
-    peak_memory,
-    progress_bars,
+    progress_bar,
     quiet_transformers,
+    split_list,
 )
 
 USAGE_ERROR = 2
+_TEXT = ("data", "field", "split", "chat_template", "samples", "seq_len")
 DTYPES = ("float32", "bfloat16", "float16")
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
@@ -66,10 +66,15 @@ class Bytes(click.ParamType):
 @click.option("--layer-by-layer", is_flag=True, help="Keep one decoder layer at a time in memory, the rest on disk.")
 @click.option("--memory-limit", type=Bytes(), help="Go layer by layer if the model takes more, e.g. 8GB.")
 @click.option(
-    "--reservoir", default="512MB", show_default=True, type=Bytes(), help="Token vectors to keep, all layers together."
+    "--reservoir",
+    "reservoir_bytes",
+    default="512MB",
+    show_default=True,
+    type=Bytes(),
+    help="Token vectors to keep, all layers together.",
 )
 @json_option
-def command(model: str, out: str, recipes: str | None, full: bool, output: Output, **settings) -> None:
+def command(model: str, out: str, recipes: str | None, output: Output, **settings) -> None:
     """Measure keys, values and queries of MODEL over text, and save the statistics.
 
     Without --for or --full: ranges, quantiles, attention sinks and massive activations. With --for, transforms that are
@@ -90,7 +95,7 @@ def command(model: str, out: str, recipes: str | None, full: bool, output: Outpu
     """
     if settings["end_to_end"] and not recipes:
         raise click.UsageError("--end-to-end learns what a recipe asks for: name one with --for.")
-    if recipes and full:
+    if recipes and settings["full"]:
         raise click.UsageError("--for and --full exclude each other: leave one of them out.")
     check_writable(out)
     quiet_transformers()
@@ -99,7 +104,7 @@ def command(model: str, out: str, recipes: str | None, full: bool, output: Outpu
 
     with ranks() as processes:
         try:
-            _calibrate(model, Path(out), _split(recipes), full, processes, output, settings)
+            _calibrate(model, Path(out), split_list(recipes), processes, output, settings)
         except KvqError:
             # All processes fail alike, and one of them says so.
             if processes.is_first:
@@ -107,58 +112,32 @@ def command(model: str, out: str, recipes: str | None, full: bool, output: Outpu
             sys.exit(USAGE_ERROR)
 
 
-def _calibrate(
-    model: str, path: Path, recipes: tuple[str, ...], full: bool, processes, output: Output, settings
-) -> None:
-    from kvq.calib.calibrate import by_layer, calibrate
-    from kvq.calib.data import load_documents
-    from kvq.calib.windows import token_windows
-    from kvq.models.describe import describe
-    from kvq.models.resolve import load_config, load_tokenizer, resolve_model
+def _calibrate(model: str, path: Path, recipes: tuple[str, ...], processes, output: Output, settings) -> None:
+    import torch
+
+    from kvq.calib.run import CalibrationText, calibrate_folder, save, state_folder_of
     from kvq.report.learned_tables import learned_table, learning_line
     from kvq.report.stats_tables import stats_rows, stats_table
 
-    folder = resolve_model(model)
-    spec = describe(load_config(folder))
-    options = _options(recipes, full, spec, settings)
-    one_layer = by_layer(folder, options, processes)
-    tokenizer = load_tokenizer(folder)
-    windows = token_windows(
-        tokenizer,
-        load_documents(settings["data"], field=settings["field"], split=settings["split"]),
-        samples=settings["samples"],
-        seq_len=settings["seq_len"],
-        seed=settings["seed"],
-        source=settings["data"],
-        packed=not settings["per_document"],
-        chat_template=settings["chat_template"],
+    text = CalibrationText(
+        packed=not settings.pop("per_document"), **{name: settings.pop(name) for name in _TEXT}, seed=settings["seed"]
     )
-    state_folder = path.with_name(f".{path.name}.partial")
-    tokens_per_step = windows.identity.tokens / len(windows.tokens) * processes.world
-    bars = {"tokens_per_step": tokens_per_step, "silent": not processes.is_first}
-    with progress_bars("Calibrating", "Learning codebooks", **bars) as (step, learning):
-        stats = calibrate(
-            folder,
-            windows,
-            options,
-            state_folder=state_folder,
-            progress=step,
-            learning=learning,
-            ranks=processes,
-            model_name=Path(model).name,
-            tokenizer=tokenizer,
+    settings["layer_by_layer"] = settings["layer_by_layer"] or None
+    settings["dtype"] = getattr(torch, settings["dtype"]) if settings["dtype"] else None
+    tokens = dict.fromkeys(("Calibrating", "Learning codebooks"), text.samples * text.seq_len)
+    with progress_bar(tokens=tokens, silent=not processes.is_first) as step:
+        found = calibrate_folder(
+            model, text, recipes, state_folder=state_folder_of(path), ranks=processes, progress=step, **settings
         )
-    if stats is None:
+    if found is None:
         return
-    tokens = windows.tokens if settings["end_to_end"] else None
-    stats, times = _learn(stats, options.recipes, spec, folder, state_folder, tokens)
-    stats.save(path)
-    _remove(state_folder)
-    data = stats.data
+    stats, data = found.stats, found.stats.data
+    save(stats, path)
     output.show(stats_table(stats_rows(stats)), *_notes(stats))
     transforms = [fit.facts for fit in stats.fits.values() if "objective" in fit.facts]
+    learning = [asdict(entry) for entry in found.learning]
     if transforms:
-        output.show(learned_table(transforms), *(learning_line(**entry) for entry in times))
+        output.show(learned_table(transforms), *(learning_line(**entry) for entry in learning))
     output.show(f"Statistics of {data.samples} windows, {data.tokens:,} tokens, written to {path}.")
     output.write(
         {
@@ -167,82 +146,12 @@ def _calibrate(
             "tokens": data.tokens,
             "needs": sorted(stats.needs),
             "fits": {name: fit.facts for name, fit in stats.fits.items()},
-            "learning": times,
+            "learning": learning,
             "missing": dict(stats.missing),
             "processes": processes.world,
-            "layer_by_layer": one_layer,
+            "layer_by_layer": found.layer_by_layer,
             **stats.provenance(),
         }
-    )
-
-
-def _split(text: str | None) -> tuple[str, ...]:
-    return tuple(name.strip() for name in (text or "").split(",") if name.strip())
-
-
-def _learn(stats, recipes, spec, folder: Path, state_folder: Path, tokens=None):
-    """The statistics with what the recipes' learned transforms learn on them, and the time and memory that took.
-
-    tokens   [N, T] to learn end to end afterwards.
-    """
-    from kvq.calib.learn import learn_fits, learned_steps
-
-    loaded = [recipe for recipe in recipes if any(learned_steps(recipe, spec))]
-    learning = []
-
-    def timed(what: str, title: str, learn):
-        start = time.perf_counter()
-        with progress_bars(title) as (step,):
-            found = learn(state_folder=state_folder, progress=step)
-        learning.append({"what": what, "seconds": time.perf_counter() - start, "peak_bytes": peak_memory()})
-        return found
-
-    for recipe in loaded:
-        stats = timed(
-            f"{recipe.name} layer by layer", "Learning transforms", partial(learn_fits, recipe, spec, stats, folder)
-        )
-    if tokens is not None and loaded:
-        from kvq.calib.end_to_end import learn_end_to_end
-        from kvq.models.resolve import load_model
-
-        model = load_model(folder)
-        for recipe in loaded:
-            learn = partial(learn_end_to_end, model, recipe, stats, tokens, folder)
-            stats = timed(f"{recipe.name} end to end", "Learning end to end", learn)
-    return stats, learning
-
-
-def _options(recipes: tuple[str, ...], full: bool, spec, settings):
-    import torch
-
-    from kvq.cache.plan import check_transforms
-    from kvq.calib.calibrate import Options
-    from kvq.calib.needs import ALL_NEEDS, DEFAULT_NEEDS, needs_of
-    from kvq.errors import RecipeError
-    from kvq.recipe import load_recipe
-
-    needs = ALL_NEEDS if full else DEFAULT_NEEDS
-    loaded = tuple(load_recipe(recipe) for recipe in recipes)
-    if loaded:
-        for recipe in loaded:
-            check_transforms(recipe, spec)
-        needs = frozenset().union(*(needs_of(recipe, spec) for recipe in loaded))
-        if not needs:
-            raise RecipeError(
-                f"recipe {', '.join(map(repr, recipes))} reads no statistics: use it as it is, or calibrate without "
-                "--for."
-            )
-    return Options(
-        needs=needs,
-        strict=bool(recipes),
-        batch_size=settings["batch_size"],
-        seed=settings["seed"],
-        reservoir_bytes=settings["reservoir"],
-        dtype=getattr(torch, settings["dtype"]) if settings["dtype"] else None,
-        device_map=settings["device_map"],
-        layer_by_layer=True if settings["layer_by_layer"] else None,
-        memory_limit=settings["memory_limit"],
-        recipes=loaded,
     )
 
 
@@ -252,9 +161,3 @@ def _notes(stats) -> list[str]:
     for need, why in sorted(stats.missing.items()):
         reasons.setdefault(why, []).append(need)
     return [f"Not measured: {', '.join(needs)}, because {why}" for why, needs in reasons.items()]
-
-
-def _remove(folder: Path) -> None:
-    import shutil
-
-    shutil.rmtree(folder, ignore_errors=True)

@@ -1,22 +1,21 @@
 """What the commands share: options, where results go, progress bars, and silence from the libraries."""
 
 import contextlib
-import functools
 import json
 import logging
 import math
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import click
 import yaml
 
-from kvq.atomic import write_whole
-from kvq.errors import CheckpointError, RecipeError
+from kvq.atomic import check_writable, write_atomically
+from kvq.errors import RecipeError
 
 NOISY_LOGGERS = ("transformers", "lm_eval", "lm-eval", "datasets", "huggingface_hub", "httpx", "accelerate", "filelock")
 
@@ -61,14 +60,6 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a file whole or not at all; text as UTF-8. Raises CheckpointError if it cannot be written."""
-    try:
-        write_whole(path, [content.encode() if isinstance(content, str) else content])
-    except OSError as error:
-        raise CheckpointError(f"{str(path)!r} cannot be written ({error.strerror}): choose another place.") from None
-
-
 def comma_list(*names: str, **settings) -> Callable:
     """An option whose values are separated by commas, and which may be given several times; passed on as one text."""
 
@@ -76,6 +67,11 @@ def comma_list(*names: str, **settings) -> Callable:
         return ",".join(values) if values else None
 
     return click.option(*names, multiple=True, callback=joined, **settings)
+
+
+def split_list(text: str | None) -> tuple[str, ...]:
+    """The names of a ``comma_list``."""
+    return tuple(name.strip() for name in (text or "").split(",") if name.strip())
 
 
 def _open_output(context: click.Context, parameter: click.Parameter, value: str | None) -> Output:
@@ -127,17 +123,6 @@ def chosen_recipe(name: str | None, settings: dict[str, Any]):
     return recipe.override(settings) if settings else recipe
 
 
-def check_writable(path: str | Path) -> None:
-    """Refuse, before any work, a file that could not be written after it."""
-    path = Path(path)
-    if path.is_dir():
-        raise CheckpointError(f"{str(path)!r} is a folder: give the name of a file.")
-    if not path.parent.is_dir():
-        raise CheckpointError(f"folder {str(path.parent)!r} does not exist: make it, or choose another place.")
-    if not os.access(path.parent, os.W_OK):
-        raise CheckpointError(f"folder {str(path.parent)!r} cannot be written: choose another place.")
-
-
 class _Notes(logging.Handler):
     """Warnings of kvq itself, one plain line each on whatever stderr is now."""
 
@@ -168,12 +153,12 @@ def quiet_transformers() -> None:
 
 @contextlib.contextmanager
 def progress_bar(
-    title: str, tokens_per_step: float | None = None, silent: bool = False
-) -> Iterator[Callable[[int, int], None]]:
+    title: str = "", tokens: Mapping[str, int] | None = None, silent: bool = False
+) -> Iterator[Callable[..., None]]:
     """A bar with tokens/s and time left, on stderr; silent when asked to be or when stderr is not a terminal.
 
     Yields ``step(done, total, what="")``, to be called first with what was done before this run; ``what`` names the
-    part of the work that is running.
+    part of the work that is running. tokens: of a whole part, for those whose speed is counted in tokens.
     """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
@@ -181,9 +166,8 @@ def progress_bar(
 
     class Speed(ProgressColumn):
         def render(self, task):
-            if not task.speed or not tokens_per_step:
-                return Text("")
-            return Text(f"{task.speed * tokens_per_step:,.0f} tokens/s")
+            in_all = (tokens or {}).get(running, 0)
+            return Text(f"{task.speed * in_all / task.total:,.0f} tokens/s" if task.speed and in_all else "")
 
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Speed(), TimeRemainingColumn())
@@ -196,31 +180,7 @@ def progress_bar(
             if what != running:
                 running = what
                 progress.reset(task)
-            progress.update(task, completed=done, total=total, description=f"{title} {what}".rstrip())
+            progress.update(task, completed=done, total=total, description=f"{title} {what}".strip())
 
         running = ""
         yield step
-
-
-@contextlib.contextmanager
-def progress_bars(*titles: str, **settings) -> Iterator[list[Callable[[int, int], None]]]:
-    """One ``progress_bar`` after the other: each appears with its first step, in the place of the one before."""
-    with contextlib.ExitStack() as shown:
-        bars: dict[str, Callable[[int, int], None]] = {}
-
-        def step(title: str, done: int, total: int, what: str = "") -> None:
-            if title not in bars:
-                shown.close()
-                bars[title] = shown.enter_context(progress_bar(title, **settings))
-            bars[title](done, total, what)
-
-        yield [functools.partial(step, title) for title in titles]
-
-
-def peak_memory() -> int | None:
-    """Most bytes of memory that this process has held, None where the system does not say."""
-    try:
-        status = Path("/proc/self/status").read_text()
-        return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
-    except (OSError, StopIteration):
-        return None

@@ -1,5 +1,7 @@
 """``kvq export``: write a checkpoint whose KV cache is quantized wherever it is loaded."""
 
+from typing import Any
+
 import click
 
 from kvq.commands.common import (
@@ -51,18 +53,7 @@ def _list_targets(context: click.Context, parameter: click.Parameter, value: boo
 )
 @json_option
 def command(
-    model: str,
-    recipe: str,
-    stats: str | None,
-    target: str,
-    other_weights: bool,
-    fold: bool,
-    results: tuple[str, ...],
-    out: str | None,
-    settings: dict,
-    dry_run: bool,
-    force: bool,
-    output: Output,
+    model: str, recipe: str, out: str | None, settings: dict, dry_run: bool, output: Output, **given: Any
 ) -> None:
     """Export MODEL with a recipe, as a folder that from_pretrained or a serving engine loads.
 
@@ -82,50 +73,16 @@ def command(
     chosen = chosen_recipe(recipe, settings)
     if not dry_run and out is None:
         raise click.UsageError("-o DIR is missing: name the folder to write, or add --dry-run.")
-    if results and target != "kvq":
-        raise click.UsageError(f"--results are of kvq's own cache, which target {target!r} has not: leave it out.")
     quiet_transformers()
-    from kvq.calib.stats import Stats
+    from kvq import api
 
-    statistics = Stats.load(stats) if stats else None
     if dry_run:
-        _dry_run(model, chosen, statistics, output)
-    else:
-        options = {"target": target, "other_weights": other_weights, "fold": fold, "force": force}
-        _export(model, chosen, statistics, out, output, card=_card(model, chosen, results), **options)
-
-
-def _card(model: str, recipe, results: tuple[str, ...]):
-    """What puts results into the model card, None without results."""
-    if not results:
-        return None
-    from kvq.report.card import section_for
-    from kvq.report.load import load_results
-
-    return section_for(model, recipe, load_results(results))
-
-
-def _dry_run(model: str, recipe, stats, output: Output) -> None:
-    from kvq.exporting.memory import memory_plan
-    from kvq.models.describe import describe
-    from kvq.models.resolve import load_config, resolve_model
-    from kvq.report.tables import memory_table
-
-    spec = describe(load_config(resolve_model(model)))
-    if stats is not None:
-        stats.check_model(spec)
-    plan = memory_plan(spec, recipe).to_dict()
-    output.show(memory_table(plan), "Dry run: nothing was written.")
-    output.write({"dry_run": True, "model": model, "recipe": recipe.to_dict(), "memory": plan})
-
-
-def _export(model: str, recipe, stats, out: str, output: Output, **settings) -> None:
-    from kvq.exporting.exporter import export
-
-    with progress_bar("Hashing") as step:
-        result = export(model, recipe, out, stats=stats, progress=step, **settings).to_dict()
+        _dry_run(model, chosen, given["stats"], output)
+        return
+    with progress_bar() as step:
+        result = api.export(model, out, recipe=chosen, progress=step, **given).to_dict()
     ours = result["target"] == "kvq"
-    output.show(f"{model} with recipe {recipe.name!r} written to {out} ({_what(result)}).")
+    output.show(f"{model} with recipe {chosen.name!r} written to {out} ({_what(result)}).")
     output.show(*(f"Transforms: {line}." for line in result["folds"]))
     if result["check"]:
         check = result["check"]
@@ -135,6 +92,19 @@ def _export(model: str, recipe, stats, out: str, output: Output, **settings) -> 
         )
     output.show(f"Try it: kvq generate {out} --prompt 'Hello'" if ours else f"See what loads it: kvq check {out}")
     output.write(result)
+
+
+def _dry_run(model: str, recipe, stats: str | None, output: Output) -> None:
+    from kvq import api
+    from kvq.calib.stats import Stats
+    from kvq.report.tables import memory_table
+
+    spec = api.describe(model)
+    if stats is not None:
+        Stats.load(stats).check_model(spec)
+    plan = api.memory_plan(spec, recipe).to_dict()
+    output.show(memory_table(plan), "Dry run: nothing was written.")
+    output.write({"dry_run": True, "model": model, "recipe": recipe.to_dict(), "memory": plan})
 
 
 def _what(result: dict) -> str:

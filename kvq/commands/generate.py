@@ -50,10 +50,15 @@ def command(
     if not prompt.strip():
         raise DataError("the prompt is empty: give --prompt TEXT, or text on stdin.")
     quiet_transformers()
-    from kvq.commands.loading import load_with_cache
+    from kvq.eval.subject import load_subject
+    from kvq.integrations.runtime import install
     from kvq.report.tables import generation_table
 
-    loaded, tokenizer = load_with_cache(model, chosen, stats)
+    subject = load_subject(model, chosen, stats=stats)
+    loaded, tokenizer = subject.model, subject.tokenizer
+    # An export brings its cache.
+    if subject.plan.layers and getattr(loaded, "kvq", None) is None:
+        install(loaded, subject.plan)
     inputs = _encode(tokenizer, prompt, raw).to(loaded.device)
     _check_length(loaded, inputs["input_ids"].shape[1], max_new_tokens)
     options = _sampling(temperature, seed)
@@ -127,8 +132,6 @@ class _Printer:
 
 
 def _generate(model, tokenizer, inputs, max_new_tokens: int, options: dict, output: Output) -> dict:
-    from kvq.commands.loading import cache_report
-
     printer = _Printer(tokenizer, output.console)
     generated = model.generate(
         **inputs, max_new_tokens=max_new_tokens, streamer=printer, return_dict_in_generate=True, **options
@@ -140,5 +143,27 @@ def _generate(model, tokenizer, inputs, max_new_tokens: int, options: dict, outp
         "new_tokens": len(printer.ids),
         "tokens_per_second": printer.tokens_per_second,
         "first_token_seconds": printer.times[1] - printer.times[0],
-        "cache": cache_report(model, generated.past_key_values),
+        "cache": _cache_report(model, generated.past_key_values),
+    }
+
+
+def _cache_report(model, cache) -> dict:
+    """What a filled cache holds: measured bytes, the same with 16-bit exact numbers, a 16-bit cache, and what ran."""
+    from kvq.cache import CachePlan, cache_nbytes, implementations
+    from kvq.models.describe import describe
+    from kvq.recipe import load_recipe
+
+    tokens = cache.get_seq_length()
+    runtime = getattr(model, "kvq", None)
+    plain = CachePlan(recipe=load_recipe("fp16"), model=describe(model.config), layers={})
+    plan = runtime.plan if runtime else plain
+    ran = " and ".join(implementations(cache)) or "the prompt alone"
+    return {
+        "tokens": tokens,
+        "bytes": cache_nbytes(cache),
+        "bytes_in_16_bit": plan.predicted_bytes(tokens, itemsize=2),
+        "fp16_bytes": plain.predicted_bytes(tokens, itemsize=2),
+        "recipe": plan.recipe.name,
+        "exact_dtype": str(model.dtype).removeprefix("torch."),
+        "implementation": f"{runtime.attention} attention, {ran}" if runtime else "DynamicCache",
     }

@@ -88,7 +88,8 @@ def _feed(digest, value: Any) -> None:
         for own in value if isinstance(value, Sequence) else sorted(value, key=repr):
             _feed(digest, own)
     elif is_dataclass(value):
-        _feed(digest, {field.name: getattr(value, field.name) for field in fields(value)})
+        # What does not decide equality, such as copies on a device, decides no number either.
+        _feed(digest, {field.name: getattr(value, field.name) for field in fields(value) if field.compare})
     elif hasattr(value, "__dict__") and not callable(value):
         _feed(digest, vars(value))
     else:

@@ -8,8 +8,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvq.cache import CachePlan, make_plan
-from kvq.calib.artefacts import fit_artefacts
-from kvq.calib.check import check_stats
+from kvq.calib.check import checked_artefacts
 from kvq.calib.stats import Stats
 from kvq.errors import RecipeError
 from kvq.exporting.checkpoint import PROVENANCE
@@ -43,7 +42,7 @@ class Subject:
         """The plan of another recipe on this model, which must not be an export."""
         chosen = load_recipe(recipe)
         spec = self.plan.model
-        return make_plan(chosen, spec, _artefacts(chosen, stats, spec, self.folder))
+        return make_plan(chosen, spec, checked_artefacts(chosen, spec, stats, self.folder))
 
     def sharing(self, other: "Subject") -> "Subject":
         """This subject with the loaded model of another one that has the same weights."""
@@ -82,16 +81,8 @@ def load_subject(
         plan = served_plan(folder)
     else:
         chosen = load_recipe(recipe or "fp16")
-        plan = make_plan(chosen, spec, _artefacts(chosen, stats, spec, folder))
+        plan = make_plan(chosen, spec, checked_artefacts(chosen, spec, stats, folder))
         loaded = load_model(folder, dtype=dtype)
     return Subject(
         name=name, folder=folder, model=loaded, tokenizer=load_tokenizer(folder), plan=plan, cache_dtype=spec.dtype
     )
-
-
-def _artefacts(recipe: Recipe, stats: Stats | str | Path | None, spec, folder: Path) -> dict[str, torch.Tensor] | None:
-    if stats is None:
-        return None
-    stats = stats if isinstance(stats, Stats) else Stats.load(stats)
-    check_stats(stats, spec, folder)
-    return fit_artefacts(recipe, spec, stats, folder)

@@ -1,9 +1,10 @@
 """Put a packed cache into a model, and take it out again."""
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
@@ -11,10 +12,13 @@ from transformers.utils import logging
 
 from kvq.cache import CachePlan, make_plan, pack_cache, packed_layers
 from kvq.cache import model_attention as attention
+from kvq.calib.check import checked_artefacts
+from kvq.calib.stats import Stats
 from kvq.errors import CacheError, UnsupportedModelError
 from kvq.kernels.dispatch import check_implementation
 from kvq.models.decoder import decoder_of
 from kvq.models.describe import describe, text_config
+from kvq.models.resolve import checkpoint_of
 from kvq.recipe import Recipe, load_recipe
 
 logger = logging.get_logger(__name__)
@@ -83,18 +87,31 @@ def uninstall(model: PreTrainedModel) -> None:
 
 @contextmanager
 def quantized_cache(
-    model: PreTrainedModel, recipe: "Recipe | str", artefacts=None, impl: str = "auto"
+    model: PreTrainedModel,
+    recipe: Recipe | str | Path,
+    artefacts: Mapping[str, torch.Tensor] | None = None,
+    impl: str = "auto",
+    *,
+    stats: Stats | str | Path | None = None,
 ) -> Iterator[PreTrainedModel]:
     """Run a model with a recipe's packed cache inside a ``with`` block, without an export.
 
         with kvq.quantized_cache(model, "kivi2"):
             model.generate(...)
 
-    artefacts: tensors for recipes that need statistics (``kvq.calib.artefacts.fit_artefacts``). impl: what attends, see
-    ``Runtime``. Raises KernelError if there is no such implementation, or (when it is to run) if it cannot.
+    stats      statistics, or their file, for recipes that need them.
+    artefacts  what they give the recipe, by name, where that is at hand already.
+    impl       what attends to packed pages, see ``Runtime``.
+
+    Raises RecipeError for a recipe that does not fit or lacks statistics, CheckpointError for another model's,
+    CacheError if the model runs a recipe already, and KernelError if there is no such implementation or (when it is to
+    run) if it cannot.
     """
     check_implementation(impl)
-    install(model, make_plan(load_recipe(recipe), describe(model.config), artefacts), impl)
+    chosen, spec = load_recipe(recipe), describe(model.config)
+    if stats is not None:
+        artefacts = checked_artefacts(chosen, spec, stats, checkpoint_of(model))
+    install(model, make_plan(chosen, spec, artefacts), impl)
     try:
         yield model
     finally:
@@ -122,7 +139,14 @@ def running(model: PreTrainedModel, plan: CachePlan | None) -> Iterator[PreTrain
 
 
 def new_cache(model: PreTrainedModel) -> DynamicCache:
-    """A fresh packed cache for a model that kvq is installed on."""
+    """A fresh packed cache for an export that was loaded, or for a model inside ``quantized_cache``.
+
+    Raises CacheError for a plain model, whose cache would not be quantized.
+    """
+    if getattr(model, "kvq", None) is None:
+        raise CacheError(
+            "this model has no quantized cache: load an export, or call this inside kvq.quantized_cache(model, recipe)."
+        )
     cache = DynamicCache(config=text_config(model.config))
     pack_cache(cache, model.kvq.plan, model.kvq.impl)
     return cache

@@ -8,7 +8,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
@@ -20,6 +20,9 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from kvq.errors import CheckpointError, ModelNotFoundError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # This module is imported while transformers imports its quantizers, so what needs a model class is imported in the
 # functions that run once a model is loaded.
@@ -108,7 +111,7 @@ class KvqQuantizer(HfQuantizer):
         return True
 
 
-def load(path: str | Path, **kwargs):
+def load(path: str | Path, **kwargs: Any) -> "PreTrainedModel":
     """``AutoModelForCausalLM.from_pretrained(path, **kwargs)`` for kvq exports only, a folder or a hub id.
 
     Raises CheckpointError if it is no kvq export or anything of it is missing or altered, ModelNotFoundError if there

@@ -14,7 +14,14 @@ import huggingface_hub
 import torch
 from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from kvq.errors import CheckpointError, KvqError, ModelNotFoundError, UnsupportedModelError
 from kvq.models.builtin import BUILTIN, builtin_model_dir
@@ -52,6 +59,14 @@ def resolve_model(name: str | Path, *, offline: bool = False) -> Path:
             f"model folder {str(name)!r} does not exist: check the path, or give a hub id such as 'owner/name'."
         )
     return _checked_folder(_from_hub(name, offline), name)
+
+
+def checkpoint_of(model: PreTrainedModel | PretrainedConfig) -> Path | None:
+    """The folder that a model, or its config, was loaded from; None if it was made in memory or is no longer there."""
+    try:
+        return resolve_model(model.name_or_path, offline=True) if model.name_or_path else None
+    except KvqError:
+        return None
 
 
 def looks_like_path(name: str) -> bool:

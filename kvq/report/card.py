@@ -8,9 +8,10 @@ from typing import Any
 from kvq.errors import CheckpointError
 from kvq.eval.identity import model_hash
 from kvq.exporting.card import CARD
-from kvq.exporting.exporter import is_export
+from kvq.exporting.exporter import KVQ_TARGET, is_export
 from kvq.models.resolve import resolve_model
 from kvq.recipe import Recipe
+from kvq.report.load import load_results
 from kvq.report.markdown import markdown_report, with_section
 
 
@@ -30,12 +31,17 @@ def card_with_results(folder: str | Path, results: Sequence[Mapping[str, Any]]) 
     return with_section(card, markdown_report(results))
 
 
-def section_for(model: str | Path, recipe: Recipe, results: Sequence[Mapping[str, Any]]) -> Callable[[str], str]:
+def card_of(
+    model: str | Path, recipe: Recipe, files: Sequence[str | Path], target: str = KVQ_TARGET
+) -> Callable[[str], str]:
     """What puts results of ``model`` under ``recipe`` into the card of the export that is about to be written.
 
-    Raises CheckpointError if the results are of another recipe or model.
+    Raises CheckpointError if the files hold none, or those of another recipe or model, and for a target whose cache is
+    not kvq's.
     """
-    folder = resolve_model(model)
+    if target != KVQ_TARGET:
+        raise CheckpointError(f"results are of kvq's own cache, which target {target!r} has not: leave them out.")
+    folder, results = resolve_model(model), load_results(files)
     _check(results, recipe.hash, model_hash(folder), f"model {folder.name!r} with recipe {recipe.name!r}")
     return lambda card: with_section(card, markdown_report(results))
 

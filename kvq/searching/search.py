@@ -1,5 +1,6 @@
 """Search a model's mixed-precision recipe: measure sensitivities, allocate bits, verify on other text."""
 
+import importlib.util
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -139,6 +140,8 @@ def search(
     Raises DataError for a text that is too short, a budget or floor that cannot be met or a time limit that does not
     suffice; RecipeError for a space without options; CheckpointError for another model's statistics.
     """
+    if importlib.util.find_spec("scipy") is None:
+        raise DataError("a search needs scipy: pip install 'kvq-toolkit[search]'.")
     folder = resolve_model(model)
     spec = describe(load_config(folder))
     fingerprint = weights_fingerprint(folder)

@@ -3,6 +3,7 @@
 Processes are forked from a server that has imported everything, so that a start takes no seconds.
 """
 
+import contextlib
 import multiprocessing
 import os
 import random
@@ -44,16 +45,11 @@ def kill_at_step(step: int, number: int, *arguments: str) -> None:
     """Run the command and be killed by signal ``number`` when its progress reaches ``step``."""
     from kvq.commands import calibrate as command
 
-    def progress_bars(*titles, **settings):
-        import contextlib
+    @contextlib.contextmanager
+    def progress_bar(**settings):
+        yield lambda done, total, what: os.kill(os.getpid(), number) if done >= step else None
 
-        @contextlib.contextmanager
-        def bars():
-            yield [lambda done, total: os.kill(os.getpid(), number) if done >= step else None for _ in titles]
-
-        return bars()
-
-    command.progress_bars = progress_bars
+    command.progress_bar = progress_bar
     calibrate(*arguments)
 
 
@@ -61,9 +57,7 @@ def kill_at_step(step: int, number: int, *arguments: str) -> None:
 def start():
     """``start(function, *arguments) -> Process``."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["kvq.cli", "kvq.calib.calibrate", "kvq.commands.calibrate", "kvq.report.stats_tables"]
-    )
+    context.set_forkserver_preload(["kvq.cli", "kvq.calib.run", "kvq.commands.calibrate", "kvq.report.stats_tables"])
 
     def run(function, *arguments):
         process = context.Process(target=function, args=tuple(map(_plain, arguments)))

@@ -103,7 +103,7 @@ def test_a_fault_of_kvq_itself_keeps_its_traceback(run, monkeypatch):
 
 
 def test_the_progress_bar_is_silent_without_a_terminal(capsys):
-    with progress_bar("Working", tokens_per_step=8) as step:
+    with progress_bar("Working", tokens={"": 24}) as step:
         for done in range(4):
             step(done, 3)
     assert capsys.readouterr() == ("", "")
