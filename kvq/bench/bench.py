@@ -13,7 +13,7 @@ from kvq.bench import timing
 from kvq.bench.roofline import Shape, exact_bytes, step_bytes
 from kvq.bench.samples import layout_of, levels_of, random_pages
 from kvq.errors import DataError, KernelError
-from kvq.kernels import cpu, team
+from kvq.kernels.cpp import build, launch
 from kvq.kernels.decode_attention import decode_attention
 from kvq.kernels.decode_attention.decode_plan import DecodePlan
 from kvq.kernels.decode_attention.reference import dense_attention
@@ -133,8 +133,7 @@ def _exact_report(shape: Shape, times: dict[str, list[float]], notes: dict[str, 
 def _side(shape: Shape, width: str, device: torch.device, impl: str) -> tuple[Row, list[Callable] | None]:
     """A width's row, and its calls on copies of the data if the check passes."""
     layout = layout_of(*sides_of(width), head_dim=shape.head_dim)
-    no_numba = team.unavailable() or (None if cpu.supports(layout) else "the CPU kernel reads plain codes only")
-    ran = choose(impl, device, why_no_layout(layout), no_numba)
+    ran = choose(impl, device, why_no_layout(layout), launch.why_no_layout(layout) or build.unavailable())
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     error = _check(shape, layout, device, ran, dtype)
     splits, made = 1, None
@@ -176,8 +175,8 @@ def _call(shape: Shape, layout: PageLayout, device, ran: Choice, dtype, seed: in
 
 
 def _runner(shape: Shape, pages: Pages, lengths: torch.Tensor, ran: Choice, query: Query) -> tuple[Callable, int]:
-    if ran.impl == "numba":
-        return _numba_runner(shape, pages, lengths, query)
+    if ran.impl == "cpp":
+        return _cpp_runner(shape, pages, lengths, query)
     plan = DecodePlan(
         pages.layout,
         batch=shape.batch,
@@ -193,26 +192,13 @@ def _runner(shape: Shape, pages: Pages, lengths: torch.Tensor, ran: Choice, quer
     return lambda: decode_attention(query, pages, lengths, plan, out=out, impl=ran.impl).out, splits
 
 
-def _numba_runner(shape: Shape, pages: Pages, lengths: torch.Tensor, query: Query) -> tuple[Callable, int]:
-    q = (query.q.float() * query.scale).view(shape.batch, shape.kv_heads, shape.group, shape.head_dim)
-    start, size = pages.pool.data_ptr(), pages.layout.page_tokens
-    rows = [
-        ((start + pages.table[b, : -(-n // size)].long() * pages.stride).numpy(), n)
-        for b, n in enumerate(lengths.tolist())
-    ]
-    empty = torch.empty(shape.kv_heads, 0, shape.head_dim)
-    scales = (pages.key_scale, pages.value_scale)
-
-    def call() -> torch.Tensor:
-        out = [
-            cpu.decode_row(q[b], addresses, pages.layout, (n, n), (empty, empty), None, scales, n)
-            for b, (addresses, n) in enumerate(rows)
-        ]
-        return torch.stack(out).view_as(query.q)
-
-    # A pool must outlive the addresses in it.
-    call.pages = pages
-    return call, 1
+def _cpp_runner(shape: Shape, pages: Pages, lengths: torch.Tensor, query: Query) -> tuple[Callable, int]:
+    q = (query.q.float() * query.scale).view(shape.batch, shape.kv_heads, shape.group, 1, shape.head_dim)
+    # Everything is packed: the query comes after the last token.
+    counts = torch.zeros(shape.batch, 7, dtype=torch.int32)
+    counts[:, :3] = counts[:, 4:5] = lengths.unsqueeze(1)
+    empty = torch.empty(shape.batch, shape.kv_heads, 1, shape.head_dim)
+    return lambda: launch.decode_attention(q, pages, counts, (empty, empty))[0].view_as(query.q), 1
 
 
 def full_pages(shape: Shape, layout: PageLayout, device: torch.device, seed: int) -> Pages:

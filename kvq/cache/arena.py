@@ -8,7 +8,6 @@ import torch
 
 from kvq.codecs import Codec, Encoded, PackedKV
 from kvq.codecs.packed import pack_pages
-from kvq.kernels import cpu
 from kvq.pages import bits as bits_ops
 from kvq.pages.layout import PLANE_FORMATS, PageLayout, Section, SideLayout
 
@@ -171,13 +170,6 @@ class Arena:
             where = slice(start // section.tokens, (start + count) // section.tokens)
             self.section(views, side, section)[0][:, where] = encoded.sections[section.name]
 
-    def append_token(self, page: int, side: str, slot: int, token: torch.Tensor) -> bool:
-        """Encode one token [kv_heads, head_dim] in the compiled kernel and write it; False if it cannot be stored."""
-        layout = self.layout.side(side)
-        part = slot // layout.rows
-        (records, _) = self._view([page])
-        return cpu.append_token(token, records[0], self.layout, side, slot, _kept_words(layout, part))
-
     @property
     def nbytes(self) -> int:
         """Allocated bytes, free pages included."""
@@ -217,10 +209,3 @@ def _keep_mask(layout: SideLayout, before: int, rows: int, device: torch.device)
     frame = torch.zeros(layout.parts * rows, layout.head_dim, dtype=torch.uint8, device=device)
     frame[:before] = (1 << layout.bits) - 1
     return bits_ops.pack_rows(frame.view(layout.parts, rows, layout.head_dim), layout)
-
-
-@lru_cache(maxsize=1024)
-def _kept_words(layout: SideLayout, part: int) -> np.ndarray:
-    keep = _keep_mask(layout, part, 1, torch.device("cpu"))
-    words = layout.words_bytes // 2 // layout.rows
-    return np.zeros(words, np.uint16) if keep is None else keep.flatten().numpy().view(np.uint16)

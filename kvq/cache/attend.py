@@ -6,7 +6,7 @@ import torch
 
 from kvq.cache import fused
 from kvq.cache.store import HeadStore, Snapshot, View, group_rows
-from kvq.kernels import cpu
+from kvq.kernels.cpp import launch
 from kvq.kernels.decode_attention.products import Partial, merge_partials, partial_attention
 from kvq.pages.layout import SIDES
 
@@ -47,7 +47,7 @@ def attend(
     store.ran.add(ran)
     if ran.impl == "triton":
         return fused.attend(store, snapshot, q, options, steps)
-    return _attend_torch(store, snapshot, q, mask, valid, options, ran.impl == "numba")
+    return _attend_torch(store, snapshot, q, mask, valid, options, ran.impl == "cpp")
 
 
 def _attend_torch(store, snapshot, q, mask, valid, options, compiled: bool) -> torch.Tensor:
@@ -93,32 +93,26 @@ def _attend_rows(store, snapshot, rows, before, added, q, mask, options: Options
 
 def _attend_compiled(store, snapshot, rows, view: View, end: int, options: Options, q, bias) -> torch.Tensor:
     """One query per head and row; q [b, K, G, 1, D], same shape out."""
-    b, K, G, _, D = q.shape
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    queries = (q.to(dtype) * options.scaling).reshape(b, K, G, D)
-    learned = None if options.sinks is None else options.sinks.to(dtype).view(K, G)
-    sinks, out = min(store.group.sinks, end), []
+    queries = q.to(torch.float64 if q.dtype == torch.float64 else torch.float32) * options.scaling
+    sinks = min(store.group.sinks, end)
     body, total = end - sinks, max(snapshot.before[rows[0]] + snapshot.added[rows[0]] - store.group.sinks, 0)
-    for i, row in enumerate(rows):
-        exact = [snapshot.exact[side][row].to(dtype) for side in SIDES]
-        # Queries before the newest token see fewer exact tokens.
-        exact = [x[:, : x.shape[1] - (total - body)] for x in exact] if total > body else exact
-        out.append(
-            cpu.decode_row(
-                queries[i],
-                store.arena.addresses(store.tables[row]),
-                store.group.layout,
-                tuple(min(view.packed[side], body) for side in SIDES),
-                tuple(exact),
-                tuple(store.sinks[side][row, :, :sinks].to(dtype) for side in SIDES) if sinks else None,
-                tuple(store.group.codecs[side].scale for side in SIDES),
-                body,
-                softcap=options.softcap,
-                learned=learned,
-                bias=None if bias is None else bias[i].flatten(),
-            )
-        )
-    return torch.stack(out).unsqueeze(3)
+    everyone = len(rows) == len(store.tables)
+    exact = [snapshot.exact[side] if everyone else snapshot.exact[side][rows] for side in SIDES]
+    packed = [min(view.packed[side], body) for side in SIDES]
+    # A row's last token is the last one of the exact tokens at hand.
+    offsets = [(x.shape[2] - total) % x.shape[2] for x in exact]
+    counts = torch.tensor([*packed, body, sinks, end - 1, *offsets], dtype=torch.int32).expand(len(rows), 7)
+    out, _ = launch.decode_attention(
+        queries,
+        fused.pages_of(store, rows),
+        counts.contiguous(),
+        exact,
+        [store.sinks[side] if everyone else store.sinks[side][rows] for side in SIDES] if sinks else None,
+        softcap=options.softcap,
+        learned=None if options.sinks is None else options.sinks.view(queries.shape[1:3]),
+        bias=None if bias is None else bias.flatten(1),
+    )
+    return out
 
 
 def _bias(mask, view: View, before: int, q: torch.Tensor, end: int) -> torch.Tensor | None:

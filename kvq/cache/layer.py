@@ -272,7 +272,7 @@ def packed_layers(cache) -> list[PackedLayer]:
 
 
 def implementations(cache) -> list[str]:
-    """What attended to a cache's packed pages so far: ``triton``, ``numba`` or ``reference``, each with the reason."""
+    """What attended to a cache's packed pages so far: ``triton``, ``cpp`` or ``reference``, each with the reason."""
     return sorted({str(ran) for layer in packed_layers(cache) for store in layer.stores for ran in store.ran})
 
 

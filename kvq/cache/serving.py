@@ -7,7 +7,7 @@ import torch
 from transformers.utils import logging
 
 from kvq.cache.plan import HeadGroup
-from kvq.kernels import cpu, team
+from kvq.kernels.cpp import build, launch
 from kvq.kernels.dispatch import LARGEST_HEAD, Choice, choose, why_no_layout, why_no_triton
 from kvq.pages.layout import SIDES
 
@@ -19,17 +19,18 @@ KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 class Serving:
     """impl: what was asked for. Every ``no_...`` is a reason, or None where nothing stands against it.
 
-    no_triton   against attending in the Triton kernels; no_numba: in the compiled CPU kernel.
+    no_triton   against attending in the Triton kernels; no_cpp: in the C++ kernel.
     two_passes  why pages are decoded to fp16 before the kernels attend.
-    no_pack     by side, against packing in the Triton kernel.
+    no_pack     by side, against packing in the Triton kernel. cpp_packs: by side, whether the C++ kernel packs.
     """
 
     impl: str
     device: torch.device
     no_triton: str | None
-    no_numba: str | None
+    no_cpp: str | None
     two_passes: str | None
     no_pack: Mapping[str, str | None]
+    cpp_packs: Mapping[str, bool]
     _choices: dict = field(default_factory=dict, compare=False, repr=False)
 
     def attending(self, obstacle: str | None, many: bool) -> Choice:
@@ -39,8 +40,8 @@ class Serving:
         """
         key = obstacle, many
         if key not in self._choices:
-            no_numba = self.no_numba or ("the CPU kernel takes one query token at a time" if many else None)
-            ran = choose(self.impl, self.device, self.no_triton or obstacle, no_numba)
+            no_cpp = self.no_cpp or ("the C++ kernel takes one query token at a time" if many else None)
+            ran = choose(self.impl, self.device, self.no_triton or obstacle, no_cpp)
             if ran.impl == "triton" and self.two_passes:
                 ran = Choice(impl="triton", reason=f"{ran.reason}; decoded to fp16 first: {self.two_passes}")
             elif ran.impl == "reference" and self.impl == "auto" and self.device.type != "cpu":
@@ -61,13 +62,16 @@ def serving_of(group: HeadGroup, device: torch.device, dtype: torch.dtype, impl:
     no_pack = {
         side: (None if asked else "it was not asked for") or no_triton or _why_no_pack(group, side) for side in SIDES
     }
+    cpp = device.type == "cpu" and impl in ("auto", "cpp")
+    no_cpp = _why_not_compiled(group) if cpp else "it was not asked for"
     found = Serving(
         impl=impl,
         device=device,
         no_triton=no_triton,
-        no_numba=_why_not_compiled(group),
+        no_cpp=no_cpp,
         two_passes=why_two_passes(group),
         no_pack=no_pack,
+        cpp_packs={side: cpp and dtype in launch.PACKED_DTYPES and _cpp_packs(group, side) for side in SIDES},
     )
     if asked and device.type != "cpu":
         _say(found)
@@ -102,10 +106,13 @@ def _why_no_pack(group: HeadGroup, side: str) -> str | None:
     return why_no_layout(group.layout) if encodes else "the codec chooses its numbers otherwise than min-max"
 
 
+def _cpp_packs(group: HeadGroup, side: str) -> bool:
+    plain = group.codecs[side].kernels_encode and launch.packs(group.layout.side(side))
+    return plain and build.unavailable() is None
+
+
 def _why_not_compiled(group: HeadGroup) -> str | None:
-    """Why the compiled CPU kernel cannot attend, or None."""
-    if team.unavailable():
-        return team.unavailable()
+    """Why the C++ kernel cannot attend, or None."""
     if group.rope is not None:
         return "keys are stored elsewhere than they are read"
-    return None if cpu.supports(group.layout) else "the CPU kernel reads plain codes only"
+    return launch.why_no_layout(group.layout) or build.unavailable()

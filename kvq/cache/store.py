@@ -17,7 +17,7 @@ from kvq.cache.serving import Serving, serving_of
 from kvq.cache.tail import Tail
 from kvq.codecs import Encoded
 from kvq.errors import CacheError
-from kvq.kernels import cpu
+from kvq.kernels.cpp import launch
 from kvq.kernels.dispatch import Choice
 from kvq.pages.layout import SIDES, PageLayout
 
@@ -161,14 +161,14 @@ class HeadStore:
         stop = start + tokens.shape[2]
         if side == "key" and self.group.rope is not None:
             tokens = self.group.rope.undo(tokens, self._positions(rows, start, stop))
-        if self.serving(tokens.dtype).no_pack[side] is None:
-            self._ensure_pages(rows, -(-stop // size))
+        self._ensure_pages(rows, -(-stop // size))
+        serving = self.serving(tokens.dtype)
+        if serving.no_pack[side] is None:
             fused_pack.pack(self, side, rows, start, tokens)
             return
-        if stop == start + 1 and self._append_compiled(side, rows, start, tokens):
+        if serving.cpp_packs[side] and launch.pack(tokens, fused_pack.pages_of(self, rows), side, start):
             return
         encoded = self.group.codecs[side].encode(tokens)
-        self._ensure_pages(rows, -(-stop // size))
         position = start
         while position < stop:
             page, offset = divmod(position, size)
@@ -183,19 +183,6 @@ class HeadStore:
                     part = _part(encoded, self.group.layout, side, a, b, row=i)
                     self.arena.write_tokens(self.tables[row][page], side, offset, part)
             position += taken
-
-    def _append_compiled(self, side: str, rows: list[int], start: int, tokens: torch.Tensor) -> bool:
-        """Encode and write one token a row in the compiled kernel; False, and nothing lost, where it does not serve."""
-        codec = self.group.codecs[side]
-        plain = codec.kernels_encode and tokens.device.type == "cpu" and self.impl != "reference"
-        if not plain or tokens.dtype not in cpu.DTYPES or not cpu.appends(self.group.layout.side(side)):
-            return False
-        page, slot = divmod(start, self.group.layout.page_tokens)
-        self._ensure_pages(rows, page + 1)
-        written = [
-            self.arena.append_token(self.tables[row][page], side, slot, tokens[i, :, 0]) for i, row in enumerate(rows)
-        ]
-        return all(written)
 
     def _positions(self, rows: list[int], start: int, stop: int) -> torch.Tensor:
         """Rotary positions of body tokens [start, stop)."""

@@ -24,7 +24,7 @@ DEFAULT_SHAPES = {"cpu": "1x4K,1x16K", "cuda": "1x4K,1x32K,8x32K,32x32K"}
     show_default=True,
     help="Widths: 8, 4, 3, 2, e4m3, nf4, kivi2, kivi4, or KEY:VALUE such as 4:2.",
 )
-@click.option("--impl", default="auto", show_default=True, help="auto, triton, numba or reference, and no other.")
+@click.option("--impl", default="auto", show_default=True, help="auto, triton, cpp or reference, and no other.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @json_option
 def command(shapes: tuple[str, ...], bits: str, impl: str, device: str, output: Output) -> None:

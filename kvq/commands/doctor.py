@@ -65,14 +65,14 @@ def _attention() -> dict[str, str]:
     """By implementation: whether it can attend to packed pages here, or why not."""
     import torch
 
-    from kvq.kernels import team
+    from kvq.kernels.cpp.build import unavailable
     from kvq.kernels.dispatch import triton_version, why_no_triton
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     no_triton = why_no_triton(device)
     runs = {
         "triton": f"no: {no_triton}" if no_triton else f"yes: {triton_version()}, for decoding and packing",
-        "numba": f"no: {team.unavailable()}" if team.unavailable() else "yes: for decoding and calibrating on the CPU",
+        "cpp": f"no: {unavailable()}" if unavailable() else "yes: for decoding, packing and calibrating on the CPU",
         "reference": "yes: torch, for everything else",
     }
     if device.type == "cpu" and no_triton is None:

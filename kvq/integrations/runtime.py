@@ -28,7 +28,7 @@ logger = logging.get_logger(__name__)
 class Runtime:
     """What kvq installed on a model, as ``model.kvq``.
 
-    impl   what the caches made from now on attend with: ``auto``, or ``triton``, ``numba`` or ``reference`` and nothing
+    impl   what the caches made from now on attend with: ``auto``, or ``triton``, ``cpp`` or ``reference`` and nothing
            else; may be set at any time.
     """
 

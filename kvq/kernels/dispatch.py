@@ -1,7 +1,7 @@
 """Which implementation runs, and why. Asking for one never gives another; ``auto`` says what it took.
 
 triton      fused kernels on CUDA devices (and, in Triton's interpreter, on CPU tensors)
-numba       compiled kernels on the CPU, for decoding through a cache
+cpp         C++ kernels on the CPU, for decoding through a cache
 reference   torch, on any device
 """
 
@@ -16,7 +16,7 @@ import torch
 from kvq.errors import KernelError
 from kvq.pages.layout import PageLayout, SideLayout
 
-IMPLEMENTATIONS = ("auto", "triton", "numba", "reference")
+IMPLEMENTATIONS = ("auto", "triton", "cpp", "reference")
 # Versions that the kernels were compiled and counted with.
 TESTED_TRITON = ("3.6", "3.9")
 LARGEST_HEAD = 256
@@ -25,7 +25,7 @@ LARGEST_QUERIES = 16
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """What ran (``triton``, ``numba`` or ``reference``), and the reason in a few words."""
+    """What ran (``triton``, ``cpp`` or ``reference``), and the reason in a few words."""
 
     impl: str
     reason: str
@@ -126,18 +126,18 @@ def why_no_strides(**tensors: torch.Tensor | None) -> str | None:
 
 
 def choose(
-    impl: str, device: torch.device, obstacle: str | None = None, no_numba: str | None = "this has no numba kernel"
+    impl: str, device: torch.device, obstacle: str | None = None, no_cpp: str | None = "this has no C++ kernel"
 ) -> Choice:
     """Resolve ``impl`` for tensors on ``device``.
 
-    obstacle   why the Triton kernel cannot do what is asked, or None. no_numba: likewise for the compiled CPU kernel.
+    obstacle   why the Triton kernel cannot do what is asked, or None. no_cpp: likewise for the C++ kernel.
 
     Raises KernelError if a kernel is asked for by name and cannot run.
     """
     check_implementation(impl)
     if impl == "reference":
         return Choice(impl="reference", reason="asked for")
-    reasons = {"triton": why_no_triton(device) or obstacle, "numba": _why_no_numba(device) or no_numba}
+    reasons = {"triton": why_no_triton(device) or obstacle, "cpp": _why_no_cpp(device) or no_cpp}
     if impl != "auto":
         if reasons[impl] is not None:
             raise KernelError(f"impl={impl!r} cannot run: {reasons[impl]}; use impl='reference' or impl='auto'.")
@@ -145,9 +145,9 @@ def choose(
         return Choice(impl=impl, reason="asked for, interpreted" if interpreter else "asked for")
     if device.type == "cpu":
         # Triton's interpreter is for tests: nobody wants it unasked.
-        reason = reasons["numba"]
+        reason = reasons["cpp"]
         if reason is None:
-            return Choice(impl="numba", reason="tensors are on the CPU")
+            return Choice(impl="cpp", reason="tensors are on the CPU")
         return Choice(impl="reference", reason=f"tensors are on the CPU, and {reason}")
     if reasons["triton"] is not None:
         return Choice(impl="reference", reason=reasons["triton"])
@@ -160,5 +160,5 @@ def check_implementation(impl: str) -> None:
         raise KernelError(f"impl={impl!r} is not an implementation: use {', '.join(IMPLEMENTATIONS)}.")
 
 
-def _why_no_numba(device: torch.device) -> str | None:
+def _why_no_cpp(device: torch.device) -> str | None:
     return None if device.type == "cpu" else f"tensors are on {device.type}, and this kernel runs on the CPU"

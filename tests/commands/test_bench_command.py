@@ -41,7 +41,7 @@ def test_a_table_and_its_json(quick):
     for row in report["rows"]:
         assert row["error"] < 1e-3
         assert row["seconds"] > 0
-        assert row["ran"].startswith(("numba (", "reference ("))
+        assert row["ran"].startswith(("cpp (", "reference ("))
         # Turn by turn: a machine may change its pace between two of them.
         own = zip(quick[0][row["width"]], quick[0][bench.COPY])
         shares = [row["bytes"] * copy / timing.copied_bytes(torch.device("cpu")) / seconds for seconds, copy in own]

@@ -12,7 +12,7 @@ from kvq.calib.artefacts import stand_in_artefacts
 from kvq.errors import CacheError
 from kvq.integrations.runtime import new_cache
 from kvq.integrations.runtime import quantized_cache as with_artefacts
-from kvq.kernels import cpu, team
+from kvq.kernels.cpp import build, launch
 from kvq.models.describe import describe
 from kvq.recipe import load_recipe, parse_recipe
 
@@ -98,17 +98,18 @@ def test_greedy_equals_stepping_through_the_cache_and_differs_from_the_exact_cac
 @pytest.mark.parametrize(("recipe", "rows"), [("kivi2", 1), *((name, 2) for name in RECIPES)], indirect=["recipe"])
 def test_the_compiled_kernel_and_the_torch_reference_give_the_same_logits(model, recipe, rows, monkeypatch):
     """Steps through a left-padded batch; the recipes that the kernel does not serve are the control."""
-    pytest.importorskip("numba", reason="the compiled kernel needs numba")
+    if build.unavailable() is not None:
+        pytest.skip(build.unavailable())
     ids, mask = prompt(150).repeat(rows, 1), torch.ones(rows, 150, dtype=torch.long)
     mask[-1, :31] = 0
     spec = describe(model.config)
     layout = make_plan(recipe, spec, stand_in_artefacts(recipe, spec)).layers[0][0].layout
     served = recipe.key.placement is None and layout.key.is_plain and layout.value.is_plain
-    found, calls, decode_row = {}, [], cpu.decode_row
-    monkeypatch.setattr(cpu, "decode_row", lambda *a, **k: calls.append(1) or decode_row(*a, **k))
+    found, calls, attend = {}, [], launch.decode_attention
+    monkeypatch.setattr(launch, "decode_attention", lambda *a, **k: calls.append(1) or attend(*a, **k))
     for which in ("compiled", "reference"):
         if which == "reference":
-            monkeypatch.setattr(team, "unavailable", lambda: "asked for the reference")
+            monkeypatch.setattr(build, "unavailable", lambda: "asked for the reference")
             before = len(calls)
         with quantized_cache(model, recipe), torch.no_grad():
             cache = new_cache(model)

@@ -128,13 +128,13 @@ def test_softcap_and_learned_sinks_reach_the_kernel(tiny_model):
 def test_asking_for_one_never_gives_another(model):
     ids = tokens(1, 60)
     with pytest.raises(KernelError, match=r"one query token at a time|runs on the CPU"):
-        logits(model, RECIPES["int4"], "numba", ids, [2])
+        logits(model, RECIPES["int4"], "cpp", ids, [2])
     with pytest.raises(KernelError, match="not an implementation"):
         logits(model, RECIPES["int4"], "cuda", ids, [1])
     with pytest.raises(KernelError, match="17 query tokens at once"):
         logits(model, RECIPES["int4"], "triton", ids, [17])
     _, cache = logits(model, RECIPES["int4"], "auto", ids, [2, 1])
-    wanted = ("triton (Triton",) if DEVICE == "cuda" else ("numba (tensors", "reference (tensors")
+    wanted = ("triton (Triton",) if DEVICE == "cuda" else ("cpp (tensors", "reference (tensors")
     assert all(ran.startswith(wanted) for ran in implementations(cache))
 
 

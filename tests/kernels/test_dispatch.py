@@ -14,24 +14,24 @@ CPU = torch.device("cpu")
 
 def test_names_are_taken_at_their_word(monkeypatch):
     assert choose("reference", CPU).impl == "reference"
-    assert choose("numba", CPU, no_numba=None).impl == "numba"
-    with pytest.raises(KernelError, match="not an implementation: use auto, triton, numba, reference"):
+    assert choose("cpp", CPU, no_cpp=None).impl == "cpp"
+    with pytest.raises(KernelError, match="not an implementation: use auto, triton, cpp, reference"):
         choose("fast", CPU)
-    with pytest.raises(KernelError, match="this has no numba kernel"):
-        choose("numba", CPU)
+    with pytest.raises(KernelError, match=r"this has no C\+\+ kernel"):
+        choose("cpp", CPU)
     with pytest.raises(KernelError, match=r"cannot run: rows are odd; use impl='reference' or impl='auto'"):
-        choose("numba", CPU, no_numba="rows are odd")
+        choose("cpp", CPU, no_cpp="rows are odd")
     monkeypatch.setattr(dispatch, "interpreted", lambda: False)
     with pytest.raises(KernelError, match=r"tensors are on cpu, and the kernels run on CUDA devices|not installed"):
         choose("triton", CPU)
     with pytest.raises(KernelError, match="runs on the CPU"):
-        choose("numba", torch.device("cuda"), no_numba=None)
+        choose("cpp", torch.device("cuda"), no_cpp=None)
 
 
 def test_auto_never_takes_the_interpreter():
-    assert choose("auto", CPU, no_numba=None).impl == "numba"
+    assert choose("auto", CPU, no_cpp=None).impl == "cpp"
     found = choose("auto", CPU)
-    assert (found.impl, "this has no numba kernel" in found.reason) == ("reference", True)
+    assert (found.impl, "this has no C++ kernel" in found.reason) == ("reference", True)
 
 
 def test_auto_takes_triton_on_a_cuda_device_and_says_why_not(monkeypatch):

@@ -105,7 +105,7 @@ def make_result():
                 "gsm8k": task(base[:10], base[:10], "exact_match,strict-match", kind="generation"),
                 "speed": SpeedResult(
                     context=2048, tokens_per_second=40.0, baseline=50.0, ratio=0.8, ratio_low=0.75, ratio_high=0.9,
-                    turns=5, threads=1, implementation="numba (tensors are on the CPU)",
+                    turns=5, threads=1, implementation="cpp (tensors are on the CPU)",
                 ),
             }  # fmt: skip
         bits = {"fp16": 16.0, "int8": 8.2, "kivi4": 5.2, "kivi2": 3.3, "int4": 4.5, "int3": 3.4, "klt2": 2.9}.get(

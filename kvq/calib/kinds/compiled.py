@@ -1,22 +1,16 @@
-"""Statistics measured by compiled loops (``loops.py``): on the CPU, if numba is installed.
+"""Statistics measured in C++ (``kvq/kernels/cpp/statistics.h``), on the CPU, if that can be built.
 
 Counts, minima and maxima are those of the torch code to the bit; sums are taken in float64 instead of float32.
 """
 
-from functools import lru_cache
-
-import numpy as np
 import torch
 
 from kvq.calib.kinds.magnitude import MagnitudeBins
-from kvq.kernels.team import share, unavailable
-
-# A unit of work has a multiple of so many columns, a cache line of float32.
-_LINE = 16
+from kvq.kernels.cpp.build import unavailable
 
 
 def compiles(x: torch.Tensor) -> bool:
-    """False where torch measures x: on other devices, in float64, and without numba."""
+    """False where torch measures x: on other devices, in float64, and without the C++ kernels."""
     return x.device.type == "cpu" and x.dtype != torch.float64 and unavailable() is None
 
 
@@ -26,7 +20,7 @@ def channel_range(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
     places = groups, rows.shape[2]
     infinity = torch.full(places, float("inf"))
     found = infinity, -infinity, torch.zeros(places, dtype=torch.float64), torch.zeros(places, dtype=torch.float64)
-    _run("channel_range", rows, groups, [rows, *found])
+    torch.ops.kvq.channel_range(rows, *found)
     return tuple(part.view(x.shape[1], x.shape[3]) for part in found)
 
 
@@ -34,7 +28,7 @@ def count_signed(x: torch.Tensor, bins: MagnitudeBins) -> torch.Tensor:
     """Numbers of x [B, K, T, D] by sign and bin, int32 [K, D, 2 * levels + 1]."""
     rows, groups = _columns(x)
     counts = torch.zeros(groups, rows.shape[2], 2 * bins.levels + 1, dtype=torch.int32)
-    _run("count_signed", rows, groups, [rows, counts], bins)
+    torch.ops.kvq.count_signed(rows, bins.integers, counts)
     return counts.view(x.shape[1], x.shape[3], -1)
 
 
@@ -50,7 +44,7 @@ def peaks(
     tokens = torch.zeros(rows.shape[:2], dtype=torch.int32)
     channels = torch.zeros(len(rows), rows.shape[2], dtype=torch.int32)
     counts = torch.zeros(len(rows), bins.levels + 1, dtype=torch.int64)
-    _run("massive", rows, 1, [rows, real, tokens, channels, counts], bins, stride)
+    torch.ops.kvq.massive(rows, real, bins.integers, stride, tokens, channels, counts)
     return channels.amax(0).view(torch.float32), tokens.view(torch.float32), counts.sum(0)
 
 
@@ -64,28 +58,3 @@ def _columns(x: torch.Tensor) -> tuple[torch.Tensor, int]:
     if by_token.is_contiguous():
         return by_token.flatten(2), 1
     return x.contiguous().flatten(0, 1), x.shape[1]
-
-
-@lru_cache(maxsize=1)
-def _loops():
-    import kvq.calib.kinds.loops as loops
-
-    return loops
-
-
-def _run(
-    name: str,
-    rows: torch.Tensor,
-    groups: int,
-    arrays: list[torch.Tensor],
-    bins: MagnitudeBins | None = None,
-    stride: int = 0,
-) -> None:
-    loops = _loops()
-    threads = torch.get_num_threads()
-    width = -(-rows.shape[2] // (_LINE * threads)) * _LINE
-    units = rows.shape[0] if stride else -(-rows.shape[2] // width)
-    job = np.zeros(loops.JOB, np.int64)
-    job[: loops.ARRAYS] = 0, units, width, *rows.shape, groups, *(bins.integers if bins else (0, 0, 0)), stride
-    job[loops.ARRAYS : loops.ARRAYS + len(arrays)] = [array.data_ptr() for array in arrays]
-    share(getattr(loops, name), job, min(threads, units))

@@ -1,16 +1,17 @@
-"""The compiled CPU kernel against softmax over dequantized tensors in fp64, on the same codes."""
+"""The C++ kernel against softmax over dequantized tensors in fp64, on the same codes."""
 
 import itertools
 
 import pytest
 import torch
 
-pytest.importorskip("numba", reason="the compiled kernel needs numba")
-
 from kvq.cache.arena import Arena
 from kvq.codecs import AffineCodec, Float8Codec
-from kvq.kernels import cpu
+from kvq.kernels.cpp import build, launch
 from kvq.pages.layout import PageLayout, Section, SideLayout
+from kvq.pages.pages import Pages
+
+pytestmark = pytest.mark.skipif(build.unavailable() is not None, reason=f"{build.unavailable()}")
 
 HEADS, QUERIES = 2, 3
 
@@ -62,13 +63,31 @@ class Case:
             self.exact.append(torch.cat([junk, x[0, :, count:]], dim=1))
         self.q = normal(HEADS, QUERIES, key.head_dim, seed=20, scale=0.3)
 
+    def pages(self):
+        slabs = self.arena.slabs
+        table = torch.from_numpy(self.arena.addresses(self.table) - slabs[0].data_ptr()).view(1, -1) // 16
+        scales = {f"{side}_scale": getattr(codec, "scale", 1.0) for side, codec in self.codecs.items()}
+        return Pages(layout=self.layout, pool=slabs[0], table=table, heads=HEADS, stride=16, **scales)
+
+    def counts(self, queries=1):
+        """Exact tokens are right-aligned in their buffers."""
+        sinks = self.sinks[0].shape[1]
+        offsets = [x.shape[1] - self.body for x in self.exact]
+        offsets = [offset % x.shape[1] for offset, x in zip(offsets, self.exact)]
+        return torch.tensor(
+            [[*self.packed, self.body, sinks, sinks + self.body - queries, *offsets]], dtype=torch.int32
+        )
+
     def found(self, dtype=torch.float64, **settings):
-        scales = tuple(getattr(self.codecs[side], "scale", 1.0) for side in ("key", "value"))
-        exact, sinks = (tuple(x.to(dtype) for x in pair) for pair in (self.exact, self.sinks))
-        return cpu.decode_row(
-            self.q.to(dtype), self.arena.addresses(self.table), self.layout, self.packed, exact, sinks, scales,
-            self.body, **settings,
-        )  # fmt: skip
+        return self.attended(dtype, **settings)[0]
+
+    def attended(self, dtype=torch.float64, **settings):
+        exact, sinks = ([x.to(dtype).unsqueeze(0) for x in pair] for pair in (self.exact, self.sinks))
+        if settings.get("bias") is not None:
+            settings["bias"] = settings["bias"].unsqueeze(0)
+        q = self.q.to(dtype).view(1, HEADS, QUERIES, 1, -1)
+        out, lse = launch.decode_attention(q, self.pages(), self.counts(), exact, sinks, **settings)
+        return out[0, :, :, 0], lse[0, :, :, 0]
 
     def expected(self, softcap=None, learned=None, bias=None):
         scores = self.q @ self.seen["key"].transpose(-1, -2)
@@ -133,6 +152,65 @@ def test_one_thread_gives_what_two_give():
         torch.set_num_threads(threads)
 
 
+def test_rows_of_a_batch_are_those_of_calls_of_their_own():
+    """Rows of different lengths and packed counts share a call; a table is as wide as the longest needs."""
+    key, value = affine(2, "channel", 32, 64), affine(4, "token", 32, 64)
+    cases = [Case(key, value), Case(key, value, body=70, packed=(64, 0)), Case(key, value, 1500, (1408, 1437))]
+    for seed, case in enumerate(cases):
+        case.q = normal(HEADS, QUERIES, 64, seed=40 + seed)
+    first = cases[0].pages()
+    width = max(case.pages().table.shape[1] for case in cases)
+    tables = [case.pages().table * 16 + case.arena.slabs[0].data_ptr() - first.pool.data_ptr() for case in cases]
+    table = torch.cat([torch.nn.functional.pad(t, (0, width - t.shape[1])) for t in tables]) // 16
+    pages = Pages(layout=first.layout, pool=first.pool, table=table, heads=HEADS, stride=16)
+    counts, exact = torch.cat([case.counts() for case in cases]), []
+    for side in range(2):
+        room = max(case.exact[side].shape[1] for case in cases)
+        rows = [
+            torch.nn.functional.pad(case.exact[side], (0, 0, room - case.exact[side].shape[1], 0)) for case in cases
+        ]
+        exact.append(torch.stack(rows))
+        counts[:, 5 + side] = torch.tensor([(room - case.body) % room for case in cases])
+    sinks = [torch.stack([case.sinks[side] for case in cases]) for side in range(2)]
+    q = torch.stack([case.q for case in cases]).unsqueeze(3)
+    found, _ = launch.decode_attention(q, pages, counts, exact, sinks)
+    for case, own in zip(cases, found):
+        assert torch.equal(own[:, :, 0], case.found()) or worst(own[:, :, 0], case.expected()) < 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_exact_tokens_are_read_in_their_own_dtype(dtype):
+    case = Case(affine(4, "token", 32, 64), affine(4, "token", 32, 64), packed=(0, 0))
+    for pair in (case.exact, case.sinks):
+        pair[:] = [x.to(dtype).double() for x in pair]
+    exact, sinks = ([x.to(dtype).unsqueeze(0) for x in pair] for pair in (case.exact, case.sinks))
+    q = case.q.view(1, HEADS, QUERIES, 1, -1)
+    found, _ = launch.decode_attention(q, case.pages(), case.counts(), exact, sinks)
+    assert torch.equal(found[0, :, :, 0], case.found())
+
+
+@pytest.mark.parametrize("window", [None, 3, 40, 200])
+def test_several_queries_see_what_is_not_after_them_and_in_their_window(window):
+    case, L = Case(affine(2, "channel", 32, 64), affine(4, "token", 32, 64)), 4
+    q = normal(HEADS, QUERIES, L, 64, seed=50)
+    exact, sinks = ([x.unsqueeze(0) for x in pair] for pair in (case.exact, case.sinks))
+    found, lse = launch.decode_attention(q.unsqueeze(0), case.pages(), case.counts(L), exact, sinks, window=window)
+    scores = q @ case.seen["key"].unsqueeze(1).transpose(-1, -2)
+    own = case.seen["key"].shape[1] - L + torch.arange(L).unsqueeze(1)
+    token = torch.arange(scores.shape[-1])
+    hidden = (token > own) | (token <= own - (window or 10**6))
+    scores = scores.masked_fill(hidden, -torch.inf)
+    assert worst(found[0], scores.softmax(-1) @ case.seen["value"].unsqueeze(1)) < 1e-12
+    assert torch.allclose(lse[0], scores.logsumexp(-1), rtol=1e-12)
+
+
+def test_a_query_that_sees_nothing_is_zero():
+    case = Case(affine(2, "channel", 32, 64), affine(4, "token", 32, 64))
+    out, lse = case.attended(bias=torch.full((case.body + 5,), -torch.inf, dtype=torch.float64))
+    assert not out.any()
+    assert (lse == -torch.inf).all()
+
+
 def test_a_wrong_page_is_seen():
     case = Case(affine(4, "channel", 32, 64), affine(4, "token", 32, 64))
     case.table[1] = case.table[0]
@@ -144,5 +222,5 @@ def test_layouts_with_further_sections_are_left_to_the_reference():
     more = SideLayout(
         format="affine", bits=2, head_dim=64, page_tokens=64, group=32, extras=(Section(name="norm", shape=()),)
     )
-    assert cpu.supports(PageLayout(key=plain, value=plain))
-    assert not cpu.supports(PageLayout(key=plain, value=more))
+    assert launch.why_no_layout(PageLayout(key=plain, value=plain)) is None
+    assert "not those of values" in launch.why_no_layout(PageLayout(key=plain, value=more))

@@ -1,0 +1,299 @@
+// One softmax over sinks | packed pages | exact tokens for the queries of every sequence and KV head. The tokens of a
+// sequence are cut into splits, every split keeps a running maximum and sum (FlashDecoding), and splits are merged. A
+// page is unpacked into a buffer that fits the first cache, keys first and then values in their place.
+#pragma once
+#include <atomic>
+#include <vector>
+
+#include "pages.h"
+
+namespace kvq {
+
+// Tokens that a split takes at least: below this the merge costs more than a second core gains.
+constexpr int64_t kSplitTokens = 512;
+// Units of work for every thread, so that none waits long for another.
+constexpr int64_t kUnits = 4;
+constexpr double kLowest = -1e30;
+
+enum class Kind { kFloat, kDouble, kHalf, kBFloat16 };
+
+// Tokens [batch, heads, tokens, head_dim] in memory, strides in bytes.
+struct Tokens {
+  const uint8_t* at = nullptr;
+  int64_t count = 0, batch_stride = 0, head_stride = 0, token_stride = 0;
+  Kind kind = Kind::kFloat;
+};
+
+// Columns of ``counts``, by sequence: packed keys and values, all body tokens, sinks, the first query's position, and
+// what is added to a body token's number to find its key and its value.
+enum Count { kPackedKeys, kPackedValues, kBody, kSinks, kPosition, kKeyOffset, kValueOffset, kCounts };
+
+template <class T>
+struct Attention {
+  int64_t B, K, G, L, D, splits, page_tokens, record, stride, pages, window, bias_stride;
+  const int32_t* counts;
+  const uint8_t* pool;
+  const int64_t* table;
+  Side key, value;
+  Tokens keys, values, sink_keys, sink_values;
+  const T *q, *learned, *bias;
+  T key_scale, value_scale, softcap;
+  T *tops, *sums, *accs;
+  int64_t M() const { return G * L; }
+};
+
+template <class T>
+inline void copy_token(const uint8_t* at, Kind kind, int64_t D, T* out) {
+  constexpr int N = kLanes<T>;
+  for (int64_t d = 0; d < D; d += N) {
+    if (kind == Kind::kFloat) {
+      store(out + d, converted<T, float, N>(at + 4 * d));
+    } else if (kind == Kind::kDouble) {
+      store(out + d, converted<T, double, N>(at + 8 * d));
+    } else if (kind == Kind::kBFloat16) {
+      store(out + d, scaled_bits<T>(load_words<T>(at + 2 * d) << 16, 1.0f));
+    } else {
+      const Ints<T> half = load_words<T>(at + 2 * d);
+      // Infinity and NaN keep their exponent.
+      const Ints<T> top = (half & 0x7C00) == 0x7C00 ? Ints<T>{} + 0x38000000 : Ints<T>{};
+      Reals<T> number = from_half<T>(half);
+      if (largest<int32_t, N>(top)) number = scaled_bits<T>(((half & 0x7FFF) << 13 | (half & 0x8000) << 16) + 2 * top, 1.0f);
+      store(out + d, number);
+    }
+  }
+}
+
+// Tokens [first, last) of one sequence and head to their rows of out; token t lies at (t + offset) % count.
+template <class T>
+void copy_tokens(const Tokens& x, int64_t b, int64_t k, int64_t start, int64_t offset, int64_t first, int64_t last,
+                 int64_t D, T* out) {
+  const uint8_t* head = x.at + b * x.batch_stride + k * x.head_stride;
+  for (int64_t t = first; t < last; ++t) {
+    int64_t place = start + t + offset;
+    if (place >= x.count) place %= x.count;
+    copy_token(head + place * x.token_stride, x.kind, D, out + t * D);
+  }
+}
+
+// scores [R, count] of R queries [R, D], rows of ``room`` scores; four tokens and R queries share their loads.
+template <int R, class T>
+void products(const T* q, const T* keys, int64_t count, int64_t D, int64_t room, T* scores) {
+  constexpr int N = kLanes<T>;
+  for (int64_t t = 0; t < count; t += 4) {
+    const int64_t own = std::min<int64_t>(4, count - t);
+    const T* k[4];
+    for (int j = 0; j < 4; ++j) k[j] = keys + (t + std::min<int64_t>(j, own - 1)) * D;
+    Reals<T> dots[R][4] = {};
+    for (int64_t d = 0; d < D; d += N) {
+      const Reals<T> k0 = load<Reals<T>>(k[0] + d), k1 = load<Reals<T>>(k[1] + d);
+      const Reals<T> k2 = load<Reals<T>>(k[2] + d), k3 = load<Reals<T>>(k[3] + d);
+      unroll<R>([&](auto m) {
+        const Reals<T> part = load<Reals<T>>(q + m * D + d);
+        dots[m][0] += part * k0, dots[m][1] += part * k1, dots[m][2] += part * k2, dots[m][3] += part * k3;
+      });
+    }
+    // Rows have room for whole vectors, so scores beyond ``count`` may be written.
+    unroll<R>([&](auto m) {
+      for (int j = 0; j < 4; ++j) scores[m * room + t + j] = sum<T, N>(dots[m][j]);
+    });
+  }
+}
+
+// acc [R, D] += weights [R, count] . values [count, D]
+template <int R, class T>
+void add_weighted(const T* weights, int64_t room, const T* values, int64_t count, int64_t D, T* acc) {
+  constexpr int N = kLanes<T>;
+  for (int64_t d = 0; d < D; d += 2 * N) {
+    const bool two = d + N < D;
+    Reals<T> low[R], high[R] = {};
+    unroll<R>([&](auto m) {
+      low[m] = load<Reals<T>>(acc + m * D + d);
+      if (two) high[m] = load<Reals<T>>(acc + m * D + d + N);
+    });
+    const T* at = values + d;
+    for (int64_t t = 0; t < count; ++t, at += D) {
+      const Reals<T> first = load<Reals<T>>(at), second = load<Reals<T>>(two ? at + N : at);
+      unroll<R>([&](auto m) {
+        const T weight = weights[m * room + t];
+        low[m] += first * weight, high[m] += second * weight;
+      });
+    }
+    unroll<R>([&](auto m) {
+      store(acc + m * D + d, low[m]);
+      if (two) store(acc + m * D + d + N, high[m]);
+    });
+  }
+}
+
+// Calls f(first, constant) for blocks of at most four of M queries.
+template <class F>
+inline void by_queries(int64_t M, F&& f) {
+  int64_t m = 0;
+  for (; m + 4 <= M; m += 4) f(m, std::integral_constant<int, 4>{});
+  if (M - m == 3) f(m, std::integral_constant<int, 3>{});
+  if (M - m == 2) f(m, std::integral_constant<int, 2>{});
+  if (M - m == 1) f(m, std::integral_constant<int, 1>{});
+}
+
+// What a thread works with; kept from call to call.
+template <class T>
+struct Workspace {
+  std::vector<T> memory;
+  T *q, *numbers, *steps, *minima, *scores;
+  int64_t room;
+
+  void reserve(const Attention<T>& a) {
+    constexpr int64_t N = kLanes<T>;
+    const int64_t tokens = std::max({a.page_tokens, a.sink_keys.count, int64_t{4}});
+    room = (tokens + N - 1) / N * N;
+    const int64_t pairs = (std::max(a.key.bits ? a.key.pairs() : 0, a.value.bits ? a.value.pairs() : 0) + N - 1) / N * N;
+    memory.resize(a.M() * a.D + room * a.D + 2 * pairs + a.M() * room + N);
+    const uintptr_t start = reinterpret_cast<uintptr_t>(memory.data());
+    q = reinterpret_cast<T*>((start + kVectorBytes - 1) / kVectorBytes * kVectorBytes);
+    numbers = q + a.M() * a.D, steps = numbers + room * a.D, minima = steps + pairs, scores = minima + pairs;
+  }
+};
+
+// Scores of ``count`` tokens from position ``first`` to weights, and the running maximum and sum with them.
+template <class T>
+void soften(const Attention<T>& a, int64_t b, int64_t first, int64_t count, Workspace<T>& w, T* top, T* sum_of, T* acc) {
+  constexpr int N = kLanes<T>;
+  const int64_t own = a.counts[b * kCounts + kPosition];
+  const T lowest = T(kLowest);
+  for (int64_t m = 0; m < a.M(); ++m) {
+    T* scores = w.scores + m * w.room;
+    if (a.softcap > 0) {
+      for (int64_t t = 0; t < count; ++t) scores[t] = a.softcap * std::tanh(scores[t] / a.softcap);
+    }
+    if (a.bias) {
+      const T* bias = a.bias + b * a.bias_stride + first;
+      for (int64_t t = 0; t < count; ++t) scores[t] = std::max(scores[t] + bias[t], lowest);
+    }
+    const int64_t seen = std::clamp<int64_t>(own + m % a.L + 1 - first, 0, count);
+    const int64_t unseen = a.window ? std::clamp<int64_t>(own + m % a.L + 1 - a.window - first, 0, seen) : 0;
+    for (int64_t t = 0; t < unseen; ++t) scores[t] = lowest;
+    for (int64_t t = seen; t < (count + N - 1) / N * N; ++t) scores[t] = lowest;
+    Reals<T> most = splat(top[m]);
+    for (int64_t t = 0; t < count; t += N) most = larger(most, load<Reals<T>>(scores + t));
+    const T highest = largest<T, N>(most);
+    if (highest <= lowest) {
+      // Nothing is seen yet.
+      for (int64_t t = 0; t < count; ++t) scores[t] = 0;
+      continue;
+    }
+    Reals<T> total = {};
+    for (int64_t t = 0; t < count; t += N) {
+      const Reals<T> weight = exponential(load<Reals<T>>(scores + t) - highest);
+      store(scores + t, weight);
+      total += weight;
+    }
+    const T shrink = std::exp(top[m] - highest);
+    top[m] = highest;
+    sum_of[m] = sum_of[m] * shrink + sum<T, N>(total);
+    if (shrink != 1) {
+      for (int64_t d = 0; d < a.D; ++d) acc[m * a.D + d] *= shrink;
+    }
+  }
+}
+
+// Let the queries see ``count`` more tokens from position ``first``; read_keys and read_values fill w.numbers.
+template <class T, class Keys, class Values>
+void take(const Attention<T>& a, int64_t b, int64_t first, int64_t count, Workspace<T>& w, T* top, T* sum_of, T* acc,
+          Keys&& read_keys, Values&& read_values) {
+  read_keys();
+  by_queries(a.M(), [&](int64_t m, auto R) {
+    products<R>(w.q + m * a.D, w.numbers, count, a.D, w.room, w.scores + m * w.room);
+  });
+  soften(a, b, first, count, w, top, sum_of, acc);
+  read_values();
+  by_queries(a.M(), [&](int64_t m, auto R) {
+    add_weighted<R>(w.scores + m * w.room, w.room, w.numbers, count, a.D, acc + m * a.D);
+  });
+}
+
+// One side of page ``p`` as the queries see it: ``packed`` tokens from the page, the others exact.
+template <class T>
+void read_side(const Attention<T>& a, const Side& side, const Tokens& exact, T scale, int64_t b, int64_t k, int64_t p,
+               int64_t packed, int64_t offset, int64_t count, Workspace<T>& w) {
+  const int64_t first = p * a.page_tokens, from = std::clamp<int64_t>(packed - first, 0, count);
+  if (from) {
+    const uint8_t* record = a.pool + a.table[b * a.pages + p] * a.stride + k * a.record;
+    read_page(side, record, scale, w.steps, w.minima, w.numbers);
+  }
+  copy_tokens(exact, b, k, first, offset, from, count, a.D, w.numbers);
+}
+
+template <class T>
+void attend_split(const Attention<T>& a, int64_t b, int64_t k, int64_t split, Workspace<T>& w) {
+  const int32_t* n = a.counts + b * kCounts;
+  const int64_t unit = (b * a.K + k) * a.splits + split, M = a.M(), D = a.D;
+  T *top = a.tops + unit * M, *sum_of = a.sums + unit * M, *acc = a.accs + unit * M * D;
+  std::fill_n(top, M, T(kLowest)), std::fill_n(sum_of, M, T(0)), std::fill_n(acc, M * D, T(0));
+  std::memcpy(w.q, a.q + (b * a.K + k) * M * D, M * D * sizeof(T));
+  const int64_t body = n[kBody], sinks = n[kSinks];
+  if (split == 0 && sinks) {
+    take(a, b, 0, sinks, w, top, sum_of, acc,
+         [&] { copy_tokens(a.sink_keys, b, k, 0, 0, 0, sinks, D, w.numbers); },
+         [&] { copy_tokens(a.sink_values, b, k, 0, 0, 0, sinks, D, w.numbers); });
+  }
+  // Pages before every query's window are not read.
+  const int64_t hidden = a.window ? std::max<int64_t>(0, n[kPosition] + 1 - a.window - sinks) : 0;
+  const int64_t start = hidden / a.page_tokens, pages = (body + a.page_tokens - 1) / a.page_tokens - start;
+  for (int64_t p = start + pages * split / a.splits; p < start + pages * (split + 1) / a.splits; ++p) {
+    const int64_t first = p * a.page_tokens, count = std::min(a.page_tokens, body - first);
+    take(a, b, sinks + first, count, w, top, sum_of, acc,
+         [&] { read_side(a, a.key, a.keys, a.key_scale, b, k, p, n[kPackedKeys], n[kKeyOffset], count, w); },
+         [&] { read_side(a, a.value, a.values, a.value_scale, b, k, p, n[kPackedValues], n[kValueOffset], count, w); });
+  }
+}
+
+// Partial results to out [B, K, M, D] and lse [B, K, M]; learned [K, G] is one more logit.
+template <class T>
+void merge(const Attention<T>& a, T* out, T* lse) {
+  for (int64_t i = 0; i < a.B * a.K * a.M(); ++i) {
+    const int64_t head = i / a.M(), m = i % a.M();
+    const T extra = a.learned ? a.learned[head % a.K * a.G + m / a.L] : T(kLowest);
+    const T* tops = a.tops + head * a.splits * a.M() + m;
+    const T* sums = a.sums + head * a.splits * a.M() + m;
+    T highest = extra;
+    for (int64_t s = 0; s < a.splits; ++s) highest = std::max(highest, tops[s * a.M()]);
+    T* row = out + i * a.D;
+    std::fill_n(row, a.D, T(0));
+    if (highest <= T(kLowest)) {
+      lse[i] = -INFINITY;
+      continue;
+    }
+    T total = a.learned ? std::exp(extra - highest) : T(0);
+    for (int64_t s = 0; s < a.splits; ++s) {
+      const T share = std::exp(tops[s * a.M()] - highest);
+      const T* acc = a.accs + ((head * a.splits + s) * a.M() + m) * a.D;
+      total += sums[s * a.M()] * share;
+      for (int64_t d = 0; d < a.D; ++d) row[d] += acc[d] * share;
+    }
+    for (int64_t d = 0; d < a.D; ++d) row[d] /= total;
+    lse[i] = highest + std::log(total);
+  }
+}
+
+// parallel(n, f) calls f on up to n threads.
+template <class T, class Parallel>
+void attend(Attention<T>& a, int64_t threads, Parallel&& parallel, T* out, T* lse) {
+  int64_t longest = 0;
+  for (int64_t b = 0; b < a.B; ++b) longest = std::max<int64_t>(longest, a.counts[b * kCounts + kBody]);
+  const int64_t wanted = threads > 1 ? (kUnits * threads + a.B * a.K - 1) / (a.B * a.K) : 1;
+  a.splits = std::max<int64_t>(1, std::min(wanted, longest / kSplitTokens));
+  const int64_t units = a.B * a.K * a.splits;
+  std::vector<T> partial(units * a.M() * (2 + a.D));
+  a.tops = partial.data(), a.sums = a.tops + units * a.M(), a.accs = a.sums + units * a.M();
+  std::atomic<int64_t> next{0};
+  parallel(std::min(threads, units), [&] {
+    static thread_local Workspace<T> w;
+    w.reserve(a);
+    for (int64_t unit = next++; unit < units; unit = next++) {
+      attend_split(a, unit / (a.K * a.splits), unit / a.splits % a.K, unit % a.splits, w);
+    }
+  });
+  merge(a, out, lse);
+}
+
+}  // namespace kvq

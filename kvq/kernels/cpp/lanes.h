@@ -1,0 +1,158 @@
+// Vectors of the machine's width, in the extension that GCC and Clang share. No fast-math: minus infinity and NaN mean
+// what they say, and products round as written except where a multiply and an add become one instruction.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <utility>
+
+namespace kvq {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+template <class T, int N>
+struct VectorOf {
+  typedef T type __attribute__((vector_size(N * sizeof(T))));
+};
+template <class T, int N>
+using Vector = typename VectorOf<T, N>::type;
+// Numbers of a vector: they divide the 16 channels of an atom.
+template <class T>
+constexpr int kLanes = kVectorBytes / sizeof(T);
+template <class T>
+using Reals = Vector<T, kLanes<T>>;
+template <class T>
+using Ints = Vector<int32_t, kLanes<T>>;
+
+template <class V>
+inline V load(const void* at) {
+  V v;
+  std::memcpy(&v, at, sizeof v);
+  return v;
+}
+
+template <class V>
+inline void store(void* at, V v) {
+  std::memcpy(at, &v, sizeof v);
+}
+
+template <class T>
+inline Reals<T> splat(T x) {
+  return x - Reals<T>{};
+}
+
+// Lanes of another type. A loop, which GCC turns into one instruction where __builtin_convertvector takes it apart.
+template <class To, class From, int N>
+inline Vector<To, N> converted(const void* at) {
+  From from[N];
+  To to[N];
+  std::memcpy(from, at, sizeof from);
+  for (int i = 0; i < N; ++i) to[i] = static_cast<To>(from[i]);
+  return load<Vector<To, N>>(to);
+}
+
+// Lanes' numbers from 16-bit or 8-bit memory, without a sign.
+template <class T>
+inline Ints<T> load_words(const void* at) {
+  return converted<int32_t, uint16_t, kLanes<T>>(at);
+}
+
+template <class T>
+inline Ints<T> load_bytes(const void* at) {
+  return converted<int32_t, uint8_t, kLanes<T>>(at);
+}
+
+template <class T>
+inline Reals<T> as_reals(Ints<T> v) {
+  return converted<T, int32_t, kLanes<T>>(&v);
+}
+
+// float32 numbers from their bits, times a power of two that moves the exponent, as T.
+template <class T>
+inline Reals<T> scaled_bits(Ints<T> bits, float factor) {
+  const auto floats = load<Vector<float, kLanes<T>>>(&bits) * factor;
+  return converted<T, float, kLanes<T>>(&floats);
+}
+
+// fp16 numbers from their bits: exponent and fraction moved into place, the offset multiplied away.
+template <class T>
+inline Reals<T> from_half(Ints<T> half) {
+  return scaled_bits<T>((half & 0x7FFF) << 13 | (half & 0x8000) << 16, 0x1p112f);
+}
+
+// E4M3 numbers from their bits; the code of NaN is never stored.
+template <class T>
+inline Reals<T> from_e4m3(Ints<T> byte) {
+  return scaled_bits<T>((byte & 0x7F) << 20 | (byte & 0x80) << 24, 0x1p120f);
+}
+
+template <class V>
+inline V larger(V a, V b) {
+  return a > b ? a : b;
+}
+
+template <class V>
+inline V smaller(V a, V b) {
+  return a < b ? a : b;
+}
+
+template <class T, int N>
+inline T sum(Vector<T, N> v) {
+  if constexpr (N == 1) {
+    return v[0];
+  } else {
+    typedef Vector<T, N / 2> Half;
+    const char* at = reinterpret_cast<const char*>(&v);
+    return sum<T, N / 2>(load<Half>(at) + load<Half>(at + sizeof(Half)));
+  }
+}
+
+template <class T, int N>
+inline T largest(Vector<T, N> v) {
+  if constexpr (N == 1) {
+    return v[0];
+  } else {
+    typedef Vector<T, N / 2> Half;
+    const char* at = reinterpret_cast<const char*>(&v);
+    return largest<T, N / 2>(larger(load<Half>(at), load<Half>(at + sizeof(Half))));
+  }
+}
+
+// Calls f with the constants 0 ... N - 1.
+template <class F, int... I>
+inline void unrolled(F&& f, std::integer_sequence<int, I...>) {
+  (f(std::integral_constant<int, I>{}), ...);
+}
+
+template <int N, class F>
+inline void unroll(F&& f) {
+  unrolled(std::forward<F>(f), std::make_integer_sequence<int, N>{});
+}
+
+// exp of numbers that are 0 or less: 2^n times the series of e^r with r at most ln(2)/2, whose eight terms reach float32.
+// What float32 cannot hold becomes 0.
+inline Reals<float> exponential(Reals<float> x) {
+  constexpr int N = kLanes<float>;
+  x = larger(x, splat(-87.0f));
+  // Adding 1.5 * 2^23 leaves the nearest whole number in the low bits.
+  const Reals<float> shifted = x * 1.4426950408889634f + 12582912.0f;
+  const Reals<float> n = shifted - 12582912.0f;
+  const Reals<float> r = x + n * -0.693359375f + n * 2.12194440e-4f;
+  Reals<float> series = splat(1.0f / 5040);
+  for (float term : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) series = series * r + term;
+  const Vector<int32_t, N> power = (converted<int32_t, float, N>(&n) + 127) << 23;
+  return x > splat(-87.0f) ? series * load<Reals<float>>(&power) : Reals<float>{};
+}
+
+inline Reals<double> exponential(Reals<double> x) {
+  for (int i = 0; i < kLanes<double>; ++i) x[i] = std::exp(x[i]);
+  return x;
+}
+
+}  // namespace kvq

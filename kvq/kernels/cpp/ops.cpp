@@ -1,0 +1,153 @@
+// torch.ops.kvq: the CPU's kernels as operators. Built when first used (kvq/kernels/cpp/build.py) against torch's stable
+// interface, whose parallel_for runs on torch's own threads. Shapes and dtypes are the business of launch.py.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+
+#include "decode_attention.h"
+#include "pack.h"
+#include "statistics.h"
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+template <class T>
+T* data(const Tensor& x) {
+  return static_cast<T*>(x.data_ptr());
+}
+
+template <class T>
+T* data(const std::optional<Tensor>& x) {
+  return x ? data<T>(*x) : nullptr;
+}
+
+kvq::Tokens tokens_of(const Tensor& x) {
+  const int64_t size = x.element_size();
+  const ScalarType type = x.scalar_type();
+  const kvq::Kind kind = type == ScalarType::Float      ? kvq::Kind::kFloat
+                         : type == ScalarType::Double   ? kvq::Kind::kDouble
+                         : type == ScalarType::BFloat16 ? kvq::Kind::kBFloat16
+                                                        : kvq::Kind::kHalf;
+  return {data<uint8_t>(x), x.size(2), x.stride(0) * size, x.stride(1) * size, x.stride(2) * size, kind};
+}
+
+// f on up to n threads of torch.
+template <class F>
+void parallel(int64_t n, const F& f) {
+  torch::stable::parallel_for(0, n, 1, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) f();
+  });
+}
+
+template <class T>
+void attend(const Tensor& q, const Tensor& pool, const Tensor& table, const std::vector<int64_t>& n, const Tensor& counts,
+            const Tensor& keys, const Tensor& values, const std::optional<Tensor>& sink_keys,
+            const std::optional<Tensor>& sink_values, double key_scale, double value_scale, double softcap,
+            const std::optional<Tensor>& learned, const std::optional<Tensor>& bias, Tensor& out, Tensor& lse) {
+  kvq::Attention<T> a{
+      .B = q.size(0), .K = q.size(1), .G = q.size(2), .L = q.size(3), .D = q.size(4), .splits = 1, .page_tokens = n[0],
+      .record = n[1], .stride = n[2], .pages = table.size(1), .window = n[3], .bias_stride = bias ? bias->stride(0) : 0,
+      .counts = data<int32_t>(counts), .pool = data<uint8_t>(pool), .table = data<int64_t>(table),
+      .key = kvq::Side(n.data() + 4), .value = kvq::Side(n.data() + 4 + kvq::Side::kNumbers), .keys = tokens_of(keys),
+      .values = tokens_of(values), .sink_keys = {}, .sink_values = {}, .q = data<T>(q), .learned = data<T>(learned),
+      .bias = data<T>(bias), .key_scale = static_cast<T>(key_scale), .value_scale = static_cast<T>(value_scale),
+      .softcap = static_cast<T>(softcap), .tops = nullptr, .sums = nullptr, .accs = nullptr};
+  if (sink_keys) a.sink_keys = tokens_of(*sink_keys), a.sink_values = tokens_of(*sink_values);
+  const auto run = [](int64_t threads, const auto& f) { parallel(threads, f); };
+  kvq::attend(a, torch::stable::get_num_threads(), run, data<T>(out), data<T>(lse));
+}
+
+void decode_attention(const Tensor q, const Tensor pool, const Tensor table, std::vector<int64_t> numbers,
+                      const Tensor counts, const Tensor keys, const Tensor values, std::optional<Tensor> sink_keys,
+                      std::optional<Tensor> sink_values, double key_scale, double value_scale, double softcap,
+                      std::optional<Tensor> learned, std::optional<Tensor> bias, Tensor out, Tensor lse) {
+  const auto run = q.scalar_type() == ScalarType::Double ? attend<double> : attend<float>;
+  run(q, pool, table, numbers, counts, keys, values, sink_keys, sink_values, key_scale, value_scale, softcap, learned,
+      bias, out, lse);
+}
+
+bool pack(const Tensor x, const Tensor ranges, Tensor pool, const Tensor table, std::vector<int64_t> n, double scale) {
+  const kvq::Pack p{.side = kvq::Side(n.data() + 2), .tokens = tokens_of(x), .pool = data<uint8_t>(pool),
+                    .table = data<int64_t>(table), .B = x.size(0), .K = x.size(1), .pages = table.size(1),
+                    .record = n[0], .stride = n[1], .ranges = data<int32_t>(ranges), .scale = scale};
+  std::atomic<bool> good{true};
+  // A thread is woken for so many tokens.
+  int64_t most = 1;
+  for (int64_t b = 0; b < p.B; ++b) most = std::max<int64_t>(most, p.ranges[3 * b + 1] - p.ranges[3 * b]);
+  torch::stable::parallel_for(0, p.B * p.K, std::max<int64_t>(1, 64 / most), [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) {
+      const bool own = p.tokens.kind == kvq::Kind::kDouble ? kvq::pack_head<double>(p, i / p.K, i % p.K)
+                                                           : kvq::pack_head<float>(p, i / p.K, i % p.K);
+      if (!own) good = false;
+    }
+  });
+  return good;
+}
+
+// A thread takes a multiple of so many columns, a cache line of float32.
+constexpr int64_t kLine = 16;
+
+kvq::Rows rows_of(const Tensor& x, int64_t groups) { return {x.size(0), x.size(1), x.size(2), groups}; }
+
+template <class F>
+void by_columns(int64_t columns, const F& f) {
+  torch::stable::parallel_for(0, (columns + kLine - 1) / kLine, 1, [&](int64_t first, int64_t last) {
+    f(first * kLine, std::min(last * kLine, columns));
+  });
+}
+
+void channel_range(const Tensor x, Tensor low, Tensor high, Tensor total, Tensor squares) {
+  by_columns(x.size(2), [&](int64_t first, int64_t last) {
+    kvq::channel_range(rows_of(x, low.size(0)), data<float>(x), first, last, data<float>(low), data<float>(high),
+                       data<double>(total), data<double>(squares));
+  });
+}
+
+kvq::Bins bins_of(const std::vector<int64_t>& n) {
+  return {static_cast<int32_t>(n[0]), static_cast<int32_t>(n[1]), static_cast<int32_t>(n[2])};
+}
+
+void count_signed(const Tensor x, std::vector<int64_t> bins, Tensor counts) {
+  by_columns(x.size(2), [&](int64_t first, int64_t last) {
+    kvq::count_signed(rows_of(x, counts.size(0)), data<int32_t>(x), first, last, bins_of(bins), data<int32_t>(counts));
+  });
+}
+
+void massive(const Tensor x, const Tensor valid, std::vector<int64_t> bins, int64_t step, Tensor tokens, Tensor channels,
+             Tensor counts) {
+  const kvq::Rows n = rows_of(x, 1);
+  torch::stable::parallel_for(0, n.rows, 1, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) {
+      kvq::massive(n, data<int32_t>(x) + i * n.tokens * n.columns, data<bool>(valid) + i * n.tokens, step, bins_of(bins),
+                   data<int32_t>(tokens) + i * n.tokens, data<int32_t>(channels) + i * n.columns,
+                   data<int64_t>(counts) + i * (bins[2] + 1));
+    }
+  });
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(kvq, m) {
+  m.def(
+      "decode_attention(Tensor q, Tensor pool, Tensor table, int[] numbers, Tensor counts, Tensor keys, Tensor values, "
+      "Tensor? sink_keys, Tensor? sink_values, float key_scale, float value_scale, float softcap, Tensor? learned, "
+      "Tensor? bias, Tensor(a!) out, Tensor(b!) lse) -> ()");
+  m.def("pack(Tensor x, Tensor ranges, Tensor(a!) pool, Tensor table, int[] numbers, float scale) -> bool");
+  m.def("channel_range(Tensor x, Tensor(a!) low, Tensor(b!) high, Tensor(c!) total, Tensor(d!) squares) -> ()");
+  m.def("count_signed(Tensor x, int[] bins, Tensor(a!) counts) -> ()");
+  m.def(
+      "massive(Tensor x, Tensor valid, int[] bins, int step, Tensor(a!) tokens, Tensor(b!) channels, "
+      "Tensor(c!) counts) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(kvq, CPU, m) {
+  m.impl("decode_attention", TORCH_BOX(&decode_attention));
+  m.impl("pack", TORCH_BOX(&pack));
+  m.impl("channel_range", TORCH_BOX(&channel_range));
+  m.impl("count_signed", TORCH_BOX(&count_signed));
+  m.impl("massive", TORCH_BOX(&massive));
+}
