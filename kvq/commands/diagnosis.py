@@ -34,7 +34,7 @@ class Wishes:
         if self.png and Path(self.png).exists() and not Path(self.png).is_dir():
             raise CheckpointError(f"{self.png!r} is a file: give --png the name of a folder.")
         if self.html or self.png:
-            import kvq.report.figures  # noqa: F401 - says what is missing
+            import kvq.report.drawing  # noqa: F401 - says what is missing
 
 
 def show_diagnosis(stats, title: str, facts: dict[str, Any], wishes: Wishes, output: Output, folder=None) -> dict:
@@ -103,18 +103,19 @@ def _shown_plan(stats, found, recipe, folder):
 
 
 def _save(title, facts, stats, layers, found, errors, widths_of, plan, wishes: Wishes, output: Output) -> None:
+    from kvq.report.diagnosis_charts import diagnosis_charts
     from kvq.report.diagnosis_html import diagnosis_html
-    from kvq.report.pictures import pictures
+    from kvq.report.drawing import png
 
-    made = pictures(stats, layers, found, errors, widths_of, plan)
+    made = diagnosis_charts(stats, layers, found, errors, widths_of, plan)
     if wishes.png:
         target = Path(wishes.png)
         try:
             target.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise CheckpointError(f"folder {wishes.png!r} cannot be made ({error.strerror}): choose another.") from None
-        for name, data in made.items():
-            write_atomically(target / name, data)
+        for name, figure in made.items():
+            write_atomically(target / f"{name}.png", png(figure))
         output.show(f"{len(made)} pictures written to {target}.")
     if wishes.html:
         page = diagnosis_html(title, facts, found.to_dict(), errors, widths_of, made)

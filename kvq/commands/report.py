@@ -26,12 +26,14 @@ def command(results: tuple[str, ...], out: str | None, kind: str | None, browse:
         raise click.UsageError("-o FILE is missing: name the page to write, such as -o report.html.")
     if out is not None:
         check_writable(out)
-    from kvq.report.html import html_report
     from kvq.report.load import load_results
-    from kvq.report.markdown import markdown_report
 
+    if kind == "html":
+        from kvq.report.html import html_report as written
+    else:
+        from kvq.report.markdown import markdown_report as written
     found = load_results(results)
-    text = html_report(found) if kind == "html" else markdown_report(found)
+    text = written(found)
     if out is None:
         click.echo(text, nl=False)
         return

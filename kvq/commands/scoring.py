@@ -115,6 +115,7 @@ def settings_from(scoring: dict[str, Any]) -> dict[str, Any]:
         raise click.UsageError("--open shows the page of --report FILE: add --report.")
     if scoring["report"]:
         check_writable(scoring["report"])
+        import kvq.report.drawing  # noqa: F401 - says what is missing
     from kvq.calib.stats import Stats
 
     passed = ("data", "task_data", "task_dir", "seq_len", "stride", "limit", "fewshot", "chat", "mode", "chunk")

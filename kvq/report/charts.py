@@ -4,8 +4,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from markupsafe import Markup
+
+from kvq.report.drawing import (
+    COLOURS,
+    SERIES,
+    heat_map,
+    hint,
+    limits,
+    log_scale,
+    new_chart,
+    place_labels,
+    styled,
+    svg,
+)
 from kvq.report.rows import LABELS, metrics_of
-from kvq.report.svg import Axis, Plot, heat_map
 
 Result = Mapping[str, Any]
 
@@ -15,7 +28,7 @@ class Chart:
     """A drawing, what it shows, and how to read it."""
 
     title: str
-    svg: str
+    svg: Markup
     caption: str = ""
     legend: bool = True
 
@@ -31,6 +44,7 @@ def charts_of(names: Sequence[str], results: Sequence[Result]) -> list[Chart]:
     return [chart for chart in made if chart is not None]
 
 
+@styled
 def bits_against_kl(names: Sequence[str], results: Sequence[Result]) -> Chart | None:
     """Size against error: the lower left is good. Needs two results that quantize."""
     points = [
@@ -40,28 +54,37 @@ def bits_against_kl(names: Sequence[str], results: Sequence[Result]) -> Chart | 
     ]
     if len(points) < 2:
         return None
-    kls = [found["kl"] for _, _, found in points]
-    plot = Plot(
-        Axis.around([bits for _, bits, _ in points], "bits per element, measured"),
-        Axis.around(kls, "KL from baseline, nats a token", log=True),
-        "Bits per element against KL from the baseline",
-    )
-    front = _front([(bits, found["kl"]) for _, bits, found in points])
-    plot.line(front, 0, dashed=True)
+    figure, axes = new_chart("bits per element, measured", "KL from baseline, nats a token")
+    axes.set_xlim(limits([bits for _, bits, _ in points]))
+    log_scale(axes.yaxis, limits([found["kl"] for _, _, found in points], log=True))
+    axes.plot(*zip(*_pareto([(bits, found["kl"]) for _, bits, found in points])), "--", color=COLOURS["soft"], lw=1.2)
     for series, bits, found in points:
-        error = found["kl_stderr"]
-        if error is not None:
-            plot.interval(bits, max(found["kl"] - 2 * error, 1e-12), found["kl"] + 2 * error, series)
-        plot.point(bits, found["kl"], series, f"{names[series]}: {bits:.2f} bits, KL {found['kl']:.4f}", names[series])
+        said = f"{names[series]}: {bits:.2f} bits, KL {found['kl']:.4f}"
+        _point(axes, bits, found["kl"], series, said, found["kl_stderr"])
+    labels = [(bits, found["kl"], names[series], _colour(series)) for series, bits, found in points]
+    place_labels(axes, labels)
     return Chart(
         title="Size against error",
-        svg=plot.svg(),
+        svg=svg(figure, "Bits per element against KL from the baseline"),
         caption="Lower and further left is better. The dashed line joins what nothing else beats in both.",
         legend=False,
     )
 
 
-def _front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+def _colour(series: int) -> str:
+    return SERIES[series % len(SERIES)]
+
+
+def _point(axes, x: float, y: float, series: int, said: str, error: float | None = None) -> None:
+    """A mark with what the page says of it, and a bar of two standard errors to both sides."""
+    if error is not None:
+        # A logarithmic axis has no 0.
+        axes.vlines(x, max(y - 2 * error, 1e-12), y + 2 * error, color=_colour(series), lw=1.5, alpha=0.75)
+    (mark,) = axes.plot(x, y, "o", color=_colour(series), ms=9, mec=COLOURS["card"], mew=1.5, zorder=3)
+    hint(mark, said)
+
+
+def _pareto(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     """Points that no other one beats in both numbers, by the first."""
     front: list[tuple[float, float]] = []
     for x, y in sorted(points):
@@ -70,6 +93,7 @@ def _front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     return front
 
 
+@styled
 def bits_against_score(names: Sequence[str], results: Sequence[Result]) -> Chart | None:
     """Size against the mean score over tasks that all results have, beside the baseline's. Needs two results."""
     shared = _shared_shares(results)
@@ -84,19 +108,17 @@ def bits_against_score(names: Sequence[str], results: Sequence[Result]) -> Chart
     ]
     values = [100 * value for pair in means for value in pair]
     bits = [result["bits_per_element"] for result in results]
-    plot = Plot(
-        Axis.around([*bits, 16.0], "bits per element, measured"),
-        Axis.around(values, "mean score, %"),
-        "Bits per element against the mean score",
-    )
-    plot.level(100 * means[0][1])
+    figure, axes = new_chart("bits per element, measured", "mean score, %")
+    axes.set(xlim=limits([*bits, 16.0]), ylim=limits(values))
+    axes.axhline(100 * means[0][1], color=COLOURS["soft"], lw=1.2, dashes=(5, 4))
     for series, (value, _) in enumerate(means):
-        hint = f"{names[series]}: {bits[series]:.2f} bits, mean score {value:.1%}"
-        plot.point(bits[series], 100 * value, series, hint, names[series])
+        said = f"{names[series]}: {bits[series]:.2f} bits, mean score {value:.1%}"
+        _point(axes, bits[series], 100 * value, series, said)
+    place_labels(axes, [(bits[i], 100 * value, names[i], _colour(i)) for i, (value, _) in enumerate(means)])
     tasks = ", ".join(dict.fromkeys(task for task, _ in shared))
     return Chart(
         title="Size against score",
-        svg=plot.svg(),
+        svg=svg(figure, "Bits per element against the mean score"),
         caption=f"Mean of the main scores of {tasks}. The line is the baseline's. Errors are in the table.",
         legend=False,
     )
@@ -116,6 +138,7 @@ def _shared_shares(results: Sequence[Result]) -> list[tuple[str, str]]:
     return found
 
 
+@styled
 def by_position(names: Sequence[str], results: Sequence[Result]) -> Chart | None:
     rows = {
         series: [row for row in found["positions"] if row["kl"] > 1e-6]
@@ -128,32 +151,24 @@ def by_position(names: Sequence[str], results: Sequence[Result]) -> Chart | None
     every = [row for own in rows.values() for row in own]
     buckets = sorted({row["last"] for row in every})
     place = {last: i for i, last in enumerate(buckets)}
-    plot = Plot(
-        Axis(
-            low=-0.5,
-            high=len(buckets) - 0.5,
-            label="position in the window, tokens",
-            text=lambda place: f"<{buckets[round(place)] + 1}",
-        ),
-        Axis.around([row["kl"] for row in every], "KL, nats a token", log=True),
-        "KL by position",
-        x_ticks=range(len(buckets)),
-    )
+    figure, axes = new_chart("position in the window, tokens", "KL, nats a token")
+    axes.set_xlim(-0.5, len(buckets) - 0.5)
+    axes.set_xticks(range(len(buckets)), [f"<{last + 1}" for last in buckets])
+    log_scale(axes.yaxis, limits([row["kl"] for row in every], log=True))
     for series, own in rows.items():
-        plot.line([(place[row["last"]], row["kl"]) for row in own], series)
+        axes.plot([place[row["last"]] for row in own], [row["kl"] for row in own], color=_colour(series), lw=2)
         for row in own:
-            if row["kl_stderr"] is not None:
-                low, high = row["kl"] - 2 * row["kl_stderr"], row["kl"] + 2 * row["kl_stderr"]
-                plot.interval(place[row["last"]], max(low, 1e-12), high, series)
-            hint = f"{names[series]}, tokens {row['first']} to {row['last']}: KL {row['kl']:.4f}"
-            plot.point(place[row["last"]], row["kl"], series, f"{hint}, {row['cached']:.0%} read quantized tokens")
+            said = f"{names[series]}, tokens {row['first']} to {row['last']}: KL {row['kl']:.4f}"
+            said = f"{said}, {row['cached']:.0%} read quantized tokens"
+            _point(axes, place[row["last"]], row["kl"], series, said, row["kl_stderr"])
     return Chart(
         title="Error by position",
-        svg=plot.svg(),
+        svg=svg(figure, "KL by position"),
         caption="Buckets double in width. Positions that the recipe keeps exact have no error and are left out.",
     )
 
 
+@styled
 def by_layer(names: Sequence[str], results: Sequence[Result]) -> Chart | None:
     rows = {
         series: found["layers"]
@@ -163,19 +178,18 @@ def by_layer(names: Sequence[str], results: Sequence[Result]) -> Chart | None:
     if not rows:
         return None
     every = [row for own in rows.values() for row in own]
-    plot = Plot(
-        Axis.around([row["layer"] for row in every], "layer"),
-        Axis.around([100 * row["error"] for row in every], "error of the attention output, %", zero=True),
-        "Error of the attention output by layer",
-    )
+    figure, axes = new_chart("layer", "error of the attention output, %")
+    axes.set_xlim(limits([row["layer"] for row in every]))
+    axes.set_ylim(limits([100 * row["error"] for row in every], zero=True))
+    axes.xaxis.get_major_locator().set_params(integer=True)
     for series, own in rows.items():
-        plot.line([(row["layer"], 100 * row["error"]) for row in own], series)
+        axes.plot([row["layer"] for row in own], [100 * row["error"] for row in own], color=_colour(series), lw=2)
         for row in own:
-            hint = f"{names[series]}, layer {row['layer']}: {row['error']:.1%}"
-            plot.point(row["layer"], 100 * row["error"], series, hint)
+            said = f"{names[series]}, layer {row['layer']}: {row['error']:.1%}"
+            _point(axes, row["layer"], 100 * row["error"], series, said)
     return Chart(
         title="Error by layer",
-        svg=plot.svg(),
+        svg=svg(figure, "Error of the attention output by layer"),
         caption="Relative error that each layer's attention takes from its own quantized keys and values.",
     )
 
@@ -198,7 +212,7 @@ def _needle_map(name: str, found: Mapping[str, Any], side: int) -> Chart:
     depths = sorted({depth for depth, _ in cells})
     lengths = sorted({length for _, length in cells})
     grid = [[_share(cells.get((depth, length)), side) for length in lengths] for depth in depths]
-    svg = heat_map(
+    drawn = heat_map(
         [f"{depth:.0%}" for depth in depths],
         [f"{length:,}" for length in lengths],
         grid,
@@ -207,11 +221,11 @@ def _needle_map(name: str, found: Mapping[str, Any], side: int) -> Chart:
         column_label="tokens",
         text=lambda value: f"{value:.0%}",
         level=lambda value: value,
-        hint=lambda r, c: f"depth {depths[r]:.0%}, {lengths[c]:,} tokens: {grid[r][c]:.0%} found",
+        hints=lambda r, c: f"depth {depths[r]:.0%}, {lengths[c]:,} tokens: {grid[r][c]:.0%} found",
     )
     questions = max(cell["questions"] for cell in cells.values())
     caption = f"{LABELS['choice'].capitalize()}; {questions} asked a cell."
-    return Chart(title=name, svg=svg, caption=caption, legend=False)
+    return Chart(title=name, svg=drawn, caption=caption, legend=False)
 
 
 def _share(cell: Mapping[str, Any] | None, side: int) -> float | None:
@@ -233,17 +247,15 @@ def head_maps(names: Sequence[str], results: Sequence[Result]) -> list[Chart]:
 
 def _head_map(name: str, layers: Sequence[Mapping[str, Any]], worst: float) -> Chart:
     heads = len(layers[0]["heads"])
-    svg = heat_map(
+    drawn = heat_map(
         [str(row["layer"]) for row in layers],
         [str(head) if heads <= 16 or head % 4 == 0 else "" for head in range(heads)],
         [row["heads"] for row in layers],
         f"Error by layer and head of {name}",
         row_label="layer",
         column_label="query head",
-        text=lambda value: f"{value:.0%}",
         level=lambda value: 1 - value / worst,
-        hint=lambda r, c: f"layer {layers[r]['layer']}, head {c}: {layers[r]['heads'][c]:.1%}",
+        hints=lambda r, c: f"layer {layers[r]['layer']}, head {c}: {layers[r]['heads'][c]:.1%}",
         cell=(26 if heads <= 16 else 14, 15),
-        show=False,
     )
-    return Chart(title=name, svg=svg, caption=f"Red is the worst of all: {worst:.0%}.", legend=False)
+    return Chart(title=name, svg=drawn, caption=f"Red is the worst of all: {worst:.0%}.", legend=False)

@@ -1,31 +1,35 @@
-"""A diagnosis as one HTML file that needs nothing beside it: pictures are inside."""
+"""A diagnosis as one HTML file that needs nothing beside it: drawings are inside."""
 
 from collections.abc import Mapping
 from typing import Any
 
+from markupsafe import Markup
+from matplotlib.figure import Figure
+
 from kvq.report.diagnosis_tables import loss, not_predicted, percent, verdict_lines
-from kvq.report.page import embedded, render
+from kvq.report.drawing import svg
+from kvq.report.page import render
 
 TITLES = {
-    "losses.png": "Recipes",
-    "bits.png": "Error of each layer at each bit width",
+    "losses": "Recipes",
+    "bits": "Error of each layer at each bit width",
     "channels-key": "Keys",
     "channels-value": "Values",
     "tokens": "Tokens of single layers",
-    "sinks.png": "Attention sinks",
-    "massive.png": "Massive activations",
+    "sinks": "Attention sinks",
+    "massive": "Massive activations",
 }
 
 
 def diagnosis_html(
     title: str, facts: Mapping[str, Any], diagnosis: Mapping[str, Any], bit_errors: Mapping, bit_recipe: str,
-    pictures: Mapping[str, bytes],
+    figures: Mapping[str, Figure],
 ) -> str:  # fmt: skip
     """The whole page.
 
     facts        shown as a table.  diagnosis  ``Diagnosis.to_dict()``.
     bit_errors   ``kvq.diagnosis.bit_errors``, of the recipe named.
-    pictures     PNG bytes by file name.
+    figures      by name (``diagnosis_charts``).
     """
     widths = list(next(iter(bit_errors.values()))["key"])
     tried = [row for row in diagnosis["predictions"] if not row["why_not"]]
@@ -45,7 +49,7 @@ def diagnosis_html(
             for row in tried
         ],
         notes=not_predicted(diagnosis),
-        pictures=_by_heading(pictures),
+        charts=_by_heading(figures),
         bit_recipe=bit_recipe,
         widths=[f"{side} {width}" for side in ("K", "V") for width in widths],
         bit_errors=[
@@ -55,10 +59,10 @@ def diagnosis_html(
     )
 
 
-def _by_heading(pictures: Mapping[str, bytes]) -> list[tuple[str, list[tuple[str, str]]]]:
-    """Names and contents of pictures under the headings of ``TITLES``."""
-    found: dict[str, list[tuple[str, str]]] = {}
-    for name, data in pictures.items():
+def _by_heading(figures: Mapping[str, Figure]) -> list[tuple[str, list[Markup]]]:
+    """Drawings under the headings of ``TITLES``."""
+    found: dict[str, list[Markup]] = {}
+    for name, figure in figures.items():
         heading = next(text for start, text in TITLES.items() if name.startswith(start))
-        found.setdefault(heading, []).append((name, embedded(data)))
+        found.setdefault(heading, []).append(svg(figure, f"{figure.get_suptitle()} ({name})"))
     return list(found.items())

@@ -6,11 +6,10 @@ from typing import Any
 
 from markupsafe import Markup
 
-from kvq.report.charts import Chart, charts_of, head_maps, needle_maps
+from kvq.report.charts import charts_of, head_maps, needle_maps
 from kvq.report.load import commands_of, differences
 from kvq.report.page import render
 from kvq.report.rows import Row, names_of, number, rows_of
-from kvq.report.svg import interval_bar
 from kvq.report.tables import size
 from kvq.report.verdict import overall, question, verdict_of
 
@@ -30,9 +29,9 @@ def html_report(results: Sequence[Mapping[str, Any]]) -> str:
         overall=overall(names, results),
         runs=[_run(name, colour, result) for name, colour, result in zip(names, coloured, results)],
         notes=differences(results),
-        charts=[_drawn(chart) for chart in charts_of(names, results)],
-        needles=[_drawn(chart) for chart in needle_maps(names, results)],
-        heads=[_drawn(chart) for chart in head_maps(names, results)],
+        charts=charts_of(names, results),
+        needles=needle_maps(names, results),
+        heads=head_maps(names, results),
         table=_table(names, results),
         memory=_memory(names, results),
         commands=commands_of(results),
@@ -43,10 +42,6 @@ def html_report(results: Sequence[Mapping[str, Any]]) -> str:
 def _title(names: Sequence[str], results: Sequence[Mapping[str, Any]]) -> str:
     models = list(dict.fromkeys(result["model"] for result in results))
     return f"{', '.join(names)} on {models[0]}" if len(models) == 1 else ", ".join(names)
-
-
-def _drawn(chart: Chart) -> dict[str, Any]:
-    return {**vars(chart), "svg": Markup(chart.svg)}
 
 
 def _run(name: str, colour: int, result: Mapping[str, Any]) -> dict[str, Any]:
@@ -164,11 +159,19 @@ def _reach(row: Row) -> float:
 def _cell(row: Row | None, reach: float) -> dict[str, Any] | None:
     if row is None:
         return None
-    bar = ""
-    if row.estimate is not None and reach > 0:
-        title = f"difference {row.difference}: {row.verdict}"
-        bar = Markup(interval_bar(row.estimate, row.low, row.high, 1.1 * reach, row.verdict, title))
-    return {**vars(row), "bar": bar}
+    return {**vars(row), "bar": _bar(row, 1.1 * reach) if row.estimate is not None and reach > 0 else None}
+
+
+def _bar(row: Row, reach: float) -> dict[str, Any]:
+    """Where a difference and its interval stand on a line from -reach to reach, in % of its length."""
+    at = lambda value: 50 * (1 + max(-1.0, min(1.0, value / reach)))  # noqa: E731
+    known = row.low is not None and row.high is not None
+    return {
+        "kind": {"worse": "bad", "better": "good"}.get(row.verdict, "plain"),
+        "at": at(row.estimate),
+        "whisker": (at(row.low), at(row.high) - at(row.low)) if known else None,
+        "title": f"difference {row.difference}: {row.verdict}",
+    }
 
 
 def _memory(names: Sequence[str], results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

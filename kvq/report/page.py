@@ -1,6 +1,5 @@
 """The look of every page that kvq writes: one file, no network access, no scripts, light and dark, narrow and wide."""
 
-import base64
 from importlib import resources
 from typing import Any
 
@@ -15,11 +14,6 @@ def render(template: str, *, brand: str, title: str, **values: Any) -> str:
     css = Markup(resources.files("kvq.report.templates").joinpath("page.css").read_text())
     page = _environment().get_template(template)
     return page.render(css=css, version=__version__, brand=brand, title=title, **values) + "\n"
-
-
-def embedded(png: bytes) -> str:
-    """A picture as text for ``data:image/png;base64,``."""
-    return base64.b64encode(png).decode()
 
 
 def _environment() -> Environment:

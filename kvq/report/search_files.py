@@ -44,12 +44,13 @@ class SearchFiles:
     def write(self, found: Search, command: Sequence[str]) -> None:
         """Write what was found, pictures and evidence first, so that no recipe stands without them."""
         # matplotlib takes a while, and a search that fails needs none.
-        from kvq.report.front import front_html, front_png
+        from kvq.report.drawing import png
+        from kvq.report.pareto import pareto_figure, pareto_page
 
         front = front_rows(found)
-        png = front_png(front)
-        write_atomically(_beside(self.shared, ".front.png"), png)
-        write_atomically(_beside(self.shared, ".front.html"), front_html(front, png))
+        figure = pareto_figure(front)
+        write_atomically(_beside(self.shared, ".front.png"), png(figure))
+        write_atomically(_beside(self.shared, ".front.html"), pareto_page(front, figure))
         for point in found.points:
             path = self.recipes[point.budget]
             proof = _beside(path, ".evidence.json")

@@ -1,6 +1,7 @@
 """``kvq inspect`` and ``kvq doctor``."""
 
 import json
+import re
 from importlib.metadata import version
 
 import pytest
@@ -133,9 +134,10 @@ def test_pictures_and_page_are_written(run, tiny_checkpoint, stats, tmp_path):
     assert {"tokens-000.png", "tokens-001.png"} <= names
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in folder.iterdir())
     text = page.read_text()
-    assert text.count("data:image/png;base64,") == len(names)
+    assert text.count("<svg ") == len(names)
+    assert len(set(re.findall(r'aria-label="([^"]*)"', text))) > len(names)
     assert "Verdict:" in text
-    assert "http" not in text.replace("http-equiv", "")
+    assert "http" not in re.sub(r"base64,[\w+/=\s]+", "", text).replace("http-equiv", "")
 
 
 @pytest.mark.long
@@ -196,7 +198,7 @@ def test_without_matplotlib_pictures_are_refused_with_the_way_out(refuse, tiny_c
     import sys
 
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    monkeypatch.delitem(sys.modules, "kvq.report.figures", raising=False)
+    monkeypatch.delitem(sys.modules, "kvq.report.drawing", raising=False)
     refuse("inspect", tiny_checkpoint(), "--png", tmp_path / "pictures", says=("matplotlib", "kvq-toolkit[report]"))
 
 

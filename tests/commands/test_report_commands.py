@@ -1,6 +1,7 @@
 """``kvq compare``, ``kvq report``, ``kvq card`` and requirements: from an export to a page, and to an exit code."""
 
 import json
+import sys
 
 import pytest
 
@@ -153,3 +154,14 @@ def test_bad_requests_are_refused(refuse, exported, scored, text, tmp_path):
     refuse("eval", folder, "--data", text, "--open", says=("--report",))
     refuse("eval", folder, "--tasks", "needle", "--lengths", "a,b", says=("--lengths",))
     refuse("eval", folder, "--cache", tmp_path / "c", "--no-cache", says=("contradict",))
+
+
+def test_without_matplotlib_a_page_is_refused_before_any_work(refuse, exported, scored, text, monkeypatch, tmp_path):
+    folder, file = scored
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    for module in ("kvq.report.drawing", "kvq.report.charts", "kvq.report.html"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    said = ("matplotlib", "pip install 'kvq-toolkit[report]'")
+    refuse("report", file, "-o", tmp_path / "a.html", says=said)
+    refuse("eval", folder, "--data", text, "--report", tmp_path / "a.html", says=said)
+    assert not (tmp_path / "a.html").exists()

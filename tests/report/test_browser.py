@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from kvq.report.diagnosis_charts import losses_figure
 from kvq.report.diagnosis_html import diagnosis_html
-from kvq.report.figures import losses_figure
-from kvq.report.front import front_html, front_png
 from kvq.report.html import html_report
+from kvq.report.pareto import pareto_figure, pareto_page
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
 
@@ -125,12 +125,14 @@ CONTRAST = """() => {
         if (!words || !own.getBoundingClientRect().width) continue;
         const style = getComputedStyle(own), drawn = own instanceof SVGElement;
         let under = behind(own);
-        if (drawn && own.classList.contains('value')) {
-            const cells = [...own.closest('svg').querySelectorAll('rect.cell')];
+        if (drawn && own.tagName === 'text') {
             const box = own.getBoundingClientRect(), x = box.left + box.width / 2, y = box.top + box.height / 2;
-            const cell = cells.find(c => { const b = c.getBoundingClientRect();
-                return b.left < x && x < b.right && b.top < y && y < b.bottom; });
-            under = getComputedStyle(cell).fill;
+            for (const shape of own.closest('svg').querySelectorAll('path')) {
+                const b = shape.getBoundingClientRect(), look = getComputedStyle(shape);
+                if (look.fill !== 'none' && look.opacity === '1' && b.left < x && x < b.right && b.top < y
+                    && y < b.bottom && shape.compareDocumentPosition(own) & Node.DOCUMENT_POSITION_FOLLOWING)
+                    under = look.fill;
+            }
         }
         const [one, other] = [drawn ? style.fill : style.color, under].map(rgb).map(light).sort((a, b) => b - a);
         const size = parseFloat(style.fontSize), large = size >= 24 || (size >= 18.6 && style.fontWeight >= 700);
@@ -165,7 +167,7 @@ def search_page() -> str:
     layers = {side: [{"layer": i, "damage": 10.0**-i} for i in range(4)] for side in ("key", "value")}
     data = {"model": "builtin", "text": "builtin", "metric": "kl", "bits_of": "asymptotic", "layers": layers}
     data |= {"points": rows[:1], "uniform": rows[1:], "front": []}
-    return front_html(data, front_png(data))
+    return pareto_page(data, pareto_figure(data))
 
 
 def diagnosis_page() -> str:
@@ -176,8 +178,8 @@ def diagnosis_page() -> str:
     predictions = [row("klt2", 0.02, "good"), row("kivi2", 0.2, "lossy"), row("int2", 2.0, "collapse"), refused]
     diagnosis = {"verdict": "Use klt2.", "causes": [], "predictions": predictions, "recommended": "klt2"}
     errors = {i: {side: {2: 0.1, 3: 0.05, 4: 0.02, 8: 0.001} for side in ("key", "value")} for i in range(3)}
-    pictures = {"losses.png": losses_figure(predictions[:3], 0.05, 0.5)}
-    return diagnosis_html("Statistics of a model", {"text": "x" * 80}, diagnosis, errors, "kivi2", pictures)
+    figures = {"losses": losses_figure(predictions[:3], 0.05, 0.5)}
+    return diagnosis_html("Statistics of a model", {"text": "x" * 80}, diagnosis, errors, "kivi2", figures)
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -185,8 +187,8 @@ def diagnosis_page() -> str:
 @pytest.mark.parametrize("make", [search_page, diagnosis_page])
 def test_pages_of_searches_and_diagnoses_fit_and_can_be_read(opened, width, scheme, make):
     page = opened(make(), width, scheme)
-    assert page.locator("img").count() == 1
-    assert page.evaluate("() => [...document.images].every(own => own.complete && own.naturalWidth > 100)")
+    assert page.locator("svg").count() == 1
+    assert page.locator("svg").bounding_box()["height"] > 100
     assert page.evaluate("() => document.documentElement.scrollWidth") <= WIDTHS[width]
     assert page.evaluate(OVERFLOW) == []
     assert page.evaluate(CONTRAST) == []

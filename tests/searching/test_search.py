@@ -15,7 +15,8 @@ from kvq.eval.likelihood import score_windows
 from kvq.eval.subject import load_subject
 from kvq.models.describe import describe
 from kvq.models.resolve import load_model, weights_fingerprint
-from kvq.report.front import front_html, front_png
+from kvq.report.drawing import png
+from kvq.report.pareto import pareto_figure, pareto_page
 from kvq.searching.evidence import evidence, front_rows, recipe_text
 from kvq.searching.measure import windows_of
 from kvq.searching.search import Settings, search
@@ -215,10 +216,10 @@ def test_a_layer_that_matters_most_gets_the_bits(tmp_path, made, text, space_dat
 
 def test_pictures_show_measured_and_predicted_apart(found):
     data = json.loads(json.dumps(front_rows(found)))
-    png = front_png(data)
-    assert png.startswith(b"\x89PNG")
-    page = front_html(data, png)
+    figure = pareto_figure(data)
+    assert png(figure).startswith(b"\x89PNG")
+    page = pareto_page(data, figure)
     for point in data["points"]:
         assert f"{point['measured']['kl']:.5f}" in page
-    assert "http" not in page.replace("data:image/png", "")
+    assert "http" not in page
     assert {row["layer"] for row in data["layers"]["key"]} == {0, 1, 2}

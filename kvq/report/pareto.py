@@ -1,25 +1,24 @@
-"""The Pareto front of a search (bits against damage) and the damage by layer, as PNG and HTML. Plain data come in."""
+"""The Pareto front of a search (bits against damage) and the damage by layer, as a figure and a page. Plain data in."""
 
-import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from kvq.report.page import embedded, render
+from matplotlib.figure import Figure
+
+from kvq.report.drawing import COLOURS, SERIES, new_figure, styled, svg
+from kvq.report.page import render
 
 _LABELS = {"kl": "KL to the exact model (nats a token)", "top1": "share of changed top-1 tokens"}
 
 
-def front_png(data: Mapping[str, Any]) -> bytes:
+@styled
+def pareto_figure(data: Mapping[str, Any]) -> Figure:
     """Draw ``kvq.searching.evidence.front_rows`` data. Measured points are filled, predictions a dashed line."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9.6, 8.4), layout="constrained")
+    figure = new_figure(691, 605)
     upper, lower = figure.subplots(2, 1, height_ratios=(3, 2))
     _draw_front(upper, data)
     _draw_layers(lower, data["layers"])
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=120)
-    return picture.getvalue()
+    return figure
 
 
 def _damage(measured: Mapping[str, Any], metric: str) -> float:
@@ -33,12 +32,12 @@ def _draw_front(axes, data: Mapping[str, Any]) -> None:
         [row["bits"] for row in searched],
         [row["predicted"] for row in searched],
         "--",
-        color="0.6",
+        color=COLOURS["soft"],
         label="predicted (sum of single layers), not measured",
     )
-    _scatter(axes, data["uniform"], metric, "s", "tab:orange", "measured: best uniform recipes")
-    _scatter(axes, data["front"], metric, "o", "tab:blue", "measured: mixed precision")
-    _scatter(axes, data["points"], metric, "*", "tab:red", "measured: chosen", size=150)
+    _scatter(axes, data["uniform"], metric, "s", SERIES[1], "measured: best uniform recipes")
+    _scatter(axes, data["front"], metric, "o", SERIES[0], "measured: mixed precision")
+    _scatter(axes, data["points"], metric, "*", SERIES[6], "measured: chosen", size=150)
     for row in data["points"]:
         where = (row["bits"], _damage(row["measured"], metric))
         axes.annotate(row["name"], where, xytext=(6, 6), textcoords="offset points")
@@ -46,7 +45,7 @@ def _draw_front(axes, data: Mapping[str, Any]) -> None:
     axes.set_xlabel("bits per element")
     axes.set_ylabel(_LABELS[metric])
     axes.set_title(f"{data['model']}: mixed precision on unseen parts of {data['text']}")
-    axes.grid(True, which="both", alpha=0.25)
+    axes.grid(True, which="both")
     axes.legend()
 
 
@@ -58,7 +57,7 @@ def _scatter(axes, rows: Sequence[Mapping[str, Any]], metric: str, marker: str, 
 
 
 def _draw_layers(axes, layers: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
-    for shift, (side, color) in zip((-0.2, 0.2), (("key", "tab:purple"), ("value", "tab:green"))):
+    for shift, (side, color) in zip((-0.2, 0.2), (("key", SERIES[3]), ("value", SERIES[2]))):
         rows = layers[side]
         axes.bar([r["layer"] + shift for r in rows], [r["damage"] for r in rows], 0.4, color=color, label=f"{side}s")
     axes.set_yscale("log")
@@ -66,12 +65,12 @@ def _draw_layers(axes, layers: Mapping[str, Sequence[Mapping[str, Any]]]) -> Non
     axes.set_xlabel("layer")
     axes.set_ylabel("damage of that layer alone")
     axes.set_title("Sensitivity: one side of one layer at its smallest measured option")
-    axes.grid(True, axis="y", alpha=0.25)
+    axes.grid(True, axis="y")
     axes.legend()
 
 
-def front_html(data: Mapping[str, Any], png: bytes) -> str:
-    """The picture, and a table of every measured point."""
+def pareto_page(data: Mapping[str, Any], figure: Figure) -> str:
+    """The figure, and a table of every measured point."""
     kinds = (("chosen", "points"), ("mixed precision", "front"), ("uniform", "uniform"))
     rows = [(kind, row) for kind, name in kinds for row in data[name]]
     return render(
@@ -79,7 +78,7 @@ def front_html(data: Mapping[str, Any], png: bytes) -> str:
         brand="kvq search",
         title=f"Mixed precision for {data['model']}",
         bits_of=data["bits_of"],
-        picture=embedded(png),
+        picture=svg(figure, "Bits against damage of every recipe, and damage by layer"),
         rows=[(kind, row["name"], _cells(row)) for kind, row in sorted(rows, key=lambda item: -item[1]["bits"])],
     )
 
