@@ -57,6 +57,7 @@ test-vllm: $(READY) $(if $(VLLM_PYTHON),,$(VLLM_READY))
 lint: $(READY)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/pyrefly check --python-interpreter-path $(VENV)/bin/python
 
 clean:
 	rm -rf $(VENV) $(OLDEST) $(VLLM) demo-output build dist .pytest_cache .ruff_cache

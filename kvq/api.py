@@ -333,7 +333,8 @@ def search(
         verify_data=verify_data,
         space=space if isinstance(space, Mapping) else load_space(space),
         progress=None if progress is None else lambda stage, done, total: progress(done, total, stage),
-        **({} if files is None else {"journal": files.journal, "names": files.name}),
+        journal=files.journal if files else None,
+        names=files.name if files else lambda budget: f"auto-{budget:g}",
     )
     if files is not None:
         files.write(found, command)

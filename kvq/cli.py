@@ -36,18 +36,18 @@ INTERRUPTED = 130
 class KvqGroup(click.Group):
     """Commands that are imported when named, and errors that end in one line on stderr."""
 
-    def list_commands(self, context: click.Context) -> list[str]:
+    def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
 
-    def get_command(self, context: click.Context, name: str) -> click.Command | None:
-        if name not in COMMANDS:
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
             return None
-        return importlib.import_module(f"kvq.commands.{_MODULES.get(name, name)}").command
+        return importlib.import_module(f"kvq.commands.{_MODULES.get(cmd_name, cmd_name)}").command
 
-    def resolve_command(self, context: click.Context, args: list[str]):
+    def resolve_command(self, ctx: click.Context, args: list[str]):
         if args and args[0] not in COMMANDS and not args[0].startswith("-"):
-            raise click.UsageError(f"no command {args[0]!r}.{suggest(args[0], COMMANDS)}", context)
-        return super().resolve_command(context, args)
+            raise click.UsageError(f"no command {args[0]!r}.{suggest(args[0], COMMANDS)}", ctx)
+        return super().resolve_command(ctx, args)
 
     def main(self, *args: Any, standalone_mode: bool = True, **kwargs: Any) -> Any:
         if not standalone_mode:

@@ -46,11 +46,13 @@ class CalibrationText:
     chat_template: bool = False
 
     def windows(self, tokenizer: PreTrainedTokenizerBase) -> Windows:
-        given = not isinstance(self.data, str | Path)
-        documents = self.data if given else load_documents(self.data, field=self.field, split=self.split)
+        if isinstance(self.data, str | Path):
+            source, documents = self.data, load_documents(self.data, field=self.field, split=self.split)
+        else:
+            source, documents = "text", list(self.data)
         return token_windows(
             tokenizer, documents, samples=self.samples, seq_len=self.seq_len, seed=self.seed,
-            source="text" if given else self.data, packed=self.packed, chat_template=self.chat_template,
+            source=source, packed=self.packed, chat_template=self.chat_template,
         )  # fmt: skip
 
 
@@ -157,7 +159,7 @@ def calibrate_model(
         seed=options.seed,
         reservoir_bytes=options.reservoir_bytes,
         progress=_named(progress, "Calibrating"),
-        model_name=Path(model.name_or_path).name,
+        model_name=Path(model.name_or_path or "").name,
         data=windows.identity,
     )
     assert stats is not None

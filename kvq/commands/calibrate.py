@@ -3,6 +3,7 @@
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -27,7 +28,7 @@ class Bytes(click.ParamType):
 
     name = "SIZE"
 
-    def convert(self, value, parameter, context):
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         if isinstance(value, int):
             return value
         text = value.strip().lower().removesuffix("b")
@@ -36,9 +37,9 @@ class Bytes(click.ParamType):
         try:
             size = float(digits) * _UNITS[unit]
         except (ValueError, KeyError):
-            self.fail(f"{value!r} is no size: write it as 8GB, 500MB or 6GiB", parameter, context)
+            self.fail(f"{value!r} is no size: write it as 8GB, 500MB or 6GiB", param, ctx)
         if size <= 0:
-            self.fail(f"{value!r} is no size: it must be above 0", parameter, context)
+            self.fail(f"{value!r} is no size: it must be above 0", param, ctx)
         return int(size)
 
 
@@ -124,26 +125,27 @@ def _calibrate(model: str, path: Path, recipes: tuple[str, ...], processes, outp
     )
     settings["layer_by_layer"] = settings["layer_by_layer"] or None
     settings["dtype"] = getattr(torch, settings["dtype"]) if settings["dtype"] else None
-    tokens = dict.fromkeys(("Calibrating", "Learning codebooks"), text.samples * text.seq_len)
-    with progress_bar(tokens=tokens, silent=not processes.is_first) as step:
+    speeds = dict.fromkeys(("Calibrating", "Learning codebooks"), text.samples * text.seq_len)
+    with progress_bar(tokens=speeds, silent=not processes.is_first) as step:
         found = calibrate_folder(
             model, text, recipes, state_folder=state_folder_of(path), ranks=processes, progress=step, **settings
         )
     if found is None:
         return
-    stats, data = found.stats, found.stats.data
+    stats = found.stats
     save(stats, path)
     output.show(stats_table(stats_rows(stats)), *_notes(stats))
     transforms = [fit.facts for fit in stats.fits.values() if "objective" in fit.facts]
     learning = [asdict(entry) for entry in found.learning]
     if transforms:
         output.show(learned_table(transforms), *(learning_line(**entry) for entry in learning))
-    output.show(f"Statistics of {data.samples} windows, {data.tokens:,} tokens, written to {path}.")
+    tokens = stats.data.tokens if stats.data else 0
+    output.show(f"Statistics of {text.samples} windows, {tokens:,} tokens, written to {path}.")
     output.write(
         {
             "stats": str(path),
             "layers": len(stats.layers),
-            "tokens": data.tokens,
+            "tokens": tokens,
             "needs": sorted(stats.needs),
             "fits": {name: fit.facts for name, fit in stats.fits.items()},
             "learning": learning,

@@ -64,7 +64,7 @@ def command(
         output.show(findings_table(rows))
     if engine:
         output.show(expressible_table(f"Recipes in {releases[0].name}", rows[0]["recipes"]))
-    result = {"folder": folder, "passes": _passes(reports), "engines": rows}
+    result: dict[str, Any] = {"folder": folder, "passes": _passes(reports), "engines": rows}
     if not result["passes"]:
         output.write(result)
         raise CheckpointError(_verdict(folder, reports))

@@ -9,13 +9,16 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import yaml
 
 from kvq.atomic import check_writable, write_atomically
 from kvq.errors import RecipeError
+
+if TYPE_CHECKING:
+    from kvq.recipe import Recipe
 
 NOISY_LOGGERS = ("transformers", "lm_eval", "lm-eval", "datasets", "huggingface_hub", "httpx", "accelerate", "filelock")
 
@@ -111,14 +114,19 @@ def _parse_settings(context: click.Context, parameter: click.Parameter, values: 
     return settings
 
 
-def chosen_recipe(name: str | None, settings: dict[str, Any]):
+def chosen_recipe(name: str | None, settings: dict[str, Any]) -> "Recipe | None":
     """The recipe of ``--recipe`` with ``--set`` applied; None without ``--recipe``."""
-    from kvq.recipe import load_recipe
-
     if name is None:
         if settings:
             raise RecipeError("--set changes a recipe and none is named: add --recipe NAME.")
         return None
+    return named_recipe(name, settings)
+
+
+def named_recipe(name: str, settings: dict[str, Any]) -> "Recipe":
+    """A recipe with ``--set`` applied."""
+    from kvq.recipe import load_recipe
+
     recipe = load_recipe(name)
     return recipe.override(settings) if settings else recipe
 

@@ -95,7 +95,7 @@ def _shown_plan(stats, found, recipe, folder):
     best = found.recommended.recipe if found.recommended else None
     fitted = {p.recipe for p in found.predictions if not p.why_not}
     for name in (best, *_SHOWN):
-        if name in fitted:
+        if name is not None and name in fitted:
             plan = plan_of(load_recipe(name), stats, folder)
             if any(chain for chains in plan.chains.values() for chain in chains.values()):
                 return plan

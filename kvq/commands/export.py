@@ -6,8 +6,8 @@ import click
 
 from kvq.commands.common import (
     Output,
-    chosen_recipe,
     json_option,
+    named_recipe,
     progress_bar,
     quiet_transformers,
     settings_option,
@@ -70,13 +70,13 @@ def command(
       kvq export ./my-model --recipe fp8 --stats stats.safetensors --target vllm -o out-vllm
       kvq export ./my-model --recipe qoq4 --stats stats.safetensors --target plain -o easier-to-quantize
     """
-    chosen = chosen_recipe(recipe, settings)
-    if not dry_run and out is None:
+    chosen = named_recipe(recipe, settings)
+    if out is None and not dry_run:
         raise click.UsageError("-o DIR is missing: name the folder to write, or add --dry-run.")
     quiet_transformers()
     from kvq import api
 
-    if dry_run:
+    if dry_run or out is None:
         _dry_run(model, chosen, given["stats"], output)
         return
     with progress_bar() as step:

@@ -191,7 +191,6 @@ def _inspect_export(folder: Path, output: Output) -> None:
 def _inspect_plain_export(folder: Path, output: Output) -> None:
     from kvq.exporting.checkpoint import PROVENANCE
     from kvq.exporting.folding import FOLDED
-    from kvq.exporting.manifest import read_manifest
     from kvq.models.resolve import check_weights
     from kvq.report.tables import facts_table
 
@@ -207,7 +206,7 @@ def _inspect_plain_export(folder: Path, output: Output) -> None:
         "cache": "the engine's own",
         "statistics": (provenance["statistics"] or {}).get("sha256", "none needed"),
         "written by": f"kvq {provenance['kvq_version']}",
-        "files": f"{len(read_manifest(folder)['files'])} in the manifest; 'kvq check' compares them",
+        "files": _listed(folder),
     }
     output.show(facts_table(f"Plain export {folder.name}", facts))
     output.write({"kind": "plain export", "folded": folded, "provenance": provenance})
@@ -215,10 +214,8 @@ def _inspect_plain_export(folder: Path, output: Output) -> None:
 
 def _inspect_engine_export(folder: Path, output: Output) -> None:
     from kvq.exporting.checkpoint import PROVENANCE
-    from kvq.exporting.manifest import read_manifest
     from kvq.report.tables import facts_table
 
-    listed = len(read_manifest(folder)["files"])
     provenance = json.loads((folder / PROVENANCE).read_bytes())
     recipe, scales = _served_cache(folder)
     facts = {
@@ -229,14 +226,23 @@ def _inspect_engine_export(folder: Path, output: Output) -> None:
         **{f"{side} scales": f"{min(found):.4g} to {max(found):.4g}" for side, found in scales.items()},
         "statistics": (provenance["statistics"] or {}).get("sha256", "none needed"),
         "written by": f"kvq {provenance['kvq_version']}",
-        "files": f"{listed} in the manifest; 'kvq check' compares them",
+        "files": _listed(folder),
     }
     output.show(facts_table(f"Engine export {folder.name}", facts))
     output.write({"kind": "engine export", "recipe": recipe.to_dict(), "scales": scales, "provenance": provenance})
 
 
+def _listed(folder: Path) -> str:
+    from kvq.exporting.manifest import read_manifest
+
+    manifest = read_manifest(folder)
+    assert manifest is not None, "what makes a folder an export for engines"
+    return f"{len(manifest['files'])} in the manifest; 'kvq check' compares them"
+
+
 def _served_cache(folder: Path) -> tuple[Any, dict[str, list[float]]]:
     """The recipe of an engine export, and its scales by side; none if the engine computes them itself."""
+    from kvq.codecs.float8 import Float8Codec
     from kvq.exporting.checkpoint import RECIPE
     from kvq.exporting.served import is_served, served_plan
     from kvq.recipe import load_recipe
@@ -245,10 +251,9 @@ def _served_cache(folder: Path) -> tuple[Any, dict[str, list[float]]]:
     if not is_served(folder):
         return recipe, {}
     plan = served_plan(folder)
-    return recipe, {
-        side: [group.codecs[side].scale for groups in plan.layers.values() for group in groups]
-        for side in ("key", "value")
-    }
+    groups = [group for groups in plan.layers.values() for group in groups]
+    codecs = {side: [group.codecs[side] for group in groups] for side in ("key", "value")}
+    return recipe, {side: [c.scale for c in own if isinstance(c, Float8Codec)] for side, own in codecs.items()}
 
 
 def _cache_words(scales: dict[str, list[float]]) -> str:

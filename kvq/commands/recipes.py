@@ -1,8 +1,10 @@
 """``kvq recipes list | show | check``: the shipped recipes, and yours."""
 
+from typing import Any
+
 import click
 
-from kvq.commands.common import Output, chosen_recipe, json_option, settings_option
+from kvq.commands.common import Output, json_option, named_recipe, settings_option
 
 
 @click.group("recipes")
@@ -45,7 +47,7 @@ def show(recipe: str, settings: dict, output: Output) -> None:
       kvq recipes show kivi2
       kvq recipes show kivi2 --set key.bits=4 > mine.yaml
     """
-    loaded = chosen_recipe(recipe, settings)
+    loaded = named_recipe(recipe, settings)
     # Not through rich, which would wrap long lines.
     click.echo(loaded.to_yaml(), nl=False)
     output.write({"recipe": loaded.to_dict(), "hash": loaded.hash})
@@ -64,8 +66,8 @@ def check(recipe: str, model: str | None, settings: dict, output: Output) -> Non
       kvq recipes check mine.yaml
       kvq recipes check mine.yaml --model builtin
     """
-    loaded = chosen_recipe(recipe, settings)
-    result = {"name": loaded.name, "valid": True, "hash": loaded.hash}
+    loaded = named_recipe(recipe, settings)
+    result: dict[str, Any] = {"name": loaded.name, "valid": True, "hash": loaded.hash}
     said = f"Recipe {loaded.name!r} is valid"
     if model is not None:
         plan = _memory(loaded, model)

@@ -89,7 +89,8 @@ def scoring_options(function: Callable) -> Callable:
         return function(**arguments, scoring=scoring)
 
     gathered.__name__, gathered.__doc__ = function.__name__, function.__doc__
-    gathered.__click_params__ = list(getattr(function, "__click_params__", []))
+    # Where click keeps the options of a function that is not a command yet.
+    vars(gathered)["__click_params__"] = list(vars(function).get("__click_params__", []))
     for option in reversed(_OPTIONS):
         option(gathered)
     return gathered
@@ -101,7 +102,7 @@ def _parameters() -> list[click.Option]:
 
     for option in _OPTIONS:
         option(nothing)
-    return nothing.__click_params__
+    return vars(nothing)["__click_params__"]
 
 
 def settings_from(scoring: dict[str, Any]) -> dict[str, Any]:
@@ -141,12 +142,12 @@ def _lengths(text: str | None) -> tuple[int, ...] | None:
 def command_line() -> str:
     """The running command with what was changed, as a reader can repeat it: paths lose their folders."""
     context = click.get_current_context()
-    words = ["kvq", context.info_name]
+    words = ["kvq", context.info_name or ""]
     for parameter in context.command.params:
-        value = context.params.get(parameter.name)
+        value = context.params.get(parameter.name or "")
         if isinstance(parameter, click.Argument):
             words += [_name_only(own) for own in (value if isinstance(value, tuple) else (value,))]
-        elif context.get_parameter_source(parameter.name) is click.core.ParameterSource.COMMANDLINE:
+        elif context.get_parameter_source(parameter.name or "") is click.core.ParameterSource.COMMANDLINE:
             words += _option(parameter, value)
     return shlex.join(words)
 
@@ -158,7 +159,7 @@ _OUTPUTS = ("output", "report", "browse", "cache", "no_cache", "requirements")
 def _option(parameter: click.Parameter, value: Any) -> list[str]:
     if parameter.name in _OUTPUTS:
         return []
-    if parameter.is_flag:
+    if isinstance(parameter, click.Option) and parameter.is_flag:
         return [parameter.opts[-1]]
     if isinstance(value, dict):
         return [word for key, own in value.items() for word in (parameter.opts[0], f"{key}={own}")]

@@ -11,6 +11,7 @@ import math
 from pathlib import Path
 
 import huggingface_hub
+import huggingface_hub.errors
 import torch
 from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 from safetensors import SafetensorError
