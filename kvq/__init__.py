@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     )
     from kvq.cache import CachePlan, cache_nbytes
     from kvq.calib.stats import Stats
+    from kvq.codecs import register_codec, register_part
     from kvq.eval.result import EvalResult
     from kvq.exporting.exporter import ExportResult
     from kvq.exporting.memory import MemoryPlan
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from kvq.models.resolve import resolve_model
     from kvq.recipe import Recipe, list_recipes, load_recipe
     from kvq.searching.search import Search
+    from kvq.transforms import register_transform
 
     __version__: str
 
@@ -71,6 +73,9 @@ _LAZY = {
     "memory_plan": "kvq.api",
     "new_cache": "kvq.integrations.runtime",
     "quantized_cache": "kvq.integrations.runtime",
+    "register_codec": "kvq.codecs",
+    "register_part": "kvq.codecs",
+    "register_transform": "kvq.transforms",
     "resolve_model": "kvq.models.resolve",
     "search": "kvq.api",
 }
@@ -106,6 +111,9 @@ __all__ = [
     "memory_plan",
     "new_cache",
     "quantized_cache",
+    "register_codec",
+    "register_part",
+    "register_transform",
     "resolve_model",
     "search",
 ]

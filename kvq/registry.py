@@ -67,6 +67,10 @@ class Registry:
         self._import_others()
         return tuple(sorted(self._classes))
 
+    def shipped(self) -> tuple[str, ...]:
+        """The names that kvq's own package registers."""
+        return tuple(name for name in self.names() if self._classes[name].__module__.startswith(f"{self.package}."))
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.names())
 

@@ -14,8 +14,10 @@ import yaml
 
 import kvq
 from kvq.cli import main
+from kvq.codecs import CODECS, PARTS
 from kvq.exporting.exporter import export
 from kvq.recipe import list_recipes, parse_recipe
+from kvq.transforms import TRANSFORMS
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [
@@ -71,6 +73,13 @@ def test_the_tables_of_recipes_hold_what_was_measured():
         page = path.read_text()
         assert script["with_table"](page, names) == page, "run python benchmarks/recipe_tables.py"
     assert all(f"| `{name}` |" in page for name in list_recipes()), "docs/recipes.md lists every recipe"
+
+
+@pytest.mark.parametrize(("page", "registry"), [("codecs", CODECS), ("codecs", PARTS), ("transforms", TRANSFORMS)])
+def test_the_tables_of_methods_hold_what_is_registered(page, registry):
+    rows = re.findall(r"^\| (`[^|]*) \|", (ROOT / f"docs/{page}.md").read_text(), re.MULTILINE)
+    listed = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
+    assert set(registry.shipped()) <= listed
 
 
 def test_the_compatibility_page_says_what_the_tables_say():

@@ -21,6 +21,7 @@ from kvq.codecs.spec import (
     register_codec,
     register_part,
 )
+from kvq.pages.layout import Section, SideLayout
 
 __all__ = [
     "CODECS",
@@ -33,6 +34,8 @@ __all__ = [
     "Float8Codec",
     "PackedKV",
     "PartSpec",
+    "Section",
+    "SideLayout",
     "StaticNumbers",
     "WrappingCodec",
     "codec_spec",

@@ -345,7 +345,8 @@ def parse_codec(data: Any, where: str) -> CodecSpec:
     if not isinstance(data, Mapping):
         raise RecipeError(f"{where} is {data!r}, not a mapping: write it as '{{name: value}}'.")
     named = CODECS.find(data.get("codec"))
-    if named is None or not set(data) <= {"codec", *_own_names(named)}:
+    # A setting that no codec has is likely misspelt; an unknown codec may have any.
+    if "codec" not in data or (named and not set(data) <= {"codec", *_own_names(named)}):
         refuse_unknown(data, known_settings(), where)
     if "codec" not in data:
         raise RecipeError(f"{where} is incomplete: {data!r} lacks a required setting.")

@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, is_dataclass
@@ -88,12 +89,19 @@ def _feed(digest, value: Any) -> None:
         for own in value if isinstance(value, Sequence) else sorted(value, key=repr):
             _feed(digest, own)
     elif is_dataclass(value):
+        digest.update(_foreign_code(type(value)))
         # What does not decide equality, such as copies on a device, decides no number either.
         _feed(digest, {field.name: getattr(value, field.name) for field in fields(value) if field.compare})
     elif hasattr(value, "__dict__") and not callable(value):
         _feed(digest, vars(value))
     else:
         raise TypeError(f"{type(value).__name__} in a plan cannot be hashed")
+
+
+def _foreign_code(cls: type) -> bytes:
+    """The source of a class that another distribution has registered; what is kvq's own is in ``code_version``."""
+    file = getattr(sys.modules.get(cls.__module__), "__file__", None)
+    return b"" if file is None or cls.__module__.partition(".")[0] == "kvq" else Path(file).read_bytes()
 
 
 def answers_key(subject: Subject, plan: CachePlan | None, **task: Any) -> dict[str, Any]:

@@ -128,7 +128,7 @@ def _parsed(data: Any, where: str) -> TransformSpec:
     if not isinstance(data, Mapping):
         raise RecipeError(f"{where} is {data!r}, not a mapping: write it as '{{name: value}}'.")
     cls = TRANSFORMS.find(data.get("kind"))
-    if cls is None or not set(data) <= {"kind", *(field.name for field in own_fields(cls))}:
+    if "kind" not in data or (cls and not set(data) <= {"kind", *(field.name for field in own_fields(cls))}):
         every = dict.fromkeys(field.name for cls in TRANSFORMS.classes() for field in own_fields(cls))
         refuse_unknown(data, ("kind", *every), where)
     if "kind" not in data:
