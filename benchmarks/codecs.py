@@ -21,8 +21,8 @@ from pathlib import Path
 import torch
 
 from kvq.codecs import CodecSpec
-from kvq.codecs.packed import pack_pages, unpack_pages
 from kvq.eval.result import installed_versions
+from kvq.pages.bits import pack_codes, unpack_codes
 from kvq.recipe import list_recipes, load_recipe
 
 RESULTS = Path(__file__).parent / "results"
@@ -46,7 +46,7 @@ def measure(spec: CodecSpec, x: torch.Tensor, turns: int) -> dict:
     encoded = codec.encode(x)
     codec.decode(encoded, torch.float32)
     planes = layout.words_bytes > 0
-    words = pack_pages(encoded.codes, layout) if planes else None
+    words = pack_codes(encoded.codes, layout) if planes else None
     times: dict[str, list[float]] = {}
     for _ in range(turns):
         turn = {
@@ -55,8 +55,8 @@ def measure(spec: CodecSpec, x: torch.Tensor, turns: int) -> dict:
             "decode": seconds(lambda: codec.decode(encoded, torch.float32)),
         }
         if planes:
-            turn["pack"] = seconds(lambda: pack_pages(encoded.codes, layout))
-            turn["unpack"] = seconds(lambda: unpack_pages(words, layout))
+            turn["pack"] = seconds(lambda: pack_codes(encoded.codes, layout))
+            turn["unpack"] = seconds(lambda: unpack_codes(words, layout))
         for what, taken in turn.items():
             times.setdefault(what, []).append(taken)
     found = {f"{what}_gb_s": x.nbytes / statistics.median(taken) / 1e9 for what, taken in times.items()}

@@ -20,12 +20,13 @@ import torch
 
 from kvq.bench.bench import Shape, full_pages
 from kvq.bench.samples import layout_of
-from kvq.cache.arena import Arena, _keep_mask
 from kvq.calib.kinds import loops
 from kvq.calib.kinds.histogram import MAGNITUDES
 from kvq.kernels import cpu, team
 from kvq.kernels.cpp import build, launch
+from kvq.pages.bits import kept_bits
 from kvq.pages.pages import Pages
+from kvq.pages.pool import Pool
 
 WIDTHS = ("2", "3", "4", "8", "2c32", "4c32", "e4m3")
 CONTEXTS, BATCHES, THREADS = (2048, 8192), (1, 4), (1, 2)
@@ -57,7 +58,7 @@ def decode_sides(width: str, context: int, batch: int, head_dim: int) -> dict:
     layout = layout_of(width, bits if channel else width, head_dim=head_dim)
     pages = full_pages(shape, layout, torch.device("cpu"), 0)
     q = torch.randn(batch, HEADS, GROUP, head_dim, generator=torch.Generator().manual_seed(1)) * head_dim**-0.5
-    addresses = (pages.pool.data_ptr() + pages.table.long() * pages.stride).numpy()
+    addresses = pages.pool.addresses(pages.table.numpy())
     empty = torch.empty(batch, HEADS, 1, head_dim)
     counts = torch.tensor([[context, context, context, 0, context, 0, 0]] * batch, dtype=torch.int32)
 
@@ -80,26 +81,26 @@ def append_sides(bits: str, batch: int, head_dim: int) -> dict:
     """One token of every row, into the last slot of a page."""
     layout = layout_of(bits, bits, head_dim=head_dim)
     slot = layout.page_tokens - 1
-    keep = _keep_mask(layout.key, slot // layout.key.rows, 1, torch.device("cpu"))
+    keep = kept_bits(layout.key, slot // layout.key.rows, torch.device("cpu"))
     words = layout.key.words_bytes // 2 // layout.key.rows
     keep = np.zeros(words, np.uint16) if keep is None else keep.flatten().numpy().view(np.uint16)
-    arena = Arena(layout, HEADS, torch.device("cpu"))
-    ids = arena.allocate(batch)
-    pages = Pages.of(layout, arena.slabs[0], torch.tensor(ids).view(-1, 1))
+    pool = Pool(layout, HEADS)
+    ids = pool.allocate(batch)
+    pages = Pages(pool=pool, ids=[[page] for page in ids])
     x = torch.randn(batch, HEADS, 1, head_dim, generator=torch.Generator().manual_seed(1))
 
     def by_numba():
         for page, token in zip(ids, x):
-            cpu.append_token(token[:, 0], arena._view([page])[0][0], layout, "key", slot, keep)
+            cpu.append_token(token[:, 0], pool.records(page), layout, "key", slot, keep)
 
     def by_cpp():
         launch.pack(x, pages, "key", slot)
 
     by_numba()
-    before = arena.slabs[0].clone()
-    arena.slabs[0].zero_()
+    before = pool.base.clone()
+    pool.base.zero_()
     by_cpp()
-    assert torch.equal(before, arena.slabs[0])
+    assert torch.equal(before, pool.base)
     return {"numba": by_numba, "cpp": by_cpp}
 
 

@@ -214,11 +214,11 @@ def full_pages(shape: Shape, layout: PageLayout, device: torch.device, seed: int
         own = layout.side(side)
         if own.format == "e4m3":
             # Bit 6 cleared: no number is NaN, and none is large.
-            pages.words(pool, side).bitwise_and_(0xBF)
+            pages.pool.all(layout.places[side, "words"]).bitwise_and_(0xBF)
         if own.format == "dense":
-            pages.words(pool, side).normal_(generator=generator)
+            pages.pool.all(layout.places[side, "words"]).normal_(generator=generator)
         for section in own.sections:
-            target = pages.section(pool, side, section.name)
+            target = pages.pool.all(layout.places[side, section.name])
             if target.dtype == torch.float16:
                 target.uniform_(0.05, 0.2, generator=generator)
             else:

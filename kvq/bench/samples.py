@@ -8,6 +8,7 @@ import torch
 from kvq.kernels.types import Exact
 from kvq.pages.layout import PageLayout, Section, SideLayout
 from kvq.pages.pages import Pages
+from kvq.pages.pool import Pool
 
 NAN_BYTE = 0x7F
 
@@ -51,6 +52,25 @@ def levels_of(side: SideLayout) -> tuple[float, ...] | None:
         return None
     middles = (torch.arange(2**side.bits, dtype=torch.float64) + 0.5) / 2**side.bits
     return tuple(torch.special.ndtri(middles).half().tolist())
+
+
+def pages_of(x: torch.Tensor, codec, page_tokens: int | None = None) -> Pages:
+    """Pages whose keys are x [B, K, whole pages of tokens, head_dim] as a codec stores them; values take no room."""
+    layout = codec.layout(page_tokens or codec.page_tokens)
+    empty = SideLayout(format="sections", bits=0, head_dim=layout.head_dim, page_tokens=layout.page_tokens)
+    pool = Pool(PageLayout(key=layout, value=empty), x.shape[1], x.device)
+    count = x.shape[2] // layout.page_tokens
+    ids = pool.allocate(x.shape[0] * count)
+    pages = Pages(pool=pool, ids=[ids[b :: x.shape[0]] for b in range(x.shape[0])])
+    pages.write("key", 0, codec.encode(x))
+    return pages
+
+
+def stored_bytes(pages: Pages) -> int:
+    """Bytes of the keys' words and sections, without what aligns them."""
+    layout, count = pages.layout, sum(map(len, pages.rows))
+    places = [place for (side, _), place in layout.places.items() if side == "key"]
+    return count * sum(place.nbytes * (1 if place.shared else pages.heads) for place in places)
 
 
 def random_pages(
@@ -103,21 +123,21 @@ def _fill(pages: Pages, side: str, lengths: list[int], spread: float, generator:
     """Numbers of one side's sections, NaN first."""
     layout, size = pages.layout.side(side), pages.layout.page_tokens
     if layout.format == "dense":
-        words = pages.words(pages.pool, side)
+        words = pages.pool.all(pages.layout.places[side, "words"])
         words.fill_(torch.nan)
         for page, used in _used(pages, lengths):
             words[page, :, :used] = torch.randn(words[page, :, :used].shape, generator=generator).half()
     if layout.format == "e4m3":
         # Some of 256 bytes are NaN: real tokens get numbers.
-        codes = torch.randint(0, 127, (*pages.pool.shape[:2], size, layout.head_dim), generator=generator)
+        codes = torch.randint(0, 127, (pages.pool.pages, pages.heads, size, layout.head_dim), generator=generator)
         sign = torch.randint(0, 2, codes.shape, generator=generator) * 128
-        words = pages.words(pages.pool, side)
+        words = pages.pool.all(pages.layout.places[side, "words"])
         words.fill_(NAN_BYTE)
         numbers = (codes + sign).to(torch.uint8)
         for page, used in _used(pages, lengths):
             words[page, :, :used] = numbers[page, :, :used]
     for section in layout.sections:
-        target = pages.section(pages.pool, side, section.name)
+        target = pages.pool.all(pages.layout.places[side, section.name])
         target.fill_(NAN_BYTE if target.dtype == torch.uint8 else torch.nan)
         drawn = _numbers(section, layout, target.shape, spread, generator)
         for page, used in _used(pages, lengths):
@@ -155,10 +175,10 @@ def _largest_scale(pages: Pages, lengths: list[int]) -> torch.Tensor:
     for page, used in _used(pages, lengths):
         own = torch.ones(pages.heads, 1, 1)
         if layout.meta is not None:
-            meta = pages.section(pages.pool[page], "value", "meta")[:, :used]
+            meta = pages.pool.part(page, pages.layout.places["value", "meta"])[:, :used]
             own = pages_numbers(meta, layout)[..., 0]
         if norms:
-            own = own * pages.section(pages.pool[page], "value", "norm")[:, :used, None].float()
+            own = own * pages.pool.part(page, pages.layout.places["value", "norm"])[:, :used, None].float()
         largest = torch.maximum(largest, own.flatten(1).amax(1))
     return largest
 
@@ -171,9 +191,9 @@ def pages_numbers(meta: torch.Tensor, layout: SideLayout) -> torch.Tensor:
 
 
 def _moved(pages: Pages, device: torch.device) -> Pages:
-    names = ("pool", "table", "channel_factor", "value_limit")
-    tensors = {name: getattr(pages, name) for name in names}
-    return replace(pages, **{name: None if t is None else t.to(device) for name, t in tensors.items()})
+    pool = Pool.borrow(pages.pool.base.to(device), pages.layout, pages.heads)
+    tensors = {name: getattr(pages, name) for name in ("numbers", "channel_factor", "value_limit")}
+    return replace(pages, pool=pool, **{name: None if t is None else t.to(device) for name, t in tensors.items()})
 
 
 @dataclass(frozen=True, kw_only=True)

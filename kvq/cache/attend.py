@@ -183,18 +183,22 @@ class _Segments:
         scores = self._finish(scores, offset + start, offset + stop)
         if "value" not in packed:
             return partial_attention(scores, lambda weights: weights @ self._exact("value", start, stop))
-        pages, first, last = self._pages("value", start, stop)
-        pad = (start - first, last - stop)
+        pages, first = self.store.pages(self.rows, start, stop)
+        pad = (start - first, -(stop - first) % pages.layout.page_tokens)
+        codec = self.store.group.codecs["value"]
         return partial_attention(
-            scores, lambda weights: pages.weighted_sum(torch.nn.functional.pad(weights, pad) if any(pad) else weights)
+            scores,
+            lambda weights: codec.weighted_sum(
+                pages, "value", torch.nn.functional.pad(weights, pad) if any(pad) else weights
+            ),
         )
 
     def _packed_scores(self, start: int, stop: int) -> torch.Tensor:
-        pages, first, _ = self._pages("key", start, stop)
-        if self.store.group.rope is None:
-            return pages.scores(self.q)[..., start - first : stop - first]
-        keys = pages.dequantize(self.q.dtype)[:, :, start - first : stop - first]
-        return self.q @ self.store.roped(keys, self.rows, start, stop).transpose(-1, -2)
+        if self.store.group.rope is not None:
+            keys = self.store.decoded("key", self.rows, start, stop, self.q.dtype)
+            return self.q @ keys.transpose(-1, -2)
+        pages, first = self.store.pages(self.rows, start, stop)
+        return self.store.group.codecs["key"].scores(pages, "key", self.q)[..., start - first : stop - first]
 
     def _exact_sinks(self, count: int) -> Partial:
         keys, values = (self.store.sinks[side][self.rows][:, :, :count].to(self.q.dtype) for side in SIDES)
@@ -214,12 +218,6 @@ class _Segments:
             return scores
         b, K, G, L = self.shape
         return (scores.view(b, K, G, L, -1) + self.bias[..., start:stop]).view_as(scores)
-
-    def _pages(self, side: str, start: int, stop: int):
-        size = self.store.group.layout.page_tokens
-        first, last = start // size, -(-stop // size)
-        tables = [self.store.tables[row][first:last] for row in self.rows]
-        return self.store.arena.packed(tables, side, self.store.group.codecs[side]), first * size, last * size
 
     def _exact(self, side: str, start: int, stop: int) -> torch.Tensor:
         exact = self.snapshot.exact[side]

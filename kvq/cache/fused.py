@@ -159,7 +159,7 @@ def _dense_pages(store: HeadStore, packed: dict[str, tuple[int, ...]]) -> Pages:
     size, group = DEFAULT_PAGE_TOKENS, store.group
     B, K, D = len(store.tables), len(group.heads), group.head_dim
     count = max(1, -(-max(max(packed[side]) for side in SIDES) // size))
-    pool = torch.empty(B, count, K, len(SIDES), size, D, dtype=torch.float16, device=store.arena.device)
+    pool = torch.empty(B, count, K, len(SIDES), size, D, dtype=torch.float16, device=store.pool.device)
     for i, side in enumerate(SIDES):
         for rows in group_rows(list(packed[side])):
             stop = packed[side][rows[0]]

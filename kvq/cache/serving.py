@@ -71,7 +71,7 @@ def serving_of(group: HeadGroup, device: torch.device, dtype: torch.dtype, impl:
         no_cpp=no_cpp,
         two_passes=why_two_passes(group),
         no_pack=no_pack,
-        cpp_packs={side: cpp and dtype in launch.PACKED_DTYPES and _cpp_packs(group, side) for side in SIDES},
+        cpp_packs={side: cpp and _cpp_packs(group, side) for side in SIDES},
     )
     if asked and device.type != "cpu":
         _say(found)

@@ -10,16 +10,16 @@ from functools import cached_property
 import torch
 
 from kvq.cache import fused_pack
-from kvq.cache.arena import Arena
 from kvq.cache.plan import HeadGroup
 from kvq.cache.positions import Positions
 from kvq.cache.serving import Serving, serving_of
 from kvq.cache.tail import Tail
-from kvq.codecs import Encoded
 from kvq.errors import CacheError
 from kvq.kernels.cpp import launch
 from kvq.kernels.dispatch import Choice
-from kvq.pages.layout import SIDES, PageLayout
+from kvq.pages.layout import SIDES
+from kvq.pages.pages import Pages
+from kvq.pages.pool import Pool
 
 # Tokens that `crop` can take back while past recording is on; drafts are shorter than this.
 RECORDED_TOKENS = 128
@@ -64,7 +64,7 @@ class HeadStore:
         self.group = group
         # The transforms where tokens of ``dtype`` are.
         self.chains = {side: chain.to(device, dtype) if dtype else chain for side, chain in group.chains.items()}
-        self.arena = Arena(group.layout, len(group.heads), device)
+        self.pool = Pool(group.layout, len(group.heads), device)
         self.tables: list[list[int]] = [[] for _ in range(rows)]
         self.counts = [0] * rows
         self.packed = {side: [0] * rows for side in SIDES}
@@ -111,9 +111,9 @@ class HeadStore:
 
     def serving(self, dtype: torch.dtype) -> Serving:
         """What packs and attends for tokens of a dtype, where the pages are."""
-        key = dtype, self.impl, self.arena.device
+        key = dtype, self.impl, self.pool.device
         if key not in self._serving:
-            self._serving[key] = serving_of(self.group, self.arena.device, dtype, self.impl)
+            self._serving[key] = serving_of(self.group, self.pool.device, dtype, self.impl)
         return self._serving[key]
 
     def _fill_sinks(self, side: str, exact: torch.Tensor, before: list[int]) -> None:
@@ -169,20 +169,7 @@ class HeadStore:
         if serving.cpp_packs[side] and launch.pack(tokens, fused_pack.pages_of(self, rows), side, start):
             return
         encoded = self.group.codecs[side].encode(tokens)
-        position = start
-        while position < stop:
-            page, offset = divmod(position, size)
-            whole = (stop - position) // size if offset == 0 else 0
-            taken = whole * size or min(size - offset, stop - position)
-            a, b = position - start, position - start + taken
-            if whole:
-                ids = [p for row in rows for p in self.tables[row][page : page + whole]]
-                self.arena.write_pages(ids, side, _part(encoded, self.group.layout, side, a, b))
-            else:
-                for i, row in enumerate(rows):
-                    part = _part(encoded, self.group.layout, side, a, b, row=i)
-                    self.arena.write_tokens(self.tables[row][page], side, offset, part)
-            position += taken
+        Pages(pool=self.pool, ids=[self.tables[row] for row in rows]).write(side, start, encoded)
 
     def _positions(self, rows: list[int], start: int, stop: int) -> torch.Tensor:
         """Rotary positions of body tokens [start, stop)."""
@@ -201,13 +188,13 @@ class HeadStore:
         self.kernel_table = None
         have = len(self.tables[missing[0]])
         if all(len(self.tables[row]) == have for row in missing):
-            ids = self.arena.allocate((pages - have) * len(missing))
+            ids = self.pool.allocate((pages - have) * len(missing))
             # Page-major, so that a batch that grows together reads its pages as one view.
             for i, row in enumerate(missing):
                 self.tables[row] += ids[i :: len(missing)]
             return
         for row in missing:
-            self.tables[row] += self.arena.allocate(pages - len(self.tables[row]))
+            self.tables[row] += self.pool.allocate(pages - len(self.tables[row]))
 
     def views(self, before: int, added: int, prompt: int | None = None) -> list[View]:
         """What the ``added`` queries after ``before`` tokens read.
@@ -254,15 +241,15 @@ class HeadStore:
         closed_tokens = [max(0, min(self.packed[side][b] for side in SIDES) - margin) for b in order]
         full = [tokens // self.group.layout.page_tokens for tokens in closed_tokens]
         # Pages that no chosen row reads go first, so that the copies can take their place.
-        self.arena.release({p for table in self.tables for p in table} - {p for b in order for p in self.tables[b]})
+        self.pool.release({p for table in self.tables for p in table} - {p for b in order for p in self.tables[b]})
         owned: set[int] = set()
         tables = []
         for b, closed in zip(order, full):
             table = list(self.tables[b])
             for p in range(closed, len(table)):
                 if table[p] in owned:
-                    (fresh,) = self.arena.allocate(1)
-                    self.arena.copy_page(table[p], fresh)
+                    (fresh,) = self.pool.allocate(1)
+                    self.pool.copy_page(table[p], fresh)
                     table[p] = fresh
                 owned.add(table[p])
             tables.append(table)
@@ -300,39 +287,33 @@ class HeadStore:
     def decoded(self, side: str, rows: list[int], start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
         """Packed body tokens [start, stop) of rows, [len(rows), kv_heads, stop - start, head_dim], as exact ones are:
         in the basis of the group's transforms, keys after the rotary embedding."""
+        pages, first = self.pages(rows, start, stop)
+        numbers = self.group.codecs[side].dequantized(pages, side, dtype)[:, :, start - first : stop - first]
+        return self.roped(numbers, rows, start, stop) if side == "key" else numbers
+
+    def pages(self, rows: list[int], start: int, stop: int) -> tuple[Pages, int]:
+        """The pages that hold body tokens [start, stop) of rows, and the first body token in them."""
         size = self.group.layout.page_tokens
         first, last = start // size, -(-stop // size)
-        packed = self.arena.packed([self.tables[b][first:last] for b in rows], side, self.group.codecs[side])
-        numbers = packed.dequantize(dtype)[:, :, start - first * size : stop - first * size]
-        return self.roped(numbers, rows, start, stop) if side == "key" else numbers
+        ids = [self.tables[row][first:last] for row in rows]
+        return Pages(pool=self.pool, ids=ids, tokens=None if self.pool.owned else stop - first * size), first * size
 
     @property
     def nbytes(self) -> int:
         """Every byte held: pages (free ones included), sinks and exact windows."""
         exact = sum(tail.nbytes for tail in self.tails.values()) + sum(s.nbytes for s in self.sinks.values())
-        return self.arena.nbytes + exact
+        return self.pool.nbytes + exact
 
     def __getstate__(self) -> dict:
         # A copy's pages lie elsewhere.
         return self.__dict__ | {"kernel_table": None, "_serving": {}}
 
     def to(self, device: torch.device) -> None:
-        self.arena.to(device)
+        self.pool.to(device)
         self.kernel_table = None
         for tail in self.tails.values():
             tail.to(device)
         self.sinks = {side: s.to(device) for side, s in self.sinks.items()}
-
-
-def _part(encoded: Encoded, layout: PageLayout, side: str, start: int, stop: int, row: int | None = None) -> Encoded:
-    """Tokens [start, stop) of what was encoded, of all rows or of one."""
-    where = slice(None) if row is None else row
-    sections = {}
-    for section in layout.side(side).sections:
-        rows = slice(start // section.tokens, stop // section.tokens)
-        numbers = encoded.sections[section.name][where]
-        sections[section.name] = numbers.narrow(-1 - len(section.shape), rows.start, rows.stop - rows.start)
-    return Encoded(codes=encoded.codes[where][..., start:stop, :], sections=sections)
 
 
 def group_rows(keys: list) -> list[list[int]]:

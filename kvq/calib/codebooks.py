@@ -32,10 +32,10 @@ from kvq.calib.stats import Fit, LayerStats, Stats
 from kvq.calib.tree import Tree
 from kvq.calib.watch import watch
 from kvq.codecs import Codec, CodecSpec
-from kvq.codecs.packed import wide
 from kvq.errors import DataError
 from kvq.models.describe import ModelSpec, describe
 from kvq.models.rope import Rope
+from kvq.pages.affine import wide
 from kvq.recipe import Recipe
 
 FIT = "codebooks"

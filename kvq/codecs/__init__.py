@@ -6,9 +6,8 @@ this package register themselves (``kvq.registry``); nothing lists them.
 """
 
 from kvq.codecs.affine import AffineCodec
-from kvq.codecs.base import Codec, Encoded, StaticNumbers, WrappingCodec
+from kvq.codecs.base import Codec, StaticNumbers, WrappingCodec
 from kvq.codecs.float8 import Float8Codec
-from kvq.codecs.packed import PackedKV
 from kvq.codecs.spec import (
     CODECS,
     PARTS,
@@ -22,6 +21,7 @@ from kvq.codecs.spec import (
     register_part,
 )
 from kvq.pages.layout import Section, SideLayout
+from kvq.pages.pages import Encoded
 
 __all__ = [
     "CODECS",
@@ -32,7 +32,6 @@ __all__ = [
     "CodecSpec",
     "Encoded",
     "Float8Codec",
-    "PackedKV",
     "PartSpec",
     "Section",
     "SideLayout",

@@ -12,20 +12,21 @@ Scale and minimum are rounded to how they are stored (``meta.py``) before encodi
 constant group has scale 0 and decodes to its stored constant.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 
-from kvq.codecs.base import Codec, Encoded, StaticNumbers
-from kvq.codecs.grouping import GroupedSpec, Grouping
-from kvq.codecs.meta import from_e4m3, load_pair, range_section, store_range, to_e4m3
-from kvq.codecs.packed import PackedKV, refuse_unstorable
+from kvq.codecs.base import Codec, StaticNumbers
+from kvq.codecs.grouping import GroupedSpec
 from kvq.codecs.spec import register_codec
 from kvq.errors import RecipeError
 from kvq.kernels.decode_attention.products import page_scores, page_weighted_sum
+from kvq.pages import affine
+from kvq.pages.grouping import grouping_of
 from kvq.pages.layout import SideLayout
+from kvq.pages.meta import range_section
+from kvq.pages.pages import Encoded, Pages
 from kvq.settings import check_choice, check_flag, is_number
 
 BITS = (2, 3, 4, 8)
@@ -65,8 +66,8 @@ class AffineCodec(Codec):
         return self.clip == 1 and not self.symmetric and not self.shared and self.meta == "float16"
 
     @cached_property
-    def grouping(self) -> Grouping:
-        return Grouping(axis=self.axis, group=self.group, head_dim=self.head_dim, shared=self.shared)
+    def _grid(self) -> SideLayout:
+        return self.layout(self.page_tokens)
 
     def layout(self, page_tokens: int) -> SideLayout:
         return SideLayout(
@@ -83,52 +84,13 @@ class AffineCodec(Codec):
         )
 
     def encode(self, x: torch.Tensor) -> Encoded:
-        """Encode x [..., K, T, head_dim]; the section ``meta`` holds (scale, minimum) in its last dimension.
-
-        meta is [..., K, T, head_dim / group, 2] for axis token, [..., T, 1, 2] if heads share it, and
-        [..., K, T / group, head_dim, 2] for axis channel; one number instead of two for symmetric codes.
-        Raises DataError if x holds NaN, infinity or numbers that the metadata cannot hold (checked where it costs no
-        device sync).
-        """
-        grouped = self.grouping.split(x)
-        steps = 2**self.bits - 1
-        if self.symmetric:
-            sections, scale = self._store_symmetric(grouped)
-            minimum = -(2 ** (self.bits - 1)) * scale
-        else:
-            low, high = torch.aminmax(grouped, dim=self.grouping.dim)
-            if self.clip < 1:
-                cut = (high - low) * ((1 - self.clip) / 2)
-                low, high = low + cut, high - cut
-            refuse_unstorable(self.meta, low, high)
-            sections, scale, minimum = store_range(low, high, self.bits, self.meta)
-        scale, minimum = self.grouping.spread(scale), self.grouping.spread(minimum)
-        # Division by a zero scale is avoided: such a group is constant and all its codes are 0.
-        codes = (grouped - minimum) / scale.masked_fill(scale == 0, torch.inf)
-        codes = codes.round_().clamp_(0, steps).to(torch.uint8)
-        return Encoded(codes=self.grouping.join(codes), sections=sections)
-
-    def _store_symmetric(self, grouped: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        top = grouped.abs().amax(self.grouping.dim)
-        refuse_unstorable(self.meta, top, top)
-        scale = 2 * top / 2**self.bits
-        stored = to_e4m3(scale) if self.meta == "e4m3" else scale.to(torch.float16)
-        sections = {"meta": stored.unsqueeze(-1)}
-        return sections, self.pair(sections, grouped.dtype)[0]
-
-    def pair(self, sections: Mapping[str, torch.Tensor], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """Scale and minimum of every group as numbers, each of the shape of ``meta`` without its last dimension."""
-        if not self.symmetric:
-            return load_pair(sections, self.bits, self.meta, dtype)
-        stored = sections["meta"].squeeze(-1)
-        scale = from_e4m3(stored, dtype) if self.meta == "e4m3" else stored.to(dtype)
-        return scale, -(2 ** (self.bits - 1)) * scale
+        """Encode x [..., K, T, head_dim], as ``kvq.pages.affine.encode`` says."""
+        codes, sections = affine.encode(x, self._grid, self.clip)
+        return Encoded(codes=codes, sections=sections)
 
     def decode(self, encoded: Encoded, dtype: torch.dtype) -> torch.Tensor:
         """Return the numbers that codes and meta stand for, [..., K, T, head_dim]."""
-        grouped = self.grouping.split(encoded.codes)
-        scale, minimum = (self.grouping.spread(part) for part in self.pair(encoded.sections, dtype))
-        return self.grouping.join(torch.addcmul(minimum, grouped.to(dtype), scale))
+        return affine.scaled(encoded.codes, encoded.sections, self._grid, dtype)
 
     def static_numbers(self) -> StaticNumbers:
         return StaticNumbers()
@@ -138,8 +100,9 @@ class AffineCodec(Codec):
         of the metadata is left out."""
         if self.symmetric:
             return super().fake_quantized(x)
-        grouped = self.grouping.split(x)
-        low, high = torch.aminmax(grouped, dim=self.grouping.dim, keepdim=True)
+        grouping = grouping_of(self._grid)
+        grouped = grouping.split(x)
+        low, high = torch.aminmax(grouped, dim=grouping.dim, keepdim=True)
         if self.clip < 1:
             cut = (high - low) * ((1 - self.clip) / 2)
             low, high = low + cut, high - cut
@@ -147,20 +110,21 @@ class AffineCodec(Codec):
         scale = ((high - low) / steps).clamp_min(torch.finfo(torch.float16).tiny)
         codes = (grouped - low) / scale
         codes = (codes + (codes.round() - codes).detach()).clamp(0, steps)
-        return self.grouping.join(codes * scale + low)
+        return grouping.join(codes * scale + low)
 
-    def scores(self, packed: PackedKV, q: torch.Tensor) -> torch.Tensor:
-        return page_scores(q, packed.words, self._page_pairs(packed, q.dtype), packed.layout)
+    def scores(self, pages: Pages, side: str, q: torch.Tensor) -> torch.Tensor:
+        return page_scores(q, pages, side, self._page_pairs(pages, side, q.dtype))
 
-    def weighted_sum(self, packed: PackedKV, p: torch.Tensor) -> torch.Tensor:
-        return page_weighted_sum(p, packed.words, self._page_pairs(packed, p.dtype), packed.layout)
+    def weighted_sum(self, pages: Pages, side: str, p: torch.Tensor) -> torch.Tensor:
+        return page_weighted_sum(p, pages, side, self._page_pairs(pages, side, p.dtype))
 
-    def _page_pairs(self, packed: PackedKV, dtype: torch.dtype) -> torch.Tensor:
+    def _page_pairs(self, pages: Pages, side: str, dtype: torch.dtype) -> torch.Tensor:
         """Metadata of pages as plain pairs, [B, K, P, rows, groups or channels, 2]."""
-        if packed.layout.is_plain:
-            return packed.sections["meta"]
-        pairs = torch.stack(self.pair(packed.sections, dtype), dim=-1)
-        return pairs.unsqueeze(1).expand(-1, packed.words.shape[1], *pairs.shape[1:]) if self.shared else pairs
+        if pages.layout.side(side).is_plain:
+            return pages.section(side, "meta")
+        names = ("meta", "meta_range") if self.meta == "range8" else ("meta",)
+        pairs = torch.stack(affine.pair({name: pages.section(side, name) for name in names}, self._grid, dtype), dim=-1)
+        return pairs.unsqueeze(1).expand(-1, pages.heads, *pairs.shape[1:]) if self.shared else pairs
 
 
 @register_codec("affine")

@@ -1,24 +1,11 @@
 """What codecs are: numbers to codes and sections, and back. They have never seen a model."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
 from kvq.pages.layout import DEFAULT_PAGE_TOKENS, SideLayout
-
-
-@dataclass(frozen=True, kw_only=True)
-class Encoded:
-    """A codec's answer for x [..., K, T, D].
-
-    codes      uint8 [..., K, T, D]; bytes of e4m3 numbers for that format.
-    sections   by name of the layout's sections: [..., K, rows, *shape], without K where the section is shared. A codec
-               that wraps another passes its own and the other's on together.
-    """
-
-    codes: torch.Tensor
-    sections: Mapping[str, torch.Tensor]
+from kvq.pages.pages import Encoded, Pages
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,13 +53,17 @@ class Codec:
         """The numbers that the codes stand for, [..., K, T, D]."""
         raise NotImplementedError
 
-    def scores(self, packed, q: torch.Tensor) -> torch.Tensor:
-        """Products of q [B, K, M, D] with every token of the pages, [B, K, M, T]; here: decode, then multiply."""
-        return q @ packed.dequantize(q.dtype).transpose(-1, -2)
+    def dequantized(self, pages: Pages, side: str, dtype: torch.dtype) -> torch.Tensor:
+        """The numbers of one side of pages, [B, K, P * page_tokens, D]."""
+        return self.decode(pages.encoded(side), dtype)
 
-    def weighted_sum(self, packed, p: torch.Tensor) -> torch.Tensor:
+    def scores(self, pages: Pages, side: str, q: torch.Tensor) -> torch.Tensor:
+        """Products of q [B, K, M, D] with every token of one side of pages, [B, K, M, T]; here: decode and multiply."""
+        return q @ self.dequantized(pages, side, q.dtype).transpose(-1, -2)
+
+    def weighted_sum(self, pages: Pages, side: str, p: torch.Tensor) -> torch.Tensor:
         """sum_t p[..., t] * token t, [B, K, M, D]; here: decode, then multiply."""
-        return p @ packed.dequantize(p.dtype)
+        return p @ self.dequantized(pages, side, p.dtype)
 
     def static_numbers(self) -> StaticNumbers | str:
         """The static numbers of the codec, or why layout and such numbers do not say all that its codes mean."""

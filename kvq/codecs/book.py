@@ -21,15 +21,17 @@ from typing import Any
 import torch
 
 from kvq.codecs.affine import check_bits
-from kvq.codecs.base import Codec, Encoded, StaticNumbers
-from kvq.codecs.grouping import GroupedSpec, Grouping
+from kvq.codecs.base import Codec, StaticNumbers
+from kvq.codecs.grouping import GroupedSpec
 from kvq.codecs.kmeans import levels_of, q_norm
 from kvq.codecs.levels import NAMED_LEVELS, make_levels, midpoints
-from kvq.codecs.packed import PackedKV, refuse_unstorable, wide
 from kvq.codecs.spec import Artefact, Measured, not_positive, register_codec
 from kvq.errors import RecipeError
 from kvq.kernels.decode_attention.products import page_scores, page_weighted_sum
+from kvq.pages.affine import refuse_unstorable, wide
+from kvq.pages.grouping import Grouping
 from kvq.pages.layout import SideLayout
+from kvq.pages.pages import Encoded, Pages
 from kvq.settings import check_choice, check_flag
 
 META_DTYPE = torch.float16
@@ -158,30 +160,30 @@ class BookCodec(Codec):
     def compared(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return self.normalised(x), self.scales(x)
 
-    def scores(self, packed: PackedKV, q: torch.Tensor) -> torch.Tensor:
+    def scores(self, pages: Pages, side: str, q: torch.Tensor) -> torch.Tensor:
         levels = self.levels.to(q.device)
-        pairs = self._page_pairs(packed, q.dtype)
+        pairs = self._page_pairs(pages, side, q.dtype)
         if self.static is None:
-            return page_scores(q, packed.words, pairs, packed.layout, levels=levels)
+            return page_scores(q, pages, side, pairs, levels=levels)
         scale, offset = self._statics(q)
         constant = (q * offset).sum(-1, keepdim=True)
-        return page_scores(q * scale, packed.words, None, packed.layout, levels=levels) + constant
+        return page_scores(q * scale, pages, side, None, levels=levels) + constant
 
-    def weighted_sum(self, packed: PackedKV, p: torch.Tensor) -> torch.Tensor:
+    def weighted_sum(self, pages: Pages, side: str, p: torch.Tensor) -> torch.Tensor:
         levels = self.levels.to(p.device)
-        out = page_weighted_sum(p, packed.words, self._page_pairs(packed, p.dtype), packed.layout, levels=levels)
+        out = page_weighted_sum(p, pages, side, self._page_pairs(pages, side, p.dtype), levels=levels)
         if self.static is None:
             return out
         scale, offset = self._statics(p)
         return torch.addcmul(p.sum(-1, keepdim=True) * offset, out, scale)
 
-    def _page_pairs(self, packed: PackedKV, dtype: torch.dtype) -> torch.Tensor | None:
+    def _page_pairs(self, pages: Pages, side: str, dtype: torch.dtype) -> torch.Tensor | None:
         """Metadata of pages as plain pairs, [B, K, P, rows, groups or channels, 2]; None for none."""
         if self.meta_terms == 0:
             return None
-        pairs = torch.stack(self.pair(packed.sections, dtype), dim=-1)
+        pairs = torch.stack(self.pair({"meta": pages.section(side, "meta")}, dtype), dim=-1)
         if self.grouping.shared:
-            pairs = pairs.unsqueeze(1).expand(-1, packed.words.shape[1], *pairs.shape[1:])
+            pairs = pairs.unsqueeze(1).expand(-1, pages.heads, *pairs.shape[1:])
         return pairs
 
 

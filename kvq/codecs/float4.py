@@ -14,19 +14,19 @@ from dataclasses import dataclass
 
 import torch
 
-from kvq.codecs.base import Codec, Encoded, StaticNumbers
+from kvq.codecs.base import Codec, StaticNumbers
 from kvq.codecs.float8 import static_scale
-from kvq.codecs.meta import from_e4m3, to_e4m3
-from kvq.codecs.packed import PackedKV, refuse_unstorable, wide
 from kvq.codecs.spec import Artefact, CodecSpec, Measured, register_codec
 from kvq.errors import RecipeError
 from kvq.kernels.decode_attention.products import page_scores, page_weighted_sum
+from kvq.pages.affine import refuse_unstorable, wide
 from kvq.pages.layout import E4M3_MAX, SideLayout
+from kvq.pages.meta import E8M0_BIAS, load_scale, quotient, to_e4m3
+from kvq.pages.pages import Encoded, Pages
 from kvq.settings import check_choice
 
 MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 E2M1_MAX = 6.0
-E8M0_BIAS = 127
 # Exponent of the largest E2M1 number, 6 = 1.5 * 2^2.
 E2M1_EXPONENT = 2
 _SIGN = 8
@@ -69,16 +69,15 @@ class Float4Codec(Codec):
             exponent = exponent.masked_fill(top == 0, -E8M0_BIAS).clamp(-E8M0_BIAS, E8M0_BIAS)
             meta = (exponent + E8M0_BIAS).to(torch.uint8)
         else:
-            meta = to_e4m3(top / E2M1_MAX / self.scale)
+            meta = to_e4m3(quotient(quotient(top, E2M1_MAX), self.scale))
         scale = self._scales({"meta": meta}, x.dtype)
         codes = e2m1_codes(blocks / scale.masked_fill(scale == 0, torch.inf))
         return Encoded(codes=codes.flatten(-2), sections={"meta": meta})
 
     def _scales(self, sections: Mapping[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
         """Block scales as numbers, g included, in the shape of ``meta``."""
-        if self.meta == "e8m0":
-            return torch.exp2(sections["meta"].to(dtype) - E8M0_BIAS)
-        return from_e4m3(sections["meta"], dtype) * self.scale
+        scale = load_scale(sections["meta"], self.meta, dtype)
+        return scale if self.meta == "e8m0" else scale * self.scale
 
     def decode(self, encoded: Encoded, dtype: torch.dtype) -> torch.Tensor:
         """Return the numbers that codes and scales stand for, [..., T, head_dim]."""
@@ -91,17 +90,15 @@ class Float4Codec(Codec):
         scale = 1.0 if self.meta == "e8m0" else float(self.scale)
         return StaticNumbers(scale=scale, levels=tuple(e2m1_levels(torch.float64).tolist()))
 
-    def scores(self, packed: PackedKV, q: torch.Tensor) -> torch.Tensor:
-        return page_scores(
-            q, packed.words, self._pairs(packed, q), packed.layout, levels=e2m1_levels(q.dtype, q.device)
-        )
+    def scores(self, pages: Pages, side: str, q: torch.Tensor) -> torch.Tensor:
+        return page_scores(q, pages, side, self._pairs(pages, side, q), levels=e2m1_levels(q.dtype, q.device))
 
-    def weighted_sum(self, packed: PackedKV, p: torch.Tensor) -> torch.Tensor:
+    def weighted_sum(self, pages: Pages, side: str, p: torch.Tensor) -> torch.Tensor:
         levels = e2m1_levels(p.dtype, p.device)
-        return page_weighted_sum(p, packed.words, self._pairs(packed, p), packed.layout, levels=levels)
+        return page_weighted_sum(p, pages, side, self._pairs(pages, side, p), levels=levels)
 
-    def _pairs(self, packed: PackedKV, like: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.pad(self._scales(packed.sections, like.dtype), (0, 1))
+    def _pairs(self, pages: Pages, side: str, like: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.pad(self._scales({"meta": pages.section(side, "meta")}, like.dtype), (0, 1))
 
 
 def e2m1_levels(dtype: torch.dtype, device: torch.device | None = None) -> torch.Tensor:

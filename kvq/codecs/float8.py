@@ -18,12 +18,14 @@ from dataclasses import dataclass
 
 import torch
 
-from kvq.codecs.base import Codec, Encoded, StaticNumbers
-from kvq.codecs.packed import PackedKV
+from kvq.codecs.base import Codec, StaticNumbers
 from kvq.codecs.spec import Artefact, CodecSpec, Measured, not_positive, register_codec
 from kvq.errors import DataError, RecipeError
 from kvq.kernels.decode_attention.products import page_scores, page_weighted_sum
+from kvq.pages.affine import wide
 from kvq.pages.layout import E4M3_MAX, SideLayout
+from kvq.pages.meta import from_e4m3, quotient, to_e4m3
+from kvq.pages.pages import Encoded, Pages
 from kvq.settings import check_choice, is_number
 
 # Points in a bin of a histogram, which is as wide as a step of E4M3; octaves searched below the largest magnitude, and
@@ -48,12 +50,13 @@ class Float8Codec(Codec):
 
     def encode(self, x: torch.Tensor) -> Encoded:
         """Encode x [..., T, head_dim]: bytes [..., T, head_dim] (uint8) and no sections."""
-        x_scaled = (x / self.scale).clamp(-E4M3_MAX, E4M3_MAX)
-        nearest = x_scaled.to(torch.float8_e4m3fn)
-        codes = nearest.view(torch.uint8)
+        x = wide(x)
+        scaled = quotient(x, self.scale)
+        codes = to_e4m3(scaled)
         if self.rounding == "toward_zero":
             # Codes of one sign are in the order of their magnitudes.
-            codes = codes - (nearest.to(x.dtype).abs() > x_scaled.abs()).to(torch.uint8)
+            over = from_e4m3(codes, x.dtype).abs() > scaled.abs()
+            codes = codes - over.to(torch.uint8)
         if x.device.type == "cpu" and not bool(x.isfinite().all()):
             raise DataError(
                 "keys or values hold NaN or infinity: these cannot be quantized; check the checkpoint, and run it in "
@@ -63,7 +66,7 @@ class Float8Codec(Codec):
 
     def decode(self, encoded: Encoded, dtype: torch.dtype) -> torch.Tensor:
         """Return the numbers that the bytes stand for, [..., T, head_dim]."""
-        return encoded.codes.view(torch.float8_e4m3fn).to(dtype) * self.scale
+        return from_e4m3(encoded.codes, dtype) * self.scale
 
     @property
     def kernels_encode(self) -> bool:
@@ -72,11 +75,11 @@ class Float8Codec(Codec):
     def static_numbers(self) -> StaticNumbers:
         return StaticNumbers(scale=float(self.scale))
 
-    def scores(self, packed: PackedKV, q: torch.Tensor) -> torch.Tensor:
-        return page_scores(q, packed.words, None, packed.layout, scale=self.scale)
+    def scores(self, pages: Pages, side: str, q: torch.Tensor) -> torch.Tensor:
+        return page_scores(q, pages, side, None, scale=self.scale)
 
-    def weighted_sum(self, packed: PackedKV, p: torch.Tensor) -> torch.Tensor:
-        return page_weighted_sum(p, packed.words, None, packed.layout, scale=self.scale)
+    def weighted_sum(self, pages: Pages, side: str, p: torch.Tensor) -> torch.Tensor:
+        return page_weighted_sum(p, pages, side, None, scale=self.scale)
 
 
 @register_codec("float8")

@@ -15,13 +15,14 @@ from functools import lru_cache
 
 import torch
 
-from kvq.codecs.base import Encoded, WrappingCodec
-from kvq.codecs.meta import from_e4m3, to_e4m3
-from kvq.codecs.packed import PackedKV, refuse_unstorable, wide
+from kvq.codecs.base import WrappingCodec
 from kvq.codecs.spec import BLOCK_TOKENS, PartSpec, register_part
 from kvq.codecs.wrapping import by_token, with_sections
 from kvq.errors import RecipeError
+from kvq.pages.affine import refuse_unstorable, wide
 from kvq.pages.layout import Section, SideLayout
+from kvq.pages.meta import from_e4m3, to_e4m3
+from kvq.pages.pages import Encoded, Pages
 from kvq.settings import check_choice, is_count
 
 ITERATIONS = 3
@@ -74,21 +75,21 @@ class LowRankCodec(WrappingCodec):
     def _loaded(self, stored: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         return from_e4m3(stored.contiguous(), dtype) if self.form == "e4m3" else stored.to(dtype)
 
-    def scores(self, packed: PackedKV, q: torch.Tensor) -> torch.Tensor:
-        a, b = self._page_factors(packed, q.dtype)
-        inner = self.inner.scores(packed.of(self.inner), q)
+    def scores(self, pages: Pages, side: str, q: torch.Tensor) -> torch.Tensor:
+        a, b = self._page_factors(pages, side, q.dtype)
+        inner = self.inner.scores(pages, side, q)
         return inner + ((q.unsqueeze(2) @ b) @ a.transpose(-1, -2)).transpose(2, 3).flatten(-2)
 
-    def weighted_sum(self, packed: PackedKV, p: torch.Tensor) -> torch.Tensor:
-        a, b = self._page_factors(packed, p.dtype)
+    def weighted_sum(self, pages: Pages, side: str, p: torch.Tensor) -> torch.Tensor:
+        a, b = self._page_factors(pages, side, p.dtype)
         weights = p.unflatten(-1, (-1, self.block)).transpose(2, 3)
-        inner = self.inner.weighted_sum(packed.of(self.inner), p)
+        inner = self.inner.weighted_sum(pages, side, p)
         return inner + ((weights @ a) @ b.transpose(-1, -2)).sum(2)
 
-    def _page_factors(self, packed: PackedKV, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    def _page_factors(self, pages: Pages, side: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """A [B, K, blocks, block, rank] and B [B, K, blocks, head_dim, rank]."""
-        a = by_token(packed.sections["low_rank_token"], 1).unflatten(2, (-1, self.block))
-        return self._loaded(a, dtype), self._loaded(by_token(packed.sections["low_rank_block"], 2), dtype)
+        a = by_token(pages.section(side, "low_rank_token"), 1).unflatten(2, (-1, self.block))
+        return self._loaded(a, dtype), self._loaded(by_token(pages.section(side, "low_rank_block"), 2), dtype)
 
 
 def factors(residual: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:

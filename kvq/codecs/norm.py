@@ -16,12 +16,13 @@ from dataclasses import dataclass
 
 import torch
 
-from kvq.codecs.base import Encoded, StaticNumbers, WrappingCodec
-from kvq.codecs.packed import PackedKV, refuse_unstorable, wide
+from kvq.codecs.base import StaticNumbers, WrappingCodec
 from kvq.codecs.spec import CodecSpec, PartSpec, register_part
 from kvq.codecs.wrapping import by_token, with_sections
 from kvq.errors import RecipeError
+from kvq.pages.affine import refuse_unstorable, wide
 from kvq.pages.layout import Section, SideLayout
+from kvq.pages.pages import Encoded, Pages
 from kvq.settings import check_choice
 
 
@@ -77,11 +78,11 @@ class NormedCodec(WrappingCodec):
         """The stored numbers, [..., K, T, head_dim]."""
         return self.inner.decode(encoded, dtype) * self._spread(encoded.sections["norm"].to(dtype))
 
-    def scores(self, packed: PackedKV, q: torch.Tensor) -> torch.Tensor:
-        return self.inner.scores(packed.of(self.inner), q) * self._by_token(packed, q.dtype)
+    def scores(self, pages: Pages, side: str, q: torch.Tensor) -> torch.Tensor:
+        return self.inner.scores(pages, side, q) * self._by_token(pages, side, q.dtype)
 
-    def weighted_sum(self, packed: PackedKV, p: torch.Tensor) -> torch.Tensor:
-        return self.inner.weighted_sum(packed.of(self.inner), p * self._by_token(packed, p.dtype))
+    def weighted_sum(self, pages: Pages, side: str, p: torch.Tensor) -> torch.Tensor:
+        return self.inner.weighted_sum(pages, side, p * self._by_token(pages, side, p.dtype))
 
     def static_numbers(self) -> StaticNumbers | str:
         return self.inner.static_numbers()
@@ -91,9 +92,9 @@ class NormedCodec(WrappingCodec):
         numbers, scale = self.inner.compared(unit)
         return numbers, scale * size.expand_as(scale)
 
-    def _by_token(self, packed: PackedKV, dtype: torch.dtype) -> torch.Tensor:
+    def _by_token(self, pages: Pages, side: str, dtype: torch.dtype) -> torch.Tensor:
         """[B, K or 1, 1, T]."""
-        return self._spread(by_token(packed.sections["norm"], 0).to(dtype)).transpose(-1, -2)
+        return self._spread(by_token(pages.section(side, "norm"), 0).to(dtype)).transpose(-1, -2)
 
 
 @register_part("norm")

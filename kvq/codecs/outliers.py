@@ -15,13 +15,14 @@ from dataclasses import dataclass
 
 import torch
 
-from kvq.codecs.base import Encoded, WrappingCodec
+from kvq.codecs.base import WrappingCodec
 from kvq.codecs.book import BookCodec
-from kvq.codecs.packed import PackedKV, refuse_unstorable, wide
 from kvq.codecs.spec import CodecSpec, PartSpec, register_part
 from kvq.codecs.wrapping import by_token, heads_apart, heads_together, with_sections
 from kvq.errors import RecipeError
+from kvq.pages.affine import refuse_unstorable, wide
 from kvq.pages.layout import Section, SideLayout
+from kvq.pages.pages import Encoded, Pages
 from kvq.settings import check_choice, is_number
 
 
@@ -105,9 +106,9 @@ class SparseCodec(WrappingCodec):
         vectors = self._vectors(decoded)
         return self._back(vectors.scatter_add(-1, *_loaded(encoded.sections, dtype)), decoded)
 
-    def scores(self, packed: PackedKV, q: torch.Tensor) -> torch.Tensor:
-        scores = self.inner.scores(packed.of(self.inner), q)
-        index, values = self._page_outliers(packed, q.dtype)
+    def scores(self, pages: Pages, side: str, q: torch.Tensor) -> torch.Tensor:
+        scores = self.inner.scores(pages, side, q)
+        index, values = self._page_outliers(pages, side, q.dtype)
         if self.along == "channel":
             return scores + q @ self._dense(index, values).transpose(-1, -2)
         # [B, M, T, 2 count]: each outlier times its channel of the queries, added to its head's scores.
@@ -119,9 +120,9 @@ class SparseCodec(WrappingCodec):
             scores.scatter_add_(1, head[..., column].unsqueeze(1), found[..., column].unsqueeze(1))
         return scores
 
-    def weighted_sum(self, packed: PackedKV, p: torch.Tensor) -> torch.Tensor:
-        out = self.inner.weighted_sum(packed.of(self.inner), p)
-        index, values = self._page_outliers(packed, p.dtype)
+    def weighted_sum(self, pages: Pages, side: str, p: torch.Tensor) -> torch.Tensor:
+        out = self.inner.weighted_sum(pages, side, p)
+        index, values = self._page_outliers(pages, side, p.dtype)
         if self.along == "channel":
             return out + p @ self._dense(index, values)
         # Weights of each outlier's head, [B, M, T, 2 count], added to its channel.
@@ -132,11 +133,11 @@ class SparseCodec(WrappingCodec):
         flat = flat.scatter_add(-1, where, (weights * values.unsqueeze(1)).flatten(-2))
         return heads_apart(flat, self.head_dim).contiguous()
 
-    def _page_outliers(self, packed: PackedKV, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    def _page_outliers(self, pages: Pages, side: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """Indices and values, [B, T, 2 count] along tokens, [B, K, blocks, D, 2 count] along channels."""
         dims = 1 if self.along == "token" else 2
         names = ("outlier_index", "outlier_value")
-        return _loaded({name: by_token(packed.sections[name], dims) for name in names}, dtype)
+        return _loaded({name: by_token(pages.section(side, name), dims) for name in names}, dtype)
 
     def _dense(self, index: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """Outliers along channels as a tensor [B, K, T, D]."""

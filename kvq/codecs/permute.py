@@ -11,11 +11,12 @@ from dataclasses import dataclass
 
 import torch
 
-from kvq.codecs.base import Encoded, WrappingCodec
+from kvq.codecs.base import WrappingCodec
 from kvq.codecs.spec import Artefact, CodecSpec, Measured, PartSpec, register_part
 from kvq.codecs.wrapping import heads_apart, heads_together
 from kvq.errors import RecipeError
 from kvq.pages.layout import SideLayout
+from kvq.pages.pages import Encoded
 from kvq.settings import check_choice
 
 KMEANS_ROUNDS = 20

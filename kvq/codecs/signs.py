@@ -9,12 +9,13 @@ from dataclasses import dataclass
 
 import torch
 
-from kvq.codecs.base import Encoded, WrappingCodec
-from kvq.codecs.packed import PackedKV, refuse_unstorable, wide
+from kvq.codecs.base import WrappingCodec
 from kvq.codecs.projections import directions, estimate, from_bytes, project, to_bytes, unbiasing
 from kvq.codecs.spec import PartSpec, register_part
 from kvq.codecs.wrapping import by_token, with_sections
+from kvq.pages.affine import refuse_unstorable, wide
 from kvq.pages.layout import Section, SideLayout
+from kvq.pages.pages import Encoded, Pages
 from kvq.settings import check_seed
 
 
@@ -48,21 +49,22 @@ class SignedCodec(WrappingCodec):
         rest = estimate(signs, encoded.sections["sign_norm"].to(dtype), self.head_dim, self.seed)
         return self.inner.decode(encoded, dtype) + rest
 
-    def scores(self, packed: PackedKV, q: torch.Tensor) -> torch.Tensor:
-        signs, length = self._page_signs(packed, q.dtype)
+    def scores(self, pages: Pages, side: str, q: torch.Tensor) -> torch.Tensor:
+        signs, length = self._page_signs(pages, side, q.dtype)
         turned = q @ directions(self.head_dim, self.head_dim, self.seed).to(q)
-        return self.inner.scores(packed.of(self.inner), q) + (turned @ signs.transpose(-1, -2)) * length.unsqueeze(-2)
+        return self.inner.scores(pages, side, q) + (turned @ signs.transpose(-1, -2)) * length.unsqueeze(-2)
 
-    def weighted_sum(self, packed: PackedKV, p: torch.Tensor) -> torch.Tensor:
-        signs, length = self._page_signs(packed, p.dtype)
+    def weighted_sum(self, pages: Pages, side: str, p: torch.Tensor) -> torch.Tensor:
+        signs, length = self._page_signs(pages, side, p.dtype)
         turned = (p * length.unsqueeze(-2)) @ signs
-        inner = self.inner.weighted_sum(packed.of(self.inner), p)
+        inner = self.inner.weighted_sum(pages, side, p)
         return inner + turned @ directions(self.head_dim, self.head_dim, self.seed).to(p).T
 
-    def _page_signs(self, packed: PackedKV, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    def _page_signs(self, pages: Pages, side: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """Signs [B, K, T, D], and lengths times the constant of the estimate [B, K, T]."""
-        signs = from_bytes(by_token(packed.sections["sign_bits"], 1), dtype)
-        return signs, by_token(packed.sections["sign_norm"], 0).to(dtype) * (unbiasing(self.head_dim) / self.head_dim)
+        signs = from_bytes(by_token(pages.section(side, "sign_bits"), 1), dtype)
+        length = by_token(pages.section(side, "sign_norm"), 0).to(dtype)
+        return signs, length * (unbiasing(self.head_dim) / self.head_dim)
 
 
 @register_part("signs")

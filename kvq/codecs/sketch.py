@@ -15,13 +15,14 @@ from dataclasses import dataclass
 import torch
 
 from kvq.codecs.affine import BITS, check_bits
-from kvq.codecs.base import Codec, Encoded
-from kvq.codecs.packed import PackedKV, refuse_unstorable, unpack_pages, wide
+from kvq.codecs.base import Codec
 from kvq.codecs.projections import directions, estimate, from_bytes, project, to_bytes, unbiasing
 from kvq.codecs.spec import BLOCK_TOKENS, CodecSpec, register_codec
 from kvq.codecs.wrapping import by_token
 from kvq.errors import RecipeError
+from kvq.pages.affine import refuse_unstorable, wide
 from kvq.pages.layout import Section, SideLayout
+from kvq.pages.pages import Encoded, Pages
 from kvq.settings import check_choice, check_seed, is_count
 
 
@@ -107,15 +108,15 @@ class SketchCodec(Codec):
         planes = torch.stack([codes >> i & 1 for i in range(self.bits)], dim=-2)
         return planes.flatten(-2).to(dtype) * 2 - 1
 
-    def scores(self, packed: PackedKV, q: torch.Tensor) -> torch.Tensor:
+    def scores(self, pages: Pages, side: str, q: torch.Tensor) -> torch.Tensor:
         """Queries are projected, once or once a group; then signs are added up."""
-        signs = self._signs(unpack_pages(packed.words, packed.layout), q.dtype)
-        length = by_token(packed.sections["length"], 1).to(q.dtype).unbind(-1)
+        signs = self._signs(pages.codes(side), q.dtype)
+        length = by_token(pages.section(side, "length"), 1).to(q.dtype).unbind(-1)
         if not self.outlier_channels:
             return self._products(q.unsqueeze(2), signs.unsqueeze(2), length[0].unsqueeze(2), self.seed)
-        taken = self._taken(by_token(packed.sections["outlier_channels"], 1), q.dtype)
+        taken = self._taken(by_token(pages.section(side, "outlier_channels"), 1), q.dtype)
         own = q.unsqueeze(2) * taken
-        outlier_signs = from_bytes(by_token(packed.sections["outlier_signs"], 1), q.dtype)
+        outlier_signs = from_bytes(by_token(pages.section(side, "outlier_signs"), 1), q.dtype)
         parts = (
             (q.unsqueeze(2) - own, signs, length[0], self.seed),
             (own, outlier_signs, length[1], self._outlier_seed),

@@ -13,11 +13,12 @@ from functools import cached_property
 import torch
 
 from kvq.codecs.affine import BITS, METADATA, AffineCodec, check_clip
-from kvq.codecs.base import Codec, Encoded
-from kvq.codecs.packed import pack_pages, unpack_pages
+from kvq.codecs.base import Codec
 from kvq.codecs.spec import BLOCK_TOKENS, CodecSpec, register_codec
 from kvq.errors import RecipeError
+from kvq.pages.bits import pack_codes, unpack_codes
 from kvq.pages.layout import ATOM, Section, SideLayout
+from kvq.pages.pages import Encoded
 from kvq.settings import check_choice
 
 
@@ -86,7 +87,7 @@ class TiersCodec(Codec):
         sections = {}
         for name, channels, codec in self.tiers:
             encoded = codec.encode(x[..., channels])
-            sections[f"{name}_words"] = pack_pages(encoded.codes, codec.layout(self.group))
+            sections[f"{name}_words"] = pack_codes(encoded.codes, codec.layout(self.group))
             sections |= {f"{name}_{part}": numbers for part, numbers in encoded.sections.items()}
         return Encoded(codes=x.new_empty(*x.shape[:-1], 0, dtype=torch.uint8), sections=sections)
 
@@ -94,7 +95,7 @@ class TiersCodec(Codec):
         """Return the numbers that the tiers stand for, [..., K, T, head_dim]."""
         out = torch.zeros(*encoded.codes.shape[:-1], self.head_dim, dtype=dtype, device=encoded.codes.device)
         for name, channels, codec in self.tiers:
-            codes = unpack_pages(encoded.sections[f"{name}_words"], codec.layout(self.group))
+            codes = unpack_codes(encoded.sections[f"{name}_words"], codec.layout(self.group))
             own = Encoded(codes=codes, sections=_own(encoded.sections, name))
             out[..., channels] = codec.decode(own, dtype)
         return out

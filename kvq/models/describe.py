@@ -18,7 +18,7 @@ from transformers.models.auto.modeling_auto import (
 
 from kvq.errors import UnsupportedModelError
 
-# The packed word layout works in atoms of 16 channels (kernels/spec.py).
+# The packed word layout works in atoms of 16 channels (pages/layout.py).
 HEAD_DIM_UNIT = 16
 
 

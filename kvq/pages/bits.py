@@ -1,5 +1,6 @@
-"""Codes to 16-bit words and back, in torch. The layout is ``SideLayout`` of spec.py; tests hold it to a slow oracle.
+"""Codes to 16-bit words and back, in torch. The layout is ``SideLayout`` of layout.py; tests hold it to a slow oracle.
 
+``pack_codes`` and ``unpack_codes`` work on whole pages, ``merge_codes`` writes into a page that is filled in part,
 ``pack_rows`` and ``unpack_rows`` work on whole rows of a page; ``float_tile`` is the fast form for attention.
 """
 
@@ -7,7 +8,66 @@ from functools import lru_cache
 
 import torch
 
-from kvq.pages.layout import CONTAINER_WORDS, FIELDS, SideLayout
+from kvq.pages.layout import CONTAINER_WORDS, FIELDS, PLANE_FORMATS, SideLayout
+
+
+def pack_codes(codes: torch.Tensor, layout: SideLayout) -> torch.Tensor:
+    """Codes [..., P * page_tokens, head_dim] (uint8) to words [..., P, *layout.words_shape]."""
+    lead = codes.shape[:-2]
+    if layout.format not in PLANE_FORMATS:
+        return codes.reshape(*lead, codes.shape[-2] // layout.page_tokens, *layout.words_shape)
+    codes = codes.reshape(*lead, -1, layout.parts, layout.rows, layout.head_dim)
+    return pack_rows(codes, layout)
+
+
+def unpack_codes(words: torch.Tensor, layout: SideLayout) -> torch.Tensor:
+    """Inverse of ``pack_codes``; in format ``sections`` the last dimension is empty."""
+    if layout.format not in PLANE_FORMATS:
+        return words.flatten(-3, -2)
+    codes = unpack_rows(words, layout)
+    return codes.reshape(*codes.shape[:-4], -1, layout.head_dim)
+
+
+def merge_codes(words: torch.Tensor, layout: SideLayout, start: int, codes: torch.Tensor) -> None:
+    """Merge codes [K, t, head_dim] of tokens from ``start`` into a page's words [K, rows, container words, width].
+
+    Rows of containers that hold none of these tokens stay. In the others the tokens before ``start`` stay, and what
+    follows the last one written becomes zero.
+    """
+    heads, count = codes.shape[:2]
+    part, row = divmod(start, layout.rows)
+    if row + count <= layout.rows:
+        # The tokens lie in one part, each in a row of its own.
+        frame = codes.new_zeros(heads, layout.parts, count, layout.head_dim)
+        frame[:, part] = codes
+        keep = kept_bits(layout, part, words.device)
+        target = words[:, row : row + count]
+    else:
+        frame = codes.new_zeros(heads, layout.page_tokens, layout.head_dim)
+        frame[:, start : start + count] = codes
+        frame = frame.view(heads, layout.parts, layout.rows, layout.head_dim)
+        before = torch.arange(layout.page_tokens, device=words.device) < start
+        keep = _bits_of(layout, before.view(layout.parts, layout.rows))
+        if count < layout.rows:
+            # Two parts are touched, the end of one and the beginning of the next: the rows between stay whole.
+            keep[(row + count) % layout.rows : row] = -1
+        target = words
+    packed = pack_rows(frame, layout)
+    target.copy_(packed if keep is None else (target & keep) | packed)
+
+
+@lru_cache(maxsize=1024)
+def kept_bits(layout: SideLayout, parts: int, device: torch.device) -> torch.Tensor | None:
+    """Which bits of a row belong to its first ``parts`` tokens, int16 [1, container words, width]; None for none."""
+    if parts == 0:
+        return None
+    return _bits_of(layout, torch.arange(layout.parts, device=device).unsqueeze(1) < parts)
+
+
+def _bits_of(layout: SideLayout, tokens: torch.Tensor) -> torch.Tensor:
+    """The bits of tokens [parts, rows] (bool) in words, int16 [rows, container words, width]."""
+    ones = tokens.to(torch.uint8) * ((1 << layout.bits) - 1)
+    return pack_rows(ones.unsqueeze(-1).expand(-1, -1, layout.head_dim).contiguous(), layout)
 
 
 def pack_rows(codes: torch.Tensor, layout: SideLayout) -> torch.Tensor:

@@ -34,7 +34,7 @@ What a code c stands for depends on the format:
 A side's other numbers are *sections*: each has one row for every ``tokens`` consecutive tokens. The section ``meta``
 holds the ``meta_terms`` numbers of every group, for 2 terms (scale, minimum or offset), for 1 the scale: rows
 ``[groups, terms]`` of one token for axis token, rows ``[head_dim, terms]`` of a token group for axis channel. They are
-fp16 numbers, or bytes as ``META_FORMATS`` says (``kvq/codecs/meta.py`` turns them into numbers). A codec without
+fp16 numbers, or bytes as ``META_FORMATS`` says (``kvq/pages/meta.py`` turns them into numbers). A codec without
 metadata has no such section. Further sections follow the four of the record, keys before values, at multiples of 16. A
 section that all heads share lies in a second record per page, beside the heads' records.
 
@@ -155,6 +155,10 @@ class SideLayout:
         return (self.rows, CONTAINER_WORDS[self.bits], self.width)
 
     @property
+    def words_dtype(self) -> str:
+        return {"e4m3": "uint8", "sections": "uint8", "dense": "float16"}.get(self.format, "int16")
+
+    @property
     def words_bytes(self) -> int:
         return math.prod(self.words_shape) * (1 if self.format == "e4m3" else 2)
 
@@ -204,6 +208,17 @@ def _aligned(size: int, step: int) -> int:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where one part of a side lies: bytes from the start of a head's record, or of the shared one; what they hold."""
+
+    start: int
+    nbytes: int
+    dtype: str
+    shape: tuple[int, ...]
+    shared: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class PageLayout:
     """One page record: both sides, with byte offsets of the four sections."""
 
@@ -240,6 +255,32 @@ class PageLayout:
     def shared_bytes(self) -> int:
         """Bytes of a page's shared record, 0 if there is none."""
         return self.shared_offsets["end"]
+
+    def page_bytes(self, heads: int) -> int:
+        """Bytes of a page: the heads' records, then the shared one."""
+        return heads * self.record_bytes + self.shared_bytes
+
+    @cached_property
+    def places(self) -> dict[tuple[str, str], Place]:
+        """By side and name, where words (``words``) and sections lie."""
+        found = {}
+        for name, side in (("key", self.key), ("value", self.value)):
+            found[name, "words"] = Place(
+                start=self.offsets[f"{name}_words"],
+                nbytes=side.words_bytes,
+                dtype=side.words_dtype,
+                shape=side.words_shape,
+            )
+            for section in side.sections:
+                offsets = self.shared_offsets if section.shared else self.offsets
+                found[name, section.name] = Place(
+                    start=offsets[f"{name}_{section.name}"],
+                    nbytes=section.page_bytes(self.page_tokens),
+                    dtype=section.dtype,
+                    shape=section.page_shape(self.page_tokens),
+                    shared=section.shared,
+                )
+        return found
 
     def bits_per_element(self, heads: int = 1) -> float:
         """Bits of a full page per number in it, padding included; ``heads`` divide the record that they share."""

@@ -1,25 +1,58 @@
-"""Pages as kernels take them: one pool of bytes, tables of page numbers, and what is static per head."""
+"""Pages of a batch: the one type for what is stored. Torch reads and writes it here, kernels by table.
 
+What lies where is the layout's (``layout.py``), whose memory it is the pool's (``pool.py``). What the numbers mean is a
+codec's: ``codec.scores(pages, side, q)`` and the like multiply with pages.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
-from kvq.pages.bits import unpack_rows
-from kvq.pages.layout import PLANE_FORMATS, PageLayout, SideLayout
+from kvq.pages.affine import scaled
+from kvq.pages.bits import merge_codes, pack_codes, unpack_codes
+from kvq.pages.layout import PLANE_FORMATS, PageLayout, Section, SideLayout
+from kvq.pages.meta import from_e4m3
+from kvq.pages.pool import Pool
 
-_DTYPES = {"float16": torch.float16, "uint8": torch.uint8, "int16": torch.int16}
+
+@dataclass(frozen=True, kw_only=True)
+class Encoded:
+    """What a codec gives for x [..., K, T, D].
+
+    codes      uint8 [..., K, T, D]; bytes of e4m3 numbers for that format.
+    sections   by name of the layout's sections: [..., K, rows, *shape], without K where the section is shared. A codec
+               that wraps another passes its own and the other's on together.
+    """
+
+    codes: torch.Tensor
+    sections: Mapping[str, torch.Tensor]
+
+    def tokens(self, layout: SideLayout, start: int, stop: int) -> "Encoded":
+        """Tokens [start, stop), whole rows of every section."""
+        sections = {}
+        for section in layout.sections:
+            first, last = start // section.tokens, stop // section.tokens
+            sections[section.name] = self.sections[section.name].narrow(-1 - len(section.shape), first, last - first)
+        return Encoded(codes=self.codes[..., start:stop, :], sections=sections)
+
+    def row(self, index: int) -> "Encoded":
+        """One row of the first dimension."""
+        return Encoded(codes=self.codes[index], sections={name: x[index] for name, x in self.sections.items()})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pages:
-    """Packed keys and values of a batch.
+    """Packed keys and values of B sequences, whose pages are all of one number.
 
-    layout          one record a page and KV head.
-    pool            uint8; page number n starts ``n * stride`` bytes after the pool's first byte and holds ``heads``
-                    records one after the other. Its own shape does not matter.
-    table           [B, pages] int32 or int64: page numbers of each sequence, in order.
-    stride          bytes from one page number to the next, a multiple of 16.
-    heads           KV heads.
+    pool            where they lie.
+    ids             page ids of each sequence, in order, on the host; or
+    numbers         [B, pages] int32 or int64, the same as kernels take it: steps of ``pool.unit`` bytes. Pools that do
+                    not grow (borrowed ones) have page ids for numbers.
+    tokens          how many tokens these pages hold of each sequence, if what follows in the last page may be anything;
+                    None: it is zero, or not there. Only what torch reads is concerned.
     key_scale, value_scale   static factors of all numbers of a side (e4m3 and float4).
     key_levels, value_levels what the codes of a book name, 2^bits numbers.
     channel_factor  [heads, head_dim] or None: stored keys are keys over these (they multiply the query).
@@ -27,11 +60,10 @@ class Pages:
                     it, weights keep their precision however small the scales are.
     """
 
-    layout: PageLayout
-    pool: torch.Tensor
-    table: torch.Tensor
-    heads: int
-    stride: int
+    pool: Pool
+    ids: Sequence[Sequence[int]] | None = None
+    numbers: torch.Tensor | None = None
+    tokens: int | None = None
     key_scale: float = 1.0
     value_scale: float = 1.0
     key_levels: tuple[float, ...] | None = None
@@ -40,80 +72,143 @@ class Pages:
     value_limit: torch.Tensor | None = None
 
     @classmethod
-    def of(cls, layout: PageLayout, pool: torch.Tensor, table: torch.Tensor, **settings) -> "Pages":
-        """Pages of a pool [pages, heads, record_bytes] uint8."""
-        assert pool.shape[2] == layout.record_bytes, (pool.shape, layout.record_bytes)
-        assert pool.is_contiguous(), "a pool is contiguous"
-        return cls(layout=layout, pool=pool, table=table, heads=pool.shape[1], stride=pool.stride(0), **settings)
+    def of(cls, layout: PageLayout, memory: torch.Tensor, table: torch.Tensor, **settings) -> "Pages":
+        """Pages in memory [pages, heads, record_bytes] uint8, by a table of page numbers."""
+        return cls(pool=Pool.borrow(memory, layout, memory.shape[1]), numbers=table, **settings)
 
     @property
-    def page_bytes(self) -> int:
-        return self.heads * self.layout.record_bytes
+    def layout(self) -> PageLayout:
+        return self.pool.layout
 
-    def records(self, numbers: torch.Tensor) -> torch.Tensor:
-        """Records of pages [...] as a copy, [..., heads, record_bytes]. The pool must hold every page."""
-        size = self.page_bytes
-        flat = self.pool.view(-1)
-        starts = numbers.long().unsqueeze(-1) * self.stride
-        index = starts + torch.arange(size, device=flat.device)
-        return flat[index].view(*numbers.shape, self.heads, self.layout.record_bytes)
+    @property
+    def heads(self) -> int:
+        return self.pool.heads
 
-    def section(self, records: torch.Tensor, side: str, name: str) -> torch.Tensor:
-        """One section of records [..., heads, record_bytes] as a view: [..., heads, *page shape]."""
-        section = next(s for s in self.layout.side(side).sections if s.name == name)
-        start = self.layout.offsets[f"{side}_{name}"]
-        raw = records[..., start : start + section.page_bytes(self.layout.page_tokens)]
-        return raw.view(_DTYPES[section.dtype]).unflatten(-1, section.page_shape(self.layout.page_tokens))
+    @cached_property
+    def table(self) -> torch.Tensor:
+        """[B, pages] int32 or int64, as kernels take it."""
+        return self.pool.table(self.ids) if self.numbers is None else self.numbers
 
-    def words(self, records: torch.Tensor, side: str) -> torch.Tensor:
-        """Words of records as a view of the layout's shape: int16, uint8 for e4m3, fp16 for dense."""
-        layout, start = self.layout.side(side), self.layout.offsets[f"{side}_words"]
-        raw = records[..., start : start + layout.words_bytes]
-        dtype = {"e4m3": torch.uint8, "dense": torch.float16}.get(layout.format, torch.int16)
-        return raw.view(dtype).unflatten(-1, layout.words_shape)
+    @property
+    def rows(self) -> Sequence[Sequence[int]]:
+        """Page ids of each sequence on the host."""
+        if self.ids is not None:
+            return self.ids
+        assert not self.pool.owned, "pages of a pool that grows are known by their ids"
+        return self.numbers.tolist()
 
-    def codes(self, records: torch.Tensor, side: str) -> torch.Tensor:
-        """Codes of records, [..., heads, page_tokens, head_dim] uint8."""
-        layout, words = self.layout.side(side), self.words(records, side)
-        return unpack_rows(words, layout).flatten(-3, -2) if layout.format in PLANE_FORMATS else words
+    def part(self, first: int, last: int, rows: Sequence[int] | None = None) -> "Pages":
+        """Pages [first, last) of some sequences, all by default."""
+        ids = self.rows
+        ids = [ids[row][first:last] for row in (range(len(ids)) if rows is None else rows)]
+        return dataclasses.replace(self, ids=ids, numbers=None)
 
-    def dense(self, side: str, numbers: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """The numbers of pages [B, P], dequantized: [B, heads, P * page_tokens, head_dim]."""
-        layout, records = self.layout.side(side), self.records(numbers)
-        codes = self.codes(records, side)
+    # Reading.
+
+    def words(self, side: str) -> torch.Tensor:
+        """The words of a side, [B, K, P, *words_shape]: int16, uint8 for e4m3, fp16 for dense."""
+        return self._read(side, "words", 1, self.layout.side(side).format in ("e4m3", "dense"))
+
+    def section(self, side: str, name: str) -> torch.Tensor:
+        """A section of a side, [B, K, P, rows, *shape], without K where heads share it."""
+        return self._read(side, name, _named(self.layout.side(side), name).tokens, True)
+
+    def _read(self, side: str, name: str, per_row: int, by_token: bool) -> torch.Tensor:
+        # Sequences that grow together own interleaved pages, so page-major order is often one view.
+        rows = self.rows
+        place = self.layout.places[side, name]
+        found = self.pool.read([page for pages in zip(*rows, strict=True) for page in pages], place)
+        found = found.unflatten(0, (-1, len(rows)))
+        if by_token and self.tokens is not None:
+            size = self.layout.page_tokens
+            # Blocks are written as a whole, so a row that has begun is there.
+            written, last = -(-(self.tokens - (len(found) - 1) * size) // per_row), size // per_row
+            if written < last:
+                found = found.clone()
+                found[-1].narrow(2, written, last - written).zero_()
+        found = found.permute(1, 2, 0, *range(3, found.ndim))
+        return found.squeeze(1) if place.shared else found
+
+    def codes(self, side: str) -> torch.Tensor:
+        """Codes of a side, [B, K, P * page_tokens, head_dim] uint8; fp16 numbers for dense."""
+        return unpack_codes(self.words(side), self.layout.side(side))
+
+    def encoded(self, side: str) -> Encoded:
+        """What a codec decodes: codes [B, K, P * page_tokens, head_dim] and sections by token."""
+        sections = {}
+        for section in self.layout.side(side).sections:
+            numbers = self.section(side, section.name)
+            sections[section.name] = numbers.flatten(-2 - len(section.shape), -1 - len(section.shape))
+        return Encoded(codes=self.codes(side), sections=sections)
+
+    # Writing.
+
+    def write(self, side: str, start: int, encoded: Encoded) -> None:
+        """Write tokens [start, start + t) of every sequence; ``encoded`` has [B, K, t, ...].
+
+        Tokens are written in order: of a page that is written in part, the tokens before ``start`` stay.
+        """
+        size, stop = self.layout.page_tokens, start + encoded.codes.shape[-2]
+        layout, rows, position = self.layout.side(side), self.rows, start
+        while position < stop:
+            page, offset = divmod(position, size)
+            whole = (stop - position) // size if offset == 0 else 0
+            taken = whole * size or min(size - offset, stop - position)
+            own = encoded.tokens(layout, position - start, position - start + taken)
+            if whole:
+                self._write_whole([p for ids in rows for p in ids[page : page + whole]], side, own)
+            else:
+                for i, ids in enumerate(rows):
+                    self._write_tokens(ids[page], side, offset, own.row(i))
+            position += taken
+
+    def _write_whole(self, ids: list[int], side: str, encoded: Encoded) -> None:
+        """Whole pages of the sequences in turn."""
+        layout, places = self.layout.side(side), self.layout.places
+        self.pool.write(ids, places[side, "words"], pack_codes(encoded.codes, layout).transpose(1, 2).flatten(0, 1))
+        for section in layout.sections:
+            numbers = encoded.sections[section.name]
+            numbers = numbers.unsqueeze(1) if section.shared else numbers
+            numbers = numbers.unflatten(2, (-1, self.layout.page_tokens // section.tokens))
+            self.pool.write(ids, places[side, section.name], numbers.transpose(1, 2).flatten(0, 1))
+
+    def _write_tokens(self, page: int, side: str, start: int, encoded: Encoded) -> None:
+        """Tokens from ``start`` of one page of one sequence."""
+        layout, places = self.layout.side(side), self.layout.places
+        count = encoded.codes.shape[-2]
+        words = self.pool.part(page, places[side, "words"])
+        if layout.format in PLANE_FORMATS:
+            merge_codes(words, layout, start, encoded.codes)
+        else:
+            words[:, start : start + count] = encoded.codes
+        for section in layout.sections:
+            where = slice(start // section.tokens, (start + count) // section.tokens)
+            numbers = encoded.sections[section.name]
+            part = self.pool.part(page, places[side, section.name])
+            part[:, where] = numbers.unsqueeze(0) if section.shared else numbers
+
+    def dense(self, side: str, dtype: torch.dtype) -> torch.Tensor:
+        """The numbers of a side, dequantized: [B, heads, P * page_tokens, head_dim].
+
+        Of layouts that say, with the static numbers, all that codes mean.
+        """
+        layout, encoded = self.layout.side(side), self.encoded(side)
         levels = self.key_levels if side == "key" else self.value_levels
         if layout.format == "e4m3":
-            x = codes.contiguous().view(torch.float8_e4m3fn).to(dtype)
-        elif layout.format == "dense":
-            x = codes.to(dtype)
+            x = from_e4m3(encoded.codes, dtype)
         elif layout.format == "book":
-            x = torch.tensor(levels, dtype=dtype, device=codes.device)[codes.int()]
+            x = torch.tensor(levels, dtype=dtype, device=encoded.codes.device)[encoded.codes.int()]
         else:
-            # Without a minimum, codes are symmetric about the middle of their range.
-            x = codes.to(dtype) - (2 ** (layout.bits - 1) if layout.meta_terms == 1 else 0)
+            x = encoded.codes.to(dtype)
         if layout.meta is not None:
-            x = _scaled(x, _numbers(self.section(records, side, "meta"), layout.meta_format, dtype), layout)
-        if any(section.name == "norm" for section in layout.extras):
-            x = x * self.section(records, side, "norm").to(dtype).unsqueeze(-1)
+            x = scaled(x, encoded.sections, layout, dtype)
+        if "norm" in encoded.sections:
+            x = x * encoded.sections["norm"].to(dtype).unsqueeze(-1)
         x = x * (self.key_scale if side == "key" else self.value_scale)
         if side == "key" and self.channel_factor is not None:
             x = x * self.channel_factor.to(dtype).unsqueeze(1)
-        return x.transpose(1, 2).flatten(2, 3)
+        return x
 
 
-def _numbers(meta: torch.Tensor, form: str, dtype: torch.dtype) -> torch.Tensor:
-    if form == "float16":
-        return meta.to(dtype)
-    if form == "e8m0":
-        return torch.exp2(meta.to(dtype) - 127)
-    return meta.contiguous().view(torch.float8_e4m3fn).to(dtype)
-
-
-def _scaled(x: torch.Tensor, meta: torch.Tensor, layout: SideLayout) -> torch.Tensor:
-    """x [..., page_tokens, head_dim] * scale (+ minimum); meta [..., rows, *shape], the last dimension the terms."""
-    by_token = layout.axis == "token"
-    grouped = x.unflatten(-1, (-1, layout.group)) if by_token else x.unflatten(-2, (-1, layout.group))
-    terms = [meta[..., i].unsqueeze(-1 if by_token else -2) for i in range(layout.meta_terms)]
-    grouped = grouped * terms[0]
-    grouped = grouped + terms[1] if len(terms) == 2 else grouped
-    return grouped.flatten(-2) if by_token else grouped.flatten(-3, -2)
+def _named(layout: SideLayout, name: str) -> Section:
+    return next(section for section in layout.sections if section.name == name)

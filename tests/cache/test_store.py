@@ -101,11 +101,10 @@ def state(store, row):
     body = max(0, store.counts[row] - store.group.sinks)
     for side in ("key", "value"):
         done = store.packed[side][row]
-        pages = -(-done // store.group.layout.page_tokens)
         if done:
-            packed = store.arena.packed([store.tables[row][:pages]], side, store.group.codecs[side])
-            found[side, "codes"] = packed.codes()[0, :, :done]
-            found[side, "numbers"] = packed.dequantize()[0, :, :done]
+            pages, _ = store.pages([row], 0, done)
+            found[side, "codes"] = pages.codes(side)[0, :, :done]
+            found[side, "numbers"] = store.group.codecs[side].dequantized(pages, side, torch.float32)[0, :, :done]
         found[side, "tail"] = store.tails[side].last([row], body - done)[0] if body > done else torch.empty(0)
         if side in store.sinks:
             found[side, "sinks"] = store.sinks[side][row, :, : min(store.counts[row], store.group.sinks)]
@@ -130,6 +129,22 @@ def cuts_of(total, *sizes):
 def test_chunking_law(group, sizes):
     x = tokens(1, 331)
     assert_same(state(build(group, x, cuts_of(331, *sizes)), 0), state(build(group, x, [0, 331]), 0))
+
+
+def test_the_laws_hold_for_tokens_of_sixteen_bits(group):
+    """Chunks, batch and pads, and the bytes are those of the same numbers in float32."""
+    x = {side: t.bfloat16() for side, t in tokens(2, 203, seed=6).items()}
+    valid = torch.ones(2, 203, dtype=torch.bool)
+    valid[1, 20:51] = False
+    together = build(group, x, cuts_of(203, 50, 1, 33), valid)
+    for row in range(2):
+        alone = {side: t[row : row + 1, :, valid[row]] for side, t in x.items()}
+        count = int(valid[row].sum())
+        found = state(together, row)
+        assert_same(found, state(build(group, alone, [0, count]), 0))
+        single = state(build(group, {side: t.float() for side, t in alone.items()}, [0, count]), 0)
+        assert any(found[name].numel() for name in found if name[1] == "numbers")
+        assert_same({n: t.float() for n, t in found.items()}, {n: t.float() for n, t in single.items()})
 
 
 def test_batch_law(group):
@@ -202,10 +217,10 @@ def test_selecting_rows_and_going_on_equals_rows_that_were_there_from_the_start(
 def test_released_pages_are_used_again(group):
     x = tokens(4, 300)
     store = build(group, x, [0, 300])
-    pages = store.arena.pages
+    pages = store.pool.pages
     store.select(torch.tensor([1, 1, 1, 1]))
     store.append({side: v[:, :, :128] for side, v in x.items()}, None)
-    assert store.arena.pages <= pages + 2
+    assert store.pool.pages <= pages + 2
 
 
 @pytest.mark.parametrize("draft", [1, 5, 40])

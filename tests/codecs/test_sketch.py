@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from kvq.codecs import PackedKV, codec_spec
+from kvq.bench.samples import pages_of
+from kvq.codecs import codec_spec
 from kvq.codecs.projections import directions, from_bytes, project, to_bytes, unbiasing
 from kvq.codecs.sketch import SketchCodec
 
@@ -54,11 +55,11 @@ def test_the_estimator_is_the_published_formula():
     """<q, k> ~ c / m ||k|| sum_i (S^T q)_i sign((S^T k)_i), with an exact query."""
     k, q = vectors(seed=5, count=64)
     codec = SketchCodec(bits=3, head_dim=D, seed=9)
-    packed = PackedKV.pack(k.view(1, 1, 64, D) * 7, codec)
+    pages = pages_of(k.view(1, 1, 64, D) * 7, codec)
     s = directions(D, 3 * D, 9)
     norm = (k * 7).norm(dim=-1).half().double()
     expected = (q @ s) @ (k @ s).sign().T * norm * unbiasing(D) / (3 * D)
-    assert torch.allclose(packed.scores(q.view(1, 1, 64, D))[0, 0], expected)
+    assert torch.allclose(codec.scores(pages, "key", q.view(1, 1, 64, D))[0, 0], expected)
 
 
 def test_outlier_channels_have_a_sketch_of_their_own(numbers):

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from kvq.codecs import AffineCodec, PackedKV, codec_spec
+from kvq.bench.samples import pages_of, stored_bytes
+from kvq.codecs import AffineCodec, codec_spec
 from kvq.codecs.tiers import TiersCodec
 from kvq.errors import RecipeError
 
@@ -50,13 +51,13 @@ def test_one_width_is_affine_by_channel():
 def test_pages_hold_the_bits_and_give_the_numbers_back(page_tokens, meta):
     codec = TiersCodec(bits=(4, 2, 2, 0), group=128, head_dim=64, meta=meta)
     x = numbers(1, 3, 512, 64).float()
-    packed = PackedKV.pack(x, codec, page_tokens)
-    assert torch.equal(packed.dequantize(), codec.decode(codec.encode(x), torch.float32))
+    pages = pages_of(x, codec, page_tokens)
+    assert torch.equal(codec.dequantized(pages, "key", torch.float32), codec.decode(codec.encode(x), torch.float32))
     pair = {"float16": 32, "range8": 16}[meta]
     extra = {"float16": 0, "range8": 3 * 32}[meta]
     stored = 16 * (4 + 2 + 2) * 128 + 48 * pair + extra
-    assert packed.nbytes * 8 == stored * 4 * 3
-    assert packed.layout.bits_per_element(3) == stored / (128 * 64)
+    assert stored_bytes(pages) * 8 == stored * 4 * 3
+    assert pages.layout.key.bits_per_element(3) == stored / (128 * 64)
 
 
 def test_each_tier_meets_its_own_error():

@@ -1,6 +1,6 @@
 """The evaluation law on exports: what one forward scores is what the model from ``from_pretrained`` decodes.
 
-Everything in float64, so that nothing but a wrong cache can make a difference.
+In float64, so that nothing but a wrong cache can make a difference, and once in bfloat16.
 """
 
 import pytest
@@ -60,6 +60,18 @@ def test_one_forward_scores_what_the_exported_model_decodes(folder):
     assert float((score.losses - losses).abs().max()) < TOLERANCE
     # It is no plain forward, which is what the baseline's losses are.
     assert float((score.baseline_losses - losses).abs().max()) > DIFFERENT
+
+
+@pytest.mark.parametrize("folder", ["kivi2", "int4"], indirect=True)
+def test_one_forward_scores_what_decodes_in_bfloat16(folder):
+    """As far as the model's own rounding allows: a forward over many tokens rounds otherwise than one over one."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    subject = load_subject(folder, dtype=torch.bfloat16)
+    (found,) = score_windows(subject.model, {"own": subject.plan}, cut_windows(tokens(), LENGTH), "stream")
+    logprobs = decoded(model, tokens()[:-1]).float()
+    losses = -logprobs.gather(1, torch.tensor(tokens()[1:]).unsqueeze(1)).squeeze(1)
+    assert float((found["own"].losses - losses).abs().mean()) < 0.02
+    assert float((found["own"].baseline_losses - losses).abs().mean()) > 0.2
 
 
 def test_continuations_score_what_the_exported_model_decodes(folder):

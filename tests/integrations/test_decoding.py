@@ -280,3 +280,13 @@ def test_a_cache_survives_pickling(model, recipe):
         again = pickle.loads(pickle.dumps(cache))
         token = prompt(1, seed=2)
         assert torch.equal(model(token, past_key_values=cache).logits, model(token, past_key_values=again).logits)
+
+
+@pytest.mark.parametrize("name", ["kivi2", "int8"])
+def test_modes_hold_in_bfloat16(tiny_model, name):
+    """Those that compare like with like: drafts are verified several at a time, which rounds otherwise."""
+    model, recipe = tiny_model(layers=2, head_dim=32, dtype=torch.bfloat16, seed=3), load_recipe(name)
+    test_greedy_equals_stepping_through_the_cache_and_differs_from_the_exact_cache(model, recipe)
+    test_chunked_prefill_stores_the_same_tokens(model, recipe)
+    test_a_left_padded_batch_generates_what_each_row_generates_alone(model, recipe)
+    test_reset_and_reuse_gives_a_fresh_cache(model, recipe)

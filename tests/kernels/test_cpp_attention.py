@@ -5,11 +5,11 @@ import itertools
 import pytest
 import torch
 
-from kvq.cache.arena import Arena
 from kvq.codecs import AffineCodec, Float8Codec
 from kvq.kernels.cpp import build, launch
 from kvq.pages.layout import PageLayout, Section, SideLayout
 from kvq.pages.pages import Pages
+from kvq.pages.pool import Pool
 
 pytestmark = pytest.mark.skipif(build.unavailable() is not None, reason=f"{build.unavailable()}")
 
@@ -39,10 +39,10 @@ class Case:
     def __init__(self, key, value, body=331, packed=(256, 192), sinks=5, exact_extra=7):
         size = max(key.page_tokens, value.page_tokens)
         self.layout = PageLayout(key=key.layout(size), value=value.layout(size))
-        self.arena = Arena(self.layout, HEADS, torch.device("cpu"))
+        self.pool = Pool(self.layout, HEADS)
         self.body, self.packed, self.codecs = body, packed, {"key": key, "value": value}
         # Two slabs, pages out of order.
-        first, second = self.arena.allocate(3), self.arena.allocate(max(1, -(-max(packed) // size) - 3))
+        first, second = self.pool.allocate(3), self.pool.allocate(max(1, -(-max(packed) // size) - 3))
         self.table = [*reversed(first), *second][: -(-max(packed) // size)]
         self.seen, self.exact, self.sinks = {}, [], []
         for i, (side, count) in enumerate(zip(("key", "value"), packed)):
@@ -51,7 +51,7 @@ class Case:
             filled = torch.cat([x[:, :, :count], x[:, :, :1].expand(-1, -1, whole - count, -1)], dim=2)
             if count:
                 encoded = self.codecs[side].encode(filled)
-                self.arena.write_pages(self.table[: whole // size], side, encoded)
+                Pages(pool=self.pool, ids=[self.table]).write(side, 0, encoded)
                 stored = self.codecs[side].decode(encoded, torch.float64)[:, :, :count]
             else:
                 stored = x[:, :, :0]
@@ -64,10 +64,8 @@ class Case:
         self.q = normal(HEADS, QUERIES, key.head_dim, seed=20, scale=0.3)
 
     def pages(self):
-        slabs = self.arena.slabs
-        table = torch.from_numpy(self.arena.addresses(self.table) - slabs[0].data_ptr()).view(1, -1) // 16
         scales = {f"{side}_scale": getattr(codec, "scale", 1.0) for side, codec in self.codecs.items()}
-        return Pages(layout=self.layout, pool=slabs[0], table=table, heads=HEADS, stride=16, **scales)
+        return Pages(pool=self.pool, ids=[self.table], **scales)
 
     def counts(self, queries=1):
         """Exact tokens are right-aligned in their buffers."""
@@ -160,9 +158,9 @@ def test_rows_of_a_batch_are_those_of_calls_of_their_own():
         case.q = normal(HEADS, QUERIES, 64, seed=40 + seed)
     first = cases[0].pages()
     width = max(case.pages().table.shape[1] for case in cases)
-    tables = [case.pages().table * 16 + case.arena.slabs[0].data_ptr() - first.pool.data_ptr() for case in cases]
+    tables = [case.pages().table * 16 + case.pool.base.data_ptr() - first.pool.base.data_ptr() for case in cases]
     table = torch.cat([torch.nn.functional.pad(t, (0, width - t.shape[1])) for t in tables]) // 16
-    pages = Pages(layout=first.layout, pool=first.pool, table=table, heads=HEADS, stride=16)
+    pages = Pages(pool=first.pool, numbers=table)
     counts, exact = torch.cat([case.counts() for case in cases]), []
     for side in range(2):
         room = max(case.exact[side].shape[1] for case in cases)

@@ -5,12 +5,12 @@ import itertools
 import pytest
 import torch
 
-from kvq.cache.arena import Arena
 from kvq.codecs import AffineCodec, Float8Codec
 from kvq.errors import DataError
 from kvq.kernels.cpp import build, launch
 from kvq.pages.layout import PageLayout
 from kvq.pages.pages import Pages
+from kvq.pages.pool import Pool
 
 pytestmark = pytest.mark.skipif(build.unavailable() is not None, reason=f"{build.unavailable()}")
 
@@ -25,25 +25,33 @@ def codecs():
     yield Float8Codec(head_dim=48, scale=0.3)
 
 
-def arenas(codec):
-    layout = PageLayout(key=codec.layout(64), value=codec.layout(64))
-    pair = [Arena(layout, HEADS, torch.device("cpu")) for _ in range(2)]
-    for arena in pair:
-        arena.allocate(2)
-    return pair
+class Written:
+    """A pool, and both ways to write tokens to it."""
 
+    def __init__(self, codec, pages=2):
+        self.codec = codec
+        self.pool = Pool(PageLayout(key=codec.layout(64), value=codec.layout(64)), HEADS)
+        self.pool.allocate(pages)
 
-def append(arena, page, side, slot, token):
-    """One token [HEADS, head_dim] to a page of a pool."""
-    return pack(arena, [page], side, slot, token.unsqueeze(1))
+    def pages(self, *rows) -> Pages:
+        scale = CODEC_SCALE.get(self.pool.layout.key.format, 1.0)
+        return Pages(pool=self.pool, ids=rows, key_scale=scale, value_scale=scale)
 
+    def pack(self, ids, side, start, tokens) -> bool:
+        """Tokens [HEADS, t, head_dim] of one row by the kernel."""
+        return launch.pack(tokens.unsqueeze(0), self.pages(ids), side, start)
 
-def pack(arena, table, side, start, tokens):
-    """Tokens [HEADS, t, head_dim] to the pages of one row."""
-    scale = {"key_scale": CODEC_SCALE.get(arena.layout.key.format, 1.0)}
-    scale["value_scale"] = scale["key_scale"]
-    pages = Pages.of(arena.layout, arena.slabs[0], torch.tensor([table]), **scale)
-    return launch.pack(tokens.unsqueeze(0), pages, side, start)
+    def append(self, page, side, slot, token) -> bool:
+        return self.pack([page], side, slot, token.unsqueeze(1))
+
+    def write(self, ids, side, start, tokens) -> None:
+        """The same by the reference."""
+        self.pages(ids).write(side, start, self.codec.encode(tokens.unsqueeze(0)))
+
+    @property
+    def bytes(self) -> torch.Tensor:
+        (slab,) = self.pool.slabs
+        return slab
 
 
 def adversarial(tokens, head_dim, dtype):
@@ -63,43 +71,43 @@ def adversarial(tokens, head_dim, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("codec", list(codecs()), ids=str)
 def test_the_bytes_are_those_of_the_reference(codec, dtype):
-    compiled, reference = arenas(codec)
+    compiled, reference = Written(codec), Written(codec)
     for slot, token in enumerate(adversarial(64, codec.head_dim, dtype)):
-        assert append(compiled, 1, "value", slot, token)
-        reference.write_tokens(1, "value", slot, codec.encode(token.unsqueeze(1)))
-        assert torch.equal(compiled.slabs[0], reference.slabs[0]), slot
-    assert compiled.slabs[0][1].any()
-    assert not compiled.slabs[0][0].any(), "another page was written"
+        assert compiled.append(1, "value", slot, token)
+        reference.write([1], "value", slot, token.unsqueeze(1))
+        assert torch.equal(compiled.bytes, reference.bytes), slot
+    assert compiled.bytes[1].any()
+    assert not compiled.bytes[0].any(), "another page was written"
 
 
 def test_a_token_written_again_forgets_what_came_after_it():
     codec = AffineCodec(bits=2, axis="token", group=64, head_dim=64)
-    compiled, reference = arenas(codec)
+    compiled, reference = Written(codec), Written(codec)
     x = adversarial(64, 64, torch.float32)
     for slot in (*range(40), *range(7, 12)):
         token = x[(slot * 5) % 64]
-        append(compiled, 0, "key", slot, token)
-        reference.write_tokens(0, "key", slot, codec.encode(token.unsqueeze(1)))
-        assert torch.equal(compiled.slabs[0], reference.slabs[0]), slot
+        compiled.append(0, "key", slot, token)
+        reference.write([0], "key", slot, token.unsqueeze(1))
+        assert torch.equal(compiled.bytes, reference.bytes), slot
 
 
 def test_tokens_of_any_strides():
     codec = AffineCodec(bits=4, axis="token", group=64, head_dim=64)
-    compiled, reference = arenas(codec)
+    compiled, reference = Written(codec), Written(codec)
     buffer = adversarial(32, 64, torch.float32).permute(1, 2, 0).contiguous().permute(0, 2, 1)
     for slot in range(32):
-        append(compiled, 0, "key", slot, buffer[:, slot])
-        reference.write_tokens(0, "key", slot, codec.encode(buffer[:, slot : slot + 1]))
-    assert torch.equal(compiled.slabs[0], reference.slabs[0])
+        compiled.append(0, "key", slot, buffer[:, slot])
+        reference.write([0], "key", slot, buffer[:, slot : slot + 1])
+    assert torch.equal(compiled.bytes, reference.bytes)
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf, 65600.0])
 def test_numbers_that_cannot_be_stored(bad):
     codec = AffineCodec(bits=4, axis="token", group=64, head_dim=64)
-    compiled, _ = arenas(codec)
+    compiled = Written(codec)
     token = torch.randn(HEADS, 64, generator=torch.Generator().manual_seed(1))
     token[2, 63] = bad
-    assert not append(compiled, 0, "key", 0, token)
+    assert not compiled.append(0, "key", 0, token)
     with pytest.raises(DataError, match="65504"):
         codec.encode(token.unsqueeze(1))
 
@@ -109,26 +117,20 @@ def test_numbers_that_cannot_be_stored(bad):
 def test_groups_of_tokens_by_channel(bits, head_dim, dtype):
     """Whole groups, over the end of a page, and from the middle of one."""
     codec = AffineCodec(bits=bits, axis="channel", group=16, head_dim=head_dim)
-    compiled, reference = arenas(codec)
+    compiled, reference = Written(codec), Written(codec)
     x = adversarial(128, head_dim, dtype).transpose(0, 1)
     for start, stop in ((0, 16), (16, 112), (112, 128)):
-        assert pack(compiled, [1, 0], "key", start, x[:, start:stop])
-        for at in range(start, stop, 16):
-            reference.write_tokens(1 - at // 64, "key", at % 64, codec.encode(x[:, at : at + 16]))
-        assert torch.equal(compiled.slabs[0], reference.slabs[0])
+        assert compiled.pack([1, 0], "key", start, x[:, start:stop])
+        reference.write([1, 0], "key", start, x[:, start:stop])
+        assert torch.equal(compiled.bytes, reference.bytes)
 
 
 def test_a_prompt_of_several_rows_in_one_call():
     codec = AffineCodec(bits=3, axis="token", group=64, head_dim=64)
-    layout = PageLayout(key=codec.layout(64), value=codec.layout(64))
-    compiled, reference = (Arena(layout, HEADS, torch.device("cpu")) for _ in range(2))
-    for arena in (compiled, reference):
-        arena.allocate(6)
+    compiled, reference = Written(codec, pages=6), Written(codec, pages=6)
     x = torch.randn(2, HEADS, 150, 64, generator=torch.Generator().manual_seed(3))
-    table = torch.tensor([[4, 0, 2], [1, 5, 3]])
-    assert launch.pack(x, Pages.of(layout, compiled.slabs[0], table), "value", 10)
-    for row in range(2):
-        for first, last in ((10, 64), (64, 128), (128, 160)):
-            encoded = codec.encode(x[row, :, first - 10 : last - 10])
-            reference.write_tokens(int(table[row, first // 64]), "value", first % 64, encoded)
-    assert torch.equal(compiled.slabs[0], reference.slabs[0])
+    table = [[4, 0, 2], [1, 5, 3]]
+    assert launch.pack(x, compiled.pages(*table), "value", 10)
+    for row, ids in enumerate(table):
+        reference.write(ids, "value", 10, x[row])
+    assert torch.equal(compiled.bytes, reference.bytes)

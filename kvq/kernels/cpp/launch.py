@@ -5,13 +5,12 @@ from functools import lru_cache
 
 import torch
 
+from kvq.pages.affine import wide
 from kvq.pages.layout import ATOM, PageLayout, SideLayout
 from kvq.pages.pages import Pages
 
 # ``kMostHeadDim`` of pages.h.
 LARGEST_HEAD = 1024
-# Tokens that the kernels encode with the bytes of the codecs.
-PACKED_DTYPES = (torch.float32, torch.float64)
 
 
 @lru_cache(maxsize=256)
@@ -65,10 +64,10 @@ def decode_attention(
     """
     out, lse = torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(q.shape[:4])
     layout = pages.layout
-    numbers = (layout.page_tokens, layout.record_bytes, pages.stride, window or 0)
+    numbers = (layout.page_tokens, layout.record_bytes, pages.pool.unit, window or 0)
     torch.ops.kvq.decode_attention(
         q.contiguous(),
-        pages.pool,
+        pages.pool.base,
         pages.table.long().contiguous(),
         [*numbers, *_side_numbers(layout, "key"), *_side_numbers(layout, "value")],
         counts,
@@ -105,10 +104,10 @@ def pack(x: torch.Tensor, pages: Pages, side: str, start: int) -> bool:
     ranges = torch.tensor([[start, start + x.shape[2], -start]], dtype=torch.int32).expand(x.shape[0], 3).contiguous()
     layout = pages.layout
     return torch.ops.kvq.pack(
-        _rows(x),
+        _rows(wide(x)),
         ranges,
-        pages.pool,
+        pages.pool.base,
         pages.table.long().contiguous(),
-        [layout.record_bytes, pages.stride, *_side_numbers(layout, side)],
+        [layout.record_bytes, pages.pool.unit, *_side_numbers(layout, side)],
         pages.key_scale if side == "key" else pages.value_scale,
     )

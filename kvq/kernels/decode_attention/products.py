@@ -16,26 +16,27 @@ import torch
 
 from kvq.pages.bits import float_tile
 from kvq.pages.layout import SideLayout
+from kvq.pages.pages import Pages
 
 Partial = tuple[torch.Tensor, torch.Tensor]
 
 
 def page_scores(
     q_BKMD: torch.Tensor,
-    words: torch.Tensor,
+    pages: Pages,
+    side: str,
     meta: torch.Tensor | None,
-    layout: SideLayout,
     scale: float = 1.0,
     levels: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return q . k for every token of the pages, [B, K, M, T], in the dtype of q.
+    """Return q . k for every token of one side of the pages, [B, K, M, T], in the dtype of q.
 
-    words    [B, K, P, *layout.words_shape]
     meta     (scale, minimum or offset) of every group, [B, K, P, rows, groups or channels, 2]; None for none
     scale    static scale (e4m3)
     levels   book: what the codes name, [2^bits]
     """
-    tile, factors = float_tile(words, layout, q_BKMD.dtype, levels)
+    layout = pages.layout.side(side)
+    tile, factors = float_tile(pages.words(side), layout, q_BKMD.dtype, levels)
     weight = (scale / factors).view(-1, 1, 1, 1, layout.head_dim)
     if meta is None:
         return _token_order((q_BKMD * weight) @ tile, layout)
@@ -55,14 +56,15 @@ def page_scores(
 
 def page_weighted_sum(
     p_BKMT: torch.Tensor,
-    words: torch.Tensor,
+    pages: Pages,
+    side: str,
     meta: torch.Tensor | None,
-    layout: SideLayout,
     scale: float = 1.0,
     levels: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return sum_t p_t v_t, [B, K, M, D], in the dtype of p. Arguments as for ``page_scores``."""
-    tile, factors = float_tile(words, layout, p_BKMT.dtype, levels)
+    layout = pages.layout.side(side)
+    tile, factors = float_tile(pages.words(side), layout, p_BKMT.dtype, levels)
     weight = (scale / factors).view(-1, 1, 1, 1, layout.head_dim)
     if meta is None:
         return ((_part_order(p_BKMT, layout) @ tile.transpose(-1, -2)) * weight).sum(0)

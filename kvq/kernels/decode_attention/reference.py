@@ -31,7 +31,7 @@ def _tokens(b: int, query, pages, lengths, exact, dtype) -> tuple[torch.Tensor, 
             sinks = exact.sink_keys if side == "key" else exact.sink_values
             parts.append(sinks[b, :, : min(sinks.shape[2], newest)].to(dtype))
         if used:
-            parts.append(pages.dense(side, pages.table[b : b + 1, :used], dtype)[0, :, :packed])
+            parts.append(pages.part(0, used, [b]).dense(side, dtype)[0, :, :packed])
         if exact is not None:
             ring = exact.keys if side == "key" else exact.values
             offset = int((exact.key_offsets if side == "key" else exact.value_offsets)[b])

@@ -19,7 +19,7 @@ def pack(source: Source, pages: Pages, side: str, clip: float, rotation: Rotatio
         grid=(pieces(source.longest, own.page_tokens), x.shape[0], pages.heads),
         args=(
             x,
-            pages.pool,
+            pages.pool.base,
             pages.table,
             source.ranges,
             source.offsets,
@@ -31,7 +31,7 @@ def pack(source: Source, pages: Pages, side: str, clip: float, rotation: Rotatio
             x.stride(2),
             x.shape[2],
             pages.table.stride(0),
-            pages.stride,
+            pages.pool.unit,
             (1 - clip) / 2,
             float(pages.key_scale if side == "key" else pages.value_scale),
         ),

@@ -28,5 +28,5 @@ def unpack_pages(
     for b, length in enumerate(lengths.tolist()):
         used = -(-length // pages.layout.page_tokens)
         if used:
-            out[b, :, :length] = pages.dense(side, pages.table[b : b + 1, :used], dtype)[0, :, :length].to(out.dtype)
+            out[b, :, :length] = pages.part(0, used, [b]).dense(side, dtype)[0, :, :length].to(out.dtype)
     return ran

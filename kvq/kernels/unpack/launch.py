@@ -19,7 +19,7 @@ def unpack(pages: Pages, side: str, lengths: torch.Tensor, out: torch.Tensor) ->
         kernel=unpack_pages,
         grid=(count * -(-own.rows // PACK_ROWS.value), out.shape[0], pages.heads),
         args=(
-            pages.pool,
+            pages.pool.base,
             pages.table,
             lengths,
             pages.channel_factor if factor else lengths,
@@ -28,7 +28,7 @@ def unpack(pages: Pages, side: str, lengths: torch.Tensor, out: torch.Tensor) ->
             out.stride(1),
             out.stride(2),
             pages.table.stride(0),
-            pages.stride,
+            pages.pool.unit,
             float(pages.key_scale if side == "key" else pages.value_scale),
             books(pages)[0 if side == "key" else 1],
         ),

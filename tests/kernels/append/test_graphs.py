@@ -104,7 +104,7 @@ def test_capture_and_replay(device):
         want = decoder.wanted()
         assert (decoder.out - want).abs().max() < 2e-3 * want.abs().max()
     # Another table, in place.
-    pool = decoder.pages.pool
+    pool = decoder.pages.pool.base
     order = torch.randperm(len(pool), generator=generator).to(device)
     moved = pool[order].clone()
     decoder.pages.table.copy_(order.argsort()[decoder.pages.table.long()].int())

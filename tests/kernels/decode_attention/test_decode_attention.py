@@ -10,6 +10,7 @@ from kvq.kernels.decode_attention import decode_attention
 from kvq.kernels.decode_attention.decode_plan import DecodePlan
 from kvq.kernels.decode_attention.reference import dense_attention
 from kvq.kernels.types import Query
+from kvq.pages.pool import Pool
 
 # Of kernels that multiply fp16 factors and sum in fp32; q and the weights are rounded to 11 bits.
 FROBENIUS, WORST_ROW = 1e-3, 4e-3
@@ -169,7 +170,7 @@ def test_adversarial_numbers(width, kind, device):
     query, pages, lengths, plan, _ = setup(case, device)
     q = query.q
     if kind == "dominant":
-        dense = pages.dense("key", pages.table[:, :1], torch.float32)[:, :, 5]
+        dense = pages.part(0, 1).dense("key", torch.float32)[:, :, 5]
         q = (dense.repeat_interleave(case.group, 1).unsqueeze(2) * 4).to(q.dtype)
     elif kind == "equal":
         q = torch.zeros_like(q)
@@ -179,7 +180,7 @@ def test_adversarial_numbers(width, kind, device):
         for name in ("meta", "norm"):
             sections = {section.name for section in pages.layout.value.sections}
             if name in sections:
-                numbers = pages.section(pages.pool, "value", name)
+                numbers = pages.pool.all(pages.layout.places["value", name])
                 numbers[..., 0 if name == "meta" else slice(None)] = 0
                 if kind == "constant values" and name == "meta":
                     numbers[..., 1] = 0.75
@@ -201,18 +202,17 @@ def test_pages_that_lie_more_than_2_gib_apart(device):
     query, pages, lengths, plan, exact = setup(case, device)
     want = decode_attention(query, pages, lengths, plan, exact, impl="triton").out.clone()
     far = torch.empty((1 << 31) + (1 << 20) if device.type == "cpu" else 1 << 33, dtype=torch.uint8, device=device)
-    stride = 16
-    start = far.numel() - 4 * pages.page_bytes
-    start -= start % stride
+    # Unlike a page's own size, and pages start where no number of whole pages does.
+    stride, offset = pages.pool.page_bytes + 16, 48
+    pool = Pool.borrow(far, pages.layout, pages.heads, stride=stride, offset=offset)
     table = torch.zeros_like(pages.table, dtype=torch.int64)
     for i, number in enumerate(pages.table[0].tolist()):
-        at = start + i * pages.page_bytes
-        far[at : at + pages.page_bytes] = pages.pool[number].reshape(-1)
-        table[0, i] = at // stride
-    moved = replace(pages, pool=far, table=table, stride=stride)
+        table[0, i] = pool.pages - 4 + i
+        pool.base[table[0, i]] = pages.pool.base[number]
+    moved = replace(pages, pool=pool, numbers=table)
     found = decode_attention(query, moved, lengths, plan, exact, impl="triton")
     assert torch.equal(found.out, want)
-    wrong = replace(moved, table=torch.where(table > 0, table - (1 << 31) // stride, table))
+    wrong = replace(moved, numbers=torch.where(table > 0, table - (1 << 31) // stride, table))
     assert not torch.equal(decode_attention(query, wrong, lengths, plan, exact, impl="triton").out, want)
 
 

@@ -5,7 +5,8 @@ import itertools
 import pytest
 import torch
 
-from kvq.codecs import AffineCodec, Float8Codec, PackedKV
+from kvq.bench.samples import pages_of
+from kvq.codecs import AffineCodec, Float8Codec
 from kvq.kernels.decode_attention.products import merge_partials, partial_attention
 
 CODECS = [
@@ -16,49 +17,49 @@ CODECS = [
 ] + [Float8Codec(head_dim=80, scale=0.03)]
 
 
-def packed_case(codec, pages=3, seed=0):
+def pages_case(codec, pages=3, seed=0):
     generator = torch.Generator().manual_seed(seed)
     shape = (2, 3, pages * codec.page_tokens, codec.head_dim)
     x = torch.randn(shape, generator=generator, dtype=torch.float64) * 3 + 1
-    return PackedKV.pack(x, codec), generator
+    return pages_of(x, codec), generator
 
 
 @pytest.mark.parametrize("codec", CODECS, ids=str)
 def test_scores_equal_q_times_dequantized_keys(codec):
-    packed, generator = packed_case(codec)
+    pages, generator = pages_case(codec)
     q = torch.randn(2, 3, 5, codec.head_dim, generator=generator, dtype=torch.float64)
-    reference = q @ packed.dequantize(torch.float64).transpose(-1, -2)
-    worst = (packed.scores(q) - reference).abs().amax() / reference.abs().amax()
+    reference = q @ codec.dequantized(pages, "key", torch.float64).transpose(-1, -2)
+    worst = (codec.scores(pages, "key", q) - reference).abs().amax() / reference.abs().amax()
     assert worst < 1e-13
 
 
 @pytest.mark.parametrize("codec", CODECS, ids=str)
 def test_weighted_sum_equals_p_times_dequantized_values(codec):
-    packed, generator = packed_case(codec)
-    tokens = packed.dequantize(torch.float64).shape[-2]
+    pages, generator = pages_case(codec)
+    tokens = codec.dequantized(pages, "key", torch.float64).shape[-2]
     p = torch.rand(2, 3, 5, tokens, generator=generator, dtype=torch.float64)
-    reference = p @ packed.dequantize(torch.float64)
-    worst = (packed.weighted_sum(p) - reference).abs().amax() / reference.abs().amax()
+    reference = p @ codec.dequantized(pages, "key", torch.float64)
+    worst = (codec.weighted_sum(pages, "key", p) - reference).abs().amax() / reference.abs().amax()
     assert worst < 1e-13
 
 
 @pytest.mark.parametrize("codec", CODECS[::5], ids=str)
 def test_float32_rows_stay_close_to_fp64_on_the_same_codes(codec):
     """Worst row relative to that row: a lost or swapped row cannot hide in a large output."""
-    packed, generator = packed_case(codec)
+    pages, generator = pages_case(codec)
     q = torch.randn(2, 3, 5, codec.head_dim, generator=generator, dtype=torch.float64)
-    reference = q @ packed.dequantize(torch.float64).transpose(-1, -2)
-    error = (packed.scores(q.float()).double() - reference).norm(dim=-1) / reference.norm(dim=-1)
+    reference = q @ codec.dequantized(pages, "key", torch.float64).transpose(-1, -2)
+    error = (codec.scores(pages, "key", q.float()).double() - reference).norm(dim=-1) / reference.norm(dim=-1)
     assert error.max() < 1e-5
 
 
 def test_a_wrong_scale_is_seen():
     codec = CODECS[0]
-    packed, generator = packed_case(codec)
+    pages, generator = pages_case(codec)
     q = torch.randn(2, 3, 5, codec.head_dim, generator=generator, dtype=torch.float64)
-    good = packed.scores(q)
-    packed.sections["meta"][..., 0] *= 1.01
-    assert ((packed.scores(q) - good).abs().amax() / good.abs().amax()) > 1e-3
+    good = codec.scores(pages, "key", q)
+    pages.pool.all(pages.layout.places["key", "meta"])[..., 0] *= 1.01
+    assert ((codec.scores(pages, "key", q) - good).abs().amax() / good.abs().amax()) > 1e-3
 
 
 @pytest.mark.parametrize("cuts", [(0, 7, 20), (0, 1, 2, 20), (0, 20), (0, 0, 20)])

@@ -7,6 +7,7 @@
               always holds zero.
     range8    axis channel: the scale as UE5M3; the minimum as the byte m in minimum = low + m * step, where (low, step)
               is one fp16 pair for all channels of the block, in the section ``meta_range``
+    e8m0      a scale alone, as the exponent of a power of two (MXFP4)
 
 Encoders use the numbers as they are stored, so encoder and decoder agree. A 16-bit pair becomes 16 bits of metadata per
 group with the last three.
@@ -16,6 +17,7 @@ import torch
 
 from kvq.pages.layout import E4M3_MAX, Section
 
+E8M0_BIAS = 127
 # The largest finite fp16 number that a UE5M3 byte holds.
 _UE5M3_TOP = 0xF7
 
@@ -31,7 +33,7 @@ def to_e4m3(x: torch.Tensor) -> torch.Tensor:
 
 
 def from_e4m3(codes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return codes.view(torch.float8_e4m3fn).to(dtype)
+    return codes.contiguous().view(torch.float8_e4m3fn).to(dtype)
 
 
 def to_ue5m3(x: torch.Tensor) -> torch.Tensor:
@@ -44,24 +46,38 @@ def from_ue5m3(codes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return (codes.to(torch.int16) << 7).view(torch.float16).to(dtype)
 
 
-def store_range(
-    low: torch.Tensor, high: torch.Tensor, bits: int, form: str
-) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:
+def quotient(x: torch.Tensor, number: float) -> torch.Tensor:
+    """x / number, rounded once: by a number of Python, CUDA would multiply with the rounded reciprocal."""
+    return x / torch.full((), number, dtype=x.dtype, device=x.device)
+
+
+def store_scale(scale: torch.Tensor, form: str) -> torch.Tensor:
+    """Scales as they are stored, for ``float16`` and ``e4m3``."""
+    return to_e4m3(scale) if form == "e4m3" else scale.to(torch.float16)
+
+
+def load_scale(stored: torch.Tensor, form: str, dtype: torch.dtype) -> torch.Tensor:
+    """Inverse of ``store_scale``, and what ``e8m0`` stands for."""
+    if form == "e8m0":
+        return torch.exp2(stored.to(dtype) - E8M0_BIAS)
+    return from_e4m3(stored, dtype) if form == "e4m3" else stored.to(dtype)
+
+
+def store_range(low: torch.Tensor, high: torch.Tensor, bits: int, form: str) -> dict[str, torch.Tensor]:
     """Choose and store (scale, minimum) for groups with these ends; codes go from 0 to 2^bits - 1.
 
     low, high   [..., rows, groups or channels]
-    Returns the sections, with ``meta`` [..., rows, groups or channels, 2], and scale and minimum as they are stored, in
-    the dtype of ``low``.
+    Returns the sections, with ``meta`` [..., rows, groups or channels, 2].
     """
     steps = 2**bits - 1
     sections = {}
     if form == "float16":
-        pair = ((high - low) / steps).to(torch.float16), low.to(torch.float16)
+        pair = quotient(high - low, steps).to(torch.float16), low.to(torch.float16)
     elif form == "e4m3":
-        pair = to_e4m3((high - low) / steps), to_e4m3(low)
+        pair = to_e4m3(quotient(high - low, steps)), to_e4m3(low)
     elif form == "zero8":
         low, high = low.clamp(max=0), high.clamp(min=0)
-        scale = to_ue5m3((high - low) / steps)
+        scale = to_ue5m3(quotient(high - low, steps))
         span = from_ue5m3(scale, low.dtype) * steps
         pair = scale, (-255 * low / span.masked_fill(span == 0, torch.inf)).round_().clamp_(0, 255).to(torch.uint8)
     else:
@@ -70,10 +86,9 @@ def store_range(
         start, step = ends.to(low.dtype).unsqueeze(-2).unbind(-1)
         # Rounded down, so that the lowest number of a group stays inside its range.
         code = ((low - start) / step.masked_fill(step == 0, torch.inf)).floor_().clamp_(0, 255)
-        pair = to_ue5m3((high - torch.addcmul(start, code, step)).clamp(min=0) / steps), code.to(torch.uint8)
+        pair = to_ue5m3(quotient((high - torch.addcmul(start, code, step)).clamp(min=0), steps)), code.to(torch.uint8)
     sections["meta"] = torch.stack(pair, dim=-1)
-    scale, minimum = load_pair(sections, bits, form, low.dtype)
-    return sections, scale, minimum
+    return sections
 
 
 def _stored_range(low: torch.Tensor) -> torch.Tensor:
@@ -81,7 +96,7 @@ def _stored_range(low: torch.Tensor) -> torch.Tensor:
     start = low.amin(-1).to(torch.float16)
     above = start.to(low.dtype) > low.amin(-1)
     start = torch.where(above, torch.nextafter(start, torch.full_like(start, -torch.inf)), start)
-    return torch.stack([start, ((low.amax(-1) - start.to(low.dtype)) / 255).to(torch.float16)], dim=-1)
+    return torch.stack([start, quotient(low.amax(-1) - start.to(low.dtype), 255).to(torch.float16)], dim=-1)
 
 
 def load_pair(
