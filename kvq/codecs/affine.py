@@ -8,8 +8,8 @@ lies outside saturates. Symmetric codes (arXiv 2206.01861, as DeepSpeed computes
 
     scale = 2 max|x| / 2^bits,   code = 2^(bits-1) + clamp(round(x / scale), -2^(bits-1), 2^(bits-1) - 1)
 
-Scale and minimum are rounded to how they are stored (``meta.py``) before encoding, so encoder and decoder agree. A
-constant group has scale 0 and decodes to its stored constant.
+Scale and minimum are rounded to how they are stored (``kvq.pages.meta``) before encoding, so encoder and decoder agree.
+A constant group has scale 0 and decodes to its stored constant.
 """
 
 from dataclasses import dataclass
@@ -39,7 +39,7 @@ class AffineCodec(Codec):
 
     clip        share of a group's range that the codes span.
     symmetric   no minimum is stored.
-    meta        a format of ``meta.py``.
+    meta        a format of ``kvq.pages.meta``.
     shared      axis token: all heads share a scale, and group is head_dim.
     """
 
@@ -136,7 +136,7 @@ class Affine(GroupedSpec):
     axis, group   what shares a scale (``GroupedSpec``).
     clip          share of a group's range that the codes span, above 0 to 1; what lies outside saturates.
     symmetric     codes are centred on zero, and there is no minimum (ZeroQuant, arXiv 2206.01861).
-    meta          how scale and minimum are stored (``meta.py``): ``float16`` (default), ``e4m3``, ``zero8`` or
+    meta          how scale and minimum are stored (``kvq.pages.meta``): ``float16`` (default), ``e4m3``, ``zero8`` or
                   ``range8``.
     """
 

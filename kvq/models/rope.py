@@ -15,6 +15,7 @@ from transformers import PretrainedConfig
 from transformers.models.auto.configuration_auto import model_type_to_module_name
 
 from kvq.errors import UnsupportedModelError
+from kvq.pages.affine import wide
 
 # These change the frequencies with the length of the text, so a stored key has no one position to go back to.
 MOVING_TYPES = ("dynamic", "longrope")
@@ -41,13 +42,13 @@ class Rope:
 
     def rotate(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Keys as they are before RoPE to keys at ``positions`` [B or 1, T]."""
-        x = _wide(x)
+        x = wide(x)
         cos, sin = self._cos_sin(positions, x)
         return self._applied(x, cos, sin)
 
     def undo(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Inverse of ``rotate``."""
-        x = _wide(x)
+        x = wide(x)
         cos, sin = self._cos_sin(positions, x)
         out = self._applied(x, cos, -sin)
         if self.factor != 1:
@@ -118,10 +119,6 @@ def rope_of(config: PretrainedConfig) -> Rope:
         raise _refusal(name, f"its rotary embedding works differently ({type(error).__name__})") from None
     _check_inverse(rope, name)
     return rope
-
-
-def _wide(x: torch.Tensor) -> torch.Tensor:
-    return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
 def _parameters(config: PretrainedConfig) -> dict[str, Any]:

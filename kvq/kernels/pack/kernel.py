@@ -10,12 +10,13 @@ import triton.language as tl
 from kvq.kernels.device.sections import channels_of, group_of
 from kvq.kernels.device.words import field_code, field_place, is_spread, known
 from kvq.kernels.rotate.kernel import rotated
+from kvq.pages.layout import E4M3_MAX
 
 # Adding and subtracting 1.5 * 2^23 rounds a small number to the nearest integer, halves to even.
 _ROUND = tl.constexpr(12582912.0)
 # Rows of containers handled at a time.
 PACK_ROWS = tl.constexpr(16)
-_LARGEST_E4M3 = tl.constexpr(448.0)
+_LARGEST_E4M3 = tl.constexpr(E4M3_MAX)
 
 
 @triton.jit
