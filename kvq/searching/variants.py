@@ -14,7 +14,7 @@ from kvq.heads import TokenPolicy
 from kvq.models.describe import LayerSpec, ModelSpec
 from kvq.pages.flush import FlushRule
 from kvq.pages.layout import SIDES
-from kvq.searching.space import Option, Space, artefacts_of
+from kvq.searching.space import PARTNER, Option, Space, artefacts_of
 
 # A window that no text leaves: what is not measured stays exact.
 _ENDLESS = 1 << 40
@@ -81,8 +81,7 @@ class Variants:
         recipe = option.recipe(policy)
         others = [h for h in range(self.layers[layer].kv_heads) if h != head]
         # Any other codec separates the other heads; they are never flushed.
-        bits = 8 if option.codec.codec != "affine" or option.codec.bits != 8 else 4
-        codec = {"codec": "affine", "bits": bits, "axis": "token", "group": "head"}
+        codec = PARTNER.to_dict() | ({"bits": 4} if option.codec == PARTNER else {})
         # An override keeps what it does not name, and the option's other settings need not fit this codec.
         codec |= {name: None for name in option.codec.to_dict() if name not in codec}
         split = replace(recipe, layers={f"{layer}/{','.join(map(str, others))}": {option.side: codec}})

@@ -19,6 +19,7 @@ from kvq.calib.needs import needs_of
 from kvq.cli import main
 from kvq.codecs import CODECS, PARTS
 from kvq.errors import RecipeError
+from kvq.eval.identity import plan_hash
 from kvq.models.describe import describe
 from kvq.recipe import load_recipe, parse_recipe
 from kvq.registry import Registry
@@ -125,6 +126,11 @@ def test_the_whole_way_of_a_registered_codec_and_transform(plugin, tiny_checkpoi
     sizes = ("--data", text, "--seq-len", 64, "--stride", 32, "--limit", 2, "--tasks", "perplexity")
     run("eval", folder, *sizes, "--no-cache", "--json", report)
     assert json.loads(report.read_text())
+
+    # Kept results are filed under the plug-in's source, too.
+    before, source_file = plan_hash(model.kvq.plan), plugin / "kvq_ladder.py"
+    source_file.write_text(f"{PLUGIN}# another version\n")
+    assert plan_hash(model.kvq.plan) != before
 
     done = fresh(FRESH, folder)
     assert done.returncode == 0, done.stderr[-2000:]
