@@ -10,8 +10,10 @@
     e8m0      a scale alone, as the exponent of a power of two (MXFP4)
 
 Encoders use the numbers as they are stored, so encoder and decoder agree. A 16-bit pair becomes 16 bits of metadata per
-group with the last three.
+group with ``e4m3``, ``zero8`` and ``range8``.
 """
+
+from collections.abc import Mapping
 
 import torch
 
@@ -100,7 +102,7 @@ def _stored_range(low: torch.Tensor) -> torch.Tensor:
 
 
 def load_pair(
-    sections: dict[str, torch.Tensor], bits: int, form: str, dtype: torch.dtype
+    sections: Mapping[str, torch.Tensor], bits: int, form: str, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Scale and minimum as numbers, each [..., rows, groups or channels]."""
     first, second = sections["meta"].unbind(-1)

@@ -87,13 +87,14 @@ class Pages:
     @cached_property
     def table(self) -> torch.Tensor:
         """[B, pages] int32 or int64, as kernels take it."""
-        return self.pool.table(self.ids) if self.numbers is None else self.numbers
+        return self.pool.table(self.rows) if self.numbers is None else self.numbers
 
     @property
     def rows(self) -> Sequence[Sequence[int]]:
         """Page ids of each sequence on the host."""
         if self.ids is not None:
             return self.ids
+        assert self.numbers is not None, "pages have a table"
         assert not self.pool.owned, "pages of a pool that grows are known by their ids"
         return self.numbers.tolist()
 

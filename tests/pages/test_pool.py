@@ -179,8 +179,11 @@ def test_what_nobody_wrote_reads_as_zero_weight():
     assert codecs[1].weighted_sum(pages_with(pages, TOKENS), "value", weights).isfinite().all()
 
 
-@pytest.mark.parametrize("name", ["int4", "three bits", "kivi", "fp8"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("int4", torch.bfloat16), ("three bits", torch.float32), ("kivi", torch.bfloat16), ("fp8", torch.float32)],
+    ids=str,
+)
 def test_triton_writes_and_reads_borrowed_pages_like_torch(name, dtype, device):
     key, value = CODECS[name]
     layout = layout_of_codecs(key, value)
