@@ -14,7 +14,7 @@ import contextlib
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,14 +22,13 @@ import torch
 from transformers import PreTrainedModel
 
 from kvq.calib.forward import look, plan_layers
-from kvq.calib.job import Job, joined, refuse_missing, state_of
+from kvq.calib.job import Job, Progress, refuse_missing, run_job, state_of
 from kvq.calib.kinds.bins import BINS, Bins
 from kvq.calib.measured import MeasuredLayer
 from kvq.calib.observe import Batch
 from kvq.calib.ranks import Ranks
-from kvq.calib.state import Layers, RunState
+from kvq.calib.state import Layers
 from kvq.calib.stats import Fit, LayerStats, Stats
-from kvq.calib.tree import Tree
 from kvq.calib.watch import watch
 from kvq.codecs import Codec, CodecSpec
 from kvq.errors import DataError
@@ -41,7 +40,6 @@ from kvq.recipe import Recipe
 FIT = "codebooks"
 # Gradients of one window are held at a time.
 BATCH_SIZE = 1
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,12 +146,8 @@ def learn_codebooks(
     ropes = {index: plan.rope for index, plan in plans.items()}
     made = json.dumps([[index, [book.name for book in own]] for index, own in books.items()])
     state = state_of(state_folder, job, model.config, made, gradient, _digest(codecs))
-
-    def work(mine: list[int], tree: Tree[Layers]) -> None:
-        run = functools.partial(_measure, model, books=books, codecs=codecs, ropes=ropes, gradient=gradient)
-        _run(job, run, mine, tree, state, progress)
-
-    layers = joined(job, ranks, state, work)
+    measure = functools.partial(_measure, model, books=books, codecs=codecs, ropes=ropes, gradient=gradient)
+    layers = run_job(job, ranks, state, measure, progress)
     if layers is None:
         return None
     found = {
@@ -189,25 +183,6 @@ def _digest(codecs: Mapping[int, Mapping[str, Codec]]) -> str:
         for name, codec in own.items():
             digest.update(f"{index} {name} {codec!r}".encode())
     return digest.hexdigest()
-
-
-def _run(job: Job, measure, mine: list[int], tree: Tree[Layers], state: RunState | None, progress: Progress | None):
-    total = len(job.batches)
-    done = total - len(mine)
-    if progress:
-        progress(done, total)
-    try:
-        for number in mine:
-            tree.add((0, number), measure(job.batch(number)))
-            done += 1
-            if progress:
-                progress(done, total)
-            if state:
-                state.save_now_and_then(tree)
-    except KeyboardInterrupt:
-        if state and tree.nodes:
-            state.save(tree)
-        raise
 
 
 class _Sides:
@@ -297,7 +272,7 @@ def _bins(
             weights = (slope[row][:, real][:, book.sinks :][:, : body.shape[1]] * scale).square()
         found.append(Bins.observe(numbers, weights))
     total = functools.reduce(Bins.merge, found) if found else Bins.observe(x.new_zeros(0), x.new_zeros(0))
-    if not total.is_finite:
+    if not bool(total.weights.isfinite().all()):
         raise DataError(
             f"layer {index} gives gradients of {book.side}s that are NaN or Inf in {batch.windows}: load the model in "
             "bfloat16 or float32."

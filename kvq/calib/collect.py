@@ -1,6 +1,5 @@
 """Run a model over token windows, watch it, and join what every batch shows into statistics."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -8,17 +7,14 @@ from transformers import PreTrainedModel
 
 from kvq.calib.data import DataIdentity
 from kvq.calib.forward import look, measure, plan_layers
-from kvq.calib.job import Job, assemble, joined, missing_of, refuse_missing, state_of
+from kvq.calib.job import Job, Progress, assemble, missing_of, refuse_missing, run_job, state_of
 from kvq.calib.needs import DEFAULT_NEEDS
 from kvq.calib.ranks import Ranks
-from kvq.calib.state import Layers, RunState
 from kvq.calib.stats import Stats
-from kvq.calib.tree import Tree
 from kvq.models.describe import describe
 
 RESERVOIR_BYTES = 512 * 2**20
 ALONE = Ranks()
-Progress = Callable[[int, int], None]
 
 
 def collect(
@@ -65,31 +61,7 @@ def collect(
     if strict:
         refuse_missing(plans)
     state = state_of(state_folder, job, model.config, weights_fingerprint)
-
-    def work(mine: list[int], tree: Tree[Layers]) -> None:
-        _run(model, job, plans, mine, tree, state, progress)
-
-    layers = joined(job, ranks, state, work)
+    layers = run_job(job, ranks, state, lambda batch: measure(model, batch, plans), progress)
     if layers is None:
         return None
     return assemble(model.config, layers, missing_of(plans), model_name, weights_fingerprint, data)
-
-
-def _run(model, job: Job, plans, mine: list[int], tree: Tree[Layers], state: RunState | None, progress) -> None:
-    """Measure the batches ``mine`` into the tree, which may hold others already."""
-    total = sum(len(job.rows(number)) for number in job.batches if not tree.missing([number]) or number in mine)
-    done = total - sum(len(job.rows(number)) for number in mine)
-    if progress:
-        progress(done, total)
-    try:
-        for number in mine:
-            tree.add((0, number), measure(model, job.batch(number), plans))
-            done += len(job.rows(number))
-            if progress:
-                progress(done, total)
-            if state:
-                state.save_now_and_then(tree)
-    except KeyboardInterrupt:
-        if state and tree.nodes:
-            state.save(tree)
-        raise

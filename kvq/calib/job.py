@@ -24,6 +24,7 @@ from kvq.errors import DataError, UnsupportedModelError
 from kvq.models.describe import ModelSpec, describe
 
 _LONE = 4
+Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,15 +118,17 @@ class Job:
         return digest.hexdigest()
 
 
-def joined(
+def run_job(
     job: Job,
     ranks: Ranks,
     state: RunState | None,
-    work: Callable[[list[int], Tree[Layers]], None],
+    measure: Callable[[Batch], Layers],
+    progress: Progress | None = None,
 ) -> Layers | None:
-    """All batches of a job joined: this process does its share with ``work(batches, tree)``; the first gets the result.
+    """All batches of a job measured and joined: every process does its share, and the first gets the result.
 
-    What ``state`` holds is not done again.
+    What ``state`` holds is not done again. ``progress`` is called with (windows done, windows in all) after each batch,
+    and first with what was there.
     """
     done = state.load() if state and ranks.is_first else {}
     nodes: list[Node] = ranks.agree(list(done))
@@ -136,7 +139,7 @@ def joined(
     tree.nodes = done
 
     def run() -> dict[Node, Layers]:
-        work(mine, tree)
+        _run(job, measure, mine, tree, state, progress or (lambda done, total: None))
         return tree.nodes
 
     parts = ranks.gather(run)
@@ -146,6 +149,24 @@ def joined(
         for node, layers in part.items():
             tree.add(node, layers)
     return tree.total()
+
+
+def _run(job: Job, measure, mine: list[int], tree: Tree[Layers], state: RunState | None, progress: Progress) -> None:
+    """Measure the batches ``mine`` into the tree, which may hold others already."""
+    total = sum(len(job.rows(number)) for number in job.batches if not tree.missing([number]) or number in mine)
+    done = total - sum(len(job.rows(number)) for number in mine)
+    progress(done, total)
+    try:
+        for number in mine:
+            tree.add((0, number), measure(job.batch(number)))
+            done += len(job.rows(number))
+            progress(done, total)
+            if state:
+                state.save_now_and_then(tree)
+    except KeyboardInterrupt:
+        if state and tree.nodes:
+            state.save(tree)
+        raise
 
 
 def assemble(

@@ -17,7 +17,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from kvq.calib.data import DataIdentity
 from kvq.calib.file import read_file, write_file
-from kvq.calib.kinds import STORED, Statistic, to_cpu
+from kvq.calib.kinds import STORED, Statistic
 from kvq.calib.needs import WINDOW_NEEDS
 from kvq.errors import CheckpointError, DataError
 from kvq.models.describe import ModelSpec, describe
@@ -57,7 +57,7 @@ class LayerStats(Mapping[str, Statistic]):
         return LayerStats({need: part.merge(other.parts[need]) for need, part in self.parts.items()})
 
     def cpu(self) -> "LayerStats":
-        return LayerStats({need: to_cpu(part) for need, part in self.parts.items()})
+        return LayerStats({need: part.cpu() for need, part in self.parts.items()})
 
 
 @dataclass(frozen=True, kw_only=True)

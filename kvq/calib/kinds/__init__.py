@@ -4,12 +4,7 @@ Batches, resumed runs and processes all join by ``merge``; a window's padding is
 here, a row in ``KINDS``, and a row in ``kvq/calib/needs.py`` that says which tensors it is measured on.
 """
 
-import dataclasses
-from collections.abc import Mapping
-from typing import Any, Protocol, Self
-
-import torch
-
+from kvq.calib.kinds.base import Statistic
 from kvq.calib.kinds.bins import Bins
 from kvq.calib.kinds.histogram import Histogram
 from kvq.calib.kinds.massive import Massive
@@ -31,24 +26,7 @@ __all__ = [
     "Sinks",
     "Statistic",
     "Tops",
-    "to_cpu",
 ]
-
-
-class Statistic(Protocol):
-    """What every kind can do. ``tensors`` and ``facts`` (plain data) are stored, and ``restore`` reads them back."""
-
-    @property
-    def is_finite(self) -> bool: ...
-
-    def merge(self, other: Self) -> Self: ...
-
-    def tensors(self) -> dict[str, torch.Tensor]: ...
-
-    def facts(self) -> dict[str, Any]: ...
-
-    @classmethod
-    def restore(cls, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any]) -> Self: ...
 
 
 # By the last word of what a recipe needs: ``key.range``, ``query.moments``, ``reservoir``.
@@ -63,12 +41,3 @@ KINDS: dict[str, type[Statistic]] = {
 }
 # And those that only an unfinished run keeps on disk.
 STORED = KINDS | {"bins": Bins}
-
-
-def to_cpu(statistic: Statistic) -> Statistic:
-    """The same statistic with all tensors on the CPU."""
-    moved = {}
-    for field in dataclasses.fields(statistic):
-        value = getattr(statistic, field.name)
-        moved[field.name] = value.cpu() if isinstance(value, torch.Tensor) else value
-    return type(statistic)(**moved)

@@ -1,10 +1,10 @@
 """Normalised numbers in even bins, counted and weighted: what a codebook is learned from."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
+
+from kvq.calib.kinds.base import Statistic
 
 # Static ranges may be quantiles, and a token has room for so many outliers only: what lies outside a range and is no
 # outlier counts as well. The levels of a 4-bit codebook are some thirty bins apart.
@@ -12,7 +12,7 @@ BINS, END = 1024, 2.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bins:
+class Bins(Statistic):
     """counts, weights   [BINS] float64: numbers by bin, and their weights."""
 
     counts: torch.Tensor
@@ -28,23 +28,6 @@ class Bins:
         if weights is None:
             return cls(counts=counts, weights=torch.zeros_like(counts))
         return cls(counts=counts, weights=torch.bincount(index, weights[inside].double(), minlength=BINS))
-
-    @property
-    def is_finite(self) -> bool:
-        return bool(self.weights.isfinite().all())
-
-    def merge(self, other: "Bins") -> "Bins":
-        return Bins(counts=self.counts + other.counts, weights=self.weights + other.weights)
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        return {"counts": self.counts, "weights": self.weights}
-
-    def facts(self) -> dict[str, Any]:
-        return {}
-
-    @classmethod
-    def restore(cls, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any]) -> "Bins":
-        return cls(counts=tensors["counts"], weights=tensors["weights"])
 
 
 def bin_middles() -> torch.Tensor:

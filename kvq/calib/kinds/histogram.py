@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from kvq.calib.kinds.base import Statistic
 from kvq.calib.kinds.compiled import compiles, count_signed
 from kvq.calib.kinds.magnitude import MagnitudeBins
 from kvq.errors import DataError
@@ -18,7 +19,7 @@ BINS = 2 * LEVELS + 1
 
 
 @dataclass(frozen=True, kw_only=True)
-class Histogram:
+class Histogram(Statistic):
     """counts   [K, D, BINS] int32: tokens by bin, from most negative to largest."""
 
     counts: torch.Tensor
@@ -64,17 +65,12 @@ class Histogram:
         value = low + (high - low) * ((q * total - before) / inside).clamp(0, 1)
         return torch.where(total > 0, value, float("nan")).squeeze(-1).float()
 
-    @property
-    def is_finite(self) -> bool:
-        """Always True: NaN and Inf end in the outermost bins and are found by other means."""
-        return True
-
     def merge(self, other: "Histogram") -> "Histogram":
         """Counts of both token sets together."""
-        counts = self.counts + other.counts
-        if bool((counts < 0).any()):
+        joined = super().merge(other)
+        if bool((joined.counts < 0).any()):
             raise DataError("a histogram counts up to 2,147,483,647 tokens: calibrate on fewer.")
-        return Histogram(counts=counts)
+        return joined
 
     def grouped(self, kv_heads: int) -> "Histogram":
         """From query heads [H, D, BINS] to the KV heads that they read: a group's heads count as more tokens."""

@@ -4,12 +4,11 @@ They sit on fixed channels of a few tokens, make these tokens attention sinks, a
 others. Measured on what enters a decoder layer.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
 
 import torch
 
+from kvq.calib.kinds.base import LARGEST, Statistic
 from kvq.calib.kinds.compiled import compiles, peaks
 from kvq.calib.kinds.magnitude import MagnitudeBins
 from kvq.calib.kinds.tops import Tops
@@ -23,14 +22,14 @@ _STRIDE = 8
 
 
 @dataclass(frozen=True, kw_only=True)
-class Massive:
+class Massive(Statistic):
     """channel_peak   [C] float32: largest magnitude of each hidden channel.
     magnitudes     int64 [BINS.levels + 1]: histogram of |h| over every eighth channel of every token.
     token_peaks    int64, likewise: histogram of each token's largest magnitude.
     tops           the tokens with the largest entries; ``extra`` is the channel.
     """
 
-    channel_peak: torch.Tensor
+    channel_peak: torch.Tensor = field(metadata=LARGEST)
     magnitudes: torch.Tensor
     token_peaks: torch.Tensor
     tops: Tops
@@ -84,30 +83,6 @@ class Massive:
         """Share of tokens that hold a massive entry."""
         first = int(BINS.number(torch.tensor(self.threshold)))
         return float(self.token_peaks[first:].sum() / self.token_peaks.sum().clamp(min=1))
-
-    @property
-    def is_finite(self) -> bool:
-        return bool(self.channel_peak.isfinite().all())
-
-    def merge(self, other: "Massive") -> "Massive":
-        return Massive(
-            channel_peak=torch.maximum(self.channel_peak, other.channel_peak),
-            magnitudes=self.magnitudes + other.magnitudes,
-            token_peaks=self.token_peaks + other.token_peaks,
-            tops=self.tops.merge(other.tops),
-        )
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        own = {name: getattr(self, name) for name in ("channel_peak", "magnitudes", "token_peaks")}
-        return own | {f"tops_{name}": x for name, x in self.tops.tensors().items()}
-
-    def facts(self) -> dict[str, Any]:
-        return {}
-
-    @classmethod
-    def restore(cls, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any]) -> "Massive":
-        own = {name: tensors[name] for name in ("channel_peak", "magnitudes", "token_peaks")}
-        return cls(**own, tops=Tops.restore(tensors, "tops_"))
 
 
 def _by_torch(hidden: torch.Tensor, valid: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -1,17 +1,17 @@
 """Second moments of every head: sums of outer products of token vectors, optionally weighted by token."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
+
+from kvq.calib.kinds.base import Statistic
 
 # Tokens whose products are summed in float32 before they enter the float64 sum.
 CHUNK_TOKENS = 2048
 
 
 @dataclass(frozen=True, kw_only=True)
-class Moments:
+class Moments(Statistic):
     """sum_t w_t x_t x_t^T by head, with w_t = 1 unless weights were given.
 
     products   [K, D, D] float64; up to 2,048 tokens are multiplied in float32 (float64 data in float64).
@@ -45,26 +45,7 @@ class Moments:
         """Weighted mean of x x^T, [K, D, D] float64; NaN for a head without weight."""
         return self.products / self.weight.masked_fill(self.weight == 0, float("nan"))[:, None, None]
 
-    @property
-    def is_finite(self) -> bool:
-        """False if any number seen was NaN or Inf."""
-        return bool(self.products.isfinite().all() & self.weight.isfinite().all())
-
-    def merge(self, other: "Moments") -> "Moments":
-        """Moments of both token sets together."""
-        return Moments(products=self.products + other.products, weight=self.weight + other.weight)
-
     def grouped(self, kv_heads: int) -> "Moments":
         """From query heads [H, D, D] to the KV heads that they read: a group's heads count as more tokens."""
         products, weight = (x.unflatten(0, (kv_heads, -1)).sum(1) for x in (self.products, self.weight))
         return Moments(products=products, weight=weight)
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        return {"products": self.products, "weight": self.weight}
-
-    def facts(self) -> dict[str, Any]:
-        return {}
-
-    @classmethod
-    def restore(cls, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any]) -> "Moments":
-        return cls(products=tensors["products"], weight=tensors["weight"])

@@ -1,16 +1,15 @@
 """Range and first two moments of every head and channel."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
 
 import torch
 
+from kvq.calib.kinds.base import LARGEST, SMALLEST, Statistic
 from kvq.calib.kinds.compiled import channel_range, compiles
 
 
 @dataclass(frozen=True, kw_only=True)
-class Range:
+class Range(Statistic):
     """Range and first two moments by head and channel.
 
     min, max           [K, D] float32; +inf and -inf when nothing was seen. NaN and Inf in the data show up here.
@@ -18,8 +17,8 @@ class Range:
     count              tokens seen, the same for every head and channel.
     """
 
-    min: torch.Tensor
-    max: torch.Tensor
+    min: torch.Tensor = field(metadata=SMALLEST)
+    max: torch.Tensor = field(metadata=LARGEST)
     sum: torch.Tensor
     sum_squares: torch.Tensor
     count: int
@@ -70,21 +69,6 @@ class Range:
     def _tokens(self) -> float:
         return self.count or float("nan")
 
-    @property
-    def is_finite(self) -> bool:
-        """False if any number seen was NaN or Inf."""
-        return bool((self.sum.isfinite() & self.min.isfinite() & self.max.isfinite()).all()) or not self.count
-
-    def merge(self, other: "Range") -> "Range":
-        """Statistics of both token sets together."""
-        return Range(
-            min=torch.minimum(self.min, other.min),
-            max=torch.maximum(self.max, other.max),
-            sum=self.sum + other.sum,
-            sum_squares=self.sum_squares + other.sum_squares,
-            count=self.count + other.count,
-        )
-
     def grouped(self, kv_heads: int) -> "Range":
         """From query heads [H, D] to the KV heads that they read, [K, D]: a group's heads count as more tokens."""
         low, high, total, squares = (
@@ -97,15 +81,7 @@ class Range:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         # absmax follows from min and max and is stored for other readers.
-        return {name: getattr(self, name) for name in ("min", "max", "sum", "sum_squares", "absmax")}
-
-    def facts(self) -> dict[str, Any]:
-        return {"count": self.count}
-
-    @classmethod
-    def restore(cls, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any]) -> "Range":
-        stored = {name: tensors[name] for name in ("min", "max", "sum", "sum_squares")}
-        return cls(**stored, count=facts["count"])
+        return super().tensors() | {"absmax": self.absmax}
 
 
 def _nothing_seen(heads: int, channels: int, device: torch.device) -> Range:

@@ -3,19 +3,19 @@
 For what cannot be computed from sums: learned transforms, and searches whose objective is the attention output.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
+from kvq.calib.kinds.base import Statistic
 from kvq.errors import DataError
 
 TENSORS = ("query", "key", "value")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reservoir:
+class Reservoir(Statistic):
     """Windows one after another along the tokens, by ascending priority; each starts at its text's first token.
 
     query      [N, H, D] after RoPE: all query heads; H / K neighbouring ones read one KV head.
@@ -63,14 +63,6 @@ class Reservoir:
             capacity=capacity,
         )
 
-    @property
-    def nbytes(self) -> int:
-        return sum(getattr(self, name).nbytes for name in TENSORS)
-
-    @property
-    def is_finite(self) -> bool:
-        return all(bool(getattr(self, name).isfinite().all()) for name in TENSORS)
-
     def windows(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         """(query [H, T, D], key [K, T, D], value [K, T, D]) of each window."""
         parts = [getattr(self, name).split(self.lengths.tolist()) for name in TENSORS]
@@ -103,16 +95,6 @@ class Reservoir:
             scaling=self.scaling,
             capacity=self.capacity,
         )
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        return {name: getattr(self, name) for name in (*TENSORS, "lengths", "priority")}
-
-    def facts(self) -> dict[str, Any]:
-        return {"scaling": self.scaling, "capacity": self.capacity}
-
-    @classmethod
-    def restore(cls, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any]) -> "Reservoir":
-        return cls(**{name: tensors[name] for name in (*TENSORS, "lengths", "priority")}, **facts)
 
 
 def choose_windows(priority: torch.Tensor, window_bytes: Sequence[int], capacity: int) -> torch.Tensor:

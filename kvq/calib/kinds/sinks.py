@@ -3,22 +3,20 @@
 Attention is that of a few probing queries of each window (``kvq.calib.attention.probe_weights``).
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
+from kvq.calib.kinds.base import Statistic
 from kvq.calib.kinds.tops import Tops
 
 PROBES = 8
 # Positions whose attention is kept by head; later ones are summed up.
 POSITIONS = 16
-_STORED = ("mass", "first_key", "first_value")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sinks:
+class Sinks(Statistic):
     """mass     [H, POSITIONS] float64: attention given to each of the first positions, summed over the probes.
     probes   probing queries of each head.
     first_key, first_value   [K, D] float64: of each window's first token (after RoPE), summed over windows. That token
@@ -78,28 +76,3 @@ class Sinks:
     def share(self) -> torch.Tensor:
         """Share of attention on each of the first positions by query head, [H, POSITIONS] float32."""
         return (self.mass / (self.probes or float("nan"))).float()
-
-    @property
-    def is_finite(self) -> bool:
-        return all(bool(x.isfinite().all()) for x in (self.mass, self.first_key, self.first_value))
-
-    def merge(self, other: "Sinks") -> "Sinks":
-        return Sinks(
-            mass=self.mass + other.mass,
-            probes=self.probes + other.probes,
-            first_key=self.first_key + other.first_key,
-            first_value=self.first_value + other.first_value,
-            windows=self.windows + other.windows,
-            tops=self.tops.merge(other.tops),
-        )
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        own = {name: getattr(self, name) for name in _STORED}
-        return own | {f"tops_{name}": x for name, x in self.tops.tensors().items()}
-
-    def facts(self) -> dict[str, Any]:
-        return {"probes": self.probes, "windows": self.windows}
-
-    @classmethod
-    def restore(cls, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any]) -> "Sinks":
-        return cls(**{name: tensors[name] for name in _STORED}, **facts, tops=Tops.restore(tensors, "tops_"))

@@ -1,15 +1,17 @@
 """The strongest tokens of each window, for a bounded number of windows."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+
+from kvq.calib.kinds.base import Statistic
 
 WINDOWS, PER_WINDOW = 256, 4
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tops:
+class Tops(Statistic):
     """For the WINDOWS windows of lowest priority number, in that order, their PER_WINDOW strongest tokens, descending.
 
     priority   int64 [W]
@@ -62,11 +64,3 @@ class Tops:
     def _lowest(self) -> "Tops":
         order = self.priority.argsort(stable=True)[:WINDOWS]
         return Tops(**{name: x[order] for name, x in self.tensors().items()})
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        return {name: getattr(self, name) for name in ("priority", "strength", "position", "token", "extra")}
-
-    @classmethod
-    def restore(cls, tensors: Mapping[str, torch.Tensor], prefix: str) -> "Tops":
-        names = ("priority", "strength", "position", "token", "extra")
-        return cls(**{name: tensors[f"{prefix}{name}"] for name in names})

@@ -85,7 +85,6 @@ def test_nothing_seen_is_neutral():
     x = draw(1, 2, 9, 16)
     nothing = observe(x[:, :, :0])
     assert nothing.count == 0
-    assert nothing.is_finite
     assert (nothing.absmax == 0).all()
     assert nothing.rms.isnan().all()
     for merged in (nothing.merge(observe(x)), observe(x).merge(nothing)):
@@ -114,10 +113,10 @@ def test_all_padding_is_nothing_seen():
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 def test_one_bad_number_is_noticed_and_survives_merging(bad):
     x = draw(2, 2, 7, 16)
-    assert observe(x).is_finite
+    assert bool(observe(x).sum.isfinite().all())
     x[1, 1, 3, 5] = bad
-    assert not observe(x).is_finite
-    assert not observe(draw(2, 2, 7, 16)).merge(observe(x)).is_finite
+    assert not bool(observe(x).sum.isfinite().all())
+    assert not bool(observe(draw(2, 2, 7, 16)).merge(observe(x)).sum.isfinite().all())
 
 
 def test_one_large_offset_does_not_lose_the_small_numbers():
