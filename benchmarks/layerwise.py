@@ -33,7 +33,7 @@ from pathlib import Path
 import accelerate.hooks, accelerate.big_modeling
 import kvq.calib.run, kvq.cli, kvq.commands.calibrate, kvq.report.stats_tables
 import torch, transformers.models.llama.modeling_llama
-from kvq.calib.kinds import Range
+from kvq.calib.observers import Range
 
 Range.observe(torch.ones(1, 1, 2, 2))  # loads the compiled loops
 

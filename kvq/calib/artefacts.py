@@ -18,9 +18,9 @@ import torch
 from kvq.cache.plan import artefact_name
 from kvq.calib.codebooks import Book, learned
 from kvq.calib.evidence import Source
-from kvq.calib.kinds.bins import Bins
 from kvq.calib.learn import find_learned
 from kvq.calib.measured import MeasuredLayer
+from kvq.calib.observers.bins import Bins
 from kvq.calib.stats import Stats
 from kvq.codecs import Artefact, CodecSpec
 from kvq.errors import DataError

@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedToken
 
 from kvq.calib.codebooks import books_of, learn_codebooks
 from kvq.calib.collect import ALONE, RESERVOIR_BYTES, collect
-from kvq.calib.kinds import Massive, Sinks
 from kvq.calib.needs import DEFAULT_NEEDS
+from kvq.calib.observers import Massive, Sinks
 from kvq.calib.ranks import Ranks
 from kvq.calib.stats import Stats
 from kvq.calib.windows import Windows

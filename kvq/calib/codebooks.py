@@ -23,9 +23,9 @@ from transformers import PreTrainedModel
 
 from kvq.calib.forward import look, plan_layers
 from kvq.calib.job import Job, Progress, refuse_missing, run_job, state_of
-from kvq.calib.kinds.bins import BINS, Bins
 from kvq.calib.measured import MeasuredLayer
 from kvq.calib.observe import Batch
+from kvq.calib.observers.bins import BINS, Bins
 from kvq.calib.ranks import Ranks
 from kvq.calib.state import Layers
 from kvq.calib.stats import Fit, LayerStats, Stats

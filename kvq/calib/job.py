@@ -12,10 +12,10 @@ import torch
 from transformers import PretrainedConfig
 
 from kvq.calib.data import DataIdentity
-from kvq.calib.kinds.reservoir import choose_windows
-from kvq.calib.kinds.tokens import window_priorities
 from kvq.calib.needs import check_needs
 from kvq.calib.observe import Batch, LayerPlan
+from kvq.calib.observers.reservoir import choose_windows
+from kvq.calib.observers.tokens import window_priorities
 from kvq.calib.ranks import Ranks
 from kvq.calib.state import Layers, RunState
 from kvq.calib.stats import Stats, config_data

@@ -4,8 +4,8 @@ from collections.abc import Callable
 
 import torch
 
-from kvq.calib.kinds.bins import Bins, bin_middles
-from kvq.calib.kinds.histogram import bin_edges
+from kvq.calib.observers.bins import Bins, bin_middles
+from kvq.calib.observers.histogram import bin_edges
 from kvq.calib.stats import LayerStats
 from kvq.errors import DataError
 

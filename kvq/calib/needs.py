@@ -4,7 +4,7 @@ A need is ``tensor.kind``, or ``kind`` alone for what is measured on a layer as 
 
     tensors   ``key`` after RoPE, as cached; ``key_pre`` before RoPE; ``value``; ``query`` after RoPE, the heads of a
               group counted as tokens of the KV head that they read.
-    kinds     ``kvq/calib/kinds``: range, histogram, moments, and ``value.weighted_moments`` (weights: the attention
+    kinds     ``kvq/calib/observers``: range, histogram, moments, and ``value.weighted_moments`` (weights: the attention
               that a token gets); reservoir, massive, sinks.
 
 Codecs and transforms name their own.

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 import torch
 
 from kvq.calib.attention import AttentionOptions, probe_weights, received_weights
-from kvq.calib.kinds import Histogram, Massive, Moments, Range, Reservoir, Sinks, Statistic
-from kvq.calib.kinds.sinks import PROBES
-from kvq.calib.kinds.tokens import real_tokens
+from kvq.calib.observers import Histogram, Massive, Moments, Range, Reservoir, Sinks, Statistic
+from kvq.calib.observers.sinks import PROBES
+from kvq.calib.observers.tokens import real_tokens
 from kvq.calib.stats import LayerStats
 from kvq.errors import DataError
 from kvq.models.rope import Rope

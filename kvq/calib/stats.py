@@ -1,9 +1,9 @@
 """The statistics file: one safetensors file with what calibration measured and where it came from.
 
 Tensors are named ``layers.{i}.{need}.{tensor}``, such as ``layers.3.key.range.absmax`` ([kv_heads, head_dim]); needs
-are those of ``kvq/calib/needs.py``, tensors those of ``kvq/calib/kinds``. What other modules learned is stored beside
-them as ``fits.{name}.{tensor}``. The metadata holds the format version (``kvq_stats``), the provenance and a SHA-256
-over everything else, so an altered file is noticed. The same statistics give the same bytes.
+are those of ``kvq/calib/needs.py``, tensors those of ``kvq/calib/observers``. What other modules learned is stored
+beside them as ``fits.{name}.{tensor}``. The metadata holds the format version (``kvq_stats``), the provenance and a
+SHA-256 over everything else, so an altered file is noticed. The same statistics give the same bytes.
 """
 
 import json
@@ -17,8 +17,8 @@ from transformers import AutoConfig, PretrainedConfig
 
 from kvq.calib.data import DataIdentity
 from kvq.calib.file import read_file, write_file
-from kvq.calib.kinds import STORED, Statistic
 from kvq.calib.needs import WINDOW_NEEDS
+from kvq.calib.observers import STORED, Statistic
 from kvq.errors import CheckpointError, DataError
 from kvq.models.describe import ModelSpec, describe
 

@@ -11,8 +11,8 @@ from functools import cached_property
 
 import torch
 
-from kvq.calib.kinds import Histogram, Range
-from kvq.calib.kinds.histogram import bin_edges
+from kvq.calib.observers import Histogram, Range
+from kvq.calib.observers.histogram import bin_edges
 from kvq.calib.stats import LayerStats
 from kvq.errors import DataError
 from kvq.models.rope import Rope

@@ -8,8 +8,8 @@ import torch
 
 from kvq.calib import attention as module
 from kvq.calib.attention import AttentionOptions, probe_weights, received_weights
-from kvq.calib.kinds.sinks import POSITIONS, Sinks
-from kvq.calib.kinds.tokens import window_priorities
+from kvq.calib.observers.sinks import POSITIONS, Sinks
+from kvq.calib.observers.tokens import window_priorities
 
 OPTIONS = {
     "plain": AttentionOptions(scaling=0.3),

@@ -10,8 +10,8 @@ from kvq.cache import make_plan
 from kvq.calib.artefacts import check_artefacts, fit_artefacts, needed_artefacts
 from kvq.calib.codebooks import FIT, books_of, learn_codebooks
 from kvq.calib.collect import collect
-from kvq.calib.kinds.bins import BINS, END, Bins, bin_middles
 from kvq.calib.needs import needs_of
+from kvq.calib.observers.bins import BINS, END, Bins, bin_middles
 from kvq.codecs.kmeans import levels_of
 from kvq.codecs.levels import midpoints
 from kvq.errors import DataError

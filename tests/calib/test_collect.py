@@ -11,9 +11,9 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from kvq.calib import state as state_module
 from kvq.calib.collect import collect
-from kvq.calib.kinds import Histogram
-from kvq.calib.kinds.tokens import window_priorities
 from kvq.calib.needs import ALL_NEEDS, DEFAULT_NEEDS, WINDOW_NEEDS
+from kvq.calib.observers import Histogram
+from kvq.calib.observers.tokens import window_priorities
 from kvq.calib.stats import LayerStats, Stats
 from kvq.errors import DataError, UnsupportedModelError
 from kvq.models.describe import describe

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from kvq.calib.collect import collect
-from kvq.calib.kinds import KINDS
 from kvq.calib.needs import ALL_NEEDS, DEFAULT_NEEDS, check_needs, needs_of
+from kvq.calib.observers import KINDS
 from kvq.errors import DataError
 from kvq.models.describe import describe
 from kvq.recipe import list_recipes, load_recipe, parse_recipe

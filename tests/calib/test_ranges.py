@@ -5,8 +5,8 @@ import itertools
 import pytest
 import torch
 
-from kvq.calib.kinds import Histogram, Range
 from kvq.calib.measured import MeasuredLayer
+from kvq.calib.observers import Histogram, Range
 from kvq.calib.stats import LayerStats
 from kvq.codecs import codec_spec
 from kvq.codecs.book import channel_ranges

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from kvq.calib.kinds import Histogram, Range
 from kvq.calib.measured import MeasuredLayer
+from kvq.calib.observers import Histogram, Range
 from kvq.calib.stats import LayerStats
 from kvq.codecs import CodecSpec, codec_spec
 from kvq.codecs.float8 import Float8Codec

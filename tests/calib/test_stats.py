@@ -9,9 +9,9 @@ import torch
 
 from kvq.calib import stats as stats_module
 from kvq.calib.data import DataIdentity
-from kvq.calib.kinds import KINDS, Histogram, Massive, Moments, Range, Reservoir, Sinks
-from kvq.calib.kinds.tokens import window_priorities
 from kvq.calib.needs import ALL_NEEDS, TENSORS
+from kvq.calib.observers import KINDS, Histogram, Massive, Moments, Range, Reservoir, Sinks
+from kvq.calib.observers.tokens import window_priorities
 from kvq.calib.stats import Fit, LayerStats, Stats, config_data
 from kvq.errors import CheckpointError, DataError
 from kvq.models.describe import describe

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kvq.calib.kinds import Histogram, Moments, Range
+from kvq.calib.observers import Histogram, Moments, Range
 from kvq.calib.stats import LayerStats
 from kvq.diagnosis.predict import layers_of
 from kvq.diagnosis.tokens import draw

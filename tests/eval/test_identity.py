@@ -12,6 +12,7 @@ from kvq.eval import identity
 from kvq.eval.identity import answers_key, model_hash, plan_hash
 from kvq.eval.subject import load_subject
 from kvq.exporting.exporter import export
+from kvq.integrations.runtime import running
 from kvq.models.describe import describe
 from kvq.recipe import load_recipe
 
@@ -35,6 +36,16 @@ def test_plans_that_store_other_numbers_have_other_hashes(tiny_model):
     assert len(set(hashes)) == len(recipes)
     assert hashes == [plan_hash(plan_of(model, recipe)) for recipe in recipes]
     assert plan_hash(plan_of(model, load_recipe("fp16"))) == plan_hash(None) == "exact"
+
+
+def test_a_plan_that_was_used_is_the_same_plan(tiny_model):
+    """What it has put on a device and chosen on the way is no part of it."""
+    model = tiny_model(head_dim=32)
+    plan = plan_of(model, load_recipe("int4").override({"transforms.value": [{"kind": "hadamard"}]}))
+    before = plan_hash(plan)
+    with running(model, plan):
+        model.generate(torch.ones(1, 9, dtype=torch.long), max_new_tokens=3, do_sample=False)
+    assert plan_hash(plan) == before
 
 
 def test_artefacts_count(tiny_model):

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kvq.calib.kinds import Range
+from kvq.calib.observers import Range
 from kvq.calib.stats import LayerStats, Stats
 from kvq.models.describe import describe
 from kvq.models.resolve import load_config, weights_fingerprint

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from kvq.calib.artefacts import fit_artefacts
-from kvq.calib.kinds import Range
+from kvq.calib.observers import Range
 from kvq.calib.stats import LayerStats, Stats
 from kvq.errors import CheckpointError, DataError, RecipeError, UnsupportedModelError
 from kvq.exporting import exporter

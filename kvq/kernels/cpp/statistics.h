@@ -10,7 +10,7 @@ namespace kvq {
 constexpr int32_t kMagnitude = 0x7FFFFFFF;
 constexpr int64_t kBlock = 64;
 
-// |x| has number (bits >> shift) - lowest, at least 0 and at most levels: ``kvq.calib.kinds.magnitude``.
+// |x| has number (bits >> shift) - lowest, at least 0 and at most levels: ``kvq.calib.observers.magnitude``.
 struct Bins {
   int32_t lowest, shift, levels;
   int32_t number(int32_t bits) const {

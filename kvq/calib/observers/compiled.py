@@ -5,7 +5,7 @@ Counts, minima and maxima are those of the torch code to the bit; sums are taken
 
 import torch
 
-from kvq.calib.kinds.magnitude import MagnitudeBins
+from kvq.calib.observers.magnitude import MagnitudeBins
 from kvq.kernels.cpp.build import unavailable
 
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from kvq.calib.kinds.base import Statistic
-from kvq.calib.kinds.tops import Tops
+from kvq.calib.observers.base import Statistic
+from kvq.calib.observers.tops import Tops
 
 PROBES = 8
 # Positions whose attention is kept by head; later ones are summed up.

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from kvq.calib.kinds.base import Statistic
+from kvq.calib.observers.base import Statistic
 from kvq.errors import DataError
 
 TENSORS = ("query", "key", "value")

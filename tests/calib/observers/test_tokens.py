@@ -2,7 +2,7 @@
 
 import torch
 
-from kvq.calib.kinds.tokens import window_priorities
+from kvq.calib.observers.tokens import window_priorities
 
 
 def test_priorities_do_not_depend_on_padding_batch_or_order():

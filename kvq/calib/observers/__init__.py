@@ -1,18 +1,18 @@
-"""Kinds of statistics: each a frozen class that measures a batch and joins with another as if seen together.
+"""Observers: each a frozen statistic that measures a batch and joins with another as if seen together.
 
 Batches, resumed runs and processes all join by ``merge``; a window's padding is never seen. A new kind is one file
 here, a row in ``KINDS``, and a row in ``kvq/calib/needs.py`` that says which tensors it is measured on.
 """
 
-from kvq.calib.kinds.base import Statistic
-from kvq.calib.kinds.bins import Bins
-from kvq.calib.kinds.histogram import Histogram
-from kvq.calib.kinds.massive import Massive
-from kvq.calib.kinds.moments import Moments
-from kvq.calib.kinds.range import Range
-from kvq.calib.kinds.reservoir import Reservoir
-from kvq.calib.kinds.sinks import Sinks
-from kvq.calib.kinds.tops import Tops
+from kvq.calib.observers.base import Statistic
+from kvq.calib.observers.bins import Bins
+from kvq.calib.observers.histogram import Histogram
+from kvq.calib.observers.massive import Massive
+from kvq.calib.observers.moments import Moments
+from kvq.calib.observers.range import Range
+from kvq.calib.observers.reservoir import Reservoir
+from kvq.calib.observers.sinks import Sinks
+from kvq.calib.observers.tops import Tops
 
 __all__ = [
     "KINDS",

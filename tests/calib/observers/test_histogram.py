@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from kvq.calib.kinds.histogram import BINS, LEVELS, MAGNITUDES, Histogram, bin_edges
-from kvq.calib.kinds.tokens import real_tokens
+from kvq.calib.observers.histogram import BINS, LEVELS, MAGNITUDES, Histogram, bin_edges
+from kvq.calib.observers.tokens import real_tokens
 from kvq.errors import DataError
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kvq.calib.kinds import Histogram, Massive, Range, compiled
+from kvq.calib.observers import Histogram, Massive, Range, compiled
 from kvq.kernels.cpp import build
 
 pytestmark = pytest.mark.skipif(build.unavailable() is not None, reason=f"{build.unavailable()}")

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from kvq.calib.kinds.base import Statistic
-from kvq.calib.kinds.compiled import compiles, count_signed
-from kvq.calib.kinds.magnitude import MagnitudeBins
+from kvq.calib.observers.base import Statistic
+from kvq.calib.observers.compiled import compiles, count_signed
+from kvq.calib.observers.magnitude import MagnitudeBins
 from kvq.errors import DataError
 
 # Eight to an octave, so that a bin is at most an eighth of its magnitude wide.

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from kvq.calib.kinds.massive import Massive
-from kvq.calib.kinds.tokens import window_priorities
-from kvq.calib.kinds.tops import WINDOWS, Tops
+from kvq.calib.observers.massive import Massive
+from kvq.calib.observers.tokens import window_priorities
+from kvq.calib.observers.tops import WINDOWS, Tops
 
 
 def draw(windows: int = 3, tokens: int = 20, channels: int = 64, seed: int = 0):

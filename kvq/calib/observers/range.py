@@ -4,8 +4,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from kvq.calib.kinds.base import LARGEST, SMALLEST, Statistic
-from kvq.calib.kinds.compiled import channel_range, compiles
+from kvq.calib.observers.base import LARGEST, SMALLEST, Statistic
+from kvq.calib.observers.compiled import channel_range, compiles
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from kvq.calib.kinds.reservoir import Reservoir, choose_windows
-from kvq.calib.kinds.tokens import window_priorities
+from kvq.calib.observers.reservoir import Reservoir, choose_windows
+from kvq.calib.observers.tokens import window_priorities
 from kvq.errors import DataError
 
 # Bytes of one token: (4 query heads + 2 * 2 KV heads) * 8 channels * 4 bytes.

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from kvq.calib.kinds.base import Statistic
+from kvq.calib.observers.base import Statistic
 
 # Tokens whose products are summed in float32 before they enter the float64 sum.
 CHUNK_TOKENS = 2048

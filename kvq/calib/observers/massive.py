@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 
 import torch
 
-from kvq.calib.kinds.base import LARGEST, Statistic
-from kvq.calib.kinds.compiled import compiles, peaks
-from kvq.calib.kinds.magnitude import MagnitudeBins
-from kvq.calib.kinds.tops import Tops
+from kvq.calib.observers.base import LARGEST, Statistic
+from kvq.calib.observers.compiled import compiles, peaks
+from kvq.calib.observers.magnitude import MagnitudeBins
+from kvq.calib.observers.tops import Tops
 
 # The paper's rule: above 100, and about 1,000 times the median magnitude of the hidden state.
 FLOOR, RATIO = 100.0, 1000.0

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from kvq.calib.kinds import moments as module
-from kvq.calib.kinds.moments import Moments
+from kvq.calib.observers import moments as module
+from kvq.calib.observers.moments import Moments
 
 
 def draw(*shape: int, seed: int = 0, dtype=torch.float32) -> torch.Tensor:

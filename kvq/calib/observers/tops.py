@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from kvq.calib.kinds.base import Statistic
+from kvq.calib.observers.base import Statistic
 
 WINDOWS, PER_WINDOW = 256, 4
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from kvq.calib.kinds.range import Range
-from kvq.calib.kinds.tokens import real_tokens
+from kvq.calib.observers.range import Range
+from kvq.calib.observers.tokens import real_tokens
 
 FIELDS = ("min", "max", "sum", "sum_squares", "absmax", "mean", "rms", "std")
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from kvq.calib.kinds.base import Statistic
+from kvq.calib.observers.base import Statistic
 
 # Static ranges may be quantiles, and a token has room for so many outliers only: what lies outside a range and is no
 # outlier counts as well. The levels of a 4-bit codebook are some thirty bins apart.
