@@ -31,26 +31,24 @@ _TINY = 1e-150
 
 @dataclass(frozen=True, kw_only=True)
 class LowRankCodec(WrappingCodec):
-    """rank: columns of the factors; block: tokens, a multiple of the inner codec's; form: ``float16`` or ``e4m3``."""
+    """part: rank, block (a multiple of the inner codec's) and format of the factors."""
 
-    rank: int
-    block: int
-    form: str = "float16"
+    part: "LowRank"
 
     @property
     def block_tokens(self) -> int:
-        return max(self.block, self.inner.block_tokens)
+        return max(self.part.block, self.inner.block_tokens)
 
     @property
     def page_tokens(self) -> int:
-        return max(self.block, self.inner.page_tokens)
+        return max(self.part.block, self.inner.page_tokens)
 
     def layout(self, page_tokens: int) -> SideLayout:
-        dtype = "float16" if self.form == "float16" else "uint8"
+        dtype = "float16" if self.part.format == "float16" else "uint8"
         return with_sections(
             self.inner.layout(page_tokens),
-            Section(name="low_rank_token", shape=(self.rank,), dtype=dtype),
-            Section(name="low_rank_block", shape=(self.head_dim, self.rank), dtype=dtype, tokens=self.block),
+            Section(name="low_rank_token", shape=(self.part.rank,), dtype=dtype),
+            Section(name="low_rank_block", shape=(self.head_dim, self.part.rank), dtype=dtype, tokens=self.part.block),
         )
 
     def encode(self, x: torch.Tensor) -> Encoded:
@@ -59,21 +57,21 @@ class LowRankCodec(WrappingCodec):
         """
         x = wide(x)
         encoded = self.inner.encode(x)
-        residual = (x - self.inner.decode(encoded, x.dtype)).double().unflatten(-2, (-1, self.block))
-        a, b = factors(residual, self.rank)
-        refuse_unstorable(self.form, a, b)
-        store = to_e4m3 if self.form == "e4m3" else torch.Tensor.half
+        residual = (x - self.inner.decode(encoded, x.dtype)).double().unflatten(-2, (-1, self.part.block))
+        a, b = factors(residual, self.part.rank)
+        refuse_unstorable(self.part.format, a, b)
+        store = to_e4m3 if self.part.format == "e4m3" else torch.Tensor.half
         sections = {"low_rank_token": store(a).flatten(-3, -2), "low_rank_block": store(b)}
         return Encoded(codes=encoded.codes, sections={**encoded.sections, **sections})
 
     def decode(self, encoded: Encoded, dtype: torch.dtype) -> torch.Tensor:
         """The stored numbers, [..., K, T, head_dim]."""
-        a = self._loaded(encoded.sections["low_rank_token"], dtype).unflatten(-2, (-1, self.block))
+        a = self._loaded(encoded.sections["low_rank_token"], dtype).unflatten(-2, (-1, self.part.block))
         b = self._loaded(encoded.sections["low_rank_block"], dtype)
         return self.inner.decode(encoded, dtype) + (a @ b.transpose(-1, -2)).flatten(-3, -2)
 
     def _loaded(self, stored: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        return from_e4m3(stored.contiguous(), dtype) if self.form == "e4m3" else stored.to(dtype)
+        return from_e4m3(stored.contiguous(), dtype) if self.part.format == "e4m3" else stored.to(dtype)
 
     def scores(self, pages: Pages, side: str, q: torch.Tensor) -> torch.Tensor:
         a, b = self._page_factors(pages, side, q.dtype)
@@ -82,13 +80,13 @@ class LowRankCodec(WrappingCodec):
 
     def weighted_sum(self, pages: Pages, side: str, p: torch.Tensor) -> torch.Tensor:
         a, b = self._page_factors(pages, side, p.dtype)
-        weights = p.unflatten(-1, (-1, self.block)).transpose(2, 3)
+        weights = p.unflatten(-1, (-1, self.part.block)).transpose(2, 3)
         inner = self.inner.weighted_sum(pages, side, p)
         return inner + ((weights @ a) @ b.transpose(-1, -2)).sum(2)
 
     def _page_factors(self, pages: Pages, side: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """A [B, K, blocks, block, rank] and B [B, K, blocks, head_dim, rank]."""
-        a = by_token(pages.section(side, "low_rank_token"), 1).unflatten(2, (-1, self.block))
+        a = by_token(pages.section(side, "low_rank_token"), 1).unflatten(2, (-1, self.part.block))
         return self._loaded(a, dtype), self._loaded(by_token(pages.section(side, "low_rank_block"), 2), dtype)
 
 
@@ -155,4 +153,4 @@ class LowRank(PartSpec):
         return self.block
 
     def wrap(self, inner, *, base, artefacts, heads) -> LowRankCodec:
-        return LowRankCodec(inner=inner, rank=self.rank, block=self.block, form=self.format)
+        return LowRankCodec(inner=inner, part=self)

@@ -28,27 +28,26 @@ from kvq.settings import check_choice
 
 @dataclass(frozen=True, kw_only=True)
 class NormedCodec(WrappingCodec):
-    """over: ``head`` or ``token``; correct: None, ``length`` or ``least_squares``."""
+    """part: over what, and which number is stored."""
 
-    over: str
-    correct: str | None = None
+    part: "Norm"
 
     def layout(self, page_tokens: int) -> SideLayout:
         return with_sections(self.inner.layout(page_tokens), Section(name="norm", shape=(), shared=self._shared))
 
     @property
     def _shared(self) -> bool:
-        return self.over == "token"
+        return self.part.over == "token"
 
     def encode(self, x: torch.Tensor) -> Encoded:
         """Encode x [..., K, T, head_dim]; ``norm`` is fp16 [..., K, T], or [..., T] over all heads."""
         x = wide(x)
         unit, _ = self.unit(x)
         encoded = self.inner.encode(unit)
-        if self.correct is not None:
+        if self.part.correct is not None:
             decoded = self.inner.decode(encoded, x.dtype)
             energy = self._mean(decoded.square())
-            wanted = self._mean(x * decoded) if self.correct == "least_squares" else self._size(x) * energy.sqrt()
+            wanted = self._mean(x * decoded) if self.part.correct == "least_squares" else self._size(x) * energy.sqrt()
             norm = (wanted / energy).masked_fill(energy == 0, 0)
         else:
             norm = self._size(x)
@@ -58,7 +57,7 @@ class NormedCodec(WrappingCodec):
         """x over its length, and the length [..., K or 1, T, 1]; a length that is stored as it is, is rounded first."""
         size = self._size(x)
         refuse_unstorable("float16", size)
-        if self.correct is None:
+        if self.part.correct is None:
             size = size.to(torch.float16).to(x.dtype)
         spread = self._spread(size)
         return x / spread.masked_fill(spread == 0, torch.inf), spread
@@ -122,4 +121,4 @@ class Norm(PartSpec):
             raise RecipeError("norm changes the numbers that scale=calibrated was fitted to: remove one of them.")
 
     def wrap(self, inner, *, base, artefacts, heads) -> NormedCodec:
-        return NormedCodec(inner=inner, over=self.over, correct=self.correct)
+        return NormedCodec(inner=inner, part=self)

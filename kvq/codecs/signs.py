@@ -21,9 +21,9 @@ from kvq.settings import check_seed
 
 @dataclass(frozen=True, kw_only=True)
 class SignedCodec(WrappingCodec):
-    """seed: of the directions."""
+    """part: the seed of the directions."""
 
-    seed: int = 0
+    part: "Signs"
 
     def layout(self, page_tokens: int) -> SideLayout:
         return with_sections(
@@ -39,26 +39,26 @@ class SignedCodec(WrappingCodec):
         rest = x - self.inner.decode(encoded, x.dtype)
         length = rest.norm(dim=-1)
         refuse_unstorable("float16", length)
-        bits = to_bytes(project(rest, self.head_dim, self.seed))
+        bits = to_bytes(project(rest, self.head_dim, self.part.seed))
         sections = {"sign_bits": bits, "sign_norm": length.half()}
         return Encoded(codes=encoded.codes, sections={**encoded.sections, **sections})
 
     def decode(self, encoded: Encoded, dtype: torch.dtype) -> torch.Tensor:
         """The stored numbers, [..., T, head_dim]."""
         signs = from_bytes(encoded.sections["sign_bits"], dtype)
-        rest = estimate(signs, encoded.sections["sign_norm"].to(dtype), self.head_dim, self.seed)
+        rest = estimate(signs, encoded.sections["sign_norm"].to(dtype), self.head_dim, self.part.seed)
         return self.inner.decode(encoded, dtype) + rest
 
     def scores(self, pages: Pages, side: str, q: torch.Tensor) -> torch.Tensor:
         signs, length = self._page_signs(pages, side, q.dtype)
-        turned = q @ directions(self.head_dim, self.head_dim, self.seed).to(q)
+        turned = q @ directions(self.head_dim, self.head_dim, self.part.seed).to(q)
         return self.inner.scores(pages, side, q) + (turned @ signs.transpose(-1, -2)) * length.unsqueeze(-2)
 
     def weighted_sum(self, pages: Pages, side: str, p: torch.Tensor) -> torch.Tensor:
         signs, length = self._page_signs(pages, side, p.dtype)
         turned = (p * length.unsqueeze(-2)) @ signs
         inner = self.inner.weighted_sum(pages, side, p)
-        return inner + turned @ directions(self.head_dim, self.head_dim, self.seed).to(p).T
+        return inner + turned @ directions(self.head_dim, self.head_dim, self.part.seed).to(p).T
 
     def _page_signs(self, pages: Pages, side: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """Signs [B, K, T, D], and lengths times the constant of the estimate [B, K, T]."""
@@ -84,4 +84,4 @@ class Signs(PartSpec):
         check_seed("signs.seed", self.seed)
 
     def wrap(self, inner, *, base, artefacts, heads) -> SignedCodec:
-        return SignedCodec(inner=inner, seed=self.seed)
+        return SignedCodec(inner=inner, part=self)

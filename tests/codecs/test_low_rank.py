@@ -6,13 +6,12 @@ import pytest
 import torch
 
 from kvq.codecs import AffineCodec
-from kvq.codecs.low_rank import LowRankCodec, factors
+from kvq.codecs.low_rank import LowRank, LowRankCodec, factors
 
 
 def codec_of(rank, block=64, form="float16", axis="channel", group=32):
-    return LowRankCodec(
-        inner=AffineCodec(bits=2, axis=axis, group=group, head_dim=32), rank=rank, block=block, form=form
-    )
+    inner = AffineCodec(bits=2, axis=axis, group=group, head_dim=32)
+    return LowRankCodec(inner=inner, part=LowRank(rank=rank, block=block, format=form))
 
 
 def residual_norm(codec, x):
