@@ -23,7 +23,6 @@ import json
 import os
 import statistics
 import sys
-import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -37,14 +36,11 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from kvq.cache import implementations, make_plan
-from kvq.calib.artefacts import fit_artefacts
-from kvq.calib.collect import collect
-from kvq.calib.learn import learn_fits
-from kvq.calib.needs import needs_of
+from kvq.calib.artefacts import stand_in_artefacts
 from kvq.integrations.runtime import install, new_cache, uninstall
 from kvq.kernels.device import launch
 from kvq.models.describe import describe
-from kvq.recipe import list_recipes, load_recipe, parse_recipe
+from kvq.recipe import list_recipes, load_recipe
 
 RESULTS = Path(__file__).parent / "results" / "host_overhead"
 LAYERS = 4
@@ -235,34 +231,18 @@ def to_pretended(model: LlamaForCausalLM) -> LlamaForCausalLM:
     return model
 
 
-class Plans:
-    """Plans of recipes for the made models, everything calibrated on random tokens."""
-
-    def __init__(self, recipes: list[str], folder: str):
-        self.folder = Path(folder)
-        model = made_model()
-        model.save_pretrained(self.folder)
-        spec = describe(model.config)
-        needs = frozenset().union(*(needs_of(load_recipe(name), spec) for name in recipes))
-        tokens = torch.randint(3, 100, (4, 64), generator=torch.Generator().manual_seed(0))
-        self.stats = collect(model, tokens, needs=needs) if needs else None
-
-    def plan(self, name: str):
-        recipe, spec, artefacts = short(name), describe(made_model().config), {}
-        if needs_of(recipe, spec):
-            stats = learn_fits(recipe, spec, self.stats, self.folder, state_folder=self.folder / f"{name}.state")
-            artefacts = fit_artefacts(recipe, spec, stats, self.folder)
-        return make_plan(recipe, spec, artefacts)
+def plan_of(name: str):
+    """The plan of a shipped recipe for the made model; counts do not depend on what calibration finds."""
+    recipe, spec = load_recipe(name), describe(made_model().config)
+    artefacts = {key: _invertible(tensor) for key, tensor in stand_in_artefacts(recipe, spec).items()}
+    return make_plan(recipe, spec, artefacts)
 
 
-def short(name: str):
-    """A shipped recipe whose learned steps take two optimiser steps: counts do not depend on what is learned."""
-    data = load_recipe(name).to_dict()
-    for steps in data.get("transforms", {}).values():
-        for step in steps:
-            if step["kind"].startswith("learned_"):
-                step["steps"] = 2
-    return parse_recipe(data, source=name)
+def _invertible(tensor: torch.Tensor) -> torch.Tensor:
+    """The identity in the place of a matrix that stands in for one."""
+    if tensor.ndim < 2 or tensor.shape[-1] != tensor.shape[-2] or tensor.shape[-1] == 1:
+        return tensor
+    return torch.eye(tensor.shape[-1], dtype=tensor.dtype).expand_as(tensor).contiguous()
 
 
 def decode(plan, batch: int, padded: bool = False) -> tuple[list[dict], str, Pretence]:
@@ -306,14 +286,12 @@ def per_layer(plan, batch: int, padded: bool = False) -> dict:
 
 def measure(recipes: list[str]) -> dict:
     found = {"exact": {str(batch): per_layer(None, batch) for batch in BATCHES}}
-    with tempfile.TemporaryDirectory() as folder:
-        plans = Plans(recipes, folder)
-        for name in recipes:
-            if not load_recipe(name).is_exact:
-                plan = plans.plan(name)
-                found[name] = {str(batch): per_layer(plan, batch) for batch in BATCHES}
-                found[name]["8 padded"] = per_layer(plan, 8, padded=True)
-                print(name, {key: value for key, value in found[name]["1"].items() if key in COUNTED}, flush=True)
+    for name in recipes:
+        if not load_recipe(name).is_exact:
+            plan = plan_of(name)
+            found[name] = {str(batch): per_layer(plan, batch) for batch in BATCHES}
+            found[name]["8 padded"] = per_layer(plan, 8, padded=True)
+            print(name, {key: value for key, value in found[name]["1"].items() if key in COUNTED}, flush=True)
     return found
 
 
@@ -339,13 +317,11 @@ def main() -> None:
     args = parser.parse_args()
     recipes = args.recipes.split(",") if args.recipes else list_recipes()
     if args.functions:
-        with tempfile.TemporaryDirectory() as folder:
-            for name in recipes:
-                plan = None if name == "fp16" else Plans([name], folder).plan(name)
-                counts, ran, mode = decode(plan, 1)
-                print(name, counts[-1], ran)
-                for what in (mode.functions, mode.names):
-                    print("\n".join(f"{n:6} {key}" for key, n in sorted(what.items(), key=lambda x: -x[1])[:70]))
+        for name in recipes:
+            counts, ran, mode = decode(None if name == "fp16" else plan_of(name), 1)
+            print(name, counts[-1], ran)
+            for what in (mode.functions, mode.names):
+                print("\n".join(f"{n:6} {key}" for key, n in sorted(what.items(), key=lambda x: -x[1])[:70]))
         return
     found = measure(recipes)
     if args.recipes is None:

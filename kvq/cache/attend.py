@@ -42,6 +42,10 @@ def attend(
 
     What ran is noted in ``store.ran``. Raises KernelError if a kernel is asked for that cannot serve.
     """
+    if snapshot is store.step:
+        if mask is None:
+            return snapshot.attend(q, options)[0]
+        snapshot = store.snapshot_of_step()
     many = any(view.stop - view.start > 1 for views in snapshot.views for view in views)
     ran = store.serving(q.dtype).attending(fused.obstacle(snapshot, mask, valid), many)
     store.ran.add(ran)

@@ -27,7 +27,7 @@ class ForwardContext:
     impl       what attends and packs, see ``kvq.kernels.choice``.
     prompt     columns of the prompt, if ``generate`` told; a first update may bring a draft behind it.
     positions  [B or 1, L], rotary positions of the running forward's tokens, if the forward told.
-    steps      what the kernel launches of a forward share.
+    steps      what the kernel launches of a forward share; counters: of its stores while the device counts.
     """
 
     def __init__(self, impl: str = "auto"):
@@ -35,6 +35,7 @@ class ForwardContext:
         self.prompt: int | None = None
         self.positions: torch.Tensor | None = None
         self.steps = Steps()
+        self.counters: dict = {}
         self._mask: torch.Tensor | None = None
         self._forward = 0
         self._forget()

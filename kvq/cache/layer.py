@@ -1,6 +1,5 @@
 """A decoder layer's packed cache, behind the transformers cache-layer interface."""
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -18,12 +17,36 @@ from kvq.pages.layout import SIDES
 HANDLE = "kvq_handle"
 
 
+class Placeholder(torch.Tensor):
+    """Stands for keys or values that lie in packed pages: shape, dtype and device, but no numbers and no memory.
+
+    Whatever would read it raises CacheError; kvq's attention takes the handle that it carries.
+    """
+
+    @staticmethod
+    def __new__(cls, shape: tuple[int, ...], like: torch.Tensor):
+        return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=like.dtype, device=like.device)
+
+    # Asking for its shape is free, and every operator ends below.
+    __torch_function__ = torch._C._disabled_torch_function_impl  # pyrefly: ignore [bad-override]
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # pyrefly: ignore [bad-override]
+        raise CacheError(
+            f"{func} reads what lies in packed pages: once kvq's attention has read a cache no other can; "
+            "begin a new cache after changing the attention implementation."
+        )
+
+    def __repr__(self, **_) -> str:
+        return f"Placeholder(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Handle:
     """One update of a packed layer, as the attention function needs it."""
 
     layer: "PackedLayer"
-    snapshots: list[Snapshot]
+    snapshots: list
     columns: torch.Tensor | None
     start: int
 
@@ -37,7 +60,7 @@ class Handle:
         B, H, L, D = query.shape
         heads = sum(len(store.group.heads) for store in self.layer.stores)
         grouped = query.view(B, heads, H // heads, L, D)
-        row_masks = self._row_masks(mask, B)
+        row_masks = None if mask is None else self._row_masks(mask, B)
         if len(self.layer.stores) == 1:
             return self._attend_heads(0, grouped, row_masks, options).view(B, H, L, D)
         out = torch.empty_like(grouped)
@@ -50,17 +73,18 @@ class Handle:
 
     def _attend_heads(self, index: int, q: torch.Tensor, row_masks, options: Options) -> torch.Tensor:
         """Attention of one store's query heads, [B, kv_heads, group, L, head_dim], in the model's own basis."""
-        store, chains = self.layer.stores[index], self.layer.stores[index].chains
+        store, snapshot = self.layer.stores[index], self.snapshots[index]
+        chains = store.step_chains if snapshot is store.step else store.chains
         # Chains see [B, kv_heads, any, head_dim].
         q = chains["key"].dual(q.flatten(2, 3)).view_as(q)
         steps = self.layer.context.steps
-        out = attend(store, self.snapshots[index], q, row_masks, self.columns, options, steps)
+        out = attend(store, snapshot, q, row_masks, self.columns, options, steps)
         return chains["value"].undo(out.flatten(2, 3)).view_as(out)
 
-    def _row_masks(self, given: torch.Tensor | None, rows: int) -> list[torch.Tensor] | None:
+    def _row_masks(self, given: torch.Tensor, rows: int) -> list[torch.Tensor] | None:
         """Drop the columns of pads: one [L, tokens] mask per row; None if it says no more than causality."""
         real, total = self.layer.real, self.layer.length
-        if given is None or (self.columns is None and self.layer.context.is_plain(given, real, total)):
+        if self.columns is None and self.layer.context.is_plain(given, real, total):
             return None
         mask = given.expand(rows, *given.shape[1:])[:, 0, :, :total]
         if real is None:
@@ -72,8 +96,8 @@ class PackedLayer(CacheLayerMixin):
     """Keys and values of one decoder layer: exact sinks, packed pages, exact window.
 
     The first update returns the exact tensors, so prompt attention is exact. Later updates return dequantized tensors,
-    or, once the kvq attention function has shown that it reads the handle, NaN placeholders: a handle that gets lost
-    then shows at once instead of changing the result.
+    or, once the kvq attention function has shown that it reads the handle, a ``Placeholder``: a handle that gets lost
+    then is an error instead of another result.
     """
 
     is_sliding = False
@@ -119,18 +143,23 @@ class PackedLayer(CacheLayerMixin):
         self.length += new
         draft_follows = start == 0 and self.recording and context.prompt is not None and new > context.prompt
         prompt = context.prompt if draft_follows else None
+        # A single real token; what it returns must reach kvq's attention.
+        stepping = new == 1 and start > 0 and columns is None and self.reads_handle
         snapshots = []
         for store in self.stores:
             own = slice(None) if len(self.stores) == 1 else list(store.group.heads)
             states = {"key": key_states[:, own].detach(), "value": value_states[:, own].detach()}
-            states = {side: store.chains[side].write(x) for side, x in states.items()}
-            snapshots.append(store.append(states, columns, prompt, context.positions))
+            snapshot = store.append_on_device(states, context.counters) if stepping else None
+            if snapshot is None:
+                states = {side: store.chains[side].write(x) for side, x in states.items()}
+                snapshot = store.append(states, columns, prompt, context.positions)
+            snapshots.append(snapshot)
         handle = Handle(layer=self, snapshots=snapshots, columns=columns, start=start)
         if start == 0:
             keys, values = key_states.view_as(key_states), value_states.view_as(value_states)
         elif self.reads_handle:
             shape = (*key_states.shape[:2], self.length, key_states.shape[3])
-            keys = values = key_states.new_full((1,), math.nan).expand(shape)
+            keys = values = Placeholder(shape, key_states)
         else:
             keys, values = (self._dense(side, snapshots) for side in SIDES)
         setattr(keys, HANDLE, handle)
@@ -145,6 +174,7 @@ class PackedLayer(CacheLayerMixin):
         heads = sum(len(group.heads) for group in self.groups)
         out = torch.zeros(B, heads, self.length, self.groups[0].head_dim, dtype=self.dtype, device=self.device)
         for i, store in enumerate(self.stores):
+            store.settle()
             own = list(store.group.heads)
             snapshot = snapshots[i] if snapshots else None
             keys = list(zip(snapshot.before, snapshot.added)) if snapshot else [(n, 0) for n in store.counts]
@@ -194,6 +224,7 @@ class PackedLayer(CacheLayerMixin):
         """Keep recent tokens exact beyond the policy, so that a rejected draft can be cropped away."""
         self.recording = True
         for store in self.stores:
+            store.settle()
             store.recording = True
 
     def crop(self, tokens_to_remove: int) -> None:

@@ -33,6 +33,11 @@ class Serving:
     cpp_packs: Mapping[str, bool]
     _choices: dict = field(default_factory=dict, compare=False, repr=False)
 
+    @property
+    def steps_on_device(self) -> bool:
+        """Whether single tokens are packed and attended to without the host (``kvq.cache.device_step``)."""
+        return self.no_triton is None and self.two_passes is None and not any(self.no_pack.values())
+
     def attending(self, obstacle: str | None, many: bool) -> Choice:
         """What attends for a forward. ``obstacle``: what its mask or its tokens have against Triton, or None.
 
@@ -101,13 +106,14 @@ def why_two_passes(group: HeadGroup) -> str | None:
 
 
 def _why_no_pack(group: HeadGroup, side: str) -> str | None:
-    """What the pack kernel writes is the plain grid, and fp8."""
+    """What the pack kernel writes is the plain grid, clipped or not, and fp8."""
     encodes = group.codecs[side].kernels_encode
     return why_no_layout(group.layout) if encodes else "the codec chooses its numbers otherwise than min-max"
 
 
 def _cpp_packs(group: HeadGroup, side: str) -> bool:
-    plain = group.codecs[side].kernels_encode and launch.packs(group.layout.side(side))
+    codec = group.codecs[side]
+    plain = codec.kernels_encode and getattr(codec, "clip", 1) == 1 and launch.packs(group.layout.side(side))
     return plain and build.unavailable() is None
 
 

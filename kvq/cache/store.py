@@ -4,8 +4,10 @@ The packed state is a function of each row's real tokens alone: pads are dropped
 when its flush rule says so, and from the exact numbers.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 
@@ -64,6 +66,9 @@ class HeadStore:
         self.group = group
         # The transforms where tokens of ``dtype`` are.
         self.chains = {side: chain.to(device, dtype) if dtype else chain for side, chain in group.chains.items()}
+        place = len(group.heads), group.head_dim, device, dtype
+        # The same while the device steps alone.
+        self.step_chains = {side: chain.composed(*place) for side, chain in group.chains.items()} if dtype else None
         self.pool = Pool(group.layout, len(group.heads), device)
         self.tables: list[list[int]] = [[] for _ in range(rows)]
         self.counts = [0] * rows
@@ -79,6 +84,56 @@ class HeadStore:
         self._serving: dict[tuple, Serving] = {}
         # Where the pages lie, as kernels on the device read it (``fused_pack.pages_of``); made anew when that changes.
         self.kernel_table: torch.Tensor | None = None
+        # While single tokens arrive that the device handles alone: a ``DeviceStep``; counts and tails
+        # are those from before it.
+        self.step: Any = None
+
+    def append_on_device(self, new: dict[str, torch.Tensor], counters: dict) -> Any:
+        """Transform and store one token a row, {side: [B, kv_heads, 1, head_dim]}, by the device's own counters.
+
+        ``counters``: those of the cache (``ForwardContext.counters``). Returns the ``DeviceStep``, None where
+        that is not served.
+        """
+        if self.step is None and not self._start_step(new["key"].dtype, counters):
+            return None
+        self.step.append(*(self.step_chains[side].write(new[side]) for side in SIDES))
+        return self.step
+
+    def _start_step(self, dtype: torch.dtype, counters: dict) -> bool:
+        packed = {side: [self.group.rules[side].packed(n) for n in self.counts] for side in SIDES}
+        if self.recording or self.packed != packed or not self.serving(dtype).steps_on_device:
+            return False
+        # Triton is imported where it runs.
+        from kvq.cache.device_step import DeviceStep, counters_of
+
+        tails = {side: self.tails[side].newest() for side in SIDES}
+        self.step = DeviceStep(self, counters_of(counters, self.group, self.counts, self.pool.device), tails)
+        self.tails, self.sinks = {side: Tail(len(self.counts)) for side in SIDES}, self.step.sinks()
+        return True
+
+    def settle(self) -> None:
+        """Take back what the device has counted, so that anything may be asked of the store."""
+        if self.step is None:
+            return
+        step, self.step = self.step, None
+        before, exact = step.before(), step.tails()
+        self.counts, self.kernel_table = [n + 1 for n in before], None
+        for side in SIDES:
+            self.packed[side] = [self.group.rules[side].packed(n) for n in before]
+            lengths = [body - done for body, done in zip(self.bodies(), self.packed[side])]
+            self.tails[side] = Tail.of(exact[side], lengths)
+            self._flush(side, exact[side])
+
+    def snapshot_of_step(self) -> Snapshot:
+        """The last step as ``append`` would have told it."""
+        before = self.step.before()
+        added = [1] * len(before)
+        views = [self.views(n, 1) for n in before]
+        return Snapshot(before=before, added=added, exact=self.step.tails(), views=views)
+
+    def bodies(self) -> list[int]:
+        """Tokens by row, sinks not counted."""
+        return [self._body(row) for row in range(len(self.counts))]
 
     def append(
         self,
@@ -94,6 +149,7 @@ class HeadStore:
         are stored before the rotary embedding. Returns the exact tokens as they were before packing: KIVI packs after
         the step's attention.
         """
+        self.settle()
         before = list(self.counts)
         length = new["key"].shape[2]
         added = [length] * len(before) if valid is None else valid.sum(1).tolist()
@@ -181,6 +237,11 @@ class HeadStore:
             return keys
         return self.group.rope.rotate(keys, self._positions(rows, start, stop))
 
+    def ensure_pages(self, needed: Sequence[int]) -> None:
+        """Take pages until every row has as many as ``needed`` says."""
+        for count in set(needed):
+            self._ensure_pages([row for row, own in enumerate(needed) if own == count], count)
+
     def _ensure_pages(self, rows: list[int], pages: int) -> None:
         missing = [row for row in rows if len(self.tables[row]) < pages]
         if not missing:
@@ -215,6 +276,7 @@ class HeadStore:
 
     def crop(self, count: int) -> None:
         """Forget the newest ``count`` tokens of every row. Raises CacheError if they are no longer exact."""
+        self.settle()
         for side in SIDES:
             rule = self.group.rules[side]
             for b, held in enumerate(self.tails[side].lengths):
@@ -235,6 +297,7 @@ class HeadStore:
 
     def select(self, index: torch.Tensor) -> None:
         """Take rows by index (beams, batch changes). Pages that are still being filled are copied, full ones shared."""
+        self.settle()
         order = index.tolist()
         # With past recording on, a crop may reach back into the newest pages, so they are not shared.
         margin = RECORDED_TOKENS if self.recording else 0
@@ -269,6 +332,7 @@ class HeadStore:
 
         With a snapshot, as its queries see them; without, as they are stored.
         """
+        self.settle()
         row = rows[0]
         count, done = self.counts[row], self.packed[side][row]
         if snapshot is not None:
@@ -302,6 +366,7 @@ class HeadStore:
     def nbytes(self) -> int:
         """Every byte held: pages (free ones included), sinks and exact windows."""
         exact = sum(tail.nbytes for tail in self.tails.values()) + sum(s.nbytes for s in self.sinks.values())
+        exact += 0 if self.step is None else self.step.nbytes
         return self.pool.nbytes + exact
 
     def __getstate__(self) -> dict:
@@ -309,6 +374,7 @@ class HeadStore:
         return self.__dict__ | {"kernel_table": None, "_serving": {}}
 
     def to(self, device: torch.device) -> None:
+        self.settle()
         self.pool.to(device)
         self.kernel_table = None
         for tail in self.tails.values():

@@ -19,6 +19,17 @@ class Tail:
         self.end = 0
         self.lengths = [0] * rows
 
+    @classmethod
+    def of(cls, exact: torch.Tensor, lengths: list[int]) -> "Tail":
+        """The last ``lengths[b]`` tokens of every row of right-aligned ``exact`` [B, kv_heads, any, head_dim]."""
+        tail = cls(len(lengths))
+        tail.buffer, tail.end, tail.lengths = exact, exact.shape[2], list(lengths)
+        return tail
+
+    def newest(self) -> torch.Tensor:
+        """The tokens of all rows, right-aligned [B, kv_heads, longest, head_dim]; there must have been some."""
+        return self._last(self.longest)
+
     @property
     def longest(self) -> int:
         return max(self.lengths, default=0)

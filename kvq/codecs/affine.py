@@ -62,8 +62,8 @@ class AffineCodec(Codec):
 
     @property
     def kernels_encode(self) -> bool:
-        """True for the plain grid from a group's minimum to its maximum, stored as fp16."""
-        return self.clip == 1 and not self.symmetric and not self.shared and self.meta == "float16"
+        """True for the plain grid from a group's minimum to its maximum (``clip`` of it), stored as fp16."""
+        return not self.symmetric and not self.shared and self.meta == "float16"
 
     @cached_property
     def _grid(self) -> SideLayout:

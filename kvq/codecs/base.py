@@ -25,7 +25,7 @@ class Codec:
 
     head_dim         channels of a head.
     kernels_encode   kernels that know the layout alone encode as ``encode`` does: minimum and maximum of a group as
-                     fp16 pairs, or a cast to E4M3.
+                     fp16 pairs, of the share ``clip`` of the range if the codec has one, or a cast to E4M3.
     """
 
     head_dim: int

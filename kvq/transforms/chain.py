@@ -12,10 +12,12 @@ Every step can be applied while the model runs. An export may fold the first ste
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
+
+from kvq.transforms.composed import Composed
 
 
 class Step:
@@ -84,9 +86,14 @@ class Chain:
             return self
         key = device, _wide(dtype)
         if key not in self._placed:
-            # A forward in inference mode must not leave tensors that training cannot use.
-            with torch.inference_mode(False), torch.no_grad():
-                self._placed[key] = Chain(tuple(_placed(step, *key) for step in self.steps), self.folded)
+            self._placed[key] = Chain(tuple(_placed(step, *key) for step in self.steps), self.folded)
+        return self._placed[key]
+
+    def composed(self, heads: int, head_dim: int, device: torch.device, dtype: torch.dtype) -> Composed:
+        """The same chain as one product a direction, for all its ``heads`` KV heads; made once."""
+        key = heads, head_dim, device, dtype
+        if key not in self._placed:
+            self._placed[key] = Composed(self, *key)
         return self._placed[key]
 
     def __deepcopy__(self, memo) -> "Chain":
@@ -121,16 +128,33 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def _placed(step: Step, device: torch.device, dtype: torch.dtype) -> Step:
-    """A copy of a step with its tensors, and those that it derives from them once, on a device."""
-    for name, member in vars(type(step)).items():
-        if isinstance(member, cached_property):
-            getattr(step, name)
+    """A copy of a step with its tensors on a device; what it derives from them, it derives from the step's own."""
     twin = copy.copy(step)
-    vars(twin).update({name: _moved(value, device, dtype) for name, value in vars(step).items()})
+    object.__setattr__(twin, "__class__", _placed_type(type(step)))
+    derived = _derived(type(step))
+    moved = {name: _moved(value, device, dtype) for name, value in vars(step).items() if name not in derived}
+    vars(twin).clear()
+    vars(twin).update(moved, _origin=step, _place=(device, dtype))
     return twin
 
 
+def _derived(kind: type) -> set[str]:
+    return {name for base in kind.__mro__ for name, part in vars(base).items() if isinstance(part, cached_property)}
+
+
+@lru_cache
+def _placed_type(kind: type) -> type:
+    def derived(name: str) -> cached_property:
+        return cached_property(lambda step: _moved(getattr(step._origin, name), *step._place))
+
+    return type(kind.__name__, (kind,), {name: derived(name) for name in _derived(kind)})
+
+
 def _moved(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
-    if isinstance(value, torch.Tensor):
-        return value.to(device, dtype) if value.is_floating_point() else value.to(device)
-    return tuple(_moved(part, device, dtype) for part in value) if isinstance(value, tuple) else value
+    if isinstance(value, tuple):
+        return tuple(_moved(part, device, dtype) for part in value)
+    if not isinstance(value, torch.Tensor):
+        return value
+    # A forward in inference mode must not leave tensors that training cannot use.
+    with torch.inference_mode(False), torch.no_grad():
+        return value.to(device, dtype if value.is_floating_point() else value.dtype)

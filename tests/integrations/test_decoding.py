@@ -254,13 +254,21 @@ def test_a_second_recipe_on_top_is_refused(model, recipe):
 
 @pytest.mark.parametrize("recipe", ["kivi2"], indirect=True)
 def test_a_lost_handle_shows_at_once(model, recipe):
-    """A tensor that lost its packed storage on the way is all NaN, never a silently wrong number."""
+    """A tensor that lost its packed storage on the way cannot be read, nor can another attention read the cache."""
     with quantized_cache(model, recipe), torch.no_grad():
         cache = new_cache(model)
         model(prompt(140), past_key_values=cache)
         keys, _ = cache.update(torch.zeros(1, 2, 1, 32).double(), torch.zeros(1, 2, 1, 32).double(), 0)
     assert keys.shape == (1, 2, 141, 32)
-    assert keys.isnan().all()
+    for read in (lambda: keys.isnan(), lambda: keys.transpose(1, 2) @ keys, lambda: keys[0, 0, 0].item()):
+        with pytest.raises(CacheError, match="begin a new cache"):
+            read()
+    with quantized_cache(model, recipe), torch.no_grad():
+        cache = new_cache(model)
+        model(prompt(140), past_key_values=cache)
+        model.set_attn_implementation("eager")
+        with pytest.raises(CacheError, match="once kvq's attention has read a cache no other can"):
+            model(prompt(1), past_key_values=cache)
 
 
 def test_crop_after_the_fact_is_refused_with_the_way_out(model, recipe):

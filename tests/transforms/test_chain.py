@@ -113,3 +113,21 @@ def test_an_ordinary_dual_is_wrong_for_a_step_that_is_no_rotation():
     for name in ("smooth", "balance"):
         found = chain(name).write(q) @ chain(name).write(k).transpose(-1, -2)
         assert not torch.allclose(found, q @ k.transpose(-1, -2), rtol=1e-2)
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_a_placed_chain_and_a_composed_one_are_the_chain(name):
+    """Where tokens are, tensors are made once and nothing is rounded twice; as one product, to rounding."""
+    whole = chain(name)
+    x = torch.randn(2, HEADS, 5, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    cpu = torch.device("cpu")
+    for dtype in (torch.float32, torch.float64):
+        placed, composed = whole.to(cpu, dtype), whole.composed(HEADS, 64, cpu, dtype)
+        assert placed is whole.to(cpu, dtype)
+        assert composed is whole.composed(HEADS, 64, cpu, dtype)
+        for way in ("write", "dual", "undo"):
+            want = getattr(whole, way)(x.to(dtype))
+            assert torch.equal(getattr(placed, way)(x.to(dtype)), want)
+            found = getattr(composed, way)(x.to(dtype))
+            assert found.dtype == dtype
+            assert (found - want).abs().max() <= (1e-5 if dtype == torch.float32 else 1e-12) * want.abs().max()
