@@ -79,6 +79,9 @@ class PretendedTensor(torch.Tensor):
     def data_ptr(self) -> int:
         return self.held.data_ptr()
 
+    def untyped_storage(self):
+        return self.held.untyped_storage()
+
     def tolist(self):
         Pretence.running.count("syncs")
         return self.held.tolist()
@@ -121,6 +124,8 @@ class Pretence(TorchDispatchMode):
             if here != there and func is torch.ops.aten._to_copy.default:
                 plain_kwargs.pop("pin_memory", None)
         out = func(*plain_args, **plain_kwargs)
+        if func is torch.ops.aten.set_.source_Storage:
+            return args[0]
         if not there:
             return out
         out = pytree.tree_map(lambda x: PretendedTensor(x) if isinstance(x, torch.Tensor) else x, out)
