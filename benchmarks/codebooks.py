@@ -27,8 +27,8 @@ from kvq.calib.codebooks import learn_codebooks
 from kvq.calib.collect import collect
 from kvq.calib.needs import needs_of
 from kvq.calib.stats import Stats
-from kvq.eval.bits import measured_bits
 from kvq.eval.likelihood import Windows, WindowScore, score_windows
+from kvq.eval.measured_bits import measured_bits
 from kvq.eval.perplexity import cut_windows
 from kvq.eval.result import installed_versions
 from kvq.models.describe import describe

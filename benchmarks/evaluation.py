@@ -31,13 +31,13 @@ import torch
 
 from kvq.calib.data import builtin_text
 from kvq.eval.evaluate import compare
+from kvq.eval.evaluated_model import load_evaluated
 from kvq.eval.harness import find_tasks
-from kvq.eval.head import hidden_states, logits_of
+from kvq.eval.lm_head import hidden_states, logits_of
 from kvq.eval.local import local_names
 from kvq.eval.result import installed_versions
 from kvq.eval.results_cache import Answers
-from kvq.eval.subject import load_subject
-from kvq.eval.two_view_model import two_view
+from kvq.eval.two_view import two_view
 from kvq.integrations.runtime import new_cache, running
 
 RESULTS = Path(__file__).parent / "results"
@@ -74,17 +74,17 @@ def whole_forward(model, plan, tokens: torch.Tensor) -> float:
 
 
 def cost(arguments: argparse.Namespace) -> dict:
-    subject = load_subject("builtin")
-    ids = subject.tokenizer(builtin_text("evaluation"), add_special_tokens=False, verbose=False)["input_ids"]
+    evaluated = load_evaluated("builtin")
+    ids = evaluated.tokenizer(builtin_text("evaluation"), add_special_tokens=False, verbose=False)["input_ids"]
     rows = []
     for length in arguments.lengths or COST_LENGTHS:
         tokens = torch.tensor([ids[:length]])
-        plans = {name: subject.plan_for(name) for name in arguments.recipes or COST_RECIPES}
+        plans = {name: evaluated.plan_for(name) for name in arguments.recipes or COST_RECIPES}
         times: dict[str, list[float]] = {name: [] for name in ("plain", *plans)}
         # The first turn warms up.
         for turn in range(arguments.turns + 1):
             for name in times:
-                seconds = whole_forward(subject.model, plans.get(name), tokens[:, :512] if turn == 0 else tokens)
+                seconds = whole_forward(evaluated.model, plans.get(name), tokens[:, :512] if turn == 0 else tokens)
                 if turn > 0:
                     times[name].append(seconds)
         for name in plans:
@@ -191,15 +191,15 @@ def both_ways(arguments: argparse.Namespace) -> dict:
 def _both_ways(tasks) -> list[dict]:
     from kvq.eval.lm_eval import KvqLM
 
-    subject = load_subject("builtin", dtype=torch.float64)
-    widen_norms(subject.model)
+    evaluated = load_evaluated("builtin", dtype=torch.float64)
+    widen_norms(evaluated.model)
     rows = []
     for recipe, requests in FAITHFUL.items():
-        plan = subject.plan_for(recipe)
-        lm = KvqLM(subject.model, plan=plan, mode="stream", tokenizer=subject.tokenizer)
-        plain = KvqLM(subject.model, tokenizer=subject.tokenizer)
+        plan = evaluated.plan_for(recipe)
+        lm = KvqLM(evaluated.model, plan=plan, mode="stream", tokenizer=evaluated.tokenizer)
+        plain = KvqLM(evaluated.model, tokenizer=evaluated.tokenizer)
         for task, count in requests.items():
-            asked = requests_of(tasks, task, subject.tokenizer)[:count]
+            asked = requests_of(tasks, task, evaluated.tokenizer)[:count]
             scored = [value for value, _ in lm._loglikelihood_tokens([(None, *own) for own in asked])]
             exact = [value for value, _ in plain._loglikelihood_tokens([(None, *own) for own in asked])]
             by_context: dict[tuple[int, ...], list[int]] = {}
@@ -207,7 +207,7 @@ def _both_ways(tasks) -> list[dict]:
                 by_context.setdefault(tuple(context), []).append(i)
             expected = [0.0] * len(asked)
             for context, own in by_context.items():
-                values = decoded(subject.model, plan, list(context), [asked[i][1] for i in own])
+                values = decoded(evaluated.model, plan, list(context), [asked[i][1] for i in own])
                 for i, value in zip(own, values):
                     expected[i] = value
             gaps = [abs(a - b) for a, b in zip(scored, expected)]
@@ -238,7 +238,7 @@ def _control(tasks, name: str) -> dict:
 
     from kvq.eval.lm_eval import KvqLM
 
-    subject = load_subject("builtin")
+    evaluated = load_evaluated("builtin")
     limit = CONTROL.get(name, CONTROL_OTHERS)
 
     def answers(model) -> tuple[list, dict]:
@@ -247,9 +247,9 @@ def _control(tasks, name: str) -> dict:
         )
         return [row["resps"] for row in found["samples"][name]], found["results"][name]
 
-    settings = {"tokenizer": subject.tokenizer, "batch_size": 1}
-    own = KvqLM(subject.model, plan=subject.plan, answers=Answers(None, {"task": name}), **settings)
-    found, expected = answers(own), answers(HFLM(pretrained=subject.model, **settings))
+    settings = {"tokenizer": evaluated.tokenizer, "batch_size": 1}
+    own = KvqLM(evaluated.model, plan=evaluated.plan, answers=Answers(None, {"task": name}), **settings)
+    found, expected = answers(own), answers(HFLM(pretrained=evaluated.model, **settings))
     row = {"task": name, "documents": limit, "responses": len(expected[0]), "equal": found == expected}
     print(row, flush=True)
     return row

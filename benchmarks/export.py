@@ -21,7 +21,7 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
-from kvq.exporting.atomic import flush
+from kvq.exporting.atomic_folder import flush
 from kvq.exporting.exporter import export
 from kvq.models.resolve import resolve_model
 

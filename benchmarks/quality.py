@@ -24,12 +24,12 @@ from kvq.cache import make_plan
 from kvq.calib.artefacts import fit_artefacts
 from kvq.calib.collect import collect
 from kvq.calib.stats import Stats
-from kvq.eval.bits import measured_bits
 from kvq.eval.divergence import divergence
 from kvq.eval.likelihood import score_windows
+from kvq.eval.measured_bits import measured_bits
 from kvq.eval.perplexity import cut_windows, perplexity
 from kvq.eval.result import installed_versions
-from kvq.eval.two_view_model import MODES
+from kvq.eval.two_view import MODES
 from kvq.models.describe import describe
 from kvq.models.resolve import load_config, load_model, load_tokenizer, resolve_model
 from kvq.recipe import list_recipes, load_recipe

@@ -141,7 +141,7 @@ def export(
     if writing fails (nothing is left then); RecipeError, UnsupportedModelError, ModelNotFoundError.
     """
     from kvq.exporting import exporter
-    from kvq.report.card import card_of
+    from kvq.report.results_card import card_of
 
     chosen = load_recipe(recipe)
     return exporter.export(

@@ -6,7 +6,7 @@ import subprocess
 import pytest
 
 from kvq import atomic
-from kvq.exporting.atomic import recover
+from kvq.exporting.atomic_folder import recover
 
 
 @pytest.fixture(scope="module")

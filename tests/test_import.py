@@ -3,7 +3,7 @@
 import ast
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import pytest
@@ -138,6 +138,31 @@ def test_what_the_tests_above_would_see():
     crossed = imports({"kvq.p.a": "import kvq.q.a", "kvq.q.a": "", "kvq.q.b": "import kvq.p.b", "kvq.p.b": ""})
     assert circles(crossed) == []
     assert circles(parts_of(crossed)) == ["p -> q", "q -> p"]
+
+
+# Names that several folders share on purpose: the parts of one operation, the base of one family.
+SHARED = {"base", "kernel", "launch", "reference", "spec"}
+# Still to rename: each of these names means two things.
+TWO_MEANINGS = {"evidence", "exact", "state"}
+
+
+def shared_names(modules: Iterable[str]) -> list[str]:
+    """Modules of one file name in several folders; a command may have the name of what it calls."""
+    found: dict[str, list[str]] = {}
+    for module in modules:
+        name = module.rpartition(".")[2]
+        if part(module) != "commands" and name not in SHARED | TWO_MEANINGS and "." in module.removeprefix("kvq."):
+            found.setdefault(name, []).append(module)
+    return [" and ".join(own) for own in found.values() if len(own) > 1]
+
+
+def test_a_file_name_means_one_thing(graph):
+    files = [module for module in graph if not (PACKAGE.parent / module.replace(".", "/")).is_dir()]
+    found = shared_names(files)
+    assert not found, "\n".join(found)
+    assert shared_names(["kvq.a.plan", "kvq.b.plan", "kvq.commands.plan", "kvq.a.base", "kvq.b.base"]) == [
+        "kvq.a.plan and kvq.b.plan"
+    ]
 
 
 def run(code: str) -> str:

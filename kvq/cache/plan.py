@@ -115,7 +115,7 @@ def make_plan(
     """Resolve a recipe against a model.
 
     artefacts   tensors by name that calibration made for the recipe (see ``kvq.calib.artefacts``).
-    folded      transforms that the model's weights have taken over, as ``kvq.transforms.plan`` decided.
+    folded      transforms that the model's weights have taken over, as ``kvq.transforms.fold_plan`` decided.
 
     Raises RecipeError for a pattern that matches nothing, a group that does not divide, a transform that this model
     does not undo, or missing artefacts.

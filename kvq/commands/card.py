@@ -21,10 +21,10 @@ def command(folder: str, results: tuple[str, ...], dry_run: bool) -> None:
     Examples:
       kvq card smollm2-kivi2 result.json
     """
-    from kvq.exporting.card import CARD
     from kvq.exporting.manifest import MANIFEST, restated
-    from kvq.report.card import card_with_results
+    from kvq.exporting.model_card import CARD
     from kvq.report.load import load_results
+    from kvq.report.results_card import card_with_results
 
     text = card_with_results(folder, load_results(results))
     if dry_run:

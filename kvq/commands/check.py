@@ -84,7 +84,7 @@ def _check_runnable(engine: str, python: str | None) -> None:
 
 
 def _run(folder: str, report, release, python: str | None, dtype: str, output: Output) -> dict[str, Any]:
-    from kvq.eval.engine import compare_with_engine, two_prompts
+    from kvq.eval.engine_run import compare_with_engine, two_prompts
     from kvq.report.engines import comparison_table
 
     path, flag = Path(folder).expanduser(), report.flag

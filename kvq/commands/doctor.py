@@ -102,7 +102,7 @@ def _diagnosis(model: str) -> dict[str, Any]:
 
 def _fp8(spec) -> dict[str, str]:
     """Whether each engine can have an FP8 cache of a model with scales from the checkpoint."""
-    from kvq.exporting.check.recipes import express
+    from kvq.exporting.check.recipe_support import express
     from kvq.exporting.engines import engines, find_release
     from kvq.recipe import load_recipe
 

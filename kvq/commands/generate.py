@@ -50,15 +50,15 @@ def command(
     if not prompt.strip():
         raise DataError("the prompt is empty: give --prompt TEXT, or text on stdin.")
     quiet_transformers()
-    from kvq.eval.subject import load_subject
+    from kvq.eval.evaluated_model import load_evaluated
     from kvq.integrations.runtime import install
     from kvq.report.tables import generation_table
 
-    subject = load_subject(model, chosen, stats=stats)
-    loaded, tokenizer = subject.model, subject.tokenizer
+    evaluated = load_evaluated(model, chosen, stats=stats)
+    loaded, tokenizer = evaluated.model, evaluated.tokenizer
     # An export brings its cache.
-    if subject.plan.layers and getattr(loaded, "kvq", None) is None:
-        install(loaded, subject.plan)
+    if evaluated.plan.layers and getattr(loaded, "kvq", None) is None:
+        install(loaded, evaluated.plan)
     inputs = _encode(tokenizer, prompt, raw).to(loaded.device)
     _check_length(loaded, inputs["input_ids"].shape[1], max_new_tokens)
     options = _sampling(temperature, seed)

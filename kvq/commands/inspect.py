@@ -157,7 +157,7 @@ def _inspect_export(folder: Path, output: Output) -> None:
     from kvq.exporting.memory import memory_plan
     from kvq.models.resolve import check_weights, load_config
     from kvq.report.tables import facts_table, memory_table
-    from kvq.transforms.plan import FoldPlan
+    from kvq.transforms.fold_plan import FoldPlan
 
     config = load_config(folder)
     quantization = json.loads((folder / "config.json").read_bytes())["quantization_config"]
@@ -244,13 +244,13 @@ def _served_cache(folder: Path) -> tuple[Any, dict[str, list[float]]]:
     """The recipe of an engine export, and its scales by side; none if the engine computes them itself."""
     from kvq.codecs.float8 import Float8Codec
     from kvq.exporting.checkpoint import RECIPE
-    from kvq.exporting.served import is_served, served_plan
+    from kvq.exporting.simulated_engine import is_engine_export, simulated_plan
     from kvq.recipe import load_recipe
 
     recipe = load_recipe(folder / RECIPE)
-    if not is_served(folder):
+    if not is_engine_export(folder):
         return recipe, {}
-    plan = served_plan(folder)
+    plan = simulated_plan(folder)
     groups = [group for groups in plan.layers.values() for group in groups]
     codecs = {side: [group.codecs[side] for group in groups] for side in ("key", "value")}
     return recipe, {side: [c.scale for c in own if isinstance(c, Float8Codec)] for side, own in codecs.items()}

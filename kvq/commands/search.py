@@ -62,7 +62,7 @@ def command(model: str, out: str, output: Output, **given: Any) -> None:
     from kvq import api
     from kvq.report.search_files import SearchFiles
     from kvq.report.search_tables import search_table
-    from kvq.searching.evidence import evidence, front_rows
+    from kvq.searching.search_evidence import evidence, front_rows
     from kvq.searching.verify import parse_floors
 
     minutes, budgets = given.pop("time_limit"), given.pop("budgets")

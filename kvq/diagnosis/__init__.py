@@ -2,8 +2,8 @@
 
 from kvq.diagnosis.causes import Cause, causes_of
 from kvq.diagnosis.predict import Prediction, bit_errors, layers_of, predict
-from kvq.diagnosis.tokens import LayerTokens
-from kvq.diagnosis.verdict import CANDIDATES, Diagnosis, diagnose
+from kvq.diagnosis.recommendation import CANDIDATES, Diagnosis, diagnose
+from kvq.diagnosis.sample_tokens import LayerTokens
 
 __all__ = [
     "CANDIDATES",

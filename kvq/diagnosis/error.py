@@ -18,7 +18,7 @@ results show how well the estimate holds.
 import torch
 
 from kvq.cache.plan import HeadGroup
-from kvq.diagnosis.tokens import LayerTokens
+from kvq.diagnosis.sample_tokens import LayerTokens
 from kvq.pages.layout import SIDES
 
 KEY_WEIGHT = 0.25

@@ -20,7 +20,7 @@ from kvq.calib.evidence import Source
 from kvq.calib.stats import Stats
 from kvq.diagnosis.causes import FEW_LAYERS
 from kvq.diagnosis.error import attention_error
-from kvq.diagnosis.tokens import LayerTokens, layer_tokens
+from kvq.diagnosis.sample_tokens import LayerTokens, layer_tokens
 from kvq.errors import DataError, RecipeError, UnsupportedModelError
 from kvq.models.architecture import Attention
 from kvq.pages.layout import SIDES

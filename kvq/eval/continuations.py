@@ -14,10 +14,10 @@ from transformers import PreTrainedModel
 from kvq.cache import CachePlan
 from kvq.errors import DataError
 from kvq.eval.branches import Branches
-from kvq.eval.head import Hidden, blocks, hidden_states, logits_of
+from kvq.eval.lm_head import Hidden, blocks, hidden_states, logits_of
 from kvq.eval.results_cache import Answers, item_name, packed_tensor, unpacked_tensor
-from kvq.eval.two_view import Schedule, can_share, reads_packed
-from kvq.eval.two_view_model import two_view
+from kvq.eval.two_view import two_view
+from kvq.eval.two_view_attention import Schedule, can_share, reads_packed
 from kvq.models.describe import describe
 
 _FORKS: "WeakKeyDictionary[PreTrainedModel, bool]" = WeakKeyDictionary()
@@ -97,7 +97,7 @@ def score_continuations(
 ) -> list[list[TokenScores]]:
     """Scores of every continuation of every question. ``plan`` None: the model without quantization.
 
-    mode        as ``kvq.eval.two_view``; in mode prefill the context is the exact prompt.
+    mode        as ``kvq.eval.two_view_attention``; in mode prefill the context is the exact prompt.
     batch_size  rows a forward. Rows of like length share one, the longest first, so that memory runs out at once or
                 never.
     answers     scores that an earlier run left are taken from here, a whole batch at a time so that they are the same

@@ -8,12 +8,12 @@ import torch
 from kvq.calib.data import tokenizer_hash
 from kvq.calib.stats import Stats
 from kvq.errors import DataError, RecipeError
+from kvq.eval.evaluated_model import EvaluatedModel, load_evaluated
+from kvq.eval.evaluation_run import Candidate, Progress, Run
 from kvq.eval.harness import find_tasks
 from kvq.eval.identity import model_hash
 from kvq.eval.result import EvalResult
-from kvq.eval.run import Candidate, Progress, Run
 from kvq.eval.settings import OWN_TASKS, Settings, settings_of
-from kvq.eval.subject import Subject, load_subject
 from kvq.recipe import Recipe
 
 
@@ -44,9 +44,9 @@ def evaluate(
     """
     chosen = settings_of(**settings)
     with _tasks(chosen) as tasks:
-        subject = load_subject(model, recipe, stats=stats, dtype=dtype)
-        other = None if baseline is None else _load_baseline(baseline, subject, dtype)
-        return Run(chosen, tasks, other, progress).results([Candidate(subject, subject.plan)])[0]
+        evaluated = load_evaluated(model, recipe, stats=stats, dtype=dtype)
+        other = None if baseline is None else _load_baseline(baseline, evaluated, dtype)
+        return Run(chosen, tasks, other, progress).results([Candidate(evaluated, evaluated.plan)])[0]
 
 
 def compare(
@@ -76,9 +76,9 @@ def compare(
             candidates = _by_recipe(models[0], recipes, stats, dtype)
         else:
             candidates = _exports(models, baseline, dtype)
-        first = candidates[0].subject
+        first = candidates[0].evaluated
         other = None if baseline is None else _load_baseline(baseline, first, dtype)
-        if other is None and any(candidate.subject is not first for candidate in candidates):
+        if other is None and any(candidate.evaluated is not first for candidate in candidates):
             other = first
         return Run(chosen, tasks, other, progress).results(candidates)
 
@@ -88,38 +88,39 @@ def _tasks(settings: Settings):
     return find_tasks(settings.foreign, **where, own=OWN_TASKS)
 
 
-def _load_baseline(name: str | Path, subject: Subject, dtype) -> Subject:
-    other = load_subject(name, dtype=dtype)
-    _same_tokens(other, subject)
+def _load_baseline(name: str | Path, evaluated: EvaluatedModel, dtype) -> EvaluatedModel:
+    other = load_evaluated(name, dtype=dtype)
+    _same_tokens(other, evaluated)
     return other
 
 
-def _same_tokens(other: Subject, subject: Subject) -> None:
+def _same_tokens(other: EvaluatedModel, evaluated: EvaluatedModel) -> None:
     # Token by token comparison needs the same tokens.
-    if tokenizer_hash(other.tokenizer) != tokenizer_hash(subject.tokenizer):
+    if tokenizer_hash(other.tokenizer) != tokenizer_hash(evaluated.tokenizer):
         raise DataError(
-            f"baseline {other.name!r} has another tokenizer than {subject.name!r}: compare models of one tokenizer."
+            f"baseline {other.name!r} has another tokenizer than {evaluated.name!r}: compare models of one tokenizer."
         )
 
 
 def _by_recipe(model, recipes, stats, dtype) -> list[Candidate]:
-    subject = load_subject(model, recipes[0], stats=stats, dtype=dtype)
-    return [Candidate(subject, subject.plan), *(Candidate(subject, subject.plan_for(r, stats)) for r in recipes[1:])]
+    evaluated = load_evaluated(model, recipes[0], stats=stats, dtype=dtype)
+    plans = [evaluated.plan, *(evaluated.plan_for(recipe, stats) for recipe in recipes[1:])]
+    return [Candidate(evaluated, plan) for plan in plans]
 
 
 def _exports(models, baseline, dtype) -> list[Candidate]:
     """Models in the given order; those of the same weights share one in memory."""
     found: list[Candidate] = []
-    loaded: dict[str, Subject] = {}
+    loaded: dict[str, EvaluatedModel] = {}
     for model in models:
-        subject = load_subject(model, dtype=dtype)
+        evaluated = load_evaluated(model, dtype=dtype)
         if found:
-            _same_tokens(found[0].subject, subject)
-            if baseline is None and subject.source != found[0].subject.source:
+            _same_tokens(found[0].evaluated, evaluated)
+            if baseline is None and evaluated.source != found[0].evaluated.source:
                 raise DataError(
-                    f"{subject.name!r} and {found[0].subject.name!r} come from different models: name the one to "
+                    f"{evaluated.name!r} and {found[0].evaluated.name!r} come from different models: name the one to "
                     "compare with (--baseline)."
                 )
-        shared = loaded.setdefault(model_hash(subject.folder), subject)
-        found.append(Candidate(subject.sharing(shared), subject.plan))
+        shared = loaded.setdefault(model_hash(evaluated.folder), evaluated)
+        found.append(Candidate(evaluated.sharing(shared), evaluated.plan))
     return found

@@ -12,12 +12,12 @@ from typing import Any
 
 from kvq.cache import CachePlan
 from kvq.errors import DataError, suggest
+from kvq.eval.evaluated_model import EvaluatedModel
 from kvq.eval.identity import answers_key
 from kvq.eval.local import LocalTask, local_names, local_task
 from kvq.eval.paired import flips, jackknife, jackknife_difference, mean_difference, mean_of, share_difference
 from kvq.eval.result import MetricResult, TaskResult
 from kvq.eval.results_cache import Answers
-from kvq.eval.subject import Subject
 from kvq.eval.task_files import is_group
 
 logger = logging.getLogger(__name__)
@@ -104,15 +104,15 @@ def find_tasks(
 
 
 class Harness:
-    """Runs one task at a time under any plan of a subject; answers are kept by task and plan."""
+    """Runs one task at a time under any plan of a model; answers are kept by task and plan."""
 
     def __init__(self, tasks: Tasks, settings: TaskSettings, open_answers: Callable[[Mapping[str, Any]], Answers]):
         self.tasks, self.settings, self.open_answers = tasks, settings, open_answers
 
     def run(
-        self, name: str, subject: Subject, plan: CachePlan | None, progress: Callable[[int, int], None] | None
+        self, name: str, evaluated: EvaluatedModel, plan: CachePlan | None, progress: Callable[[int, int], None] | None
     ) -> "TaskRun":
-        """Answers of ``subject`` under ``plan``; None, or a plan that quantizes nothing: by lm-eval's own code."""
+        """Answers of ``evaluated`` under ``plan``; None, or a plan that quantizes nothing: by lm-eval's own code."""
         from kvq.eval.lm_eval import KvqLM, NothingReadError
 
         settings = self.settings
@@ -121,7 +121,7 @@ class Harness:
         mode = settings.mode if quantizes else "exact"
         answers = self.open_answers(
             answers_key(
-                subject,
+                evaluated,
                 plan,
                 task=name,
                 mode=mode,
@@ -131,11 +131,11 @@ class Harness:
             )
         )
         model = KvqLM(
-            subject.model,
+            evaluated.model,
             plan=plan,
             mode=settings.mode if quantizes else "stream",
             chunk=settings.chunk,
-            tokenizer=subject.tokenizer,
+            tokenizer=evaluated.tokenizer,
             batch_size=settings.batch_size,
             answers=answers,
             progress=progress,

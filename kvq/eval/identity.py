@@ -14,16 +14,16 @@ import torch
 
 from kvq.cache import CachePlan
 from kvq.calib.data import tokenizer_hash
+from kvq.eval.evaluated_model import EvaluatedModel
 from kvq.eval.result import installed_versions
-from kvq.eval.subject import Subject
 from kvq.models.resolve import weight_files
 from kvq.models.rope import Rope
 
-# Parts of the package that decide answers. What is asked is in their names, and what is made of them is made anew.
-_DECIDING = ("cache", "codecs", "integrations", "kernels", "models", "pages", "transforms")
-_DECIDING += ("registry.py", "settings.py", "heads.py", "recipe.py")
-_SCORING = ("branches", "continuations", "greedy", "head", "likelihood", "lm_eval", "plain", "subject", "two_view")
-_DECIDING += tuple(f"eval/{name}.py" for name in (*_SCORING, "two_view_model"))
+# Parts of the package that decide no answers, and of ``eval`` the files that do. What is asked is in the names of
+# answers, and what is made of them is made anew.
+_NOT_DECIDING = {"api.py", "bench", "calib", "cli.py", "commands", "diagnosis", "exporting", "report", "searching"}
+_SCORING = ("branches", "continuations", "evaluated_model", "greedy", "likelihood", "lm_eval", "lm_head")
+_SCORING += ("two_view", "two_view_attention", "unquantized")
 # What says how a folder came to be, and not what its model computes.
 _HISTORY = ("quantization_config", "transformers_version", "_name_or_path", "name_or_path")
 
@@ -33,11 +33,16 @@ def code_version() -> str:
     """SHA-256 over the sources that decide answers: a changed line makes new ones necessary."""
     root = Path(__file__).parents[1]
     digest = hashlib.sha256()
-    for part in sorted(_DECIDING):
-        path = root / part
-        for file in [path] if path.is_file() else sorted(path.rglob("*.py")):
-            digest.update(f"{file.relative_to(root)}\n".encode() + file.read_bytes())
+    for name in _deciding(root):
+        digest.update(f"{name}\n".encode() + (root / name).read_bytes())
     return digest.hexdigest()
+
+
+def _deciding(root: Path) -> list[str]:
+    """Sources below ``root``, in Python and C++, that decide answers."""
+    found = {file.relative_to(root) for ending in ("py", "cpp", "h") for file in root.rglob(f"*.{ending}")}
+    deciding = [file.as_posix() for file in found if file.parts[0] not in {*_NOT_DECIDING, "eval"}]
+    return sorted([*deciding, *(f"eval/{name}.py" for name in _SCORING)])
 
 
 @functools.lru_cache(maxsize=8)
@@ -104,18 +109,18 @@ def _foreign_code(cls: type) -> bytes:
     return b"" if file is None or cls.__module__.partition(".")[0] == "kvq" else Path(file).read_bytes()
 
 
-def answers_key(subject: Subject, plan: CachePlan | None, **task: Any) -> dict[str, Any]:
-    """The key of answers of ``subject`` under ``plan`` (None: unquantized). ``task``: all else that decides them.
+def answers_key(evaluated: EvaluatedModel, plan: CachePlan | None, **task: Any) -> dict[str, Any]:
+    """The key of answers of ``evaluated`` under ``plan`` (None: unquantized). ``task``: all else that decides them.
 
     Versions of the libraries are part of it: another release may round differently, and pairs must not mix them.
     """
     return {
-        "model": model_hash(subject.folder),
-        "tokenizer": tokenizer_hash(subject.tokenizer),
+        "model": model_hash(evaluated.folder),
+        "tokenizer": tokenizer_hash(evaluated.tokenizer),
         "recipe": "exact" if plan is None or not plan.layers else plan.recipe.hash,
         "plan": plan_hash(plan),
-        "dtype": str(subject.model.dtype),
-        "device": subject.model.device.type,
+        "dtype": str(evaluated.model.dtype),
+        "device": evaluated.model.device.type,
         "code": code_version(),
         "versions": installed_versions("tokenizers", "lm_eval"),
         **task,

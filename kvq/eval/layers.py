@@ -4,9 +4,9 @@ import torch
 from transformers import PreTrainedModel
 
 from kvq.cache import CachePlan
-from kvq.eval.head import hidden_states
+from kvq.eval.lm_head import hidden_states
 from kvq.eval.result import LayerRow
-from kvq.eval.two_view_model import two_view
+from kvq.eval.two_view import two_view
 
 
 def layer_errors(

@@ -13,9 +13,9 @@ from transformers import PreTrainedModel
 
 from kvq.cache import CachePlan
 from kvq.errors import DataError
-from kvq.eval.head import Hidden, blocks, hidden_states, logits_of
+from kvq.eval.lm_head import Hidden, blocks, hidden_states, logits_of
 from kvq.eval.results_cache import packed_tensor, unpacked_tensor
-from kvq.eval.two_view_model import two_view
+from kvq.eval.two_view import two_view
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,7 @@
 """lm-eval model ``kvq``: log-likelihoods and generations that read the packed cache.
 
 lm-eval's own Hugging Face model scores with one cache-less forward, which never reads a quantized cache. Here that
-forward is a two-view one (``kvq.eval.two_view_model``), and generation runs on the packed cache.
+forward is a two-view one (``kvq.eval.two_view``), and generation runs on the packed cache.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,10 +17,10 @@ from transformers import PreTrainedModel
 from kvq.cache import CachePlan
 from kvq.errors import DataError
 from kvq.eval.continuations import Question, score_continuations
-from kvq.eval.plain import fits, rows_of, score_pairs
+from kvq.eval.evaluated_model import load_evaluated
 from kvq.eval.results_cache import Answers, item_name
-from kvq.eval.subject import load_subject
-from kvq.eval.two_view import Schedule, reads_packed
+from kvq.eval.two_view_attention import Schedule, reads_packed
+from kvq.eval.unquantized import fits, rows_of, score_pairs
 from kvq.integrations.runtime import running
 
 Request = tuple[tuple[str, str] | None, list[int], list[int]]
@@ -44,7 +44,7 @@ class KvqLM(HFLM):
     progress     called with (requests done, requests in all) of the running call; lm-eval's own bars are off.
 
     A plan that quantizes nothing is scored by lm-eval's own code, to the bit, except that no more than
-    ``kvq.eval.head.BLOCK_NUMBERS`` logits are held at once: a longer batch goes through its head in blocks.
+    ``kvq.eval.lm_head.BLOCK_NUMBERS`` logits are held at once: a longer batch goes through its head in blocks.
     ``packed_share`` says how many of the scored tokens read any quantized token at all.
 
     Raises NothingReadError for log-likelihood requests none of which would read a quantized token.
@@ -66,9 +66,9 @@ class KvqLM(HFLM):
     ):
         Schedule(mode=mode, chunk=chunk, contexts=torch.zeros(1) if mode == "prefill" else None)
         if not isinstance(pretrained, PreTrainedModel):
-            subject = load_subject(pretrained, recipe, stats=stats, dtype=dtype)
-            pretrained, plan = subject.model, subject.plan
-            kwargs.setdefault("tokenizer", subject.tokenizer)
+            evaluated = load_evaluated(pretrained, recipe, stats=stats, dtype=dtype)
+            pretrained, plan = evaluated.model, evaluated.plan
+            kwargs.setdefault("tokenizer", evaluated.tokenizer)
         super().__init__(pretrained=pretrained, backend="causal", **kwargs)
         self.plan, self.mode, self.chunk, self.answers = plan, mode, chunk, answers
         self._progress = progress or (lambda done, total: None)

@@ -231,7 +231,8 @@ class SpeedResult:
 class EvalResult:
     """What ``evaluate`` found, and how.
 
-    mode                   what a scored token attended to (``kvq.eval.two_view``); chunk: tokens, mode chunked only.
+    mode                   what a scored token attended to (``kvq.eval.two_view_attention``).
+    chunk                  tokens, mode chunked only.
     bits_per_element       measured: bytes of a filled cache over the numbers of its full-attention layers, exact tokens
                            and metadata included, at ``bits_tokens`` tokens and the checkpoint's dtype ``cache_dtype``.
     asymptotic_bits        the same without exact tokens.

@@ -7,8 +7,8 @@ from pathlib import Path
 from kvq.errors import DataError, suggest
 from kvq.eval.probes import PROBES
 from kvq.eval.task_files import task_names
-from kvq.eval.text import TEXT_TASKS
-from kvq.eval.two_view import MODES
+from kvq.eval.text_tasks import TEXT_TASKS
+from kvq.eval.two_view_attention import MODES
 from kvq.models.builtin import cache_root
 
 SPEED = "speed"
@@ -31,7 +31,8 @@ class Settings:
     stride      tokens from one window to the next (default: seq_len); see ``kvq.eval.perplexity``.
     lengths     tokens of generated texts; None: each task's own.
     limit       windows of the text, generated texts a length, and documents of each lm-eval task.
-    mode        stream, prefill, chunked or simulate; see ``kvq.eval.two_view``. chunk: tokens a chunk (chunked).
+    mode        stream, prefill, chunked or simulate; see ``kvq.eval.two_view_attention``.
+    chunk       tokens a chunk (chunked).
     task_dir    folder with lm-eval task files; then no other lm-eval task is known.
     task_data   folder with rows for the tasks of ``kvq.eval.local``.
     fewshot     examples in a prompt of lm-eval tasks; None: each task's own number. chat: prompts go through the

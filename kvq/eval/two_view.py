@@ -1,310 +1,268 @@
-"""Two-view attention: one forward in which every query reads what decoding would have read.
+"""Faithful log-likelihood scoring: a model's single, cache-less forward that reads what a packed cache would hold."""
 
-For query position p (p tokens before it) the first ``b(p)`` body tokens are read as the packed cache gives them back,
-later ones exactly, with one softmax over both. The body starts after the sinks, and keys and values have their own b:
-
-    stream     b(p) = seen(p)                                  every token is decoded one by one
-    prefill    b(p) = 0 if p < context else seen(p)            the context is one exact prompt, the rest is decoded
-    chunked    b(p) = seen(chunk * floor(p / chunk))           the text arrives in chunks of ``chunk`` tokens
-    simulate   every number after the sinks is quantized, the query's own token included; no window (papers' tables)
-
-This equals decoding because a stored token depends on its own block alone, and every layer's row p is computed from
-what row p may see. Shapes: B rows, K KV heads, G query heads per KV head, T tokens, D head_dim.
-"""
-
-from dataclasses import dataclass
-from functools import lru_cache
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from weakref import WeakKeyDictionary
 
 import torch
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from kvq.cache import CachePlan, HeadGroup
 from kvq.cache.attend import Options
-from kvq.cache.plan import CachePlan, HeadGroup
-from kvq.codecs import Codec
-from kvq.errors import DataError, suggest
+from kvq.cache.model_attention import kvq_attention, options_of
+from kvq.errors import CacheError, DataError, UnsupportedModelError
 from kvq.eval.branches import Branches
-from kvq.kernels.decode_attention.exact_partial import exact_partial
-from kvq.kernels.decode_attention.products import Partial, merge_partials
-from kvq.models.rope import Rope
-from kvq.pages.flush import FlushRule
-from kvq.pages.layout import SIDES
+from kvq.eval.two_view_attention import MODES, Schedule, two_view_attend
+from kvq.integrations.runtime import positions_of
+from kvq.models.decoder import decoder_of
+from kvq.models.describe import describe
 
-MODES = ("stream", "prefill", "chunked", "simulate")
-# Scores held at once: on a CPU they fit its cache, a GPU wants large products.
-TILE_SCORES = {"cpu": 1 << 20, "gpu": 1 << 25}
-# Query tiles of whole flush units leave no strip of keys that must be read both ways.
-TILE_UNIT = 128
+__all__ = ["MODES", "NAME", "two_view"]
 
-
-@dataclass(frozen=True, kw_only=True)
-class Schedule:
-    """How the tokens are taken to have arrived. ``contexts`` [B] int64: tokens of each row's prompt (prefill only)."""
-
-    mode: str = "stream"
-    chunk: int = 512
-    contexts: torch.Tensor | None = None
-
-    def __post_init__(self):
-        if self.mode not in MODES:
-            raise DataError(f"unknown mode {self.mode!r}.{suggest(str(self.mode), MODES)}")
-        if isinstance(self.chunk, bool) or not isinstance(self.chunk, int) or self.chunk < 1:
-            raise DataError(f"chunk={self.chunk!r} is not a number of tokens: use 1 or more.")
-        if self.mode == "prefill" and self.contexts is None:
-            raise DataError("mode 'prefill' needs the context length of every row: pass contexts=.")
-        if self.mode != "prefill" and self.contexts is not None:
-            raise DataError(f"contexts belong to mode 'prefill', not {self.mode!r}: leave them out.")
-
-    def packed(self, rule: FlushRule, tokens: int) -> torch.Tensor:
-        """b(p) of every query position, int64 [B or 1, tokens] on the CPU."""
-        if self.mode == "simulate":
-            return torch.full((1, tokens), tokens)
-        position = torch.arange(tokens)
-        if self.mode == "chunked":
-            position = position // self.chunk * self.chunk
-        found = _seen(rule, 1 << (tokens - 1).bit_length())[position].unsqueeze(0)
-        if self.mode == "prefill":
-            found = torch.where(position < self.contexts.unsqueeze(1), 0, found)
-        return found
+NAME = "kvq_two_view"
+# Layers that reuse another layer's keys and values (Gemma 3n) get the same tensor, and with it this mark.
+_GROUPS = "kvq_two_view_groups"
+_ACTIVE: "WeakKeyDictionary[torch.nn.Module, _State]" = WeakKeyDictionary()
 
 
-@lru_cache(maxsize=64)
-def _seen(rule: FlushRule, tokens: int) -> torch.Tensor:
-    return torch.tensor([rule.seen(position) for position in range(tokens)])
+@dataclass
+class _State:
+    """One ``two_view`` block. ``real`` [B, T] marks the running forward's real tokens; None: no pads on the left.
 
-
-def reads_packed(
-    plan: CachePlan, mode: str, length: int, *, chunk: int = 512, context: int | None = None
-) -> torch.Tensor:
-    """bool [length]: the query at this position reads at least one quantized token in some layer."""
-    contexts = torch.tensor([context]) if mode == "prefill" else None
-    schedule = Schedule(mode=mode, chunk=chunk, contexts=contexts)
-    rules = {rule for groups in plan.layers.values() for group in groups for rule in group.rules.values()}
-    reads = torch.zeros(length, dtype=torch.bool)
-    for rule in rules:
-        reads |= schedule.packed(rule, length)[0] > 0
-    return reads
-
-
-def can_share(plan: CachePlan, schedule: Schedule, context: int, longest: int) -> bool:
-    """True if several branches of up to ``longest`` tokens of one context are stored as each would be alone.
-
-    Where a scale spans tokens these are stored together, so all that a branch reads as stored must lie in the context.
+    ``positions`` [B or 1, T]: rotary positions that the running forward was given; None: 0, 1, 2, ...
+    ``wanted``: layers whose attention must pass here. ``watch``: see ``two_view``.
     """
-    for groups in plan.layers.values():
-        for group in groups:
-            for side in SIDES:
-                if group.codecs[side].block_tokens == 1:
-                    continue
-                last = int(schedule.packed(group.rules[side], context + longest).max()) + group.sinks
-                if schedule.mode == "simulate" or last > context:
-                    return False
-    return True
+
+    plan: CachePlan | None
+    schedule: Schedule
+    given_lengths: torch.Tensor | None
+    branches: Branches | None
+    wanted: frozenset[int]
+    watch: Callable[[int, torch.Tensor, torch.Tensor], None] | None
+    lengths: torch.Tensor | None = None
+    real: torch.Tensor | None = None
+    positions: torch.Tensor | None = None
+    seen: set[int] = field(default_factory=set)
+
+    def groups(self, module: torch.nn.Module, key: torch.Tensor) -> tuple[HeadGroup, ...]:
+        index = getattr(module, "layer_idx", None)
+        self.seen.add(index)
+        if self.plan is not None and index in self.plan.layers:
+            setattr(key, _GROUPS, self.plan.layers[index])
+        return getattr(key, _GROUPS, ())
 
 
-def two_view_attend(
-    q: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    group: HeadGroup,
-    schedule: Schedule,
-    options: Options,
-    mask: torch.Tensor | None = None,
-    lengths: torch.Tensor | None = None,
-    positions: torch.Tensor | None = None,
+@contextmanager
+def two_view(
+    model: PreTrainedModel,
+    plan: CachePlan | None,
+    mode: str = "stream",
+    *,
+    chunk: int = 512,
+    contexts: int | Sequence[int] | torch.Tensor | None = None,
+    lengths: int | Sequence[int] | torch.Tensor | None = None,
     branches: Branches | None = None,
-) -> torch.Tensor:
-    """Causal attention of q [B, K, G, T, D] over exact keys and values [B, K, T, D] and their stored form; like q.
+    watch: Callable[[int, torch.Tensor, torch.Tensor], None] | None = None,
+) -> Iterator[PreTrainedModel]:
+    """Inside the block, ``model(input_ids)`` scores as decoding through the packed cache of ``plan`` would.
 
-    mask        [B or 1, 1, T, T], bool (True = attend) or additive: hides further keys; causality is always applied.
-    lengths     [B] real tokens a row, the rest of the row being pads on the right; None: all. Pads touch no scale.
-    positions   [B or 1, T] rotary positions; None: 0, 1, 2, ... They matter for keys that are stored before RoPE.
-    branches    how the rows fork into several continuations of one context; None: they do not.
+        with two_view(model, plan, "stream"):
+            logits = model(input_ids).logits
 
-    Keys that all queries of a tile read alike need no scores of their own; the others' are held for a tile at a time.
-    As in the packed cache, numbers are unpacked in float32, or in float64 for float64 models.
+    plan       what the cache would hold; None: exact keys and values.
+    mode       how the tokens are taken to arrive; see ``kvq.eval.two_view_attention``.
+    chunk      tokens a chunk (mode chunked).
+    contexts   tokens of each row's prompt (mode prefill): [B], or one number for all rows.
+    lengths    real tokens of each row if rows are padded on the right without an attention mask: [B], or one number.
+    branches   rows that fork into several continuations; call the model with ``position_ids=branches.positions`` and no
+               attention mask. Only for models whose layers all attend to the whole past.
+    watch      called in every planned layer with its index, its attention's output, and what exact attention gives for
+               the same input, both [B, T, H, D].
+
+    No cache is kept. Left and right pads given by a 2-D ``attention_mask`` are understood. Layers outside the plan, and
+    every layer of a recipe that quantizes nothing, run the model's ordinary attention. Leaving restores the model.
+
+    Raises DataError for an unknown mode or settings that do not fit it, CacheError for another model's plan or for a
+    forward with a cache, UnsupportedModelError if some planned layer's attention cannot be reached.
     """
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    B, K, G, T = q.shape[:4]
-    keys, values = (group.chains[side].write(x) for side, x in zip(SIDES, (keys, values)))
-    q = group.chains["key"].dual(q.flatten(2, 3)).view(q.shape)
-    if positions is None:
-        positions = torch.arange(T).unsqueeze(0)
-    sinks = group.sinks
-    views = {}
-    for side, exact in zip(SIDES, (keys, values)):
-        bounds = schedule.packed(group.rules[side], T) + sinks
-        bounds = (bounds if branches is None else branches.columns(bounds)).clamp(max=T)
-        codec = _Placed(group.codecs[side], group.rope if side == "key" else None, positions)
-        stored = _stored(exact, codec, sinks, bounds, schedule, lengths, dtype)
-        views[side] = _Views(exact=exact.to(dtype), stored=stored, bounds=bounds)
-    plain = mask is None and options.softcap is None
-    on_cpu = q.device.type == "cpu"
-    # A CPU holds no scores of keys that are read alike, and what remains is a strip of a few flush units.
-    width = min(T, 3 * TILE_UNIT) if plain and on_cpu else T
-    step = _tile(B * K * G, width, TILE_SCORES["cpu" if on_cpu else "gpu"])
-    out = torch.empty_like(q)
-    for start in range(0, T, step):
-        stop = min(start + step, T)
-        queries = q[:, :, :, start:stop].to(dtype) * options.scaling
-        partials, first = _read_alike(views, queries, start, branches) if plain else ([], 0)
-        scores = views["key"].scores(queries, start, first)
-        if options.softcap is not None:
-            scores = options.softcap * torch.tanh(scores / options.softcap)
-        _hide(scores, mask, start, first)
-        if branches is not None:
-            branches.hide(scores, start, first)
-        strip = views["value"].weighted_sum(torch.softmax(scores, dim=-1), start, first)
-        partials.append((strip.flatten(2, 3), torch.logsumexp(scores, dim=-1).flatten(2, 3)))
-        if options.sinks is not None:
-            partials.append(_learned_sinks(options.sinks, strip))
-        out[:, :, :, start:stop] = merge_partials(partials).view_as(strip).to(q.dtype)
-    return group.chains["value"].undo(out.flatten(2, 3)).view(q.shape)
+    schedule = Schedule(mode=mode, chunk=chunk, contexts=_per_row(contexts, "contexts"))
+    spec = describe(model.config)
+    if plan is not None and spec.fingerprint != plan.model.fingerprint:
+        raise CacheError("the plan was made for another model: make it again with kvq.make_plan for this one.")
+    if branches is not None and len(spec.full_layers) < len(spec.layers):
+        raise UnsupportedModelError(
+            f"not every layer of {spec.model_type!r} attends to the whole past, so its rows cannot fork: score each "
+            "continuation in a row of its own."
+        )
+    wanted = (
+        frozenset(layer.index for layer in spec.layers)
+        if branches is not None
+        else frozenset(plan.layers if plan else ())
+    )
+    state = _State(
+        plan=plan,
+        schedule=schedule,
+        given_lengths=_per_row(lengths, "lengths"),
+        branches=branches,
+        wanted=wanted,
+        watch=watch,
+    )
+    decoder = decoder_of(model)
+    modules = [module for module in model.modules() if hasattr(module, "layer_idx")]
+    previous = model.config._attn_implementation
+    outer = {module: _ACTIVE.get(module) for module in modules}
+    # First in line, so that the hook of an installed packed cache already sees use_cache=False.
+    before = decoder.register_forward_pre_hook(functools.partial(_before, state), with_kwargs=True, prepend=True)
+    after = decoder.register_forward_hook(functools.partial(_after, state))
+    try:
+        if wanted:
+            register()
+            _ACTIVE.update(dict.fromkeys(modules, state))
+            model.set_attn_implementation(NAME)
+        yield model
+    finally:
+        before.remove()
+        after.remove()
+        if wanted:
+            model.set_attn_implementation(previous)
+            for module, held in outer.items():
+                _ACTIVE.pop(module, None)
+                if held is not None:
+                    _ACTIVE[module] = held
 
 
-def _tile(rows: int, columns: int, budget: int) -> int:
-    """Queries a tile: within the score budget, and a divisor or a multiple of the usual flush unit."""
-    step = max(16, budget // (rows * columns))
-    return step // TILE_UNIT * TILE_UNIT if step >= TILE_UNIT else 1 << step.bit_length() - 1
+def register() -> None:
+    """Register the attention function and its mask under the name ``kvq_two_view``; safe to repeat."""
+    AttentionInterface.register(NAME, two_view_attention)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
-def _read_alike(views, q: torch.Tensor, start: int, branches: Branches | None) -> tuple[list[Partial], int]:
-    """Attention of q [B, K, G, L, D] over the columns before ``start`` that all of it reads alike, both sides stored or
-    both exactly, and the first column that is left over."""
-    stop = start + q.shape[3]
-    limit = start if branches is None or stop <= branches.fork else min(start, branches.fork)
-    reached = [(int(own.min()), int(own.max())) for own in (view.bounds[:, start:stop] for view in views.values())]
-    stored = min([limit, *(low for low, _ in reached)])
-    # Exact columns follow at once only where no query reads anything beyond as stored.
-    exact = limit if max(high for _, high in reached) <= stored else stored
-    q = q.flatten(2, 3)
-    key, value = views["key"], views["value"]
-    partials = []
-    if stored:
-        partials.append(exact_partial(q, key.stored[:, :, :stored], value.stored[:, :, :stored]))
-    if exact > stored:
-        partials.append(exact_partial(q, key.exact[:, :, stored:exact], value.exact[:, :, stored:exact]))
-    return partials, exact
-
-
-def _learned_sinks(logits: torch.Tensor, strip: torch.Tensor) -> Partial:
-    """One more key a query head, with the given score and a value of zero; strip [B, K, G, L, D]."""
-    B, K, G, L, _ = strip.shape
-    lse = logits.to(strip.dtype).view(1, K, G, 1).expand(B, K, G, L)
-    return torch.zeros_like(strip).flatten(2, 3), lse.flatten(2, 3)
-
-
-def _hide(scores: torch.Tensor, mask: torch.Tensor | None, start: int, first: int) -> None:
-    """Hide the future, and what ``mask`` hides, from queries at ``start``; scores [B, K, G, L, columns], in place."""
-    # A finite number, so that a row that sees nothing (a pad) stays finite.
-    lowest = torch.finfo(scores.dtype).min
-    length, end = scores.shape[-2], first + scores.shape[-1]
-    future = torch.ones(length, length, dtype=torch.bool, device=scores.device).triu(1)
-    if mask is not None:
-        own = mask[:, :, start:end, first:end].unsqueeze(1)
-        if own.dtype == torch.bool:
-            scores.masked_fill_(~own, lowest)
-        else:
-            scores.add_(own.to(scores.dtype)).clamp_(min=lowest)
-    scores[..., start - first :].masked_fill_(future, lowest)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Views:
-    """One side: exact and stored numbers [B, K, T, D]; query p reads column j as stored if j < bounds[b, p]."""
-
-    exact: torch.Tensor
-    stored: torch.Tensor
-    bounds: torch.Tensor
-
-    def _strip(self, start: int, stop: int, first: int) -> tuple[int, int, torch.Tensor]:
-        """Columns [low, high) from ``first`` on that not all queries of [start, stop) read alike, and who as stored."""
-        bounds = self.bounds[:, start:stop].clamp(min=first, max=stop)
-        low, high = int(bounds.min()), int(bounds.max())
-        reads = torch.arange(low, high) < bounds.unsqueeze(-1)
-        return low, high, reads[:, None, None].to(self.exact.device)
-
-    def scores(self, q: torch.Tensor, start: int, first: int) -> torch.Tensor:
-        """q [B, K, G, L, D] at ``start`` times every key from ``first`` to the last query: [B, K, G, L, columns]."""
-        stop = start + q.shape[3]
-        low, high, reads = self._strip(start, stop, first)
-        parts = []
-        if high > first:
-            parts.append(_times(q, self.stored[:, :, first:high].transpose(-1, -2)))
-        if stop > low:
-            parts.append(_times(q, self.exact[:, :, low:stop].transpose(-1, -2)))
-        if len(parts) == 1:
-            return parts[0]
-        if high > low:
-            stored, exact = parts
-            exact[..., : high - low] = torch.where(reads, stored[..., low - first :], exact[..., : high - low])
-            parts[0] = stored[..., : low - first]
-        return torch.cat(parts, dim=-1)
-
-    def weighted_sum(self, weights: torch.Tensor, start: int, first: int) -> torch.Tensor:
-        """Sum of the values from ``first`` on with weights [B, K, G, L, columns]: [B, K, G, L, D]."""
-        stop = first + weights.shape[-1]
-        low, high, reads = self._strip(start, stop, first)
-        before, own, after = weights.split([low - first, high - low, stop - high], dim=-1)
-        out = 0
-        if high > low:
-            after = torch.cat([own.masked_fill(reads, 0), after], dim=-1)
-            before = torch.cat([before, own.masked_fill(~reads, 0)], dim=-1)
-        if stop > low:
-            out = _times(after, self.exact[:, :, low:stop])
-        return out + _times(before, self.stored[:, :, first:high]) if high > first else out
-
-
-def _times(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a [B, K, G, L, n] @ b [B, K, n, m]: the query heads of a KV head share one product."""
-    return (a.flatten(2, 3) @ b).unflatten(2, a.shape[2:4])
-
-
-@dataclass(frozen=True)
-class _Placed:
-    """A codec where the recipe places it: after the rotary embedding, or before it."""
-
-    codec: Codec
-    rope: Rope | None
-    positions: torch.Tensor
-
-    def round_trip(self, x: torch.Tensor, dtype: torch.dtype, start: int = 0, index=None) -> torch.Tensor:
-        """What the cache gives back for x [B, K, t, D], the tokens from ``start``, or those of ``index`` [B, t]."""
-        if self.rope is None:
-            return self.codec.decode(self.codec.encode(x), dtype)
-        if index is None:
-            positions = self.positions[:, start : start + x.shape[2]]
-        else:
-            positions = self.positions.expand(len(index), -1).gather(1, index)
-        decoded = self.codec.decode(self.codec.encode(self.rope.undo(x, positions)), dtype)
-        return self.rope.rotate(decoded, positions)
-
-
-def _stored(
-    x: torch.Tensor, codec: _Placed, sinks: int, bounds: torch.Tensor, schedule: Schedule, lengths, dtype: torch.dtype
-) -> torch.Tensor:
-    """x [B, K, T, D] with the body tokens that some query reads as stored put through the codec.
-
-    Encoding happens in the dtype of x and decoding in ``dtype``, as in the packed cache.
-    """
-    out = x.to(dtype, copy=True)
-    stop = int(bounds.max())
-    if stop <= sinks:
-        return out
-    if schedule.mode == "simulate":
-        out[:, :, sinks:] = _round_trip_ragged(x[:, :, sinks:], codec, sinks, lengths, dtype)
+def two_view_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """Attention of query [B, H, T, D] as the running ``two_view`` block says; returns [B, T, H, D] and no weights."""
+    state = _ACTIVE.get(module)
+    groups = state.groups(module, key) if state is not None else ()
+    if not groups and state is not None and state.branches is not None:
+        return _attend_branches(module, query, key, value, dropout, scaling, state.branches, kwargs), None
+    if not groups:
+        return kvq_attention(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+    options = options_of(module, query, scaling, kwargs)
+    for name, rows in (("contexts", state.schedule.contexts), ("lengths", state.lengths)):
+        if rows is not None and len(rows) not in (1, query.shape[0]):
+            raise DataError(f"{name} has {len(rows)} entries for a batch of {query.shape[0]}: give one for each row.")
+    if state.real is None:
+        out = _attend_groups(query, key, value, groups, attention_mask, options, state, state.positions)
     else:
-        out[:, :, sinks:stop] = codec.round_trip(x[:, :, sinks:stop], dtype, sinks)
-    return out
+        out = _attend_padded(query, key, value, groups, attention_mask, options, state)
+    out = out.transpose(1, 2).contiguous()
+    if state.watch is not None:
+        exact, _ = kvq_attention(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+        state.watch(module.layer_idx, out, exact)
+    return out, None
 
 
-def _round_trip_ragged(
-    x: torch.Tensor, codec: _Placed, start: int, lengths: torch.Tensor | None, dtype: torch.dtype
-) -> torch.Tensor:
-    """Round trip of x [B, K, t, D], the tokens from ``start`` on. A partial last block has its own scale: the last real
-    token fills what is missing.
-    """
-    T = x.shape[2]
-    last = (torch.full((x.shape[0],), T) if lengths is None else lengths - start).clamp(min=1) - 1
-    whole = -(-T // codec.codec.block_tokens) * codec.codec.block_tokens
-    index = torch.minimum(torch.arange(whole), last.unsqueeze(1))
-    filled = x.gather(2, index.to(x.device)[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
-    return codec.round_trip(filled, dtype, index=index + start)[:, :, :T]
+def _attend_branches(module, query, key, value, dropout, scaling, branches: Branches, kwargs) -> torch.Tensor:
+    """The model's ordinary attention [B, T, H, D] in rows that fork: first the common context, then what follows."""
+    fork = branches.fork
+    settings = {"dropout": dropout, "scaling": scaling, **kwargs}
+    parts = [(query[:, :, :fork], key[:, :, :fork], value[:, :, :fork], None)]
+    if fork < query.shape[2]:
+        parts.append((query[:, :, fork:], key, value, branches.mask().to(query.device)))
+    return torch.cat([kvq_attention(module, *part, **settings)[0] for part in parts], dim=1)
+
+
+def _attend_groups(query, key, value, groups, mask, options: Options, state: _State, positions) -> torch.Tensor:
+    """Every head group's attention, [B, H, T, D]; real tokens stand on the left."""
+    B, H, T, D = query.shape
+    heads = key.shape[1]
+    grouped = query.view(B, heads, H // heads, T, D) if query.is_contiguous() else query.unflatten(1, (heads, -1))
+    lengths = None if state.lengths is None else state.lengths.expand(B)
+    rest = (mask if state.branches is None else None, lengths, positions, state.branches)
+    if len(groups) == 1:
+        return two_view_attend(grouped, key, value, groups[0], state.schedule, options, *rest).flatten(1, 2)
+    out = torch.empty_like(grouped)
+    for group in groups:
+        own = list(group.heads)
+        sinks = None if options.sinks is None else options.sinks.view(heads, -1)[own].flatten()
+        part = Options(scaling=options.scaling, softcap=options.softcap, sinks=sinks)
+        out[:, own] = two_view_attend(grouped[:, own], key[:, own], value[:, own], group, state.schedule, part, *rest)
+    return out.flatten(1, 2)
+
+
+def _attend_padded(query, key, value, groups, mask, options: Options, state: _State) -> torch.Tensor:
+    """Move every row's real tokens to the left, attend, and move the results back."""
+    # A stable sort keeps the order of the real tokens.
+    order = torch.argsort((~state.real).to(torch.int8), dim=1, stable=True).to(query.device)
+    index = order[:, None, :, None]
+    query, key, value = (x.gather(2, index.expand(-1, x.shape[1], -1, x.shape[3])) for x in (query, key, value))
+    if mask is not None:
+        mask = mask.expand(len(order), -1, -1, -1)
+        mask = mask.gather(2, index.expand(-1, mask.shape[1], -1, mask.shape[3]))
+        mask = mask.gather(3, order[:, None, None].expand_as(mask))
+    # Without positions of its own, the forward numbered every column, pads included.
+    positions = torch.arange(order.shape[1]).unsqueeze(0) if state.positions is None else state.positions
+    positions = positions.expand(len(order), -1).gather(1, order.cpu())
+    out = _attend_groups(query, key, value, groups, mask, options, state, positions)
+    return torch.empty_like(out).scatter_(2, index.expand_as(out), out)
+
+
+def _before(state: _State, module, args, kwargs):
+    """Keep the forward free of a cache, and note which tokens are real."""
+    cache = kwargs.get("past_key_values")
+    if cache is not None and cache.get_seq_length():
+        raise CacheError(
+            "two-view scoring runs without a cache: leave past_key_values out, or leave the two_view block."
+        )
+    kwargs["past_key_values"], kwargs["use_cache"] = None, False
+    mask = kwargs.get("attention_mask")
+    state.seen.clear()
+    if state.branches is not None:
+        _check_forks(state.branches, kwargs)
+    state.lengths, state.real = state.given_lengths, None
+    state.positions = None if state.plan is None else positions_of(kwargs, state.plan)
+    if isinstance(mask, torch.Tensor) and mask.ndim == 2 and not bool(mask.all()):
+        real = mask.bool().cpu()
+        state.lengths = real.sum(1)
+        on_the_left = torch.arange(real.shape[1]) < state.lengths.unsqueeze(1)
+        state.real = None if torch.equal(real, on_the_left) else real
+    return args, kwargs
+
+
+def _check_forks(branches: Branches, kwargs) -> None:
+    positions = kwargs.get("position_ids")
+    if positions is None or not torch.equal(positions.cpu(), branches.positions):
+        raise DataError("rows that fork need position_ids=branches.positions: pass them to the model.")
+    mask = kwargs.get("attention_mask")
+    if mask is not None and not (mask.ndim == 2 and bool(mask.all())):
+        raise DataError("rows that fork take no attention_mask: leave it out.")
+    # transformers reads jumps of the positions as texts packed in one row, unless it is given a mask.
+    kwargs["attention_mask"] = torch.ones_like(positions)
+
+
+def _after(state: _State, module, args, output) -> None:
+    missed = state.wanted - state.seen
+    if missed:
+        raise UnsupportedModelError(
+            f"layer {min(missed)} of this {type(module).__name__} does not use the attention interface of "
+            "transformers, so one forward cannot score a packed cache: generate through the cache instead."
+        )
+
+
+def _per_row(value, name: str) -> torch.Tensor | None:
+    if value is None:
+        return None
+    rows = torch.as_tensor(value).cpu().reshape(-1)
+    if rows.is_floating_point() or rows.dtype == torch.bool or bool((rows < 0).any()):
+        raise DataError(f"{name}={value!r} does not count tokens: give whole numbers of 0 or more.")
+    return rows.long()

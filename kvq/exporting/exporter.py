@@ -1,9 +1,9 @@
 """Write an export: the model's weights, beside what kvq adds for one target.
 
-Weights are untouched, or have taken over the first transforms of the recipe (``kvq.transforms.plan``). Untouched files
-are hard-linked where the file system can, else copied; changed ones are streamed (``kvq.exporting.shards``), while the
-logits are compared (``kvq.exporting.fold_check``). The folder appears whole or not at all (``kvq.exporting.atomic``),
-and the same inputs give the same bytes.
+Weights are untouched, or have taken over the first transforms of the recipe (``kvq.transforms.fold_plan``). Untouched
+files are hard-linked where the file system can, else copied; changed ones are streamed (``kvq.exporting.shards``),
+while the logits are compared (``kvq.exporting.fold_check``). The folder appears whole or not at all
+(``kvq.exporting.atomic_folder``), and the same inputs give the same bytes.
 """
 
 import errno
@@ -24,13 +24,13 @@ from kvq.calib.artefacts import fit_artefacts, needed_artefacts
 from kvq.calib.check import check_stats
 from kvq.calib.stats import Stats
 from kvq.errors import CheckpointError
-from kvq.exporting.atomic import recover, scratch_folder, whole_folder
-from kvq.exporting.card import CARD, licence_of
+from kvq.exporting.atomic_folder import recover, scratch_folder, whole_folder
 from kvq.exporting.checkpoint import QUANT_METHOD, provenance_of, to_json
 from kvq.exporting.engines import find_release
 from kvq.exporting.fold_check import FoldCheck, check_folds
 from kvq.exporting.folding import fold_lines, plan_of_folds, refuse_second_fold
 from kvq.exporting.manifest import MANIFEST, Progress, build_manifest
+from kvq.exporting.model_card import CARD, licence_of
 from kvq.exporting.shards import placing_weights
 from kvq.exporting.targets import TARGETS, Job, Target, find_target
 from kvq.exporting.targets.base import quantization_of
@@ -40,7 +40,7 @@ from kvq.models.builtin import BUILTIN, MODEL_NAME
 from kvq.models.describe import ModelSpec, describe
 from kvq.models.resolve import load_config, resolve_model, weights_fingerprint
 from kvq.recipe import Recipe, load_recipe
-from kvq.transforms.plan import FoldPlan
+from kvq.transforms.fold_plan import FoldPlan
 
 # Files of the base model that belong to it beside the weights. Everything else in a folder (other formats, code,
 # training state) stays behind.

@@ -11,7 +11,7 @@ from kvq.exporting.manifest import read_manifest
 from kvq.exporting.shards import tensor_names
 from kvq.models.architecture import describe_attention
 from kvq.models.rope import rope_of
-from kvq.transforms.plan import FoldPlan, plan_folds
+from kvq.transforms.fold_plan import FoldPlan, plan_folds
 
 # Field of config.json that says which transforms the weights have taken over.
 FOLDED = "kvq_folded"

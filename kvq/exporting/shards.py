@@ -16,7 +16,7 @@ from typing import BinaryIO
 import torch
 
 from kvq.errors import CheckpointError
-from kvq.exporting.atomic import flush_file
+from kvq.exporting.atomic_folder import flush_file
 from kvq.models.resolve import check_weights, read_header
 from kvq.models.stored import StoredTensor, stored_tensors
 from kvq.transforms.fold import Operation, fold

@@ -13,7 +13,7 @@ _LABELS = {"kl": "KL to the exact model (nats a token)", "top1": "share of chang
 
 @styled
 def pareto_figure(data: Mapping[str, Any]) -> Figure:
-    """Draw ``kvq.searching.evidence.front_rows`` data. Measured points are filled, predictions a dashed line."""
+    """Draw ``kvq.searching.search_evidence.front_rows`` data. Measured points are filled, predictions a dashed line."""
     figure = new_figure(691, 605)
     upper, lower = figure.subplots(2, 1, height_ratios=(3, 2))
     _draw_front(upper, data)

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from kvq.atomic import check_writable, write_atomically
 from kvq.errors import CheckpointError, DataError
-from kvq.searching.evidence import evidence, front_rows, recipe_text
 from kvq.searching.search import Search
+from kvq.searching.search_evidence import evidence, front_rows, recipe_text
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ import numpy as np
 
 from kvq.errors import DataError
 from kvq.models.describe import LayerSpec
-from kvq.searching.quiet import native_silence
 from kvq.searching.sensitivity import Entry
+from kvq.searching.suppress_stdout import suppress_stdout
 
 SOLVER_SECONDS = 60.0
 # The solver stops once the sum is proved to be this near to the least one.
@@ -95,7 +95,7 @@ def allocate(
     cost[: len(choices)] = costs
     entries, columns, lines, right = rows.arrays()
     structure = coo_array((entries, (lines, columns)), shape=(len(right), count)).tocsr()
-    with native_silence():
+    with suppress_stdout():
         found = milp(
             objective,
             integrality=np.ones(count),

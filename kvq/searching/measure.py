@@ -13,9 +13,9 @@ import torch
 from transformers import PreTrainedModel
 
 from kvq.cache import CachePlan
-from kvq.eval.head import Hidden, hidden_states
 from kvq.eval.likelihood import Windows, score_row
-from kvq.eval.two_view_model import two_view
+from kvq.eval.lm_head import Hidden, hidden_states
+from kvq.eval.two_view import two_view
 from kvq.models.decoder import decoder_layers
 
 # Relative difference of final states that another order of the same sums may make.

@@ -11,7 +11,7 @@ import torch
 
 from kvq.calib.stats import Stats
 from kvq.errors import DataError, RecipeError, suggest
-from kvq.eval.bits import measured_bits
+from kvq.eval.measured_bits import measured_bits
 from kvq.eval.result import installed_versions
 from kvq.models.describe import ModelSpec, describe
 from kvq.models.resolve import load_config, load_model, load_tokenizer, resolve_model, weights_fingerprint
@@ -21,7 +21,7 @@ from kvq.searching.assemble import recipe_of, uniform_recipe
 from kvq.searching.journal import Journal, identity_hash
 from kvq.searching.sensitivity import Entry, Sensitivity
 from kvq.searching.space import Space, expand, load_space
-from kvq.searching.text import Text, cut_text
+from kvq.searching.text_split import Text, cut_text
 from kvq.searching.variants import Variants
 from kvq.searching.verify import METRICS, Measured, Verifier
 

@@ -10,7 +10,7 @@ from kvq.calib.collect import collect
 from kvq.calib.end_to_end import learn_end_to_end
 from kvq.calib.learn import learn_fits
 from kvq.calib.needs import needs_of
-from kvq.eval.two_view_model import two_view
+from kvq.eval.two_view import two_view
 from kvq.models.describe import describe
 from kvq.recipe import parse_recipe
 

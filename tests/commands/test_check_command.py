@@ -5,7 +5,7 @@ import json
 import pytest
 
 from kvq.commands import check
-from kvq.eval.engine import EngineComparison, PromptComparison
+from kvq.eval.engine_run import EngineComparison, PromptComparison
 
 
 @pytest.fixture
@@ -77,7 +77,7 @@ def test_a_run_passes_or_fails_with_the_comparison(run, folder, monkeypatch, pro
             scales_checked=4, prompts=(row, row), problems=problems,
         )  # fmt: skip
 
-    monkeypatch.setattr("kvq.eval.engine.compare_with_engine", compare)
+    monkeypatch.setattr("kvq.eval.engine_run.compare_with_engine", compare)
     result = run("check", folder, "--run", "--engine-python", "some/python", "--dtype", "float32", "--json", "-")
     assert result.exit_code == (2 if problems else 0)
     report = json.loads(result.stdout)
@@ -121,7 +121,7 @@ def test_an_engines_own_dtype_is_run_in_16_bits(run, own, monkeypatch):
             scales_checked=0, prompts=(row, row), problems=(),
         )  # fmt: skip
 
-    monkeypatch.setattr("kvq.eval.engine.compare_with_engine", compare)
+    monkeypatch.setattr("kvq.eval.engine_run.compare_with_engine", compare)
     result = run("check", own, "--run", "--engine-python", "some/python")
     assert result.exit_code == 0, result.output
     assert asked["cache_dtype"] is None

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from kvq.eval import text as text_module
+from kvq.eval import text_tasks as text_module
 
 SIZES = ("--seq-len", 256, "--limit", 2)
 

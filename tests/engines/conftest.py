@@ -15,7 +15,7 @@ import torch
 from kvq.calib.collect import collect
 from kvq.calib.data import builtin_text
 from kvq.calib.needs import DEFAULT_NEEDS
-from kvq.eval.engine import ask_engine, two_prompts
+from kvq.eval.engine_run import ask_engine, two_prompts
 from kvq.eval.result import installed_versions
 from kvq.exporting.exporter import export
 from kvq.models.resolve import load_model, load_tokenizer, weights_fingerprint

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from kvq.eval.engine import ask_engine, judge, two_prompts
+from kvq.eval.engine_run import ask_engine, judge, two_prompts
 from kvq.exporting.check import check_folder
 from kvq.exporting.engines import find_release
 from kvq.exporting.exporter import export

@@ -1,7 +1,7 @@
 """Exports served by vLLM on the CPU: its own scales, cache dtype, greedy text and log-probabilities.
 
 Every number that the engine gives is compared with kvq's simulation of the same folder; how near they must come is what
-two simulations of different precision differ by (``kvq.eval.engine``).
+two simulations of different precision differ by (``kvq.eval.engine_run``).
 """
 
 import json
@@ -21,11 +21,11 @@ from safetensors.torch import load_file, save_file
 from transformers import Gemma3TextConfig
 
 from kvq.errors import CheckpointError
-from kvq.eval.engine import ask_engine, compare_with_engine, judge, logprobs, two_prompts
+from kvq.eval.engine_run import ask_engine, compare_with_engine, judge, logprobs, two_prompts
 from kvq.exporting.check import check_folder
 from kvq.exporting.engines import find_release
 from kvq.exporting.exporter import export
-from kvq.exporting.served import served_config, served_plan
+from kvq.exporting.simulated_engine import simulated_config, simulated_plan
 from kvq.models.resolve import load_model
 from kvq.recipe import load_recipe
 
@@ -85,8 +85,8 @@ def test_transforms_in_the_weights_with_fp8_scales_behind_them(answers, served, 
 def test_greedy_text_is_the_simulations(answers, record):
     """Token by token, kvq's simulation would have written what the engine wrote."""
     folder, prompts, answer = answers("vllm", "float32")
-    plan = served_plan(folder, "toward_zero")
-    model = load_model(folder, dtype=torch.float32, config=served_config(folder))
+    plan = simulated_plan(folder, "toward_zero")
+    model = load_model(folder, dtype=torch.float32, config=simulated_config(folder))
     same = []
     for prompt, output in zip(prompts, answer["outputs"]):
         best = logprobs(model, plan, prompt + output["tokens"])[len(prompt) - 1 : -1]

@@ -12,7 +12,7 @@ from kvq.eval import continuations
 from kvq.eval.branches import Branches
 from kvq.eval.continuations import Question, can_fork, rows_of, score_continuations
 from kvq.eval.results_cache import Answers
-from kvq.eval.two_view_model import two_view
+from kvq.eval.two_view import two_view
 from kvq.integrations import runtime
 from kvq.models.describe import describe
 from kvq.recipe import load_recipe

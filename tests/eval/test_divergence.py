@@ -5,7 +5,7 @@ from kvq.cache import make_plan
 from kvq.eval.divergence import divergence
 from kvq.eval.likelihood import WindowScore, score_windows
 from kvq.eval.perplexity import cut_windows
-from kvq.eval.two_view_model import two_view
+from kvq.eval.two_view import two_view
 from kvq.models.describe import describe
 from kvq.recipe import load_recipe
 

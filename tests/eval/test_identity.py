@@ -2,15 +2,17 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import kvq
 from kvq.cache import make_plan
 from kvq.eval import identity
+from kvq.eval.evaluated_model import load_evaluated
 from kvq.eval.identity import answers_key, model_hash, plan_hash
-from kvq.eval.subject import load_subject
 from kvq.exporting.exporter import export
 from kvq.integrations.runtime import running
 from kvq.models.describe import describe
@@ -87,23 +89,27 @@ def test_an_export_of_unchanged_weights_is_the_same_model(folder, tmp_path):
 
 
 def test_keys_hold_all_that_decides_an_answer(folder, monkeypatch):
-    subject = load_subject(folder, "int4")
-    key = answers_key(subject, subject.plan, task="text", mode="stream")
+    evaluated = load_evaluated(folder, "int4")
+    key = answers_key(evaluated, evaluated.plan, task="text", mode="stream")
     others = [
-        answers_key(subject, None, task="text", mode="stream"),
-        answers_key(subject, subject.plan_for("int8"), task="text", mode="stream"),
-        answers_key(subject, subject.plan, task="text", mode="prefill"),
-        answers_key(subject, subject.plan, task="needle", mode="stream"),
-        answers_key(load_subject(folder, "int4", dtype=torch.float64), subject.plan, task="text", mode="stream"),
+        answers_key(evaluated, None, task="text", mode="stream"),
+        answers_key(evaluated, evaluated.plan_for("int8"), task="text", mode="stream"),
+        answers_key(evaluated, evaluated.plan, task="text", mode="prefill"),
+        answers_key(evaluated, evaluated.plan, task="needle", mode="stream"),
+        answers_key(load_evaluated(folder, "int4", dtype=torch.float64), evaluated.plan, task="text", mode="stream"),
     ]
     monkeypatch.setattr(identity, "code_version", lambda: "another")
-    others.append(answers_key(subject, subject.plan, task="text", mode="stream"))
+    others.append(answers_key(evaluated, evaluated.plan, task="text", mode="stream"))
     assert len({json.dumps(own, sort_keys=True) for own in [key, *others]}) == 7
     assert str(folder) not in json.dumps(key)
 
 
 def test_the_code_version_covers_what_computes_and_not_what_shows():
-    covered = {name.split("/")[0] for name in identity._DECIDING}
+    files = identity._deciding(Path(kvq.__file__).parent)
+    covered = {name.split("/")[0] for name in files}
     assert {"cache", "kernels", "codecs", "pages", "integrations", "transforms", "recipe.py"} <= covered
+    assert {"eval/two_view.py", "eval/two_view_attention.py", "eval/lm_head.py"} <= set(files)
+    assert any(name.endswith(".cpp") for name in files)
     assert not {"report", "commands"} & covered
+    assert "eval/gate.py" not in files
     assert len(identity.code_version()) == 64

@@ -8,9 +8,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from kvq.eval.continuations import Question, score_continuations
+from kvq.eval.evaluated_model import load_evaluated
 from kvq.eval.likelihood import score_windows
 from kvq.eval.perplexity import cut_windows
-from kvq.eval.subject import load_subject
 from kvq.exporting.exporter import export
 from kvq.recipe import load_recipe
 
@@ -50,9 +50,9 @@ def decoded(model, ids):
 
 def test_one_forward_scores_what_the_exported_model_decodes(folder):
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
-    subject = load_subject(folder, dtype=torch.float64)
+    evaluated = load_evaluated(folder, dtype=torch.float64)
     windows = cut_windows(tokens(), LENGTH)
-    (found,) = score_windows(subject.model, {"own": subject.plan}, windows, "stream")
+    (found,) = score_windows(evaluated.model, {"own": evaluated.plan}, windows, "stream")
     score = found["own"]
     logprobs = decoded(model, tokens()[:-1])
     targets = torch.tensor(tokens()[1:]).unsqueeze(1)
@@ -66,8 +66,8 @@ def test_one_forward_scores_what_the_exported_model_decodes(folder):
 def test_one_forward_scores_what_decodes_in_bfloat16(folder):
     """As far as the model's own rounding allows: a forward over many tokens rounds otherwise than one over one."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
-    subject = load_subject(folder, dtype=torch.bfloat16)
-    (found,) = score_windows(subject.model, {"own": subject.plan}, cut_windows(tokens(), LENGTH), "stream")
+    evaluated = load_evaluated(folder, dtype=torch.bfloat16)
+    (found,) = score_windows(evaluated.model, {"own": evaluated.plan}, cut_windows(tokens(), LENGTH), "stream")
     logprobs = decoded(model, tokens()[:-1]).float()
     losses = -logprobs.gather(1, torch.tensor(tokens()[1:]).unsqueeze(1)).squeeze(1)
     assert float((found["own"].losses - losses).abs().mean()) < 0.02
@@ -76,10 +76,10 @@ def test_one_forward_scores_what_decodes_in_bfloat16(folder):
 
 def test_continuations_score_what_the_exported_model_decodes(folder):
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
-    subject = load_subject(folder, dtype=torch.float64)
+    evaluated = load_evaluated(folder, dtype=torch.float64)
     context, continuations = tokens(1, 180), [tokens(2, 1), tokens(3, 9), tokens(4, 5)]
     question = Question(context=tuple(context), continuations=tuple(map(tuple, continuations)))
-    (scores,) = score_continuations(subject.model, subject.plan, [question], "stream")
+    (scores,) = score_continuations(evaluated.model, evaluated.plan, [question], "stream")
     for own, found in zip(continuations, scores):
         logprobs = decoded(model, [*context, *own[:-1]])[len(context) - 1 :]
         expected = logprobs.gather(1, torch.tensor(own).unsqueeze(1)).squeeze(1)

@@ -13,7 +13,7 @@ from lm_eval.tasks import TaskManager  # noqa: E402
 
 from kvq.cache import make_plan  # noqa: E402
 from kvq.errors import DataError  # noqa: E402
-from kvq.eval import head  # noqa: E402
+from kvq.eval import lm_head  # noqa: E402
 from kvq.eval.evaluate import evaluate  # noqa: E402
 from kvq.eval.lm_eval import KvqLM  # noqa: E402
 from kvq.integrations import runtime  # noqa: E402
@@ -102,7 +102,7 @@ def test_long_documents_score_alike_without_their_whole_logits(
     settings = {"tokenizer": tiny_tokenizer, "max_length": 256, "batch_size": batch_size}
     # lm-eval 0.4.13, where two requests of one row are cut at different places and share it, reads the wrong tokens.
     own = HFLM(pretrained=model, logits_cache=False, **settings)
-    monkeypatch.setattr(head, "BLOCK_NUMBERS", 70 * model.config.vocab_size)
+    monkeypatch.setattr(lm_head, "BLOCK_NUMBERS", 70 * model.config.vocab_size)
     asked = [(None, *request) for request in [*REQUESTS, *LONG_REQUESTS]]
     held = []
     hook = model.lm_head.register_forward_hook(lambda module, inputs, output: held.append(output[..., 0].numel()))

@@ -7,7 +7,7 @@ from kvq.cache import make_plan
 from kvq.errors import DataError
 from kvq.eval.likelihood import WindowScore, score_windows
 from kvq.eval.perplexity import cut_windows, perplexity
-from kvq.eval.two_view_model import two_view
+from kvq.eval.two_view import two_view
 from kvq.models.describe import describe
 from kvq.recipe import load_recipe
 
@@ -84,7 +84,7 @@ def test_several_plans_share_a_baseline_and_blocks_change_nothing(model, monkeyp
     windows = cut_windows(ids_of(90), 30)
     plans = {name: plan_of(model, name) for name in ("int4", "int8")}
     together = list(score_windows(model, plans, windows))
-    monkeypatch.setattr("kvq.eval.head.BLOCK_NUMBERS", 7 * 128)
+    monkeypatch.setattr("kvq.eval.lm_head.BLOCK_NUMBERS", 7 * 128)
     for name, plan in plans.items():
         alone = list(score_windows(model, {name: plan}, windows))
         for one, other in zip(alone, together):

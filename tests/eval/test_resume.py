@@ -12,9 +12,9 @@ import pytest
 
 from kvq.errors import DataError, RecipeError
 from kvq.eval import continuations, greedy, likelihood
+from kvq.eval import evaluation_run as run_module
 from kvq.eval import results_cache as answers_module
-from kvq.eval import run as run_module
-from kvq.eval import text as text_module
+from kvq.eval import text_tasks as text_module
 from kvq.eval.evaluate import compare, evaluate
 from kvq.exporting.exporter import export
 from kvq.recipe import load_recipe

@@ -16,7 +16,7 @@ import kvq
 from kvq.calib.collect import collect
 from kvq.calib.needs import needs_of
 from kvq.errors import CheckpointError, RecipeError
-from kvq.eval.two_view_model import two_view
+from kvq.eval.two_view import two_view
 from kvq.exporting import exporter
 from kvq.exporting.exporter import export
 from kvq.models.describe import describe

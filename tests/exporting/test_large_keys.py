@@ -12,7 +12,7 @@ from kvq.eval.divergence import divergence
 from kvq.eval.likelihood import score_windows
 from kvq.eval.perplexity import cut_windows, perplexity
 from kvq.exporting.exporter import export
-from kvq.exporting.served import served_config, served_plan
+from kvq.exporting.simulated_engine import simulated_config, simulated_plan
 from kvq.models.describe import describe
 from kvq.models.resolve import load_model, load_tokenizer
 from kvq.recipe import load_recipe
@@ -20,9 +20,9 @@ from kvq.recipe import load_recipe
 
 def scores(folder, ids, windows):
     """Perplexity and KL of the folder's calibrated cache, and of the same cache at scale 1.0."""
-    model = load_model(folder, dtype=torch.float32, config=served_config(folder))
+    model = load_model(folder, dtype=torch.float32, config=simulated_config(folder))
     unit = load_recipe("fp8").override({"key.scale": "unit", "value.scale": "unit"})
-    plans = {"calibrated": served_plan(folder), "unit": make_plan(unit, describe(model.config))}
+    plans = {"calibrated": simulated_plan(folder), "unit": make_plan(unit, describe(model.config))}
     found = {name: [] for name in plans}
     cut = cut_windows(ids, len(ids) // windows, limit=windows)
     for window in score_windows(model, plans, cut, "simulate"):

@@ -5,9 +5,9 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
-from kvq.eval.two_view_model import two_view
+from kvq.eval.two_view import two_view
 from kvq.exporting.exporter import export
-from kvq.exporting.served import served_config, served_plan
+from kvq.exporting.simulated_engine import simulated_config, simulated_plan
 from kvq.models.describe import describe
 from kvq.models.resolve import load_config, load_model
 from kvq.recipe import load_recipe
@@ -37,7 +37,7 @@ def test_every_key_is_expected_and_found(folder):
         "missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": set(),
     }  # fmt: skip
     held = {n: p.flatten().tolist() for n, p in model.named_parameters() if n.endswith(("k_scale", "v_scale"))}
-    for index, groups in served_plan(folder).layers.items():
+    for index, groups in simulated_plan(folder).layers.items():
         for side, letter in (("key", "k"), ("value", "v")):
             assert held[f"model.layers.{index}.self_attn.{letter}_scale"] == [g.codecs[side].scale for g in groups]
     assert len(held) == 2 * len(describe(load_config(folder)).full_layers)
@@ -60,11 +60,11 @@ def test_its_answers_are_those_of_kvqs_simulation(folder):
     """
     ids = torch.arange(3, 90).unsqueeze(0)
     theirs, _ = load(folder)
-    ours = load_model(folder, dtype=torch.float64, config=served_config(folder))
+    ours = load_model(folder, dtype=torch.float64, config=simulated_config(folder))
     with torch.no_grad():
         reference = theirs(ids, use_cache=True).logits
         plain = ours(ids).logits
-        with two_view(ours, served_plan(folder), "simulate"):
+        with two_view(ours, simulated_plan(folder), "simulate"):
             logits = ours(ids).logits
     assert (logits - reference).abs().max() < 1e-6
     assert (plain - reference).abs().max() > 1e-2

@@ -8,7 +8,7 @@ from kvq.cache import make_plan, packed_layers
 from kvq.calib.artefacts import fit_artefacts
 from kvq.calib.collect import collect
 from kvq.calib.needs import needs_of
-from kvq.eval.two_view_model import two_view
+from kvq.eval.two_view import two_view
 from kvq.integrations import runtime
 from kvq.models.describe import describe
 from kvq.models.rope import rope_of

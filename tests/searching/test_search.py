@@ -11,15 +11,15 @@ from kvq.calib.collect import collect
 from kvq.calib.needs import ALL_NEEDS
 from kvq.errors import DataError
 from kvq.eval.evaluate import evaluate
+from kvq.eval.evaluated_model import load_evaluated
 from kvq.eval.likelihood import score_windows
-from kvq.eval.subject import load_subject
 from kvq.models.describe import describe
 from kvq.models.resolve import load_model, weights_fingerprint
 from kvq.report.drawing import png
 from kvq.report.pareto import pareto_figure, pareto_page
-from kvq.searching.evidence import evidence, front_rows, recipe_text
 from kvq.searching.measure import windows_of
 from kvq.searching.search import Settings, search
+from kvq.searching.search_evidence import evidence, front_rows, recipe_text
 from kvq.searching.sensitivity import Sensitivity
 
 SMALL = {"seq_len": 96, "windows": 2, "verify_windows": 2, "anchors": 3}
@@ -85,10 +85,10 @@ def test_the_evidence_measures_the_same_again(found, made, text, tmp_path):
     assert result.recipe_hash == proof["recipe_hash"]
     assert result.asymptotic_bits == pytest.approx(proof["bits"])
     # Windows 2 and 3 of the dealt order confirm.
-    subject = load_subject(folder, file, stats=stats)
-    ids = subject.tokenizer(text.read_text(), add_special_tokens=False)["input_ids"]
+    evaluated = load_evaluated(folder, file, stats=stats)
+    ids = evaluated.tokenizer(text.read_text(), add_special_tokens=False)["input_ids"]
     windows = torch.tensor([ids[96 * n : 96 * n + 96] for n in proof["text"]["search"]["windows"][2:4]])
-    found_again = score_windows(subject.model, {"it": subject.plan}, windows_of(windows))
+    found_again = score_windows(evaluated.model, {"it": evaluated.plan}, windows_of(windows))
     mean = torch.stack([score["it"].kl.double().mean() for score in found_again]).mean()
     assert float(mean) == pytest.approx(proof["confirmed"]["kl"], rel=1e-5)
 

@@ -24,7 +24,7 @@ from kvq.models.rope import rope_of
 from kvq.recipe import parse_recipe
 from kvq.transforms import needed_tensors
 from kvq.transforms.fold import Scale, fold
-from kvq.transforms.plan import plan_folds
+from kvq.transforms.fold_plan import plan_folds
 
 pytestmark = pytest.mark.usefixtures("keep_double")
 BOUND = 1e-10

@@ -22,7 +22,7 @@ from kvq.models.resolve import load_model, load_tokenizer
 from kvq.models.rope import rope_of
 from kvq.recipe import parse_recipe
 from kvq.transforms.fold import fold
-from kvq.transforms.plan import plan_folds
+from kvq.transforms.fold_plan import plan_folds
 
 pytestmark = pytest.mark.model
 BOUND = 1e-4

@@ -15,7 +15,7 @@ from kvq.calib.collect import collect
 from kvq.calib.learn import learn_fits
 from kvq.calib.needs import needs_of
 from kvq.errors import KvqError, RecipeError
-from kvq.eval.two_view_model import two_view
+from kvq.eval.two_view import two_view
 from kvq.exporting.exporter import export
 from kvq.integrations.runtime import new_cache
 from kvq.models.describe import describe

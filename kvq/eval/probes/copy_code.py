@@ -2,7 +2,7 @@
 
 from kvq.eval.probes.base import Passage, Probe, Setting
 from kvq.eval.probes.copying import build_copies
-from kvq.eval.probes.words import NOUNS, name
+from kvq.eval.probes.vocabulary import NOUNS, name
 
 
 def _record(draw, function: str) -> tuple[str, str]:

@@ -4,7 +4,7 @@ import json
 
 from kvq.eval.probes.base import Passage, Probe, Setting
 from kvq.eval.probes.copying import build_copies
-from kvq.eval.probes.words import CITIES, NOUNS, name, number
+from kvq.eval.probes.vocabulary import CITIES, NOUNS, name, number
 
 
 def _record(draw, tool: str) -> tuple[str, str]:

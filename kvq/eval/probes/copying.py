@@ -6,7 +6,7 @@ The text holds a few records. The question repeats the beginning of one; the ans
 from collections.abc import Callable
 
 from kvq.eval.probes.base import Ask, Passage, Setting
-from kvq.eval.probes.words import distinct_names
+from kvq.eval.probes.vocabulary import distinct_names
 
 LENGTH, COUNT, RECORDS = 1024, 4, 4
 # What stands between a record and the text around it.

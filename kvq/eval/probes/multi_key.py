@@ -4,7 +4,7 @@ After the multi-key needles of RULER (Hsieh et al. 2024, arXiv 2404.06654): ever
 """
 
 from kvq.eval.probes.base import Ask, Passage, Probe, Setting
-from kvq.eval.probes.words import distinct_names, distinct_numbers
+from kvq.eval.probes.vocabulary import distinct_names, distinct_numbers
 
 LENGTH, COUNT, ASKED = 1024, 4, 8
 

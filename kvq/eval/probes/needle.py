@@ -5,7 +5,7 @@ candidates. After "passkey retrieval" (Mohtashami and Jaggi 2023, arXiv 2305.163
 """
 
 from kvq.eval.probes.base import Ask, Passage, Probe, Setting
-from kvq.eval.probes.words import CITIES, distinct_numbers
+from kvq.eval.probes.vocabulary import CITIES, distinct_numbers
 
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 SMALLEST, LARGEST, COUNT = 1024, 8192, 2

@@ -5,7 +5,7 @@ that was given such a name; every number of the text is a candidate.
 """
 
 from kvq.eval.probes.base import Ask, Passage, Probe, Setting
-from kvq.eval.probes.words import distinct_names, distinct_numbers
+from kvq.eval.probes.vocabulary import distinct_names, distinct_numbers
 
 LENGTH, COUNT, CHAINS, HOPS = 1024, 4, 4, 2
 

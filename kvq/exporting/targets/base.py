@@ -11,7 +11,7 @@ import torch
 from kvq.cache import CachePlan
 from kvq.exporting.fold_check import FoldCheck
 from kvq.models.describe import ModelSpec
-from kvq.transforms.plan import FoldPlan
+from kvq.transforms.fold_plan import FoldPlan
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,11 +14,11 @@ from kvq.exporting.checkpoint import PROVENANCE, RECIPE, shard_index, to_json
 from kvq.exporting.engines import SPELLINGS, Release, find_release
 from kvq.exporting.folding import folded_field
 from kvq.exporting.targets.base import Job, Target
-from kvq.exporting.targets.card import engine_card
+from kvq.exporting.targets.engine_card import engine_card
 from kvq.exporting.targets.formats import FORMATS, has_kv_scheme, has_packed_zeros
-from kvq.exporting.targets.own import contents as own_contents
-from kvq.exporting.targets.own import takes
-from kvq.exporting.targets.own_dtypes import engine_of
+from kvq.exporting.targets.native_cache import contents as own_contents
+from kvq.exporting.targets.native_cache import takes
+from kvq.exporting.targets.native_dtypes import engine_of
 from kvq.exporting.targets.scheme import Scheme, fp8_scheme
 from kvq.models.names import attention_modules, shared_layers
 from kvq.models.resolve import INDEX_FILE, check_weights, read_header

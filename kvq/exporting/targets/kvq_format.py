@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from kvq.exporting.card import model_card
 from kvq.exporting.checkpoint import QUANT_METHOD, build_config, shard_index, side_files, to_json
 from kvq.exporting.manifest import QUICK_BYTES
 from kvq.exporting.memory import memory_plan
+from kvq.exporting.model_card import model_card
 from kvq.exporting.targets.base import Job, Target
 from kvq.models.resolve import INDEX_FILE, check_weights
 

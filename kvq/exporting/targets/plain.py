@@ -6,15 +6,15 @@ exact tokens stays behind: the cache is the engine's.
 
 from kvq.cache import CachePlan
 from kvq.errors import RecipeError
-from kvq.exporting.card import plain_card
 from kvq.exporting.checkpoint import PROVENANCE, shard_index, to_json
 from kvq.exporting.engines import find_release
 from kvq.exporting.folding import folded_field
+from kvq.exporting.model_card import plain_card
 from kvq.exporting.targets.base import Job, Target
 from kvq.exporting.targets.kvq_format import weights
-from kvq.exporting.targets.own_dtypes import engine_of, own_dtype, serve_section
+from kvq.exporting.targets.native_dtypes import engine_of, native_dtype, serve_section
 from kvq.models.resolve import INDEX_FILE
-from kvq.transforms.plan import FoldPlan
+from kvq.transforms.fold_plan import FoldPlan
 
 
 def contents(target: Target, job: Job) -> dict[str, bytes]:
@@ -31,7 +31,7 @@ def _serve(target: Target, job: Job) -> str:
     """How engines serve the folder: with a cache dtype of their own where one stores what the recipe says."""
     engine = engine_of(job.plan.recipe)
     if engine is not None:
-        return serve_section(job.folder, own_dtype(job.plan.recipe, find_release(engine)), find_release(engine))
+        return serve_section(job.folder, native_dtype(job.plan.recipe, find_release(engine)), find_release(engine))
     commands = "\n".join(find_release(name).command(job.folder) for name in target.engines[1:])
     return f"\n## Serve it\n\n```bash\n{commands}\n```\n\nWith the engine's own flag for the dtype of its cache.\n"
 

@@ -15,7 +15,7 @@ from kvq.heads import HeadSpec
 from kvq.models.describe import ModelSpec
 from kvq.pages.layout import SIDES
 from kvq.recipe import Recipe
-from kvq.transforms.plan import FoldPlan
+from kvq.transforms.fold_plan import FoldPlan
 
 # Settings of a float8 codec that change how its scale is chosen, and nothing of what is stored.
 

@@ -24,7 +24,7 @@ from kvq.exporting.targets.scheme import refusal, round_up
 from kvq.models.describe import describe
 from kvq.models.resolve import load_config
 from kvq.recipe import load_recipe
-from kvq.transforms.plan import FoldPlan
+from kvq.transforms.fold_plan import FoldPlan
 
 ENGINE_TARGETS = [name for name in TARGETS if name not in ("kvq", "plain")]
 CT_WEIGHTS = {

@@ -10,7 +10,7 @@ STDOUT = 1
 
 
 @contextlib.contextmanager
-def native_silence() -> Iterator[None]:
+def suppress_stdout() -> Iterator[None]:
     """What is written to file descriptor 1 inside is lost; what Python wrote before is not."""
     sys.stdout.flush()
     library = ctypes.CDLL(None)

@@ -5,18 +5,18 @@ import os
 
 import pytest
 
-from kvq.searching.quiet import native_silence
+from kvq.searching.suppress_stdout import suppress_stdout
 
 
 def failing():
-    with native_silence():
+    with suppress_stdout():
         os.write(1, b"debugging")
         raise ValueError("infeasible")
 
 
 def test_only_what_is_printed_inside_is_lost(capfd):
     print("before", end="")
-    with native_silence():
+    with suppress_stdout():
         os.write(1, b"debugging")
         # Buffered in C, as a solver's prints are.
         ctypes.CDLL(None).printf(b"more debugging")

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 import torch
 import yaml
 
-from kvq.exporting.card import front_matter, provenance_table, recipe_table
 from kvq.exporting.engines import Release, find_release
+from kvq.exporting.model_card import front_matter, provenance_table, recipe_table
 from kvq.exporting.targets.base import Job, Target
 from kvq.exporting.targets.scheme import Scheme
 

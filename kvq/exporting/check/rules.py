@@ -10,14 +10,14 @@ import yaml
 from kvq.errors import CheckpointError, KvqError
 from kvq.exporting.check.findings import Finding, Report, ScaleSummary
 from kvq.exporting.check.folder import Folder, read_folder
-from kvq.exporting.check.recipes import recipes_in
-from kvq.exporting.check.scales import Scales, judge_values, read_scales
+from kvq.exporting.check.kv_scales import Scales, judge_values, read_scales
+from kvq.exporting.check.recipe_support import recipes_in
 from kvq.exporting.checkpoint import QUANT_METHOD, RECIPE
 from kvq.exporting.engines import Reader, Release
 from kvq.exporting.manifest import Progress
 from kvq.exporting.targets import TARGETS
 from kvq.exporting.targets.formats import has_packed_zeros
-from kvq.exporting.targets.own import takes
+from kvq.exporting.targets.native_cache import takes
 from kvq.models.describe import ModelSpec, describe
 from kvq.models.resolve import load_config
 from kvq.recipe import Recipe, parse_recipe

@@ -8,7 +8,7 @@ from typing import Any
 from kvq.calib.stats import Stats
 from kvq.diagnosis.causes import Cause, causes_of
 from kvq.diagnosis.predict import GOOD, Prediction, layers_of, predict
-from kvq.diagnosis.tokens import LayerTokens
+from kvq.diagnosis.sample_tokens import LayerTokens
 from kvq.recipe import Recipe, load_recipe
 
 # Shipped recipes worth choosing from: what engines serve, and the best at every width.

@@ -7,8 +7,8 @@ from typing import Any
 
 from kvq.errors import CheckpointError
 from kvq.eval.identity import model_hash
-from kvq.exporting.card import CARD
 from kvq.exporting.exporter import KVQ_TARGET, is_export
+from kvq.exporting.model_card import CARD
 from kvq.models.resolve import resolve_model
 from kvq.recipe import Recipe
 from kvq.report.load import load_results

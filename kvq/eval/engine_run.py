@@ -21,8 +21,8 @@ import torch
 from kvq.cache import CachePlan
 from kvq.calib.data import builtin_text
 from kvq.errors import CheckpointError
-from kvq.eval.two_view_model import two_view
-from kvq.exporting.served import is_served, served_config, served_plan
+from kvq.eval.two_view import two_view
+from kvq.exporting.simulated_engine import is_engine_export, simulated_config, simulated_plan
 from kvq.models.resolve import load_model, load_tokenizer
 
 # Multiple of the measured noise that the mean deviation may reach, and nats below which nobody cares.
@@ -128,7 +128,7 @@ def judge(
     rounding = ROUNDING.get(answer["platform"], "nearest")
     # The CPU kernels know one scale a layer, and take the largest of its heads'.
     largest = answer["platform"] == "cpu"
-    plan = served_plan(folder, rounding, largest) if is_served(folder) else None
+    plan = simulated_plan(folder, rounding, largest) if is_engine_export(folder) else None
     problems = [*_dtype_problems(answer, plan), *_scale_problems(answer, plan)]
     texts = [list(prompt) + output["tokens"] for prompt, output in zip(prompts, answer["outputs"])]
     scores = _simulations(folder, plan, texts, _dtype(folder, dtype))
@@ -180,10 +180,10 @@ def _simulations(folder: Path, plan: CachePlan | None, texts: Sequence[list[int]
     def of_tokens(scores: torch.Tensor, text: list[int]) -> torch.Tensor:
         return scores[:-1].gather(1, torch.tensor(text[1:]).unsqueeze(1)).squeeze(1)
 
-    model = load_model(folder, dtype=dtype, config=served_config(folder))
+    model = load_model(folder, dtype=dtype, config=simulated_config(folder))
     simulated = [logprobs(model, plan, text) for text in texts]
     exact = [of_tokens(logprobs(model, None, text), text) for text in texts]
-    model = load_model(folder, dtype=_FINER.get(dtype, torch.float32), config=served_config(folder))
+    model = load_model(folder, dtype=_FINER.get(dtype, torch.float32), config=simulated_config(folder))
     finer = [of_tokens(logprobs(model, plan, text), text) for text in texts]
     return [
         _Scores(of_tokens(own, text), own[:-1].amax(-1), *others)
@@ -207,7 +207,7 @@ def _compare(prompt_tokens: int, text: list[int], output: Mapping[str, Any], sco
 def _dtype(folder: Path, dtype: str) -> torch.dtype:
     if dtype != "auto":
         return getattr(torch, dtype)
-    return getattr(served_config(folder), "dtype", None) or torch.float32
+    return getattr(simulated_config(folder), "dtype", None) or torch.float32
 
 
 def _dtype_problems(answer: Mapping[str, Any], plan: CachePlan | None) -> list[str]:

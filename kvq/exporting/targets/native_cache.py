@@ -5,12 +5,12 @@ flag of the serve command says how its cache is stored.
 """
 
 from kvq.errors import RecipeError
-from kvq.exporting.card import plain_card
 from kvq.exporting.checkpoint import PROVENANCE, RECIPE, to_json
 from kvq.exporting.engines import find_release
 from kvq.exporting.folding import folded_field
+from kvq.exporting.model_card import plain_card
 from kvq.exporting.targets.base import Job, Target
-from kvq.exporting.targets.own_dtypes import own_dtype, serve_section
+from kvq.exporting.targets.native_dtypes import native_dtype, serve_section
 from kvq.exporting.targets.plain import refuse_not_folded
 from kvq.models.resolve import INDEX_FILE
 from kvq.recipe import Recipe
@@ -19,7 +19,7 @@ from kvq.recipe import Recipe
 def takes(target: Target, recipe: Recipe) -> str | None:
     """The cache dtype with which the target's engine serves a recipe; None if the folder must hold scales instead."""
     engine = target.engines[0]
-    return own_dtype(recipe, find_release(engine)) if target.name == engine else None
+    return native_dtype(recipe, find_release(engine)) if target.name == engine else None
 
 
 def contents(target: Target, job: Job, dtype: str, index: bytes) -> dict[str, bytes]:

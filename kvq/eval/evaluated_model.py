@@ -13,14 +13,14 @@ from kvq.calib.stats import Stats
 from kvq.errors import RecipeError
 from kvq.exporting.checkpoint import PROVENANCE
 from kvq.exporting.exporter import is_export
-from kvq.exporting.served import is_served, served_config, served_plan
+from kvq.exporting.simulated_engine import is_engine_export, simulated_config, simulated_plan
 from kvq.models.describe import describe
 from kvq.models.resolve import load_config, load_model, load_tokenizer, resolve_model, weights_fingerprint
 from kvq.recipe import Recipe, load_recipe
 
 
 @dataclass(frozen=True, kw_only=True)
-class Subject:
+class EvaluatedModel:
     """name: for people, never a folder of this machine. folder: the checkpoint's. cache_dtype: of the checkpoint, which
     exact tokens take."""
 
@@ -44,18 +44,18 @@ class Subject:
         spec = self.plan.model
         return make_plan(chosen, spec, checked_artefacts(chosen, spec, stats, self.folder))
 
-    def sharing(self, other: "Subject") -> "Subject":
-        """This subject with the loaded model of another one that has the same weights."""
+    def sharing(self, other: "EvaluatedModel") -> "EvaluatedModel":
+        """This one with the loaded model of another one that has the same weights."""
         return self if other is self else replace(self, model=other.model)
 
 
-def load_subject(
+def load_evaluated(
     model: str | Path,
     recipe: Recipe | str | Path | None = None,
     *,
     stats: Stats | str | Path | None = None,
     dtype: torch.dtype | str | None = None,
-) -> Subject:
+) -> EvaluatedModel:
     """Load an export with its own recipe, or any model with ``recipe`` (None: fp16, nothing quantized).
 
     An export for a serving engine is loaded with the FP8 cache that the engine would keep.
@@ -76,13 +76,13 @@ def load_subject(
             )
         loaded = load_model(folder, dtype=dtype)
         plan = loaded.kvq.plan
-    elif recipe is None and is_served(folder):
-        loaded = load_model(folder, dtype=dtype, config=served_config(folder))
-        plan = served_plan(folder)
+    elif recipe is None and is_engine_export(folder):
+        loaded = load_model(folder, dtype=dtype, config=simulated_config(folder))
+        plan = simulated_plan(folder)
     else:
         chosen = load_recipe(recipe or "fp16")
         plan = make_plan(chosen, spec, checked_artefacts(chosen, spec, stats, folder))
         loaded = load_model(folder, dtype=dtype)
-    return Subject(
+    return EvaluatedModel(
         name=name, folder=folder, model=loaded, tokenizer=load_tokenizer(folder), plan=plan, cache_dtype=spec.dtype
     )

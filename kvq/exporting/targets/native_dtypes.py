@@ -4,7 +4,7 @@ from kvq.exporting.engines import Release, engines, find_release
 from kvq.recipe import Recipe
 
 
-def own_dtype(recipe: Recipe, release: Release) -> str | None:
+def native_dtype(recipe: Recipe, release: Release) -> str | None:
     """The cache dtype of an engine that stores what a recipe's codecs say, up to how scales are kept; None for none.
 
     Transforms do not matter here: they are in the weights, or the recipe is refused.
@@ -19,7 +19,7 @@ def own_dtype(recipe: Recipe, release: Release) -> str | None:
 
 def engine_of(recipe: Recipe) -> str | None:
     """An engine that has a cache dtype for the codecs of a recipe; None if none has."""
-    return next((name for name in engines() if own_dtype(recipe, find_release(name))), None)
+    return next((name for name in engines() if native_dtype(recipe, find_release(name))), None)
 
 
 def serve_section(folder: str, dtype: str, release: Release) -> str:

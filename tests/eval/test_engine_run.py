@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from kvq.errors import CheckpointError
-from kvq.eval import engine as module
-from kvq.eval.engine import ask_engine, compare_with_engine, logprobs
+from kvq.eval import engine_run as module
+from kvq.eval.engine_run import ask_engine, compare_with_engine, logprobs
 from kvq.exporting.exporter import export
-from kvq.exporting.served import served_config, served_plan
+from kvq.exporting.simulated_engine import simulated_config, simulated_plan
 from kvq.models.resolve import load_model
 
 PROMPTS = [list(range(3, 60)), list(range(40, 90))]
@@ -30,8 +30,8 @@ def engine(folder, monkeypatch):
     """Factory ``engine(plan=None, **changes)``: an engine that keeps the cache of ``plan``; changes to its answer."""
 
     def install(plan=None, **changes):
-        plan = plan or served_plan(folder, "toward_zero")
-        model = load_model(folder, dtype=torch.float32, config=served_config(folder))
+        plan = plan or simulated_plan(folder, "toward_zero")
+        model = load_model(folder, dtype=torch.float32, config=simulated_config(folder))
 
         def output(prompt):
             made = list(prompt)
@@ -50,7 +50,7 @@ def engine(folder, monkeypatch):
             f"model.layers.{i}.self_attn.attn": {
                 "key": [group.codecs["key"].scale], "value": [group.codecs["value"].scale], "cache_dtype": "fp8",
             }
-            for i, (group,) in served_plan(folder).layers.items()
+            for i, (group,) in simulated_plan(folder).layers.items()
         }  # fmt: skip
         answer = {
             "version": "0.33.0", "platform": "cpu", "cache_dtype": "fp8", "layers": held,
@@ -94,17 +94,17 @@ def test_the_same_cache_passes(folder, engine):
 @pytest.mark.parametrize("factor", [1 / 50, 1.3, 50.0])
 def test_another_scale_in_the_kernels_is_seen(folder, engine, factor):
     """The engine names the right scales and computes with others."""
-    engine(rescaled(served_plan(folder), factor))
+    engine(rescaled(simulated_plan(folder), factor))
     assert any("engine and simulation differ" in text for text in problems(folder))
 
 
 def test_no_quantization_is_seen(folder, engine):
-    engine(dataclasses.replace(served_plan(folder), layers={}))
+    engine(dataclasses.replace(simulated_plan(folder), layers={}))
     assert any("engine and simulation differ" in text for text in problems(folder))
 
 
 def test_another_rounding_is_seen(folder, engine):
-    engine(served_plan(folder, "nearest"))
+    engine(simulated_plan(folder, "nearest"))
     assert any("engine and simulation differ" in text for text in problems(folder))
 
 

@@ -10,10 +10,10 @@ from transformers import Gemma3TextConfig
 
 from kvq.codecs.float8 import Float8Codec
 from kvq.errors import CheckpointError
-from kvq.eval.subject import load_subject
-from kvq.eval.two_view_model import two_view
+from kvq.eval.evaluated_model import load_evaluated
+from kvq.eval.two_view import two_view
 from kvq.exporting.exporter import export
-from kvq.exporting.served import is_served, served_config, served_plan
+from kvq.exporting.simulated_engine import is_engine_export, simulated_config, simulated_plan
 from kvq.models.resolve import load_model
 from kvq.recipe import load_recipe
 
@@ -30,22 +30,24 @@ def folder(source, tmp_path, made_stats):
 
 
 def test_the_plan_has_the_folders_own_scales(folder):
-    plan = served_plan(folder)
+    plan = simulated_plan(folder)
     scales = load_file(folder / "kv_scales.safetensors")
     for index, (group,) in plan.layers.items():
         for side, letter in (("key", "k"), ("value", "v")):
             wanted = float(scales[f"model.layers.{index}.self_attn.{letter}_scale"])
             assert group.codecs[side] == Float8Codec(head_dim=32, scale=wanted)
-    assert {g.codecs["key"].rounding for (g,) in served_plan(folder, "toward_zero").layers.values()} == {"toward_zero"}
+    assert {g.codecs["key"].rounding for (g,) in simulated_plan(folder, "toward_zero").layers.values()} == {
+        "toward_zero"
+    }
 
 
 def test_other_scales_give_other_answers(folder):
     """The simulation reads the scales of the folder: with others in it, the logits change."""
     ids = torch.arange(3, 60).unsqueeze(0)
-    model = load_model(folder, dtype=torch.float32, config=served_config(folder))
+    model = load_model(folder, dtype=torch.float32, config=simulated_config(folder))
 
     def logits():
-        with torch.no_grad(), two_view(model, served_plan(folder), "simulate"):
+        with torch.no_grad(), two_view(model, simulated_plan(folder), "simulate"):
             return model(ids).logits
 
     before = logits()
@@ -57,13 +59,13 @@ def test_other_scales_give_other_answers(folder):
 
 
 def test_weights_load_without_the_engines_cache(folder, source):
-    assert is_served(folder)
-    assert not is_served(source)
-    assert getattr(served_config(folder), "quantization_config", None) is None
-    subject = load_subject(folder)
-    assert subject.plan.recipe.name == "fp8"
+    assert is_engine_export(folder)
+    assert not is_engine_export(source)
+    assert getattr(simulated_config(folder), "quantization_config", None) is None
+    evaluated = load_evaluated(folder)
+    assert evaluated.plan.recipe.name == "fp8"
     plain = load_model(source, dtype=torch.float32)
-    assert all(torch.equal(a, b) for a, b in zip(subject.model.parameters(), plain.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(evaluated.model.parameters(), plain.parameters()))
 
 
 def test_sliding_layers_are_quantized_as_engines_do(tiny_model, tiny_checkpoint, tmp_path, made_stats):
@@ -74,10 +76,10 @@ def test_sliding_layers_are_quantized_as_engines_do(tiny_model, tiny_checkpoint,
     )  # fmt: skip
     source = tiny_checkpoint(tiny_model(config), name="gemma")
     export(source, "fp8", tmp_path / "out", target="vllm", stats=made_stats(source))
-    plan = served_plan(tmp_path / "out")
+    plan = simulated_plan(tmp_path / "out")
     assert set(plan.layers) == {0, 1}
     ids = torch.arange(3, 60).unsqueeze(0)
-    model = load_model(tmp_path / "out", dtype=torch.float32, config=served_config(tmp_path / "out"))
+    model = load_model(tmp_path / "out", dtype=torch.float32, config=simulated_config(tmp_path / "out"))
     full_only = dataclasses.replace(plan, layers={1: plan.layers[1]})
     with torch.no_grad():
         plain = model(ids).logits
@@ -93,7 +95,7 @@ def test_sliding_layers_are_quantized_as_engines_do(tiny_model, tiny_checkpoint,
 def test_exact_layers_stay_exact(source, tmp_path, made_stats):
     recipe = load_recipe("fp8").override({"layers.1.key.codec": "exact", "layers.1.value.codec": "exact"})
     export(source, recipe, tmp_path / "out", target="vllm", stats=made_stats(source))
-    assert set(served_plan(tmp_path / "out").layers) == {0}
+    assert set(simulated_plan(tmp_path / "out").layers) == {0}
 
 
 def test_broken_scales_are_refused(folder):
@@ -101,14 +103,14 @@ def test_broken_scales_are_refused(folder):
     scales["model.layers.0.self_attn.k_scale"].fill_(float("nan"))
     save_file(scales, folder / "kv_scales.safetensors", metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match="'kvq check' says more"):
-        served_plan(folder)
+        simulated_plan(folder)
 
 
 def test_a_folder_without_a_quantized_cache_loads_as_it_is(source, tmp_path, stats_of):
     """Transforms in the weights for an engine's own cache: nothing in the config names a quantization."""
     export(source, "qoq4", tmp_path / "own", target="vllm", stats=stats_of(source))
-    assert not is_served(tmp_path / "own")
-    model = load_model(tmp_path / "own", dtype=torch.float64, config=served_config(tmp_path / "own"))
+    assert not is_engine_export(tmp_path / "own")
+    model = load_model(tmp_path / "own", dtype=torch.float64, config=simulated_config(tmp_path / "own"))
     base = load_model(source, dtype=torch.float64)
     ids = torch.arange(3, 60).unsqueeze(0)
     with torch.no_grad():

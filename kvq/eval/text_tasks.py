@@ -18,7 +18,7 @@ from kvq.eval.likelihood import Windows, WindowScore, score_windows
 from kvq.eval.perplexity import cut_windows, perplexity
 from kvq.eval.result import DivergenceResult, LayerRow, PerplexityResult
 from kvq.eval.results_cache import Answers, item_name
-from kvq.eval.two_view import reads_packed
+from kvq.eval.two_view_attention import reads_packed
 
 TEXT_TASKS = ("perplexity", "divergence")
 

@@ -11,12 +11,12 @@ from kvq.calib.collect import collect
 from kvq.calib.needs import ALL_NEEDS
 from kvq.errors import RecipeError
 from kvq.exporting.check import check_folder
-from kvq.exporting.check.recipes import express
+from kvq.exporting.check.recipe_support import express
 from kvq.exporting.engines import engines, find_release
 from kvq.exporting.exporter import export
-from kvq.exporting.served import served_config, served_plan
+from kvq.exporting.simulated_engine import simulated_config, simulated_plan
 from kvq.exporting.targets import TARGETS
-from kvq.exporting.targets.own_dtypes import own_dtype
+from kvq.exporting.targets.native_dtypes import native_dtype
 from kvq.models.describe import describe
 from kvq.models.resolve import load_config, load_model, weights_fingerprint
 from kvq.recipe import load_recipe
@@ -75,8 +75,8 @@ def logits_of(model):
     ],
 )
 def test_codecs_that_an_engine_stores_by_itself(recipe, changes, dtype):
-    assert own_dtype(load_recipe(recipe).override(changes), find_release("vllm")) == dtype
-    assert own_dtype(load_recipe(recipe).override(changes), find_release("sglang")) is None
+    assert native_dtype(load_recipe(recipe).override(changes), find_release("vllm")) == dtype
+    assert native_dtype(load_recipe(recipe).override(changes), find_release("sglang")) is None
 
 
 def test_the_folder_is_a_checkpoint_of_the_base_architecture(written, source):
@@ -176,7 +176,7 @@ def test_fp8_scales_are_those_of_what_the_folded_weights_compute(written, target
     out = written(FP8, target)
     scales = load_file(out / "kv_scales.safetensors")
     spelled = "{i}.self_attn.{s}_proj.{s}_scale" if target == "modelopt" else "{i}.self_attn.{s}_scale"
-    stats = measured(out, config=served_config(out))
+    stats = measured(out, config=simulated_config(out))
     for index, layer in stats.layers.items():
         for side in ("key", "value"):
             absmax = float(layer[f"{side}.range"].absmax.max())
@@ -190,7 +190,7 @@ def test_fp8_scales_are_those_of_what_the_folded_weights_compute(written, target
 
 
 def test_the_simulation_of_a_folded_folder_transforms_nothing_again(written):
-    plan = served_plan(written(FP8))
+    plan = simulated_plan(written(FP8))
     assert plan.recipe.transforms.to_dict() == {}
     assert not any(chain.steps for sides in plan.chains.values() for chain in sides.values())
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from kvq.cache import cache_nbytes, make_plan
-from kvq.eval.bits import measured_bits
+from kvq.eval.measured_bits import measured_bits
 from kvq.integrations import runtime
 from kvq.models.describe import describe
 from kvq.recipe import load_recipe

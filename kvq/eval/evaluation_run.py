@@ -7,10 +7,11 @@ from typing import Any
 import torch
 
 from kvq.cache import CachePlan
-from kvq.eval.bits import measured_bits
+from kvq.eval.evaluated_model import EvaluatedModel
 from kvq.eval.greedy import greedy_continuations
 from kvq.eval.harness import Harness, Tasks, TaskSettings
 from kvq.eval.identity import answers_key, code_version, model_hash, plan_hash
+from kvq.eval.measured_bits import measured_bits
 from kvq.eval.probes import PROBES
 from kvq.eval.probes.base import Setting
 from kvq.eval.probing import ask, pair
@@ -18,8 +19,7 @@ from kvq.eval.result import EvalResult, installed_versions
 from kvq.eval.results_cache import Answers
 from kvq.eval.settings import SPEED, Settings
 from kvq.eval.speed import decode_speed
-from kvq.eval.subject import Subject
-from kvq.eval.text import Text, TextScores, errors_by_layer, score_text, text_ids, text_results
+from kvq.eval.text_tasks import Text, TextScores, errors_by_layer, score_text, text_ids, text_results
 
 Progress = Callable[[int, int, str], None]
 MEMORY_LENGTHS = (4_096, 32_768, 131_072)
@@ -29,14 +29,16 @@ MEMORY_LENGTHS = (4_096, 32_768, 131_072)
 class Candidate:
     """One thing to evaluate: a loaded model, and the plan that its cache follows."""
 
-    subject: Subject
+    evaluated: EvaluatedModel
     plan: CachePlan
 
 
 class Run:
     """One evaluation: every task under every candidate, beside one baseline."""
 
-    def __init__(self, settings: Settings, tasks: Tasks | None, baseline: Subject | None, progress: Progress | None):
+    def __init__(
+        self, settings: Settings, tasks: Tasks | None, baseline: EvaluatedModel | None, progress: Progress | None
+    ):
         self.settings, self.tasks, self.baseline = settings, tasks, baseline
         self.progress = progress or (lambda done, total, what: None)
         self.found: list[dict[str, Any]] = []
@@ -71,15 +73,15 @@ class Run:
         if SPEED in settings.tasks:
             self._speed()
 
-    def _answers(self, subject: Subject, plan: CachePlan | None, **task: Any) -> Answers:
-        return Answers(self.settings.cache_folder, answers_key(subject, plan, **task))
+    def _answers(self, evaluated: EvaluatedModel, plan: CachePlan | None, **task: Any) -> Answers:
+        return Answers(self.settings.cache_folder, answers_key(evaluated, plan, **task))
 
     @property
     def _modes(self) -> dict[str, Any]:
         return {"mode": self.settings.mode, "chunk": self.settings.chunk if self.settings.mode == "chunked" else None}
 
-    def _reference(self, candidate: Candidate) -> Subject:
-        return self.baseline or candidate.subject
+    def _reference(self, candidate: Candidate) -> EvaluatedModel:
+        return self.baseline or candidate.evaluated
 
     # Tasks on the text.
 
@@ -88,7 +90,7 @@ class Run:
         if not settings.text_tasks:
             return
         shape = {"seq_len": self.window, "stride": settings.stride, "limit": settings.limit, "mode": settings.mode}
-        self.text = Text.load(self.candidates[0].subject.tokenizer, settings.data, **shape)
+        self.text = Text.load(self.candidates[0].evaluated.tokenizer, settings.data, **shape)
         for candidate in self.candidates:
             self.text.refuse_unread(candidate.plan, settings.mode, settings.chunk)
 
@@ -96,10 +98,10 @@ class Run:
         settings, total = self.settings, len(self.text.windows.tokens)
         groups: dict[int, list[int]] = {}
         for index, candidate in enumerate(self.candidates):
-            groups.setdefault(id(candidate.subject.model), []).append(index)
+            groups.setdefault(id(candidate.evaluated.model), []).append(index)
         for members in groups.values():
-            subject = self.candidates[members[0]].subject
-            baseline = None if self.baseline is None or self.baseline is subject else self.baseline
+            evaluated = self.candidates[members[0]].evaluated
+            baseline = None if self.baseline is None or self.baseline is evaluated else self.baseline
             answers = {index: self._text_answers(index, baseline) for index in members}
             self.progress(0, total, "text")
             # First, so that a text that is interrupted has them, too.
@@ -107,7 +109,7 @@ class Run:
                 for index in members:
                     self.scores[index].layers = errors_by_layer(
                         self.text,
-                        subject.model,
+                        evaluated.model,
                         self.candidates[index].plan,
                         answers[index],
                         mode=settings.mode,
@@ -115,7 +117,7 @@ class Run:
                     )
             scored = score_text(
                 self.text,
-                subject.model,
+                evaluated.model,
                 {index: self.candidates[index].plan for index in members},
                 answers,
                 mode=settings.mode,
@@ -127,11 +129,11 @@ class Run:
             for done in scored:
                 self.progress(done, total, "text")
 
-    def _text_answers(self, index: int, baseline: Subject | None) -> Answers:
+    def _text_answers(self, index: int, baseline: EvaluatedModel | None) -> Answers:
         candidate = self.candidates[index]
-        beside = model_hash((baseline or candidate.subject).folder)
+        beside = model_hash((baseline or candidate.evaluated).folder)
         return self._answers(
-            candidate.subject, candidate.plan, task="text", baseline=beside, batch_size=self.settings.batch_size,
+            candidate.evaluated, candidate.plan, task="text", baseline=beside, batch_size=self.settings.batch_size,
             limit=self.settings.limit, **self._modes,
         )  # fmt: skip
 
@@ -141,10 +143,12 @@ class Run:
         settings, probe, first = self.settings, PROBES[name], self.candidates[0]
         reference = self._reference(first)
         plain = self._answers(reference, None, task=name, version=probe.version)
-        ids, identity = text_ids(first.subject.tokenizer, settings.data)
+        ids, identity = text_ids(first.evaluated.tokenizer, settings.data)
         passages = probe.build(
             Setting(
-                encode=lambda text: first.subject.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"],
+                encode=lambda text: first.evaluated.tokenizer(text, add_special_tokens=False, verbose=False)[
+                    "input_ids"
+                ],
                 filler=ids,
                 lengths=settings.lengths,
                 count=settings.limit,
@@ -161,12 +165,12 @@ class Run:
         for index, candidate in enumerate(self.candidates):
             found = base
             quantizes = bool(candidate.plan.layers)
-            if quantizes or candidate.subject.model is not reference.model:
+            if quantizes or candidate.evaluated.model is not reference.model:
                 answers = self._answers(
-                    candidate.subject, candidate.plan, task=name, version=probe.version, **self._modes
+                    candidate.evaluated, candidate.plan, task=name, version=probe.version, **self._modes
                 )
                 step = self._step(f"{name}, {candidate.plan.recipe.name}")
-                found = ask(candidate.subject.model, candidate.plan, passages, answers, progress=step, **modes)
+                found = ask(candidate.evaluated.model, candidate.plan, passages, answers, progress=step, **modes)
             self.found[index][name] = pair(
                 probe, found, base, mode=settings.mode, quantizes=quantizes, data=identity | {"seed": settings.seed}
             )
@@ -185,17 +189,17 @@ class Run:
         base = harness.run(task, reference, None, self._step(f"{task}, baseline"))
         for index, candidate in enumerate(self.candidates):
             run = base
-            if candidate.plan.layers or candidate.subject.model is not reference.model:
+            if candidate.plan.layers or candidate.evaluated.model is not reference.model:
                 step = self._step(f"{task}, {candidate.plan.recipe.name}")
-                run = harness.run(task, candidate.subject, candidate.plan, step)
+                run = harness.run(task, candidate.evaluated, candidate.plan, step)
             self.found[index] |= harness.pair(task, run, base)
 
     def _speed(self) -> None:
         for index, candidate in enumerate(self.candidates):
             self.progress(index, len(self.candidates), SPEED)
-            ids, _ = text_ids(candidate.subject.tokenizer, self.settings.data)
+            ids, _ = text_ids(candidate.evaluated.tokenizer, self.settings.data)
             self.found[index][SPEED] = decode_speed(
-                candidate.subject.model, candidate.plan, ids, candidate.plan.model.max_length
+                candidate.evaluated.model, candidate.plan, ids, candidate.plan.model.max_length
             )
 
     def _step(self, what: str) -> Callable[[int, int], None]:
@@ -205,10 +209,10 @@ class Run:
 
     def _result(self, index: int, interrupted: bool) -> EvalResult:
         settings, candidate, scores = self.settings, self.candidates[index], self.scores[index]
-        subject, plan, text = candidate.subject, candidate.plan, self.text
+        evaluated, plan, text = candidate.evaluated, candidate.plan, self.text
         results: dict[str, Any] = {}
         if scores.scores:
-            tokens = subject.tokenizer
+            tokens = evaluated.tokenizer
             results = text_results(
                 settings.text_tasks, text, scores, plan, tokens.decode, mode=settings.mode, chunk=settings.chunk
             )
@@ -218,16 +222,16 @@ class Run:
         partial = interrupted and (bool(missing) or (text is not None and windows < len(text.windows.tokens)))
         reference = self._reference(candidate)
         return EvalResult(
-            model=subject.name,
-            baseline="the same weights, not quantized" if self.baseline in (None, subject) else self.baseline.name,
+            model=evaluated.name,
+            baseline="the same weights, not quantized" if self.baseline in (None, evaluated) else self.baseline.name,
             recipe=plan.recipe.to_dict(),
             recipe_hash=plan.recipe.hash,
             mode=settings.mode,
             chunk=settings.chunk if settings.mode == "chunked" else None,
-            bits_per_element=measured_bits(plan, self.window, subject.cache_dtype),
+            bits_per_element=measured_bits(plan, self.window, evaluated.cache_dtype),
             bits_tokens=self.window,
             asymptotic_bits=plan.bits_per_element,
-            cache_dtype=_dtype_name(subject.cache_dtype),
+            cache_dtype=_dtype_name(evaluated.cache_dtype),
             results=results,
             seq_len=self.window,
             stride=(settings.stride or self.window) if text else None,
@@ -236,14 +240,14 @@ class Run:
             packed_share=text.packed_share(plan, settings.mode, settings.chunk, windows) if windows else None,
             data=text.identity if text else None,
             seed=settings.seed,
-            dtype=_dtype_name(subject.model.dtype),
-            device=subject.model.device.type,
+            dtype=_dtype_name(evaluated.model.dtype),
+            device=evaluated.model.device.type,
             implementation="two-view attention, torch reference" if plan.layers else "the model's own attention",
             partial=partial,
             unfinished=missing if partial else (),
             memory=_memory(plan),
             hashes={
-                "model": model_hash(subject.folder),
+                "model": model_hash(evaluated.folder),
                 "baseline": model_hash(reference.folder),
                 "plan": plan_hash(plan),
                 "code": code_version(),

@@ -8,8 +8,8 @@ from kvq.cache import make_plan
 from kvq.cache import model_attention as attention
 from kvq.calib.artefacts import stand_in_artefacts
 from kvq.errors import CacheError, DataError
-from kvq.eval.two_view import TILE_SCORES
-from kvq.eval.two_view_model import NAME, two_view
+from kvq.eval.two_view import NAME, two_view
+from kvq.eval.two_view_attention import TILE_SCORES
 from kvq.integrations import runtime
 from kvq.models.describe import describe
 from kvq.recipe import load_recipe, parse_recipe

@@ -6,7 +6,7 @@ import torch
 from kvq.calib.observers import Histogram, Moments, Range
 from kvq.calib.stats import LayerStats
 from kvq.diagnosis.predict import layers_of
-from kvq.diagnosis.tokens import draw
+from kvq.diagnosis.sample_tokens import draw
 from kvq.errors import DataError
 
 

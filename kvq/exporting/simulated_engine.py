@@ -17,7 +17,7 @@ from kvq.calib.artefacts import artefact_name
 from kvq.errors import CheckpointError
 from kvq.exporting.check.findings import Finding
 from kvq.exporting.check.folder import read_folder
-from kvq.exporting.check.scales import Scales, judge_values, read_scales
+from kvq.exporting.check.kv_scales import Scales, judge_values, read_scales
 from kvq.exporting.checkpoint import RECIPE
 from kvq.exporting.targets.formats import has_kv_scheme
 from kvq.exporting.targets.scheme import engine_view
@@ -27,12 +27,12 @@ from kvq.recipe import Recipe, load_recipe, parse_recipe
 from kvq.transforms import Transforms
 
 
-def is_served(folder: Path) -> bool:
+def is_engine_export(folder: Path) -> bool:
     """True if a folder's config.json declares a quantized KV cache that is not kvq's own format."""
     return folder.is_dir() and (folder / "config.json").is_file() and has_kv_scheme(_quantization(load_config(folder)))
 
 
-def served_plan(folder: Path, rounding: str = "nearest", largest: bool = False) -> CachePlan:
+def simulated_plan(folder: Path, rounding: str = "nearest", largest: bool = False) -> CachePlan:
     """The cache that an engine keeps of this folder: FP8 with the folder's scales, sliding-window layers included.
 
     rounding   of the engine's conversion: see ``kvq.codecs.float8``.
@@ -60,7 +60,7 @@ def served_plan(folder: Path, rounding: str = "nearest", largest: bool = False) 
     return replace(plan, model=model, layers=layers)
 
 
-def served_config(folder: Path) -> PretrainedConfig:
+def simulated_config(folder: Path) -> PretrainedConfig:
     """The folder's config for loading its weights alone: as they are quantized, with an unquantized cache."""
     config = load_config(folder)
     quantization = _quantization(config)

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 from kvq.errors import KvqError
 from kvq.exporting.engines import Release
-from kvq.exporting.targets.own_dtypes import own_dtype
+from kvq.exporting.targets.native_dtypes import native_dtype
 from kvq.exporting.targets.scheme import engine_view, refusal
 from kvq.models.describe import ModelSpec
 from kvq.recipe import Recipe, list_recipes, load_recipe
@@ -34,7 +34,7 @@ def express(recipe: Recipe, release: Release, model: ModelSpec) -> str:
         reason = str(error)
     if reason is None:
         return f"how: --target {release.engine}, FP8 with scales from the checkpoint"
-    dtype = own_dtype(recipe, release)
+    dtype = native_dtype(recipe, release)
     if dtype is None:
         return f"no: {reason}"
     if recipe.transforms.to_dict():

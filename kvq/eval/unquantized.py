@@ -10,8 +10,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from transformers import PreTrainedModel
 
-from kvq.eval import head
-from kvq.eval.head import Hidden, hidden_states, logits_of
+from kvq.eval import lm_head
+from kvq.eval.lm_head import Hidden, hidden_states, logits_of
 
 # A matrix product with few rows may add in another order than one with many, which changes its last bits. A block
 # takes unscored rows in, to have at least this many: it then has the bits that the whole batch would have.
@@ -35,7 +35,7 @@ def rows_of(pairs: Sequence[Pair], max_length: int, shares: bool) -> list[tuple[
 
 def fits(model: PreTrainedModel, rows: Sequence[Sequence[int]]) -> bool:
     """True if the logits of all tokens of a padded batch may be held at once."""
-    return len(rows) * max(map(len, rows)) * _vocabulary(model) <= head.BLOCK_NUMBERS
+    return len(rows) * max(map(len, rows)) * _vocabulary(model) <= lm_head.BLOCK_NUMBERS
 
 
 def score_pairs(
@@ -67,7 +67,7 @@ def _scores(model, line: Hidden, stop: int, targets: Sequence[torch.Tensor], dty
     longest = max(map(len, targets))
     logprobs: list[list[torch.Tensor]] = [[] for _ in targets]
     greedy: list[list[torch.Tensor]] = [[] for _ in targets]
-    for first, last in head.blocks(stop - longest, stop, _vocabulary(model)):
+    for first, last in lm_head.blocks(stop - longest, stop, _vocabulary(model)):
         logits = _block(model, line, first, last)
         best, scores = logits.argmax(-1), torch.log_softmax(logits, dim=-1, dtype=dtype)
         for place, own in enumerate(targets):
