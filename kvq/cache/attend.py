@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from kvq.cache import fused
+import kvq.cache.fused as fused
 from kvq.cache.store import HeadStore, Snapshot, View, group_rows
 from kvq.kernels.cpp import launch
 from kvq.kernels.decode_attention.products import Partial, merge_partials, partial_attention

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from kvq.cache import fused_pack
+import kvq.cache.fused_pack as fused_pack
 from kvq.cache.plan import HeadGroup
 from kvq.cache.positions import Positions
 from kvq.cache.serving import Serving, serving_of

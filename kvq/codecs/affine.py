@@ -18,7 +18,7 @@ from functools import cached_property
 import torch
 
 from kvq.codecs.base import Codec, StaticNumbers
-from kvq.codecs.grouping import GroupedSpec
+from kvq.codecs.grouped import GroupedSpec
 from kvq.codecs.spec import register_codec
 from kvq.errors import RecipeError
 from kvq.kernels.decode_attention.products import page_scores, page_weighted_sum

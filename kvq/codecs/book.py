@@ -22,7 +22,7 @@ import torch
 
 from kvq.codecs.affine import check_bits
 from kvq.codecs.base import Codec, StaticNumbers
-from kvq.codecs.grouping import GroupedSpec
+from kvq.codecs.grouped import GroupedSpec
 from kvq.codecs.kmeans import levels_of, q_norm
 from kvq.codecs.levels import NAMED_LEVELS, make_levels, midpoints
 from kvq.codecs.spec import Artefact, Measured, not_positive, register_codec
