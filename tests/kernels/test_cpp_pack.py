@@ -15,6 +15,7 @@ from kvq.pages.pool import Pool
 pytestmark = pytest.mark.skipif(build.unavailable() is not None, reason=f"{build.unavailable()}")
 
 HEADS = 3
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 CODEC_SCALE = {"e4m3": 0.3}
 
 
@@ -57,18 +58,20 @@ class Written:
 def adversarial(tokens, head_dim, dtype):
     """Ordinary tokens, then constants, zeros, scales below fp16's normal numbers, ties, and the largest numbers."""
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(tokens, HEADS, head_dim, generator=generator, dtype=dtype) * 2
+    x = torch.randn(tokens, HEADS, head_dim, generator=generator, dtype=torch.float64).to(dtype) * 2
     x[1] = 1.375
     x[2] = 0
     x[3] *= 1e-6
     x[4] = torch.arange(head_dim, dtype=dtype) / 2
-    x[5] = x[5].sign() * 65504
+    # The largest number of bfloat16 that fp16 holds is below 65504.
+    x[5] = x[5].sign() * (65280 if dtype == torch.bfloat16 else 65504)
     x[6] *= 1e-9
     x[7, :, ::2] = 300
-    return x
+    # No zero has a sign: torch does not say which of two is the minimum.
+    return x + 0
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("codec", list(codecs()), ids=str)
 def test_the_bytes_are_those_of_the_reference(codec, dtype):
     compiled, reference = Written(codec), Written(codec)
@@ -112,7 +115,7 @@ def test_numbers_that_cannot_be_stored(bad):
         codec.encode(token.unsqueeze(1))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("bits", "head_dim"), list(itertools.product((2, 3, 4, 8), (16, 80, 128))))
 def test_groups_of_tokens_by_channel(bits, head_dim, dtype):
     """Whole groups, over the end of a page, and from the middle of one."""

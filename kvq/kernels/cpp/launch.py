@@ -5,7 +5,6 @@ from functools import lru_cache
 
 import torch
 
-from kvq.pages.affine import wide
 from kvq.pages.layout import ATOM, PageLayout, SideLayout
 from kvq.pages.pages import Pages
 
@@ -96,7 +95,7 @@ def packs(side: SideLayout) -> bool:
 
 
 def pack(x: torch.Tensor, pages: Pages, side: str, start: int) -> bool:
-    """Quantize tokens x [B, K, t, D] and write them from body token ``start``: whole groups for axis channel.
+    """Quantize tokens x [B, K, t, D] of any dtype and write them from body token ``start``; axis channel: whole groups.
 
     Tokens before ``start`` keep their codes, those that share words with the last one written and follow it lose them.
     Returns False, with nothing of a group written, if numbers are NaN, infinite or too large for the metadata.
@@ -104,7 +103,7 @@ def pack(x: torch.Tensor, pages: Pages, side: str, start: int) -> bool:
     ranges = torch.tensor([[start, start + x.shape[2], -start]], dtype=torch.int32).expand(x.shape[0], 3).contiguous()
     layout = pages.layout
     return torch.ops.kvq.pack(
-        _rows(wide(x)),
+        _rows(x),
         ranges,
         pages.pool.base,
         pages.table.long().contiguous(),
