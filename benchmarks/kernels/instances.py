@@ -33,7 +33,7 @@ def decode_launches(
     page_tokens: int = 64,
     **settings,
 ):
-    """(geometry, {"split", "exact", "merge"}) of one decode step. ``settings``: softcap, window, causal."""
+    """(geometry, {"split", "exact", "merge"}) of one decode step. ``settings``: softcap, window."""
     layout = layout_of(key, value, head_dim, page_tokens)
     geometry = geometry_of(layout, HEADS, group, queries, sm)
     batch, capacity = 2, 4
@@ -110,7 +110,6 @@ def _pages(layout, batch: int) -> Pages:
         layout,
         torch.zeros(2, HEADS, layout.record_bytes, dtype=torch.uint8),
         torch.zeros(batch, 16, dtype=torch.int32),
-        value_limit=torch.ones(HEADS),
         key_levels=levels_of(layout.key),
         value_levels=levels_of(layout.value),
     )

@@ -209,7 +209,8 @@ def full_pages(shape: Shape, layout: PageLayout, device: torch.device, seed: int
     pool = torch.randint(0, 256, size, generator=generator, device=device, dtype=torch.uint8)
     table = torch.randperm(shape.batch * count, generator=generator, device=device).int().view(shape.batch, count)
     numbers = {f"{side}_levels": levels_of(layout.side(side)) for side in ("key", "value")}
-    pages = Pages.of(layout, pool, table, value_limit=torch.full((shape.kv_heads,), 0.2, device=device), **numbers)
+    pages = Pages.of(layout, pool, table, **numbers)
+    pages.pool.value_limit.fill_(0.25)
     for side in ("key", "value"):
         own = layout.side(side)
         if own.format == "e4m3":

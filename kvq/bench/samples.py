@@ -7,6 +7,7 @@ import torch
 
 from kvq.kernels.types import Exact
 from kvq.pages.layout import PageLayout, Section, SideLayout
+from kvq.pages.meta import largest_scales
 from kvq.pages.pages import Pages
 from kvq.pages.pool import Pool
 
@@ -81,14 +82,12 @@ def random_pages(
     seed: int = 0,
     device: torch.device | str = "cpu",
     spread: float = 1.0,
-    limit: bool = True,
-    factor: bool = False,
 ) -> Pages:
     """Pages of a batch with ``lengths`` packed tokens, in shuffled order, one number of the pool unused.
 
     Codes are random bits everywhere, so that what follows a sequence's end is garbage; scales, minima and norms of
     tokens that do not exist are NaN, and so is all of the unused page. ``spread``: standard deviation of scales, in
-    powers of e. ``limit``: with ``value_limit``; ``factor``: with ``channel_factor``.
+    powers of e.
     """
     generator = torch.Generator().manual_seed(seed)
     size = layout.page_tokens
@@ -109,14 +108,13 @@ def random_pages(
         value_scale=0.03 if layout.value.format == "e4m3" else 1.0,
         key_levels=levels_of(layout.key),
         value_levels=levels_of(layout.value),
-        channel_factor=torch.rand(heads, layout.key.head_dim, generator=generator) + 0.5 if factor else None,
-        value_limit=torch.zeros(heads) if limit else None,
     )
     for side in ("key", "value"):
         _fill(pages, side, lengths, spread, generator)
-    if limit:
-        pages.value_limit.copy_(_largest_scale(pages, lengths))
-    return _moved(pages, torch.device(device))
+    pool = Pool.borrow(pages.pool.base.to(device), layout, heads)
+    if layout.value.scaled_by_token:
+        pool.value_limit.copy_(_largest_scale(pages, lengths))
+    return replace(pages, pool=pool, numbers=table.to(device))
 
 
 def _fill(pages: Pages, side: str, lengths: list[int], spread: float, generator: torch.Generator) -> None:
@@ -167,33 +165,13 @@ def _numbers(section: Section, layout: SideLayout, shape, spread: float, generat
 
 
 def _largest_scale(pages: Pages, lengths: list[int]) -> torch.Tensor:
-    """[heads]: the largest scale of values, norm included; 1 where values have none of their own."""
+    """[heads]: the largest scale of values that exist."""
     layout, largest = pages.layout.value, torch.zeros(pages.heads)
-    norms = [s for s in layout.extras if s.name == "norm"]
-    if (layout.meta is None and not norms) or (layout.meta is not None and layout.axis == "channel"):
-        return largest + 1
     for page, used in _used(pages, lengths):
-        own = torch.ones(pages.heads, 1, 1)
-        if layout.meta is not None:
-            meta = pages.pool.part(page, pages.layout.places["value", "meta"])[:, :used]
-            own = pages_numbers(meta, layout)[..., 0]
-        if norms:
-            own = own * pages.pool.part(page, pages.layout.places["value", "norm"])[:, :used, None].float()
-        largest = torch.maximum(largest, own.flatten(1).amax(1))
+        places = {s.name: pages.layout.places["value", s.name] for s in layout.sections}
+        sections = {name: pages.pool.part(page, place)[None, :, :used] for name, place in places.items()}
+        largest = torch.maximum(largest, largest_scales(sections, layout))
     return largest
-
-
-def pages_numbers(meta: torch.Tensor, layout: SideLayout) -> torch.Tensor:
-    """Stored metadata as fp32."""
-    if layout.meta_format == "e8m0":
-        return torch.exp2(meta.float() - 127)
-    return meta.view(torch.float8_e4m3fn).float() if layout.meta_format == "e4m3" else meta.float()
-
-
-def _moved(pages: Pages, device: torch.device) -> Pages:
-    pool = Pool.borrow(pages.pool.base.to(device), pages.layout, pages.heads)
-    tensors = {name: getattr(pages, name) for name in ("numbers", "channel_factor", "value_limit")}
-    return replace(pages, pool=pool, **{name: None if t is None else t.to(device) for name, t in tensors.items()})
 
 
 @dataclass(frozen=True, kw_only=True)

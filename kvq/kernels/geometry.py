@@ -26,6 +26,7 @@ class Side:
     by_channel    metadata per channel and token group (else per token and channel group).
     terms         numbers of metadata a group: 2 (scale, minimum), 1 (scale) or 0; meta: their format.
     scaled        whether tokens have a scale of their own (metadata or norm).
+    limited       whether they are bounded by ``Pool.value_limit`` (values).
     group         numbers that share a scale; groups: channel groups of a token (1 if by_channel).
     fields        codes in a container of ``words`` 16-bit words; field f, container w is token part ``f // chunks`` and
                   channel ``(f % chunks) * chunk_stride + w * width_stride``.
@@ -41,6 +42,7 @@ class Side:
     terms: int
     meta: str
     scaled: bool
+    limited: bool
     group: int
     groups: int
     head_dim: int
@@ -82,6 +84,7 @@ def side_of(layout: SideLayout, offsets: dict[str, int], name: str) -> Side:
         terms=terms,
         meta=layout.meta_format,
         scaled=terms > 0 or norm_offset >= 0,
+        limited=layout.scaled_by_token,
         group=layout.group,
         groups=groups,
         head_dim=layout.head_dim,

@@ -14,8 +14,8 @@ class Query:
     q          [B, heads, L, head_dim], the last dimension contiguous; query heads of one KV head are neighbours.
     scale      softmax scale.
     positions  [B] int32: position of query token 0 of each sequence, where the first token of all (a sink, if there are
-               sinks) is 0; needed with ``causal``, ``window`` and exact tokens.
-    causal     whether packed tokens may be newer than some query token. Exact tokens are masked by position always.
+               sinks) is 0; needed with ``window`` and exact tokens. Packed tokens
+               are older than every query; exact ones are masked by position.
     window     sliding window: a query sees itself and the ``window - 1`` tokens before it.
     softcap    bound of the scores, softcap * tanh(score / softcap).
     sinks      [heads] fp32: a learned logit a query head, in the softmax but without a value.
@@ -24,7 +24,6 @@ class Query:
     q: torch.Tensor
     scale: float
     positions: torch.Tensor | None = None
-    causal: bool = False
     window: int | None = None
     softcap: float | None = None
     sinks: torch.Tensor | None = None

@@ -182,6 +182,13 @@ class SideLayout:
         return self.format == "e4m3" or (self.format == "affine" and plain_meta)
 
     @property
+    def scaled_by_token(self) -> bool:
+        """Whether every token has scales of its own (metadata or a norm) that no other token or head shares."""
+        if self.meta:
+            return self.axis == "token" and not self.meta_shared
+        return any(section.name == "norm" for section in self.extras)
+
+    @property
     def sections(self) -> tuple[Section, ...]:
         return (self.meta, *self.extras) if self.meta else self.extras
 

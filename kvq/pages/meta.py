@@ -17,7 +17,7 @@ from collections.abc import Mapping
 
 import torch
 
-from kvq.pages.layout import E4M3_MAX, Section
+from kvq.pages.layout import E4M3_MAX, Section, SideLayout
 
 E8M0_BIAS = 127
 # The largest finite fp16 number that a UE5M3 byte holds.
@@ -115,3 +115,18 @@ def load_pair(
         return scale, scale * (second.to(dtype) * (-(2**bits - 1) / 255))
     start, step = sections["meta_range"].to(dtype).unsqueeze(-2).unbind(-1)
     return scale, torch.addcmul(start, second.to(dtype), step)
+
+
+def largest_scales(sections: Mapping[str, torch.Tensor], layout: SideLayout) -> torch.Tensor:
+    """The largest scale of every head's tokens, norms included, float32 [K]; sections [n, K, rows, *shape].
+
+    Of layouts that are ``scaled_by_token``.
+    """
+    scale = torch.ones((), device=next(iter(sections.values())).device)
+    if layout.meta is not None:
+        stored, form = sections["meta"][..., 0], layout.meta_format
+        ue5m3 = form in ("zero8", "range8")
+        scale = from_ue5m3(stored, torch.float32) if ue5m3 else load_scale(stored, form, torch.float32)
+    if "norm" in sections:
+        scale = scale * sections["norm"].float().unsqueeze(-1)
+    return scale.transpose(0, 1).flatten(1).amax(1)

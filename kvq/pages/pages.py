@@ -55,9 +55,6 @@ class Pages:
                     None: it is zero, or not there. Only what torch reads is concerned.
     key_scale, value_scale   static factors of all numbers of a side (e4m3 and float4).
     key_levels, value_levels what the codes of a book name, 2^bits numbers.
-    channel_factor  [heads, head_dim] or None: stored keys are keys over these (they multiply the query).
-    value_limit     [heads] fp32 or None: an upper bound of every scale of the values, norm included, axis token. With
-                    it, weights keep their precision however small the scales are.
     """
 
     pool: Pool
@@ -68,8 +65,6 @@ class Pages:
     value_scale: float = 1.0
     key_levels: tuple[float, ...] | None = None
     value_levels: tuple[float, ...] | None = None
-    channel_factor: torch.Tensor | None = None
-    value_limit: torch.Tensor | None = None
 
     @classmethod
     def of(cls, layout: PageLayout, memory: torch.Tensor, table: torch.Tensor, **settings) -> "Pages":
@@ -162,6 +157,8 @@ class Pages:
                 for i, ids in enumerate(rows):
                     self._write_tokens(ids[page], side, offset, own.row(i))
             position += taken
+        if side == "value":
+            self.pool.raise_limit(encoded.sections)
 
     def _write_whole(self, ids: list[int], side: str, encoded: Encoded) -> None:
         """Whole pages of the sequences in turn."""
@@ -206,8 +203,6 @@ class Pages:
         if "norm" in encoded.sections:
             x = x * encoded.sections["norm"].to(dtype).unsqueeze(-1)
         x = x * (self.key_scale if side == "key" else self.value_scale)
-        if side == "key" and self.channel_factor is not None:
-            x = x * self.channel_factor.to(dtype).unsqueeze(1)
         return x
 
 

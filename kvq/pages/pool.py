@@ -6,13 +6,14 @@ pages lie is known here alone. Kernels get it as a table of numbers: page number
 """
 
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
 
 from kvq.errors import CacheError
 from kvq.pages.layout import PageLayout, Place
+from kvq.pages.meta import largest_scales
 
 # Unused pages are at most the larger of these: two pages, or one 64th of the pool.
 MIN_SLAB_PAGES = 2
@@ -35,6 +36,7 @@ class Pool:
         self.pages = 0
         self.free: list[int] = []
         self.owned = True
+        self._value_limit: torch.Tensor | None = None
         self._addresses = np.empty(0, np.int64)
 
     @classmethod
@@ -74,6 +76,8 @@ class Pool:
                 f"{ALIGNMENT} bytes, as kernels need: align the memory."
             )
         pool.slabs, pool.starts, pool.pages, pool.owned = [slab], [0], pages, False
+        if layout.value.scaled_by_token:
+            pool._value_limit = torch.zeros(heads, device=memory.device)
         return pool
 
     @property
@@ -194,6 +198,35 @@ class Pool:
         return table.to(self.device)
 
     @property
+    def value_limit(self) -> torch.Tensor:
+        """float32 [heads]: an upper bound of every scale of the values, norms included, where they are scaled by token.
+
+        With it, attention weights keep their precision in fp16 however small the scales are. It is found from the pages
+        when it is first asked for, and raised by whoever writes values from then on, kernels included. Of borrowed
+        memory it is raised from 0: what others wrote there before is theirs to add.
+        """
+        if self._value_limit is None:
+            self._value_limit = torch.zeros(self.heads, device=self.device)
+            places = {name: self.layout.places["value", name] for name in self._scale_sections}
+            for slab in self.slabs:
+                self.raise_limit({name: self._view(slab, place) for name, place in places.items()})
+        return self._value_limit
+
+    @property
+    def _scale_sections(self) -> list[str]:
+        return [section.name for section in self.layout.value.sections if section.name in ("meta", "norm")]
+
+    def raise_limit(self, sections: Mapping[str, torch.Tensor]) -> None:
+        """Values with these sections, [n, heads, rows, *shape], were written."""
+        if self._value_limit is not None and self.layout.value.scaled_by_token:
+            torch.maximum(self._value_limit, largest_scales(sections, self.layout.value), out=self._value_limit)
+
+    def forget_limit(self) -> None:
+        """Values were written by address (C++): find the bound again when it is asked for."""
+        if self.owned:
+            self._value_limit = None
+
+    @property
     def nbytes(self) -> int:
         """Bytes allocated here, free pages included; borrowed ones are somebody else's."""
         return sum(slab.nbytes for slab in self.slabs) if self.owned else 0
@@ -203,4 +236,5 @@ class Pool:
         self._refuse_borrowed("move")
         self.device = device
         self._addresses = np.empty(0, np.int64)
+        self._value_limit = None
         self.slabs = [slab.to(device) for slab in self.slabs]

@@ -30,7 +30,7 @@ def empty_pages():
         table = torch.arange(rows * pages, dtype=torch.int32, device=device).flip(0).view(rows, pages)
         scales = {"key_scale": 0.02, "value_scale": 0.03}
         scales = {name: value for name, value in scales.items() if layout.side(name[:-6]).format == "e4m3"}
-        return Pages.of(layout, pool, table, value_limit=torch.zeros(heads, device=device), **scales)
+        return Pages.of(layout, pool, table, **scales)
 
     return made
 

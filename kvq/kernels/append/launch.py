@@ -5,7 +5,7 @@ import torch
 from kvq.kernels import dispatch
 from kvq.kernels.append.kernel import append_tokens
 from kvq.kernels.append.state import DecodeState, ExactStore
-from kvq.kernels.device.launch import Launch, exactly, limits, pieces
+from kvq.kernels.device.launch import Launch, exactly, limit_of, pieces
 from kvq.kernels.geometry import sides_of
 from kvq.kernels.types import Rotation
 from kvq.pages.pages import Pages
@@ -26,7 +26,6 @@ def append(
     blocks = [rotations[side].block if side in rotations else 0 for side in ("key", "value")]
     signs = next((rotation.signs for rotation in rotations.values()), state.zeros)
     assert all(rotation.signs is signs for rotation in rotations.values()), "keys and values share their signs"
-    limit = limits(pages)
     sinks = store.sink_keys
     return Launch(
         kernel=append_tokens,
@@ -42,8 +41,7 @@ def append(
             pages.pool.base,
             pages.table,
             signs,
-            state.zeros if pages.channel_factor is None else pages.channel_factor,
-            pages.value_limit if limit else state.zeros,
+            limit_of(pages, state.zeros),
             *keys.stride()[:3],
             *values.stride()[:3],
             *store.keys.stride()[:3],
@@ -67,8 +65,6 @@ def append(
             "EVERY": 1 << (head_dim - 1).bit_length(),
             "KEY_CLIP": clip[0] < 1,
             "VALUE_CLIP": clip[1] < 1,
-            "LIMIT": limit,
-            "FACTOR": pages.channel_factor is not None,
             "KEY_ROTATE": blocks[0],
             "VALUE_ROTATE": blocks[1],
             "ASM": dispatch.capability(keys.device),

@@ -102,6 +102,7 @@ def pack(x: torch.Tensor, pages: Pages, side: str, start: int) -> bool:
     """
     ranges = torch.tensor([[start, start + x.shape[2], -start]], dtype=torch.int32).expand(x.shape[0], 3).contiguous()
     layout = pages.layout
+    pages.pool.forget_limit()
     return torch.ops.kvq.pack(
         _rows(x),
         ranges,

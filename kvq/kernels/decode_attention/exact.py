@@ -148,7 +148,6 @@ def decode_exact(
     table,
     lengths,
     positions,
-    channel_factor,
     value_limit,
     out,
     lse,
@@ -190,8 +189,6 @@ def decode_exact(
     HEADS: tl.constexpr,
     QUERIES: tl.constexpr,
     H: tl.constexpr,
-    FACTOR: tl.constexpr,
-    LIMIT: tl.constexpr,
     SOFTCAP: tl.constexpr,
     WINDOW: tl.constexpr,
     MIXED_KEY: tl.constexpr,
@@ -219,7 +216,7 @@ def decode_exact(
     wide_head = head.to(tl.int64)
     q_at = q + wide * q_batch_stride
     q_at = q_at + (head * HEADS + column // QUERIES) * q_head_stride + column % QUERIES * q_token_stride
-    query, down = load_query(q_at, channel_factor + head * K.head_dim, real, K, T.warps, FACTOR)
+    query, down = load_query(q_at, real, K, T.warps)
     exact_query = _load_exact_query(q_at, real, keys.dtype.element_ty, K, T.warps)
     # Scores and values of exact tokens, in the units of packed ones.
     key_factor = 1.0 / (down * key_scale)
@@ -229,7 +226,7 @@ def decode_exact(
     if SOFTCAP:
         cap_scale = kappa * (2.0 / softcap)
         kappa = LOG2E
-    shift = largest_shift(value_limit + head, V, LIMIT)
+    shift = largest_shift(value_limit + head, V)
     softmax, total = empty_state(V, T, H)
     position = position + column % QUERIES
 

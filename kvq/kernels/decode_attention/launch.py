@@ -8,7 +8,7 @@ from kvq.kernels.decode_attention.decode_plan import DecodePlan, Geometry
 from kvq.kernels.decode_attention.exact import decode_exact
 from kvq.kernels.decode_attention.merge import decode_merge
 from kvq.kernels.decode_attention.split import decode_split
-from kvq.kernels.device.launch import Launch, books, limits
+from kvq.kernels.device.launch import Launch, books, limit_of
 from kvq.kernels.types import Exact, Query
 from kvq.pages.pages import Pages
 
@@ -31,8 +31,6 @@ def _shared_constants(geometry: Geometry, pages: Pages, query: Query) -> dict[st
         "HEADS": geometry.group,
         "QUERIES": geometry.queries,
         "H": geometry.columns,
-        "FACTOR": pages.channel_factor is not None,
-        "LIMIT": limits(pages),
         "SOFTCAP": query.softcap is not None,
         "WINDOW": query.window is not None,
         "ASM": geometry.sm,
@@ -52,7 +50,6 @@ def _scalars(pages: Pages, query: Query) -> tuple:
 def split(plan: DecodePlan, pages: Pages, lengths: torch.Tensor, query: Query, first_token: int) -> Launch:
     """``lengths`` [B] int32: packed tokens on both sides; ``first_token``: position of the first of them."""
     geometry, q = plan.geometry, query.q
-    masked = query.positions is not None and (query.causal or query.window is not None)
     return Launch(
         kernel=decode_split,
         grid=(plan.capacity, plan.heads, geometry.column_blocks),
@@ -62,9 +59,8 @@ def split(plan: DecodePlan, pages: Pages, lengths: torch.Tensor, query: Query, f
             pages.table,
             plan.items,
             lengths,
-            query.positions if masked else lengths,
-            q if pages.channel_factor is None else pages.channel_factor,
-            pages.value_limit if limits(pages) else plan.partial,
+            lengths if query.window is None else query.positions,
+            limit_of(pages, plan.partial),
             plan.partial,
             plan.partial_lse,
             q.stride(0),
@@ -76,8 +72,7 @@ def split(plan: DecodePlan, pages: Pages, lengths: torch.Tensor, query: Query, f
             first_token,
             *books(pages),
         ),
-        constants=_shared_constants(geometry, pages, query)
-        | {"CAUSAL": query.causal, "STAGES": geometry.parameters.stages},
+        constants=_shared_constants(geometry, pages, query) | {"STAGES": geometry.parameters.stages},
         options=_options(geometry, geometry.parameters.registers),
     )
 
@@ -94,8 +89,7 @@ def exact(plan: DecodePlan, pages: Pages, query: Query, tokens: Exact) -> Launch
             pages.table,
             tokens.lengths,
             query.positions,
-            q if pages.channel_factor is None else pages.channel_factor,
-            pages.value_limit if limits(pages) else plan.partial,
+            limit_of(pages, plan.partial),
             plan.partial,
             plan.partial_lse,
             tokens.keys,

@@ -30,30 +30,24 @@ def _query_exponent(K):
     return _room(K) if K.by_channel else 8
 
 
-@triton.constexpr_function
-def _weight_exponent(V):
-    """log2 of what weights are multiplied by where the largest scale is not known."""
-    if V.by_channel:
-        return 14 if V.norm_offset < 0 else 0
-    return _room(V) if V.scaled else 14
-
-
 @triton.jit
-def largest_shift(limit_at, V: tl.constexpr, LIMIT: tl.constexpr):
-    """log2 of what weights are multiplied by. LIMIT: ``limit_at`` holds the largest scale of this KV head's values."""
-    shift = _weight_exponent(V) * 1.0
-    if LIMIT:
+def largest_shift(limit_at, V: tl.constexpr):
+    """log2 of what weights are multiplied by. ``limit_at``: the largest scale of this KV head's values, if limited."""
+    if V.limited:
         largest = tl.maximum(tl.load(limit_at), 2.0**-24)
         # A weight times a scale then reaches up to 2^15, and fp16 ends at twice that.
         shift = 14.0 - ((largest.to(tl.int32, bitcast=True) >> 23) - 127).to(tl.float32)
+    else:
+        # A norm of any size may be multiplied with weights.
+        shift = 14.0 if V.norm_offset < 0 else 0.0
     return shift
 
 
 @triton.jit
-def load_query(at, factor_at, real, K: tl.constexpr, W: tl.constexpr, FACTOR: tl.constexpr):
+def load_query(at, real, K: tl.constexpr, W: tl.constexpr):
     """Query operands, sums and bias sums (see ``packed_scores``), and the power of two that undoes their scaling.
 
-    at: pointers [H] to the columns' vectors. factor_at: pointer to this KV head's static channel factors, if FACTOR.
+    at: pointers [H] to the columns' vectors.
     """
     H: tl.constexpr = real.shape[0]
     vectors = ()
@@ -61,10 +55,7 @@ def load_query(at, factor_at, real, K: tl.constexpr, W: tl.constexpr, FACTOR: tl
     for chunk in tl.static_range(known(K.chunks)):
         for c in tl.static_range(known(K.blocks)):
             channel = channels_of(chunk, c, K)[:, None]
-            exists = channel < K.head_dim
-            x = tl.load(at[None, :] + channel, mask=real[None, :] & exists, other=0.0).to(tl.float32)
-            if FACTOR:
-                x = x * tl.load(factor_at + channel, mask=exists, other=0.0).to(tl.float32)
+            x = tl.load(at[None, :] + channel, mask=real[None, :] & (channel < K.head_dim), other=0.0).to(tl.float32)
             largest = tl.maximum(largest, tl.max(tl.abs(x)))
             vectors = vectors + (x,)
     exponent = _query_exponent(K) - 1 - ((largest.to(tl.int32, bitcast=True) >> 23) - 127)
@@ -167,7 +158,6 @@ def _round(
     V: tl.constexpr,
     T: tl.constexpr,
     SOFTCAP: tl.constexpr,
-    CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr,
     MASKED: tl.constexpr,
     ASM: tl.constexpr,
@@ -183,7 +173,7 @@ def _round(
     if SOFTCAP:
         scores = bounded(scores, softcap, cap_scale, T, ASM)
     if MASKED:
-        scores = hidden(scores, keep, start + row, position, window, T, CAUSAL, WINDOW)
+        scores = hidden(scores, keep, start + row, position, window, T, False, WINDOW)
     softmax, shrink, weights = softmax_step(softmax, scores, kappa, shift, T, ASM)
     return softmax, add_packed_values(values, record, row, keep, shrink, weights, value_book, V, T, MASKED, ASM)
 
@@ -232,7 +222,6 @@ def decode_split(
     items,
     lengths,
     positions,
-    channel_factor,
     value_limit,
     out,
     lse,
@@ -256,10 +245,7 @@ def decode_split(
     HEADS: tl.constexpr,
     QUERIES: tl.constexpr,
     H: tl.constexpr,
-    FACTOR: tl.constexpr,
-    LIMIT: tl.constexpr,
     SOFTCAP: tl.constexpr,
-    CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr,
     STAGES: tl.constexpr,
     ASM: tl.constexpr,
@@ -269,7 +255,7 @@ def decode_split(
     q        [B, heads, QUERIES, head_dim] by strides. pool: bytes; page number n of the table starts at n * page_stride
              and holds one record of RECORD bytes a KV head.
     items    work list [items, 4] int32. lengths [B]: packed tokens, the first of which stands at position first_token.
-    positions  [B] int32: of query token 0 of each sequence, if CAUSAL or WINDOW.
+    positions  [B] int32: of query token 0 of each sequence, if WINDOW. Packed tokens are older than every query.
     key_book, value_book   registers of ``fields.book_registers``, or () where a side has no book.
     out      [items, KV heads, HEADS * QUERIES, head_dim] fp32; lse the same without head_dim, base 2.
     """
@@ -285,23 +271,20 @@ def decode_split(
     real = column < HEADS * QUERIES
     q_at = q + sequence.to(tl.int64) * q_batch_stride
     q_at = q_at + (head * HEADS + column // QUERIES) * q_head_stride + column % QUERIES * q_token_stride
-    query, down = load_query(q_at, channel_factor + head * K.head_dim, real, K, T.warps, FACTOR)
+    query, down = load_query(q_at, real, K, T.warps)
     kappa = scale * key_scale * LOG2E * down
     cap_scale = 1.0
     if SOFTCAP:
         # A bounded score is a plain number again, whose exponent of 2 is log2(e) times it.
         cap_scale = kappa * (2.0 / softcap)
         kappa = LOG2E
-    shift = largest_shift(value_limit + head, V, LIMIT)
+    shift = largest_shift(value_limit + head, V)
     position = 0 * column
     full_first, full_end = first, length // T.round
-    if CAUSAL or WINDOW:
+    if WINDOW:
         # Counted from the first packed token from here on.
         position = tl.load(positions + sequence) - first_token
-        if CAUSAL:
-            full_end = tl.minimum(full_end, (position + 1) // T.round)
-        if WINDOW:
-            full_first = tl.maximum(full_first, tl.cdiv(tl.maximum(position + QUERIES - window, 0), T.round))
+        full_first = tl.maximum(full_first, tl.cdiv(tl.maximum(position + QUERIES - window, 0), T.round))
         position = position + column % QUERIES
 
     state = empty_state(V, T, H)
@@ -330,7 +313,6 @@ def decode_split(
             V,
             T,
             SOFTCAP,
-            CAUSAL,
             WINDOW,
             False,
             ASM,
@@ -358,7 +340,6 @@ def decode_split(
             V,
             T,
             SOFTCAP,
-            CAUSAL,
             WINDOW,
             True,
             ASM,

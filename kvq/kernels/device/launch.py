@@ -7,7 +7,6 @@ from typing import Any
 import torch
 
 from kvq.kernels.bit_fields import book_registers
-from kvq.kernels.geometry import sides_of
 from kvq.pages.pages import Pages
 
 
@@ -39,10 +38,9 @@ def several_devices() -> bool:
     return torch.cuda.is_available() and torch.cuda.device_count() > 1
 
 
-def limits(pages: Pages) -> bool:
-    """Whether the values' scales lie in pages, token by token, and a bound of them is known."""
-    value = sides_of(pages.layout)[1]
-    return pages.value_limit is not None and value.scaled and not value.by_channel
+def limit_of(pages: Pages, unread: torch.Tensor) -> torch.Tensor:
+    """The bound of the values' scales, or ``unread`` where no kernel asks for one."""
+    return pages.pool.value_limit if pages.layout.value.scaled_by_token else unread
 
 
 def books(pages: Pages) -> tuple[tuple[int, ...], tuple[int, ...]]:

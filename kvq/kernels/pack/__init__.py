@@ -22,7 +22,7 @@ def pack_tokens(
     """Quantize a range of tokens of every sequence and write it to its pages; returns what ran.
 
     Tokens that stand before a range in its pages keep their codes. ``clip``: share of a group's range that the codes
-    span. Raises ``pages.value_limit`` to the largest scale of values (axis token). Two sequences may share only pages
+    span. Raises ``pool.value_limit`` to the largest scale of values (axis token). Two sequences may share only pages
     that neither writes to. Raises KernelError if ``impl="triton"`` cannot run.
     """
     assert pages.layout.side(side).is_plain, "a codec of its own chooses these numbers"

@@ -56,14 +56,12 @@ def _numbers(
     slot,
     real,
     signs,
-    factor,
     channel,
     S: tl.constexpr,
-    FACTOR: tl.constexpr,
     ROTATE: tl.constexpr,
     ASM: tl.constexpr,
 ):
-    """Numbers [R, C] to quantize, fp32: tokens at ``slot`` [R], rotated by blocks of ROTATE, over the factors."""
+    """Numbers [R, C] to quantize, fp32: tokens at ``slot`` [R], rotated by blocks of ROTATE."""
     if ROTATE:
         d = tl.arange(0, _every(S))
         whole = tl.load(x + slot[:, None] + d[None, :], mask=real[:, None] & (d < S.head_dim)[None, :], other=0.0)
@@ -72,8 +70,6 @@ def _numbers(
     else:
         keep = real[:, None] & (channel < S.head_dim)[None, :]
         own = tl.load(x + slot[:, None] + channel[None, :], mask=keep, other=0.0).to(tl.float32)
-    if FACTOR:
-        own = tl.div_rn(own, tl.load(factor + channel, mask=channel < S.head_dim, other=1.0).to(tl.float32)[None, :])
     return own
 
 
@@ -116,14 +112,12 @@ def _encode_part(
     record,
     token,
     signs,
-    factor,
     limit,
     clip_cut,
     static_scale,
     S: tl.constexpr,
     CLIP: tl.constexpr,
     LIMIT: tl.constexpr,
-    FACTOR: tl.constexpr,
     ROTATE: tl.constexpr,
     ASM: tl.constexpr,
 ):
@@ -131,9 +125,7 @@ def _encode_part(
     numbers = ()
     for chunk in tl.static_range(known(S.chunks)):
         for c in tl.static_range(known(S.blocks)):
-            numbers = numbers + (
-                _numbers(x, slot, real, signs, factor, channels_of(chunk, c, S), S, FACTOR, ROTATE, ASM),
-            )
+            numbers = numbers + (_numbers(x, slot, real, signs, channels_of(chunk, c, S), S, ROTATE, ASM),)
     codes = ()
     pairs = record.to(tl.pointer_type(tl.int32)) + S.meta_offset // 4
     if S.kind == "e4m3":
@@ -229,14 +221,12 @@ def _pack_rows(
     token_stride,
     record,
     signs,
-    factor,
     limit,
     clip_cut,
     static_scale,
     S: tl.constexpr,
     CLIP: tl.constexpr,
     LIMIT: tl.constexpr,
-    FACTOR: tl.constexpr,
     ROTATE: tl.constexpr,
     ASM: tl.constexpr,
 ):
@@ -259,14 +249,12 @@ def _pack_rows(
             record,
             inside,
             signs,
-            factor,
             limit,
             clip_cut,
             static_scale,
             S,
             CLIP,
             LIMIT,
-            FACTOR,
             ROTATE,
             ASM,
         )
@@ -304,11 +292,9 @@ def _store_channel_grids(
     token_stride,
     record,
     signs,
-    factor,
     clip_cut,
     S: tl.constexpr,
     CLIP: tl.constexpr,
-    FACTOR: tl.constexpr,
     ROTATE: tl.constexpr,
     ASM: tl.constexpr,
 ):
@@ -329,7 +315,7 @@ def _store_channel_grids(
                     token = page_token + g * S.group + own
                     real = own < S.group
                     slot = ((token + offset) % capacity).to(tl.int64) * token_stride
-                    value = _numbers(x, slot, real, signs, factor, channel, S, FACTOR, ROTATE, ASM)
+                    value = _numbers(x, slot, real, signs, channel, S, ROTATE, ASM)
                     low = tl.where(real[:, None], tl.minimum(low, value), low)
                     high = tl.where(real[:, None], tl.maximum(high, value), high)
                     poison += value * 0.0
@@ -349,14 +335,12 @@ def pack_page(
     token_stride,
     record,
     signs,
-    factor,
     limit,
     clip_cut,
     static_scale,
     S: tl.constexpr,
     CLIP: tl.constexpr,
     LIMIT: tl.constexpr,
-    FACTOR: tl.constexpr,
     ROTATE: tl.constexpr,
     ASM: tl.constexpr,
 ):
@@ -375,11 +359,9 @@ def pack_page(
                 token_stride,
                 record,
                 signs,
-                factor,
                 clip_cut,
                 S,
                 CLIP,
-                FACTOR,
                 ROTATE,
                 ASM,
             )
@@ -401,14 +383,12 @@ def pack_page(
                 token_stride,
                 record,
                 signs,
-                factor,
                 limit,
                 clip_cut,
                 static_scale,
                 S,
                 CLIP,
                 LIMIT,
-                FACTOR,
                 ROTATE,
                 ASM,
             )
@@ -422,7 +402,6 @@ def pack_tokens(
     ranges,
     offsets,
     signs,
-    factors,
     limits,
     x_batch_stride,
     x_head_stride,
@@ -436,7 +415,6 @@ def pack_tokens(
     RECORD: tl.constexpr,
     CLIP: tl.constexpr,
     LIMIT: tl.constexpr,
-    FACTOR: tl.constexpr,
     ROTATE: tl.constexpr,
     ASM: tl.constexpr,
 ):
@@ -444,8 +422,7 @@ def pack_tokens(
 
     x         [B, KV heads, capacity, head_dim] by strides; token t is at ``(t + offsets[b]) % capacity``.
     ranges    [B, 2] int32: tokens [start, stop) to pack, in whole groups for axis channel. offsets [B] int32.
-    signs     [head_dim]: multiplied before the rotation, if ROTATE. factors [KV heads, head_dim]: divided by, if
-              FACTOR.
+    signs     [head_dim]: multiplied before the rotation, if ROTATE.
     limits    [KV heads] fp32: raised to the largest scale stored, if LIMIT (axis token).
     """
     sequence = tl.program_id(1)
@@ -469,14 +446,12 @@ def pack_tokens(
         x_token_stride,
         record,
         signs,
-        factors + head * S.head_dim,
         limits + head,
         clip_cut,
         static_scale,
         S,
         CLIP,
         LIMIT,
-        FACTOR,
         ROTATE,
         ASM,
     )

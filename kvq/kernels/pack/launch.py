@@ -1,7 +1,7 @@
 """Arguments and options of the pack launch."""
 
 from kvq.kernels import dispatch
-from kvq.kernels.device.launch import Launch, exactly, limits, pieces
+from kvq.kernels.device.launch import Launch, exactly, limit_of, pieces
 from kvq.kernels.geometry import sides_of
 from kvq.kernels.pack.kernel import pack_tokens
 from kvq.kernels.types import Rotation, Source
@@ -12,8 +12,7 @@ def pack(source: Source, pages: Pages, side: str, clip: float, rotation: Rotatio
     sm = dispatch.capability(source.x.device)
     own = sides_of(pages.layout)[0 if side == "key" else 1]
     x = source.x
-    factor = side == "key" and pages.channel_factor is not None
-    limit = side == "value" and limits(pages)
+    limit = side == "value" and own.limited
     return Launch(
         kernel=pack_tokens,
         grid=(pieces(source.longest, own.page_tokens), x.shape[0], pages.heads),
@@ -24,8 +23,7 @@ def pack(source: Source, pages: Pages, side: str, clip: float, rotation: Rotatio
             source.ranges,
             source.offsets,
             source.offsets if rotation is None else rotation.signs,
-            pages.channel_factor if factor else source.offsets,
-            pages.value_limit if limit else source.offsets,
+            limit_of(pages, source.offsets) if limit else source.offsets,
             x.stride(0),
             x.stride(1),
             x.stride(2),
@@ -40,7 +38,6 @@ def pack(source: Source, pages: Pages, side: str, clip: float, rotation: Rotatio
             "RECORD": pages.layout.record_bytes,
             "CLIP": clip < 1,
             "LIMIT": limit,
-            "FACTOR": factor,
             "ROTATE": 0 if rotation is None else rotation.block,
             "ASM": sm,
         },

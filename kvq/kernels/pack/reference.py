@@ -21,16 +21,10 @@ def pack_sequences(source: Source, pages: Pages, side: str, clip: float, rotatio
 
 def _pack_sequence(x: torch.Tensor, pages: Pages, side: str, b: int, start: int, clip: float) -> None:
     """Pack x [KV heads, T, head_dim] of sequence b from token ``start``."""
-    layout = pages.layout.side(side)
-    if side == "key" and pages.channel_factor is not None:
-        x = x / pages.channel_factor.to(x.dtype).unsqueeze(1)
-    x = x.unsqueeze(0)
+    layout, x = pages.layout.side(side), x.unsqueeze(0)
     if layout.format == "e4m3":
         codes, sections = to_e4m3(quotient(x, pages.key_scale if side == "key" else pages.value_scale)), {}
     else:
         codes, sections = affine.encode(x, layout, clip)
-        if side == "value" and pages.value_limit is not None and layout.axis == "token":
-            largest = sections["meta"][0, ..., 0].float().amax(dim=(1, 2))
-            torch.maximum(pages.value_limit, largest, out=pages.value_limit)
     last = -(-(start + x.shape[2]) // layout.page_tokens)
     pages.part(0, last, [b]).write(side, start, Encoded(codes=codes, sections=sections))

@@ -13,7 +13,6 @@ def unpack_pages(
     pool,
     table,
     lengths,
-    channel_factor,
     out,
     out_batch_stride,
     out_head_stride,
@@ -24,7 +23,6 @@ def unpack_pages(
     book,
     S: tl.constexpr,
     RECORD: tl.constexpr,
-    FACTOR: tl.constexpr,
     ASM: tl.constexpr,
 ):
     """Grid (blocks of PACK_ROWS rows over all pages, B, KV heads): one side to out [B, KV heads, tokens, head_dim].
@@ -69,12 +67,5 @@ def unpack_pages(
             if S.norm_offset >= 0:
                 x = x * load_norm(record, inside, (row < S.rows) & (token < length), S, True)[:, None]
             x = x * static_scale
-            if FACTOR:
-                x = (
-                    x
-                    * tl.load(channel_factor + head * S.head_dim + channel, mask=channel < S.head_dim, other=0.0)[
-                        None, :
-                    ]
-                )
             at = token.to(tl.int64)[:, None] * out_token_stride + channel[None, :]
             tl.store(to + at, x.to(out.dtype.element_ty), mask=keep)

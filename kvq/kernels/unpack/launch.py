@@ -13,7 +13,6 @@ from kvq.pages.pages import Pages
 def unpack(pages: Pages, side: str, lengths: torch.Tensor, out: torch.Tensor) -> Launch:
     sm = dispatch.capability(out.device)
     own = sides_of(pages.layout)[0 if side == "key" else 1]
-    factor = side == "key" and pages.channel_factor is not None
     count = -(-out.shape[2] // own.page_tokens)
     return Launch(
         kernel=unpack_pages,
@@ -22,7 +21,6 @@ def unpack(pages: Pages, side: str, lengths: torch.Tensor, out: torch.Tensor) ->
             pages.pool.base,
             pages.table,
             lengths,
-            pages.channel_factor if factor else lengths,
             out,
             out.stride(0),
             out.stride(1),
@@ -32,6 +30,6 @@ def unpack(pages: Pages, side: str, lengths: torch.Tensor, out: torch.Tensor) ->
             float(pages.key_scale if side == "key" else pages.value_scale),
             books(pages)[0 if side == "key" else 1],
         ),
-        constants={"S": own, "RECORD": pages.layout.record_bytes, "FACTOR": factor, "ASM": sm},
+        constants={"S": own, "RECORD": pages.layout.record_bytes, "ASM": sm},
         options=exactly(),
     )

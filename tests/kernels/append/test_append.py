@@ -54,7 +54,7 @@ def test_appending_token_by_token_gives_the_bytes_of_bulk_packing(key, value, he
             unpack_pages(made, side, lengths, out, impl="reference")
         assert torch.equal(*dense)
         assert dense[0].any()
-    assert torch.equal(pages.value_limit, want.value_limit)
+    assert torch.equal(pages.pool.value_limit, want.pool.value_limit)
     for b in range(2):
         total, packed = state.counters[b, 1] - 2, state.counters[b, 5]
         for t in range(int(packed), int(total)):

@@ -36,7 +36,7 @@ class Decoder:
         rows = len(stored)
         pool = torch.zeros(rows * 4, 2, self.layout.record_bytes, dtype=torch.uint8, device=device)
         table = torch.arange(rows * 4, dtype=torch.int32, device=device).view(rows, 4)
-        self.pages = Pages.of(self.layout, pool, table, value_limit=torch.zeros(2, device=device))
+        self.pages = Pages.of(self.layout, pool, table)
         rule = FlushRule(window=16)
         self.state = DecodeState(batch=rows, sinks=2, key=rule, value=rule, device=device, impl="triton")
         self.store = ExactStore.empty(self.state, heads=2, head_dim=head_dim, dtype=torch.float32)

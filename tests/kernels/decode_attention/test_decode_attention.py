@@ -31,8 +31,6 @@ class Case:
     sinks: int = 0
     settings: dict = field(default_factory=dict)
     slots: int = 8
-    factor: bool = False
-    limit: bool = True
     spread: float = 1.0
     dtype: torch.dtype = torch.float32
 
@@ -61,29 +59,27 @@ CASES = [
     # Query heads of a KV head, and query tokens.
     *(Case(key="4", value="4", group=g) for g in (1, 3, 4, 7, 8, 16)),
     Case(key="2c32", value="2/32", group=16, counts=((64, 50, 70), (0, 0, 0), (128, 128, 130))),
-    *(Case(key="4", value="2", queries=n, settings={"causal": True}) for n in (2, 4, 8)),
-    Case(key="4", value="4", group=8, queries=5, settings={"causal": True}),
+    *(Case(key="4", value="2", queries=n, counts=((70, 70, 79), (0, 0, 9), (193, 190, 202))) for n in (2, 4, 8)),
+    Case(key="4", value="4", group=8, queries=5, counts=((70, 70, 75), (0, 0, 5), (193, 193, 200))),
     # Pages.
     *(Case(key="4", value="4", page_tokens=p) for p in (16, 32, 128, 256)),
     Case(key="2", value="2", page_tokens=16, head_dim=128),
     # Additions.
     Case(key="4", value="4", settings={"window": 100}, sinks=4),
-    Case(key="4", value="4", settings={"window": 7, "causal": True}, queries=3),
+    Case(key="4", value="4", settings={"window": 7}, queries=3, counts=((70, 70, 75), (0, 0, 3), (193, 193, 196))),
     Case(key="2", value="2", settings={"softcap": 3.0}, sinks=3),
     Case(key="4", value="4", settings={"learned": True}, sinks=1),
     Case(
         key="2c32",
         value="2/32",
-        settings={"learned": True, "softcap": 5.0, "window": 90, "causal": True},
+        settings={"learned": True, "softcap": 5.0, "window": 90},
         sinks=5,
         queries=2,
+        counts=((64, 64, 75), (0, 0, 2), (192, 192, 195)),
     ),
-    Case(key="4", value="4", factor=True),
-    Case(key="4c32", value="4", factor=True, counts=((64, 64, 70), (0, 0, 0), (192, 192, 193))),
-    # Scales over many powers of two, with and without a known bound.
+    # Scales over many powers of two.
     Case(key="e4m3", value="4", spread=4.0),
     Case(key="e4m3", value="book2", spread=3.0),
-    Case(key="4", value="2", limit=False),
     # 16-bit queries and exact tokens.
     Case(key="4", value="4", dtype=torch.bfloat16, sinks=2),
     Case(key="3", value="2", dtype=torch.float16, sinks=2),
@@ -98,7 +94,7 @@ def setup(case: Case, device: torch.device, seed: int = 0):
     layout = layout_of(case.key, case.value, case.head_dim, case.page_tokens)
     counts = [Counts(key=k, value=v, all=n) for k, v, n in case.counts]
     stored = [max(c.key, c.value) for c in counts]
-    options = {"seed": seed, "device": device, "spread": case.spread, "factor": case.factor, "limit": case.limit}
+    options = {"seed": seed, "device": device, "spread": case.spread}
     pages = random_pages(layout, stored, case.heads, **options)
     dtype = torch.float32 if case.dtype == torch.float32 else case.dtype
     exact = random_exact(counts, case.heads, case.head_dim, sinks=case.sinks, dtype=dtype, seed=seed + 1, device=device)
@@ -184,8 +180,7 @@ def test_adversarial_numbers(width, kind, device):
                 numbers[..., 0 if name == "meta" else slice(None)] = 0
                 if kind == "constant values" and name == "meta":
                     numbers[..., 1] = 0.75
-        if pages.value_limit is not None:
-            pages.value_limit.zero_()
+        pages.pool.value_limit.zero_()
     query = replace(query, q=q, positions=None)
     found = decode_attention(query, pages, lengths, plan, impl="triton")
     want, lse = dense_attention(query, pages, lengths, None, torch.float64)

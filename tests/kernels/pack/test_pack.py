@@ -31,7 +31,7 @@ def test_bulk_packing_gives_the_bytes_of_the_reference(key, value, head_dim, dty
             ran = pack_tokens(source_of(x, [(0, 128), (0, 64)]), pages, side, impl=impl)
             assert ran.impl == impl
     assert torch.equal(made[0].pool.base, made[1].pool.base)
-    assert torch.equal(made[0].value_limit, made[1].value_limit)
+    assert torch.equal(made[0].pool.value_limit, made[1].pool.value_limit)
     assert made[0].pool.base.any()
 
 

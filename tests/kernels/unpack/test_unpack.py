@@ -23,7 +23,7 @@ LAYOUTS = [
 def test_unpacking_gives_the_numbers_of_the_reference(key, value, head_dim, device):
     layout = layout_of(key, value, head_dim)
     lengths = torch.tensor([64, 192], dtype=torch.int32, device=device)
-    pages = random_pages(layout, lengths.tolist(), 2, device=device, factor=True)
+    pages = random_pages(layout, lengths.tolist(), 2, device=device)
     for side in ("key", "value"):
         found, want = (torch.full((2, 2, 200, head_dim), -7.0, device=device) for _ in range(2))
         assert unpack_pages(pages, side, lengths, found, impl="triton").impl == "triton"
