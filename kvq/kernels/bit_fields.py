@@ -13,6 +13,7 @@ nibbles of a selector: once for the low bytes of the fp16 levels, once for the h
 
 import struct
 from dataclasses import dataclass
+from functools import cache
 
 DIRECT, SWAPPED, SHIFTED, SPREAD = "direct", "swapped", "shifted", "spread"
 
@@ -107,7 +108,8 @@ def unpack_ptx(bits: int) -> tuple[str, str]:
     return "{\n" + head + "\n".join(lines) + "\n}", constraints
 
 
-def book_registers(levels: list[float]) -> tuple[int, ...]:
+@cache
+def book_registers(levels: tuple[float, ...]) -> tuple[int, ...]:
     """The table of ``book_ptx`` as int32 numbers: low bytes of the fp16 levels, then high bytes, four a number."""
     halves = [int.from_bytes(struct.pack("<e", level), "little") for level in levels]
     words = []

@@ -7,7 +7,7 @@ blocks, so that unpacking a field always gives one whole operand of a matrix pro
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 from kvq.kernels.bit_fields import FIELD_TABLES, Field, book_ptx, unpack_ptx
 from kvq.pages.layout import ATOM, CONTAINER_WORDS, FIELDS, PageLayout, SideLayout
@@ -18,7 +18,8 @@ OVERHEAD = 2
 MAX_SPLITS = 128
 
 
-@dataclass(frozen=True, kw_only=True)
+# Compared by identity, as there is one of each (``sides_of``): a launch hashes its constants.
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Side:
     """One side (K or V) of a page, as a kernel sees it. All sizes in elements unless named bytes.
 
@@ -114,7 +115,7 @@ def _no_ptx(bits: int) -> tuple[str, str]:
     return "", ""
 
 
-@lru_cache(maxsize=64)
+@cache
 def sides_of(layout: PageLayout) -> tuple[Side, Side]:
     """(K, V) of a page record."""
     return side_of(layout.key, layout.offsets, "key"), side_of(layout.value, layout.offsets, "value")

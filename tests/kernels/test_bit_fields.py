@@ -79,7 +79,7 @@ def test_unpacking_gives_code_plus_bias(bits):
 def test_looking_up_gives_the_levels(bits):
     codes, words = containers(bits)
     levels = torch.randn(2**bits, generator=torch.Generator().manual_seed(1)).half()
-    table = [value & MASK for value in book_registers(levels.tolist()) for _ in range(2)]
+    table = [value & MASK for value in book_registers(tuple(levels.tolist())) for _ in range(2)]
     text, _ = book_ptx(bits)
     for pair in range(0, 16, 2):
         packed = [int(words[pair, w]) | int(words[pair + 1, w]) << 16 for w in range(CONTAINER_WORDS[bits])]

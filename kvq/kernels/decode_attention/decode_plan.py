@@ -11,6 +11,7 @@ pays for the partial results that it writes.
 
 import math
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -46,6 +47,7 @@ class Geometry:
         return -(-self.group * self.queries // self.columns)
 
 
+@cache
 def geometry_of(layout: PageLayout, heads: int, group: int, queries: int, sm: int) -> Geometry:
     """heads: KV heads; group: query heads of a KV head; queries: query tokens; sm: compute capability, 90 for 9.0."""
     key, value = sides_of(layout)

@@ -127,11 +127,11 @@ def merge(plan: DecodePlan, query: Query, out: torch.Tensor, has_exact: bool) ->
         kernel=decode_merge,
         grid=(plan.batch, plan.heads, geometry.group * geometry.queries),
         args=(
+            out,
             plan.partial,
             plan.partial_lse,
             plan.spans,
             plan.lse if query.sinks is None else query.sinks,
-            out,
             plan.lse,
             plan.capacity,
             *out.stride()[:3],

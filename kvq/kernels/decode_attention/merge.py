@@ -8,11 +8,11 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 @triton.jit(do_not_specialize=["items"])
 def decode_merge(
+    out,
     partial,
     partial_lse,
     spans,
     sinks,
-    out,
     lse,
     items,
     out_batch_stride,
