@@ -50,19 +50,19 @@ CASES = [
     Case(key="4c64", value="4c64", counts=((64, 64, 70), (0, 0, 3), (192, 192, 195))),
     Case(key="4", value="8c32", counts=((70, 64, 75), (1, 0, 1), (192, 192, 195))),
     # Head sizes.
-    *(Case(key="4", value="4", head_dim=d) for d in (80, 96, 128, 256)),
-    *(Case(key="2", value="3", head_dim=d) for d in (80, 96, 128, 256)),
+    *(Case(key="4", value="4", head_dim=d) for d in (80, 128)),
+    *(Case(key="2", value="3", head_dim=d) for d in (96, 256)),
     Case(key="book4", value="e4m3", head_dim=80),
     # What other formats are turned into.
     *(Case(key="dense", value="dense", head_dim=d) for d in (80, 128)),
     Case(key="dense", value="4", counts=((70, 64, 75), (1, 0, 1), (192, 192, 195))),
     # Query heads of a KV head, and query tokens.
-    *(Case(key="4", value="4", group=g) for g in (1, 3, 4, 7, 8, 16)),
+    *(Case(key="4", value="4", group=g) for g in (1, 3, 8, 16)),
     Case(key="2c32", value="2/32", group=16, counts=((64, 50, 70), (0, 0, 0), (128, 128, 130))),
-    *(Case(key="4", value="2", queries=n, counts=((70, 70, 79), (0, 0, 9), (193, 190, 202))) for n in (2, 4, 8)),
+    *(Case(key="4", value="2", queries=n, counts=((70, 70, 79), (0, 0, 9), (193, 190, 202))) for n in (2, 8)),
     Case(key="4", value="4", group=8, queries=5, counts=((70, 70, 75), (0, 0, 5), (193, 193, 200))),
     # Pages.
-    *(Case(key="4", value="4", page_tokens=p) for p in (16, 32, 128, 256)),
+    *(Case(key="4", value="4", page_tokens=p) for p in (32, 256)),
     Case(key="2", value="2", page_tokens=16, head_dim=128),
     # Additions.
     Case(key="4", value="4", settings={"window": 100}, sinks=4),
@@ -159,8 +159,11 @@ def test_the_oracle_comparison_can_fail(case, device):
         check(found, want, lse)
 
 
-@pytest.mark.parametrize("width", ["4", "2", "2c32", "book4"])
-@pytest.mark.parametrize("kind", ["dominant", "equal", "huge q", "constant values", "zero scales"])
+@pytest.mark.parametrize(
+    ("width", "kind"),
+    [(w, k) for w in ("4", "2c32") for k in ("dominant", "equal", "huge q", "constant values", "zero scales")]
+    + [("2", "dominant"), ("2", "constant values"), ("book4", "huge q"), ("book4", "zero scales")],
+)
 def test_adversarial_numbers(width, kind, device):
     case = Case(key=width, value="4" if "c" in width else width, counts=((192, 192, 192), (64, 64, 64)), head_dim=64)
     query, pages, lengths, plan, _ = setup(case, device)

@@ -7,8 +7,9 @@ from kvq.bench.samples import layout_of
 from kvq.kernels.decode_attention.decode_plan import DecodePlan, choose_run, work_list
 
 
-@pytest.mark.parametrize("lengths", [[0, 0], [1, 5000], [1000, 37, 0, 640], [64] * 9], ids=str)
-@pytest.mark.parametrize("slots", [4, 132])
+@pytest.mark.parametrize(
+    ("lengths", "slots"), [([0, 0], 4), ([1, 5000], 132), ([1000, 37, 0, 640], 4), ([64] * 9, 132)], ids=str
+)
 def test_the_device_follows_the_rule(lengths, slots, device):
     layout = layout_of("4", "4", 64)
     plan = DecodePlan(layout, batch=len(lengths), heads=2, group=4, device=device, slots=slots, impl="triton")

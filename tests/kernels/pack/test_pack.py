@@ -10,17 +10,16 @@ from kvq.kernels.types import Rotation
 from kvq.kernels.unpack import unpack_pages
 
 LAYOUTS = [
-    ("4", "4", 64),
-    ("2", "2", 64),
-    ("2c32", "2/32", 64),
-    ("3", "8", 80),
-    ("3c64", "e4m3", 64),
-    ("4/16", "4c32", 96),
+    ("4", "4", 64, torch.bfloat16),
+    ("2", "2", 64, torch.float32),
+    ("2c32", "2/32", 64, torch.bfloat16),
+    ("3", "8", 80, torch.float32),
+    ("3c64", "e4m3", 64, torch.float32),
+    ("4/16", "4c32", 96, torch.bfloat16),
 ]
 
 
-@pytest.mark.parametrize(("key", "value", "head_dim"), LAYOUTS, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("key", "value", "head_dim", "dtype"), LAYOUTS, ids=str)
 def test_bulk_packing_gives_the_bytes_of_the_reference(key, value, head_dim, dtype, device, empty_pages, source_of):
     layout = layout_of(key, value, head_dim)
     x = torch.randn(2, 2, 128, head_dim, generator=torch.Generator().manual_seed(0)).to(dtype).to(device)

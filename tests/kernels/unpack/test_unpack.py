@@ -22,10 +22,10 @@ LAYOUTS = [
 @pytest.mark.parametrize(("key", "value", "head_dim"), LAYOUTS, ids=str)
 def test_unpacking_gives_the_numbers_of_the_reference(key, value, head_dim, device):
     layout = layout_of(key, value, head_dim)
-    lengths = torch.tensor([64, 192], dtype=torch.int32, device=device)
+    lengths = torch.tensor([64, 80], dtype=torch.int32, device=device)
     pages = random_pages(layout, lengths.tolist(), 2, device=device)
     for side in ("key", "value"):
-        found, want = (torch.full((2, 2, 200, head_dim), -7.0, device=device) for _ in range(2))
+        found, want = (torch.full((2, 2, 90, head_dim), -7.0, device=device) for _ in range(2))
         assert unpack_pages(pages, side, lengths, found, impl="triton").impl == "triton"
         unpack_pages(pages, side, lengths, want, impl="reference")
         assert torch.allclose(found, want, rtol=1e-6, atol=1e-6)
