@@ -15,6 +15,8 @@ os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Triton reads this when a kernel is defined. TRITON_INTERPRET=0 runs tests/kernels on a GPU.
 os.environ.setdefault("TRITON_INTERPRET", "1")
+# Shapes in signatures are checked at every call (kvq/shapes.py).
+os.environ.setdefault("KVQ_CHECK_SHAPES", "1")
 # Background jobs of a shell ignore SIGINT, and so would the processes that tests start and interrupt.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -1,11 +1,14 @@
 """What codecs are: numbers to codes and sections, and back. They have never seen a model."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from kvq.pages.layout import DEFAULT_PAGE_TOKENS, SideLayout
 from kvq.pages.pages import Encoded, Pages
+from kvq.shapes import Float, held_to
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,11 +48,17 @@ class Codec:
         """The page layout of what ``encode`` gives."""
         raise NotImplementedError
 
-    def encode(self, x: torch.Tensor) -> Encoded:
+    def __init_subclass__(cls, **settings: Any) -> None:
+        """Every codec keeps the shapes of the two signatures below."""
+        super().__init_subclass__(**settings)
+        for name in {"encode", "decode"} & vars(cls).keys():
+            setattr(cls, name, held_to(getattr(Codec, name), vars(cls)[name]))
+
+    def encode(self, x: Float[Tensor, "*B T {self.head_dim}"]) -> Encoded:
         """Encode x [..., K, T, D], whole blocks. Codes do not depend on batch neighbours or on later tokens."""
         raise NotImplementedError
 
-    def decode(self, encoded: Encoded, dtype: torch.dtype) -> torch.Tensor:
+    def decode(self, encoded: Encoded, dtype: torch.dtype) -> Float[Tensor, "*B T {self.head_dim}"]:
         """The numbers that the codes stand for, [..., K, T, D]."""
         raise NotImplementedError
 

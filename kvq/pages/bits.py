@@ -7,8 +7,10 @@
 from functools import lru_cache
 
 import torch
+from torch import Tensor
 
 from kvq.pages.layout import CONTAINER_WORDS, FIELDS, PLANE_FORMATS, SideLayout
+from kvq.shapes import Int16, UInt8, checked
 
 
 def pack_codes(codes: torch.Tensor, layout: SideLayout) -> torch.Tensor:
@@ -70,7 +72,10 @@ def _bits_of(layout: SideLayout, tokens: torch.Tensor) -> torch.Tensor:
     return pack_rows(ones.unsqueeze(-1).expand(-1, -1, layout.head_dim).contiguous(), layout)
 
 
-def pack_rows(codes: torch.Tensor, layout: SideLayout) -> torch.Tensor:
+@checked
+def pack_rows(
+    codes: UInt8[Tensor, "*lead parts rows head_dim"], layout: SideLayout
+) -> Int16[Tensor, "*lead rows words width"]:
     """Pack codes [..., parts, rows, head_dim] (uint8) into words [..., rows, container words, width] (int16).
 
     ``rows`` may be any number of rows; part p of row r is token ``p * layout.rows + r`` of the page.
@@ -97,7 +102,10 @@ def _pack_word(field: list[torch.Tensor], word: int, bits: int) -> torch.Tensor:
     return packed
 
 
-def unpack_rows(words: torch.Tensor, layout: SideLayout) -> torch.Tensor:
+@checked
+def unpack_rows(
+    words: Int16[Tensor, "*lead rows words width"], layout: SideLayout
+) -> UInt8[Tensor, "*lead parts rows head_dim"]:
     """Inverse of ``pack_rows``: words [..., rows, container words, width] to codes [..., parts, rows, head_dim]."""
     lead, rows = words.shape[:-3], words.shape[-3]
     wide = words.to(torch.int32) & 0xFFFF

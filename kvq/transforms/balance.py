@@ -14,9 +14,11 @@ keys is left out of C, because it costs nothing once ``shift`` or a scale by cha
 """
 
 import torch
+from torch import Tensor
 
 from kvq.errors import DataError
 from kvq.kernels.rotate.hadamard_matrix import hadamard_matrix
+from kvq.shapes import Float, checked
 from kvq.transforms.evidence import Evidence
 from kvq.transforms.spec import MATRIX, TransformSpec, register_transform
 from kvq.transforms.steps import Matrix
@@ -57,12 +59,14 @@ def reading_moments(evidence: Evidence) -> tuple[torch.Tensor, torch.Tensor]:
     return evidence.covariance("value").double(), _output_moment(evidence).double()
 
 
-def balancing(stored: torch.Tensor, reader: torch.Tensor) -> torch.Tensor:
+@checked
+def balancing(stored: Float[Tensor, "K D D"], reader: Float[Tensor, "K D D"]) -> Float[Tensor, "K D D"]:
     """P H of symmetric [K, D, D] moments."""
     return joint_basis(stored, reader) @ hadamard_matrix(stored.shape[-1])
 
 
-def joint_basis(stored: torch.Tensor, reader: torch.Tensor) -> torch.Tensor:
+@checked
+def joint_basis(stored: Float[Tensor, "K D D"], reader: Float[Tensor, "K D D"]) -> Float[Tensor, "K D D"]:
     """P of symmetric [K, D, D] moments, columns by falling eigenvalue."""
     stored, reader = _ridged(stored), _ridged(reader)
     values, vectors = torch.linalg.eigh(reader)

@@ -9,12 +9,16 @@ gradient of the loss by X, and momentum 0,
 """
 
 import torch
+from torch import Tensor
+
+from kvq.shapes import Float, checked
 
 _ITERATIONS = 5
 
 
 @torch.no_grad()
-def cayley_step(x: torch.Tensor, gradient: torch.Tensor, lr: float) -> torch.Tensor:
+@checked
+def cayley_step(x: Float[Tensor, "*N D D"], gradient: Float[Tensor, "*N D D"], lr: float) -> Float[Tensor, "*N D D"]:
     """One step for matrices x [..., D, D] with orthonormal rows; returns the next ones."""
     transposed = x.transpose(-1, -2)
     direction = -gradient.transpose(-1, -2)
@@ -30,13 +34,15 @@ def cayley_step(x: torch.Tensor, gradient: torch.Tensor, lr: float) -> torch.Ten
     return y.transpose(-1, -2)
 
 
-def orthonormal(x: torch.Tensor) -> torch.Tensor:
+@checked
+def orthonormal(x: Float[Tensor, "*N D D"]) -> Float[Tensor, "*N D D"]:
     """The nearest matrix with orthonormal rows in the sense of QR, with the signs of x; takes out rounding."""
     q, r = torch.linalg.qr(x.transpose(-1, -2))
     return (q * r.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)).transpose(-1, -2)
 
 
-def cayley(skew: torch.Tensor) -> torch.Tensor:
+@checked
+def cayley(skew: Float[Tensor, "*N D D"]) -> Float[Tensor, "*N D D"]:
     """(I + S)^-1 (I - S) of skew matrices [..., D, D]: orthogonal, and the identity at 0."""
     unit = torch.eye(skew.shape[-1], dtype=skew.dtype)
     return torch.linalg.solve(unit + skew, unit - skew)

@@ -11,8 +11,10 @@ rotation for all heads of a layer.
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from kvq.kernels.rotate.hadamard_matrix import hadamard_matrix
+from kvq.shapes import Float, checked
 from kvq.transforms.evidence import Evidence
 from kvq.transforms.spec import TransformSpec, register_transform
 from kvq.transforms.steps import Matrix
@@ -54,7 +56,8 @@ def _weighted_second(evidence: Evidence) -> torch.Tensor:
     return values.transpose(-1, -2) @ (values * weights / weights.sum(-2, keepdim=True))
 
 
-def eigenvectors(matrix: torch.Tensor) -> torch.Tensor:
+@checked
+def eigenvectors(matrix: Float[Tensor, "*N D D"]) -> Float[Tensor, "*N D D"]:
     """Eigenvectors of symmetric matrices [..., D, D] as columns, by falling eigenvalue.
 
     The largest entry of each is positive, so that machines agree on the signs.

@@ -1,11 +1,16 @@
 """Attention of queries that all see the same exact keys: an output and its log-sum-exp, to be merged with others."""
 
 import torch
+from torch import Tensor
 
-from kvq.kernels.decode_attention.products import Partial, partial_attention
+from kvq.kernels.decode_attention.products import partial_attention
+from kvq.shapes import Float, checked
 
 
-def exact_partial(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> Partial:
+@checked
+def exact_partial(
+    q: Float[Tensor, "B K M D"], keys: Float[Tensor, "B K T D"], values: Float[Tensor, "B K T D"]
+) -> tuple[Float[Tensor, "B K M D"], Float[Tensor, "B K M"]]:
     """Softmax attention of q [B, K, M, D], already scaled, over keys and values [B, K, T, D], nothing hidden.
 
     Returns the output [B, K, M, D] and the log-sum-exp of its scores [B, K, M]. On a CPU no scores are held.

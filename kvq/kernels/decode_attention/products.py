@@ -13,22 +13,25 @@ have no metadata at all. Shapes: B rows, K KV heads, M queries that share a KV h
 import math
 
 import torch
+from torch import Tensor
 
 from kvq.pages.bits import float_tile
 from kvq.pages.layout import SideLayout
 from kvq.pages.pages import Pages
+from kvq.shapes import Float, Shaped, checked
 
 Partial = tuple[torch.Tensor, torch.Tensor]
 
 
+@checked
 def page_scores(
-    q_BKMD: torch.Tensor,
+    q_BKMD: Float[Tensor, "B K M D"],
     pages: Pages,
     side: str,
-    meta: torch.Tensor | None,
+    meta: Shaped[Tensor, "B K P *meta"] | None,
     scale: float = 1.0,
-    levels: torch.Tensor | None = None,
-) -> torch.Tensor:
+    levels: Float[Tensor, " codes"] | None = None,
+) -> Float[Tensor, "B K M T"]:
     """Return q . k for every token of one side of the pages, [B, K, M, T], in the dtype of q.
 
     meta     (scale, minimum or offset) of every group, [B, K, P, rows, groups or channels, 2]; None for none
@@ -54,14 +57,15 @@ def page_scores(
     return (raw * step.unsqueeze(3)).sum(2) + total @ minimum
 
 
+@checked
 def page_weighted_sum(
-    p_BKMT: torch.Tensor,
+    p_BKMT: Float[Tensor, "B K M T"],
     pages: Pages,
     side: str,
-    meta: torch.Tensor | None,
+    meta: Shaped[Tensor, "B K P *meta"] | None,
     scale: float = 1.0,
-    levels: torch.Tensor | None = None,
-) -> torch.Tensor:
+    levels: Float[Tensor, " codes"] | None = None,
+) -> Float[Tensor, "B K M D"]:
     """Return sum_t p_t v_t, [B, K, M, D], in the dtype of p. Arguments as for ``page_scores``."""
     layout = pages.layout.side(side)
     tile, factors = float_tile(pages.words(side), layout, p_BKMT.dtype, levels)

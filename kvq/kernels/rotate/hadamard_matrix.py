@@ -13,10 +13,14 @@ import math
 from functools import lru_cache
 
 import torch
+from torch import Tensor
+
+from kvq.shapes import Float64, checked
 
 
 @lru_cache(maxsize=32)
-def hadamard_matrix(order: int) -> torch.Tensor:
+@checked
+def hadamard_matrix(order: int) -> Float64[Tensor, "{order} {order}"]:
     """The orthonormal Hadamard matrix of an order, float64 [order, order]; symmetric for powers of two.
 
     Raises ValueError for an order that has no construction here.
