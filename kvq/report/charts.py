@@ -181,7 +181,7 @@ def by_layer(names: Sequence[str], results: Sequence[Result]) -> Chart | None:
     figure, axes = new_chart("layer", "error of the attention output, %")
     axes.set_xlim(limits([row["layer"] for row in every]))
     axes.set_ylim(limits([100 * row["error"] for row in every], zero=True))
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.locator_params(axis="x", integer=True)
     for series, own in rows.items():
         axes.plot([row["layer"] for row in own], [100 * row["error"] for row in own], color=_colour(series), lw=2)
         for row in own:
