@@ -96,6 +96,10 @@ class Chain:
             self._placed[key] = Composed(self, *key)
         return self._placed[key]
 
+    def __reduce__(self):
+        # What lies on a device is made anew there.
+        return Chain, (self.steps, self.folded)
+
     def __deepcopy__(self, memo) -> "Chain":
         # Nothing of a chain changes, so copies of a cache share it.
         return self
@@ -147,7 +151,11 @@ def _placed_type(kind: type) -> type:
     def derived(name: str) -> cached_property:
         return cached_property(lambda step: _moved(getattr(step._origin, name), *step._place))
 
-    return type(kind.__name__, (kind,), {name: derived(name) for name in _derived(kind)})
+    def reduce(step: Step) -> tuple:
+        # A class made here has no name to be pickled by; the copy is made again of its origin.
+        return _placed, (step._origin, *step._place)
+
+    return type(kind.__name__, (kind,), {name: derived(name) for name in _derived(kind)} | {"__reduce__": reduce})
 
 
 def _moved(value: Any, device: torch.device, dtype: torch.dtype) -> Any:

@@ -64,6 +64,7 @@ def empty_pages(codec) -> Pages:
 def written(codec, x: torch.Tensor, by: str) -> torch.Tensor:
     """The bytes of pages with tokens of odd counts, in whole blocks."""
     pages, unit = empty_pages(codec), codec.block_tokens
+    clip = codec.clip if isinstance(codec, AffineCodec) else 1.0
     cuts = [0, 64 // unit * unit, TOKENS // unit * unit] if unit > 1 else [0, 37, 38, 101]
     for start, stop in itertools.pairwise(cuts):
         part = x[:, :, start:stop]
@@ -74,7 +75,7 @@ def written(codec, x: torch.Tensor, by: str) -> torch.Tensor:
         else:
             bounds = torch.tensor([[start, stop]], dtype=torch.int32)
             source = Source(x=part, ranges=bounds, offsets=-bounds[:, 0].contiguous(), longest=stop - start)
-            assert pack_tokens(source, pages, "key", impl=by).impl == by
+            assert pack_tokens(source, pages, "key", clip=clip, impl=by).impl == by
     return torch.cat([slab.flatten() for slab in pages.pool.slabs])
 
 
@@ -90,7 +91,9 @@ def test_the_same_tokens_give_the_same_bytes_in_every_implementation(dtype, tiny
     for name, codec in codecs.items():
         x = numbers(codec.head_dim, dtype)
         want = written(codec, x.float(), "codec")
-        compiled = launch.packs(codec.layout(codec.page_tokens)) and build.unavailable() is None
+        clipped = isinstance(codec, AffineCodec) and codec.clip < 1
+        # C++ has no clipping, and the cache does not ask it to.
+        compiled = not clipped and launch.packs(codec.layout(codec.page_tokens)) and build.unavailable() is None
         own = ways | {"cpp"} if compiled else ways
         for by in own:
             assert torch.equal(written(codec, x, by), want), (name, by)
