@@ -1,4 +1,4 @@
-"""What the host does in a steady decode step (``benchmarks/host_overhead.py``); ``test_host_overhead.py`` runs this file."""
+"""What the host does in a steady decode step; ``test_host_overhead.py`` runs this file in a process of its own."""
 
 import sys
 from pathlib import Path
