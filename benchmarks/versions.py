@@ -100,7 +100,8 @@ def compare(arguments: argparse.Namespace) -> tuple[list[dict], dict[str, str]]:
     checkouts = {}
     for which in ("before", "after"):
         checkouts[which] = Checkout(getattr(arguments, which).resolve(), arguments, room)
-        assert checkouts[which].answer() == "ready"
+        if checkouts[which].answer() != "ready":
+            raise SystemExit("a process did not become ready: see its messages above.")
     rows = []
     for context in arguments.contexts:
         names = (CONTROL, *arguments.recipes)
