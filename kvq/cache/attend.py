@@ -7,7 +7,7 @@ import torch
 import kvq.cache.fused as fused
 from kvq.cache.store import HeadStore, Snapshot, View, group_rows
 from kvq.kernels.cpp import launch
-from kvq.kernels.decode_attention.products import Partial, merge_partials, partial_attention
+from kvq.kernels.decode_attention.products import Partial, merge_partials, merged_lse, partial_attention
 from kvq.pages.layout import SIDES
 
 # Numbers unpacked at once, and scores held at once: a tile fits a core's cache, never the whole past.
@@ -32,6 +32,7 @@ def attend(
     valid: torch.Tensor | None,
     options: Options,
     steps: "fused.Steps",
+    lse: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention of the update's queries q [B, kv_heads, group, L, head_dim], same shape out.
 
@@ -39,22 +40,26 @@ def attend(
            real tokens; None if it says no more than causality.
     valid  [B, L] real query tokens, on the CPU, or None for all. Rows of pads come out as zeros.
     steps  what the launches of one forward share.
+    lse    [B, kv_heads, group, L], minus infinity: gets the log-sum-exp of real queries; None if nobody asks.
 
     What ran is noted in ``store.ran``. Raises KernelError if a kernel is asked for that cannot serve.
     """
     if snapshot is store.step:
         if mask is None:
-            return snapshot.attend(q, options)[0]
+            out, found = snapshot.attend(q, options)
+            if lse is not None:
+                lse.copy_(found.view_as(lse))
+            return out
         snapshot = store.snapshot_of_step()
     many = any(view.stop - view.start > 1 for views in snapshot.views for view in views)
     ran = store.serving(q.dtype).attending(fused.obstacle(snapshot, mask, valid), many)
     store.ran.add(ran)
     if ran.impl == "triton":
-        return fused.attend(store, snapshot, q, options, steps)
-    return _attend_torch(store, snapshot, q, mask, valid, options, ran.impl == "cpp")
+        return fused.attend(store, snapshot, q, options, steps, lse)
+    return _attend_torch(store, snapshot, q, mask, valid, options, ran.impl == "cpp", lse)
 
 
-def _attend_torch(store, snapshot, q, mask, valid, options, compiled: bool) -> torch.Tensor:
+def _attend_torch(store, snapshot, q, mask, valid, options, compiled: bool, lse) -> torch.Tensor:
     """Row group by row group, each segment on its own."""
     out = torch.zeros_like(q)
     keys = list(zip(snapshot.before, snapshot.added))
@@ -64,39 +69,47 @@ def _attend_torch(store, snapshot, q, mask, valid, options, compiled: bool) -> t
             rows_mask = None if mask is None else mask[b][real].unsqueeze(0)
             if added:
                 own = q[b : b + 1, :, :, real]
-                part = _attend_rows(store, snapshot, [b], before, added, own, rows_mask, options, compiled)
-                out[b : b + 1, :, :, real] = part
+                part = None if lse is None else lse[b : b + 1, :, :, real]
+                out[b : b + 1, :, :, real] = _attend_rows(
+                    store, snapshot, [b], before, added, own, rows_mask, options, compiled, part
+                )
+                if lse is not None:
+                    lse[b : b + 1, :, :, real] = part
         return out
     for rows in group_rows(keys):
         before, added = keys[rows[0]]
         everyone = len(rows) == len(keys)
         rows_mask = None if mask is None else torch.stack([mask[b] for b in rows])
-        own = q if everyone else q[rows]
-        part = _attend_rows(store, snapshot, rows, before, added, own, rows_mask, options, compiled)
         if everyone:
-            return part
-        out[rows] = part
+            return _attend_rows(store, snapshot, rows, before, added, q, rows_mask, options, compiled, lse)
+        part = None if lse is None else lse[rows]
+        out[rows] = _attend_rows(store, snapshot, rows, before, added, q[rows], rows_mask, options, compiled, part)
+        if lse is not None:
+            lse[rows] = part
     return out
 
 
-def _attend_rows(store, snapshot, rows, before, added, q, mask, options: Options, compiled: bool) -> torch.Tensor:
-    """Rows of equal length. q [b, K, G, L, D], mask [b, L, tokens] or None."""
+def _attend_rows(store, snapshot, rows, before, added, q, mask, options: Options, compiled: bool, lse) -> torch.Tensor:
+    """Rows of equal length. q [b, K, G, L, D], mask [b, L, tokens] or None; lse [b, K, G, L], filled, or None."""
     outputs = []
     for view in snapshot.views[rows[0]]:
         end = before + view.stop
         queries = q[:, :, :, view.start : view.stop]
         bias = _bias(mask, view, before, queries, end)
         if compiled:
-            outputs.append(_attend_compiled(store, snapshot, rows, view, end, options, queries, bias))
-            continue
-        partials = _Segments(store, snapshot, rows, before + added, options, queries, bias).partials(view, end)
-        merged = merge_partials(partials)
-        outputs.append(merged.view(*queries.shape))
+            out, found = _attend_compiled(store, snapshot, rows, view, end, options, queries, bias)
+        else:
+            partials = _Segments(store, snapshot, rows, before + added, options, queries, bias).partials(view, end)
+            out = merge_partials(partials).view(*queries.shape)
+            found = None if lse is None else merged_lse(partials).view(queries.shape[:-1])
+        outputs.append(out)
+        if lse is not None:
+            lse[:, :, :, view.start : view.stop] = found
     return torch.cat(outputs, dim=3).to(q.dtype) if len(outputs) > 1 else outputs[0].to(q.dtype)
 
 
-def _attend_compiled(store, snapshot, rows, view: View, end: int, options: Options, q, bias) -> torch.Tensor:
-    """One query per head and row; q [b, K, G, 1, D], same shape out."""
+def _attend_compiled(store, snapshot, rows, view: View, end: int, options: Options, q, bias) -> Partial:
+    """One query per head and row; q [b, K, G, 1, D]. The output, of the same shape, and log-sum-exp [b, K, G, 1]."""
     queries = q.to(torch.float64 if q.dtype == torch.float64 else torch.float32) * options.scaling
     sinks = min(store.group.sinks, end)
     body, total = end - sinks, max(snapshot.before[rows[0]] + snapshot.added[rows[0]] - store.group.sinks, 0)
@@ -106,7 +119,7 @@ def _attend_compiled(store, snapshot, rows, view: View, end: int, options: Optio
     # A row's last token is the last one of the exact tokens at hand.
     offsets = [(x.shape[2] - total) % x.shape[2] for x in exact]
     counts = torch.tensor([*packed, body, sinks, end - 1, *offsets], dtype=torch.int32).expand(len(rows), 7)
-    out, _ = launch.decode_attention(
+    return launch.decode_attention(
         queries,
         fused.pages_of(store, rows),
         counts.contiguous(),
@@ -116,7 +129,6 @@ def _attend_compiled(store, snapshot, rows, view: View, end: int, options: Optio
         learned=None if options.sinks is None else options.sinks.view(queries.shape[1:3]),
         bias=None if bias is None else bias.flatten(1),
     )
-    return out
 
 
 def _bias(mask, view: View, before: int, q: torch.Tensor, end: int) -> torch.Tensor | None:

@@ -105,8 +105,13 @@ def obstacle(snapshot: Snapshot, mask, valid) -> str | None:
     return f"{longest} query tokens at once, more than {LARGEST_QUERIES}" if longest > LARGEST_QUERIES else None
 
 
-def attend(store: HeadStore, snapshot: Snapshot, q: torch.Tensor, options, steps: Steps) -> torch.Tensor:
-    """Attention of queries [B, kv_heads, group, L, head_dim], same shape out; ``obstacle`` must have found none."""
+def attend(
+    store: HeadStore, snapshot: Snapshot, q: torch.Tensor, options, steps: Steps, lse: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Attention of queries [B, kv_heads, group, L, head_dim], same shape out; ``obstacle`` must have found none.
+
+    lse [B, kv_heads, group, L] gets the log-sum-exp, which the kernels write anyway; None if nobody asks.
+    """
     B, K, G, _, D = q.shape
     rows, sinks = snapshot.views, store.group.sinks
     two_passes = store.serving(q.dtype).two_passes is not None
@@ -129,6 +134,8 @@ def attend(store: HeadStore, snapshot: Snapshot, q: torch.Tensor, options, steps
         exact = _exact(store, snapshot, step)
         found = decode_attention(query, pages, step.lengths, step.plan, exact, impl="triton")
         outputs.append(found.out.view(B, K, G, length, D))
+        if lse is not None:
+            lse[:, :, :, view.start : view.stop] = found.lse.view(B, K, G, length)
     return torch.cat(outputs, dim=3) if len(outputs) > 1 else outputs[0]
 
 

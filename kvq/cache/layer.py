@@ -7,6 +7,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
 from kvq.cache.attend import Options, attend
 from kvq.cache.context import ForwardContext
+from kvq.cache.observer import Observer
 from kvq.cache.plan import CachePlan, HeadGroup
 from kvq.cache.store import HeadStore, Snapshot, group_rows
 from kvq.errors import CacheError
@@ -56,29 +57,51 @@ class Handle:
         return self.start == 0 and self.snapshots[0].prompt is None
 
     def attend(self, query: torch.Tensor, mask: torch.Tensor | None, options: Options) -> torch.Tensor:
-        """Attention of query [B, H, L, D] over the packed segments; mask [B, 1, L, columns] or None. Same shape out."""
+        """Attention of query [B, H, L, D] over the packed segments; mask [B, 1, L, columns] or None. Same shape out.
+
+        Then the layer's observers are shown it.
+        """
         B, H, L, D = query.shape
         heads = sum(len(store.group.heads) for store in self.layer.stores)
         grouped = query.view(B, heads, H // heads, L, D)
         row_masks = None if mask is None else self._row_masks(mask, B)
+        lse = None
+        if self.layer.observers:
+            dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+            lse = query.new_full(grouped.shape[:-1], -torch.inf, dtype=dtype)
         if len(self.layer.stores) == 1:
-            return self._attend_heads(0, grouped, row_masks, options).view(B, H, L, D)
-        out = torch.empty_like(grouped)
-        for i, store in enumerate(self.layer.stores):
-            own = list(store.group.heads)
-            sinks = None if options.sinks is None else options.sinks.view(heads, -1)[own].flatten()
-            part = Options(scaling=options.scaling, softcap=options.softcap, sinks=sinks)
-            out[:, own] = self._attend_heads(i, grouped[:, own], row_masks, part)
+            out = self._attend_heads(0, grouped, row_masks, options, lse)
+        else:
+            out = torch.empty_like(grouped)
+            for i, store in enumerate(self.layer.stores):
+                own = list(store.group.heads)
+                sinks = None if options.sinks is None else options.sinks.view(heads, -1)[own].flatten()
+                part = Options(scaling=options.scaling, softcap=options.softcap, sinks=sinks)
+                found = None if lse is None else lse[:, own]
+                out[:, own] = self._attend_heads(i, grouped[:, own], row_masks, part, found)
+                if lse is not None:
+                    lse[:, own] = found
+        if lse is not None:
+            self.show(query, lse.view(B, H, L))
         return out.view(B, H, L, D)
 
-    def _attend_heads(self, index: int, q: torch.Tensor, row_masks, options: Options) -> torch.Tensor:
+    def show(self, query: torch.Tensor, lse: torch.Tensor) -> None:
+        """Tell the layer's observers of queries [B, H, L, D] and their log-sum-exp [B, H, L]."""
+        for observer in self.layer.observers:
+            observer.after_attention(self.layer, query, lse)
+
+    def _attend_heads(self, index: int, q: torch.Tensor, row_masks, options: Options, lse) -> torch.Tensor:
         """Attention of one store's query heads, [B, kv_heads, group, L, head_dim], in the model's own basis."""
         store, snapshot = self.layer.stores[index], self.snapshots[index]
         chains = store.step_chains if snapshot is store.step else store.chains
         # Chains see [B, kv_heads, any, head_dim].
         q = chains["key"].dual(q.flatten(2, 3)).view_as(q)
         steps = self.layer.context.steps
-        out = attend(store, snapshot, q, row_masks, self.columns, options, steps)
+        out = attend(store, snapshot, q, row_masks, self.columns, options, steps, lse)
+        if lse is not None and store.chains["key"]:
+            # Keys that lose a number by channel move all logits of a query by one number.
+            lost = chains["key"].write(q.new_zeros(1, q.shape[1], 1, q.shape[-1])).to(lse.dtype)
+            lse -= options.scaling * (q.to(lse.dtype) * lost.unsqueeze(2)).sum(-1)
         return chains["value"].undo(out.flatten(2, 3)).view_as(out)
 
     def _row_masks(self, given: torch.Tensor, rows: int) -> list[torch.Tensor] | None:
@@ -97,7 +120,7 @@ class PackedLayer(CacheLayerMixin):
 
     The first update returns the exact tensors, so prompt attention is exact. Later updates return dequantized tensors,
     or, once the kvq attention function has shown that it reads the handle, a ``Placeholder``: a handle that gets lost
-    then is an error instead of another result.
+    then is an error instead of another result. ``observers`` are shown every attention over the layer.
     """
 
     is_sliding = False
@@ -108,6 +131,7 @@ class PackedLayer(CacheLayerMixin):
         super().__init__()
         self.groups = groups
         self.context = context
+        self.observers: list[Observer] = []
         self.stores: list[HeadStore] = []
         self.length = 0
         self.real: torch.Tensor | None = None
@@ -137,6 +161,11 @@ class PackedLayer(CacheLayerMixin):
         start, new = self.length, key_states.shape[2]
         if new == 0:
             return key_states, value_states
+        if self.observers and start > 0 and not self.reads_handle:
+            raise CacheError(
+                "a layer with observers was read by another attention than kvq's, which shows them nothing: "
+                "leave the model its default attention, or register no observers."
+            )
         context = self.context
         columns = context.new_tokens(start, new).valid
         self.real = context.real(self.real, start, key_states.shape[0], new)

@@ -7,6 +7,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from kvq.cache import HANDLE
 from kvq.cache.attend import Options
+from kvq.cache.observer import prompt_lse
 from kvq.errors import UnsupportedModelError
 
 NAME = "kvq"
@@ -39,10 +40,14 @@ def kvq_attention(
         if not handle.is_prompt:
             return handle.attend(query, attention_mask, options).transpose(1, 2).contiguous(), None
     if options.softcap is None and options.sinks is None:
-        return sdpa_attention_forward(
+        out, _ = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
-    return plain_attention(module, query, key, value, attention_mask, options).transpose(1, 2).contiguous(), None
+    else:
+        out = plain_attention(module, query, key, value, attention_mask, options).transpose(1, 2).contiguous()
+    if handle is not None and handle.layer.observers:
+        handle.show(query, prompt_lse(query, key, attention_mask, handle.columns, options))
+    return out, None
 
 
 def options_of(module: torch.nn.Module, query: torch.Tensor, scaling: float | None, kwargs: dict) -> Options:

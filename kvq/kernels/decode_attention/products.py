@@ -110,6 +110,11 @@ def merge_partials(partials: list[Partial]) -> torch.Tensor:
     return sum(o * w.unsqueeze(-1) for o, w in zip(outputs, share))
 
 
+def merged_lse(partials: list[Partial]) -> torch.Tensor:
+    """Log-sum-exp [B, K, M] over the union of the segments."""
+    return torch.stack([lse for _, lse in partials]).logsumexp(dim=0)
+
+
 def _token_order(scores: torch.Tensor, layout: SideLayout) -> torch.Tensor:
     """[parts, ..., P * rows] to [..., P * page_tokens]."""
     if layout.parts == 1:
