@@ -4,9 +4,11 @@ The packed state is a function of each row's real tokens alone: pads are dropped
 when its flush rule says so, and from the exact numbers.
 """
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -303,20 +305,22 @@ class HeadStore:
         margin = RECORDED_TOKENS if self.recording else 0
         closed_tokens = [max(0, min(self.packed[side][b] for side in SIDES) - margin) for b in order]
         full = [tokens // self.group.layout.page_tokens for tokens in closed_tokens]
-        # Pages that no chosen row reads go first, so that the copies can take their place.
-        self.pool.release({p for table in self.tables for p in table} - {p for b in order for p in self.tables[b]})
-        owned: set[int] = set()
-        tables = []
-        for b, closed in zip(order, full):
-            table = list(self.tables[b])
-            for p in range(closed, len(table)):
-                if table[p] in owned:
-                    (fresh,) = self.pool.allocate(1)
-                    self.pool.copy_page(table[p], fresh)
-                    table[p] = fresh
-                owned.add(table[p])
-            tables.append(table)
-        self.tables, self.kernel_table = tables, None
+        old, self.kernel_table = self.tables, None
+        self.tables = [old[b] if b == row else list(old[b]) for row, b in enumerate(order)]
+        gained, lost = [], []
+        for before, after in zip_longest(old, self.tables, fillvalue=[]):
+            same = _same(before, after)
+            gained += after[same:]
+            lost += before[same:]
+        self.pool.share(gained)
+        # Pages that no chosen row reads go before the copies are made, so that these can take their place.
+        self.pool.release(lost)
+        # Rows that keep their place come last, so that they keep their open pages too.
+        for row in sorted(range(len(order)), key=lambda row: order[row] == row):
+            table = self.tables[row]
+            for p in range(full[row], len(table)):
+                if self.pool.readers[table[p]] > 1:
+                    table[p] = self.pool.copy_page(table[p])
         self.counts = [self.counts[b] for b in order]
         if self.positions is not None:
             self.positions.select(order)
@@ -388,6 +392,12 @@ def group_rows(keys: list) -> list[list[int]]:
     for row, key in enumerate(keys):
         groups.setdefault(key, []).append(row)
     return list(groups.values())
+
+
+def _same(before: list[int], after: list[int]) -> int:
+    """How many first pages of two tables are the same. Rows share closed pages alone, so none is after the first that
+    differs."""
+    return bisect_left(range(min(len(before), len(after))), True, key=lambda p: before[p] != after[p])
 
 
 def _counted(before: list[int], length: int, valid: torch.Tensor | None) -> torch.Tensor:

@@ -26,7 +26,8 @@ class Pool:
     """Pages of ``heads`` KV heads, in slabs ``[pages, page_bytes]`` uint8. A page id counts over all slabs.
 
     ``Pool(layout, heads, device)`` owns its memory and grows without copying what is there. Its pages are zero when
-    taken. ``Pool.borrow`` takes memory that somebody else manages: nothing is allocated, released or cleared there.
+    taken and free when nobody reads them (``readers``). ``Pool.borrow`` takes memory that somebody else manages:
+    nothing is allocated, released or cleared there.
     """
 
     def __init__(self, layout: PageLayout, heads: int, device: torch.device | str = "cpu"):
@@ -34,7 +35,8 @@ class Pool:
         self.slabs: list[torch.Tensor] = []
         self.starts: list[int] = []
         self.pages = 0
-        self.free: list[int] = []
+        # By owned page, how many tables name it.
+        self.readers = np.zeros(0, np.int32)
         self.owned = True
         self._value_limit: torch.Tensor | None = None
         self._addresses = np.empty(0, np.int64)
@@ -89,27 +91,42 @@ class Pool:
         return self.__dict__ | {"_addresses": np.empty(0, np.int64)}
 
     def allocate(self, count: int) -> list[int]:
-        """Take ``count`` zeroed pages, neighbours wherever possible. Raises CacheError in borrowed memory."""
+        """Take ``count`` zeroed pages of one reader, neighbours wherever possible. Raises CacheError if borrowed."""
         self._refuse_borrowed("allocate")
-        if len(self.free) < count:
-            size = max(MIN_SLAB_PAGES, self.pages // SLAB_SHARE, count - len(self.free))
+        free = np.flatnonzero(self.readers == 0)
+        if len(free) < count:
+            size = max(MIN_SLAB_PAGES, self.pages // SLAB_SHARE, count - len(free))
             self.slabs.append(torch.zeros(size, self.page_bytes, dtype=torch.uint8, device=self.device))
             self.starts.append(self.pages)
-            self.free += range(self.pages, self.pages + size)
+            self.readers = np.append(self.readers, np.zeros(size, np.int32))
+            free = np.append(free, np.arange(self.pages, self.pages + size))
             self.pages += size
-        taken, self.free = self.free[:count], self.free[count:]
-        return taken
+        self.readers[free[:count]] = 1
+        return free[:count].tolist()
 
-    def release(self, ids: set[int]) -> None:
-        """Give pages back, zeroed. Raises CacheError in borrowed memory."""
+    def share(self, ids: Sequence[int]) -> None:
+        """One reader more for every mention of a page. Raises CacheError in borrowed memory."""
+        self._refuse_borrowed("share")
+        np.add.at(self.readers, np.array(ids, np.int64), 1)
+
+    def release(self, ids: Sequence[int]) -> None:
+        """One reader less for every mention of a page; free, and zeroed, without any. Raises CacheError if borrowed."""
         self._refuse_borrowed("release")
-        for _, slab in self._runs(sorted(ids)):
-            slab.zero_()
-        self.free = sorted([*self.free, *ids])
+        pages, mentions = np.unique(np.array(ids, np.int64), return_counts=True)
+        self.readers[pages] -= mentions.astype(np.int32)
+        free = pages[self.readers[pages] == 0]
+        slabs = np.searchsorted(self.starts, free, "right") - 1
+        for index in np.unique(slabs):
+            rows = torch.from_numpy(free[slabs == index] - self.starts[index])
+            # Whole words: four times as fast as bytes on the CPU.
+            self.slabs[index].view(torch.int64)[rows.to(self.device)] = 0
 
-    def copy_page(self, source: int, target: int) -> None:
-        """Copy everything of one page to another."""
-        self._run([target]).copy_(self._run([source]))
+    def copy_page(self, page: int) -> int:
+        """Give one reader of a page a copy of its own, which is returned. Raises CacheError in borrowed memory."""
+        (copy,) = self.allocate(1)
+        self._run([copy]).copy_(self._run([page]))
+        self.release([page])
+        return copy
 
     def _refuse_borrowed(self, what: str) -> None:
         if not self.owned:

@@ -1,6 +1,7 @@
 """The packed state is a function of each row's real tokens alone (chunking, batch and padding laws, bit for bit)."""
 
 import itertools
+from collections import Counter
 
 import pytest
 import torch
@@ -212,6 +213,57 @@ def test_selecting_rows_and_going_on_equals_rows_that_were_there_from_the_start(
     for row, source in enumerate(order.tolist()):
         joined = {side: torch.cat([x[side][source : source + 1], more[side][row : row + 1]], dim=2) for side in x}
         assert_same(state(store, row), state(build(group, joined, [0, 240]), 0))
+
+
+def miscounted(store) -> list[int]:
+    """Pages whose count is not that of the rows that name them, or that are free and not zero."""
+    pool, named = store.pool, Counter(itertools.chain(*store.tables))
+    stale = {page for page in range(pool.pages) if not named[page] and pool.records(page).any()}
+    return [page for page in range(pool.pages) if pool.readers[page] != named[page] or page in stale]
+
+
+def beams(tiny_config, rows: int, count: int) -> HeadStore:
+    recipe = load_recipe("int4")
+    group = make_plan(recipe, describe(tiny_config(head_dim=32))).layers[0][0]
+    return build(group, tokens(rows, count), [0, count])
+
+
+def test_every_page_counts_the_rows_that_name_it(tiny_config):
+    store, generator = beams(tiny_config, 4, 300), torch.Generator().manual_seed(2)
+    for count in torch.randint(1, 90, (30,), generator=generator).tolist():
+        rows = len(store.tables)
+        store.select(torch.randint(0, rows, (max(1, rows + count % 3 - 1),), generator=generator))
+        assert not miscounted(store)
+        store.append(tokens(len(store.tables), count), None)
+        assert not miscounted(store)
+        closed = [min(store.packed[side][row] for side in store.packed) for row in range(len(store.tables))]
+        size = store.group.layout.page_tokens
+        assert all((store.pool.readers[t[n // size :]] == 1).all() for t, n in zip(store.tables, closed, strict=True))
+    # Negative control: a count that is wrong, and a free page with something in it.
+    store.pool.share(store.tables[0][:1])
+    assert miscounted(store) == store.tables[0][:1]
+    store = beams(tiny_config, 4, 300)
+    store.select(torch.tensor([0]))
+    free = int((store.pool.readers == 0).nonzero()[0][0])
+    store.pool.records(free).fill_(1)
+    assert miscounted(store) == [free]
+
+
+def test_selecting_touches_only_pages_that_change_hands(tiny_config, monkeypatch):
+    store = beams(tiny_config, 4, 3000)
+    store.select(torch.tensor([0, 0, 0, 0]))
+    store.append(tokens(4, 1), None)
+    touched = []
+    for name in ("share", "release"):
+        original = getattr(store.pool, name)
+        monkeypatch.setattr(store.pool, name, lambda ids, run=original: (touched.append(len(ids)), run(ids)))
+    kept = [list(store.tables[row]) for row in (0, 3)]
+    store.select(torch.tensor([0, 0, 1, 3]))
+    assert sum(touched) <= 2 * 3 * 2 < len(store.tables[0])
+    assert [store.tables[row] for row in (0, 3)] == kept
+    touched.clear()
+    store.select(torch.tensor([0, 1, 2, 3]))
+    assert not sum(touched)
 
 
 def test_released_pages_are_used_again(group):

@@ -260,7 +260,12 @@ def test_what_a_borrowed_pool_refuses():
     size = layout.page_bytes(HEADS)
     memory = torch.zeros(4 * size + 64, dtype=torch.uint8)
     pool = Pool.borrow(memory, layout, HEADS)
-    for refused in (lambda: pool.allocate(1), lambda: pool.release({0}), lambda: pool.to(torch.device("cpu"))):
+    for refused in (
+        lambda: pool.allocate(1),
+        lambda: pool.share([0]),
+        lambda: pool.release([0]),
+        lambda: pool.to(torch.device("cpu")),
+    ):
         with pytest.raises(CacheError, match="borrowed memory"):
             refused()
     with pytest.raises(CacheError, match="page 4 is not among the 4"):
@@ -286,14 +291,39 @@ def test_an_owned_pool_grows_and_uses_released_pages_again():
     assert sorted([*first, *second]) == list(range(8))
     kept = pool.slabs[0].data_ptr()
     pool.records(second[0]).fill_(7)
-    pool.copy_page(second[0], first[1])
     assert pool.slabs[0].data_ptr() == kept
-    assert (pool.records(first[1]) == 7).all()
-    pool.release({first[1], second[0]})
+    pool.records(first[1]).fill_(7)
+    pool.release([second[0], first[1]])
     taken = pool.allocate(2)
-    assert set(taken) == {first[1], second[0]}
+    assert taken == [first[1], second[0]]
     assert not any(pool.records(page).any() for page in taken)
     assert pool.nbytes == 8 * layout.page_bytes(HEADS)
     # Kernels find every page from the first slab's start.
     starts = pool.base.data_ptr() + pool.numbers(list(range(8))) * pool.unit
     assert starts.tolist() == pool.addresses(list(range(8))).tolist()
+
+
+def test_a_page_is_free_and_zero_when_its_last_reader_is_gone():
+    pool = Pool(layout_of("4", "4", HEAD_DIM), HEADS)
+    ids = [*pool.allocate(3), *pool.allocate(3)]
+    assert pool.readers[ids].tolist() == [1] * 6
+    for page in ids:
+        pool.records(page).fill_(7)
+    pool.share([ids[0], ids[4], ids[0]])
+    assert pool.readers[ids].tolist() == [3, 1, 1, 1, 2, 1]
+    pool.release([ids[0], ids[1], ids[4], ids[5], ids[0]])
+    assert pool.readers[ids].tolist() == [1, 0, 1, 1, 1, 0]
+    assert [bool(pool.records(page).any()) for page in ids] == [True, False, True, True, True, False]
+    assert pool.allocate(2) == [ids[1], ids[5]]
+
+
+def test_a_copy_takes_over_one_reader():
+    pool = Pool(layout_of("4", "4", HEAD_DIM), HEADS)
+    (page,) = pool.allocate(1)
+    pool.records(page).fill_(7)
+    pool.share([page])
+    copy = pool.copy_page(page)
+    assert copy != page
+    assert pool.readers[[page, copy]].tolist() == [1, 1]
+    pool.records(page).fill_(1)
+    assert (pool.records(copy) == 7).all()
