@@ -5,7 +5,7 @@ when its flush rule says so, and from the exact numbers.
 """
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import zip_longest
@@ -296,15 +296,25 @@ class HeadStore:
             rule = self.group.rules[side]
             self.tails[side].drop(count)
             self.packed[side] = [min(p, rule.packed(n)) for p, n in zip(self.packed[side], self.counts)]
+        self._own_open_pages(range(len(self.counts)))
+
+    def _own_open_pages(self, rows: Iterable[int], margin: int = 0) -> None:
+        """Give rows copies of the pages that others read too and that they may still write to.
+
+        ``margin``: tokens before the newest packed ones that may be written again.
+        """
+        size = self.group.layout.page_tokens
+        for row in rows if self.pool.owned else ():
+            table = self.tables[row]
+            closed = max(0, min(self.packed[side][row] for side in SIDES) - margin) // size
+            for p in range(closed, len(table)):
+                if self.pool.readers[table[p]] > 1:
+                    table[p], self.kernel_table = self.pool.copy_page(table[p]), None
 
     def select(self, index: torch.Tensor) -> None:
         """Take rows by index (beams, batch changes). Pages that are still being filled are copied, full ones shared."""
         self.settle()
         order = index.tolist()
-        # With past recording on, a crop may reach back into the newest pages, so they are not shared.
-        margin = RECORDED_TOKENS if self.recording else 0
-        closed_tokens = [max(0, min(self.packed[side][b] for side in SIDES) - margin) for b in order]
-        full = [tokens // self.group.layout.page_tokens for tokens in closed_tokens]
         old, self.kernel_table = self.tables, None
         self.tables = [old[b] if b == row else list(old[b]) for row, b in enumerate(order)]
         gained, lost = [], []
@@ -315,16 +325,14 @@ class HeadStore:
         self.pool.share(gained)
         # Pages that no chosen row reads go before the copies are made, so that these can take their place.
         self.pool.release(lost)
-        # Rows that keep their place come last, so that they keep their open pages too.
-        for row in sorted(range(len(order)), key=lambda row: order[row] == row):
-            table = self.tables[row]
-            for p in range(full[row], len(table)):
-                if self.pool.readers[table[p]] > 1:
-                    table[p] = self.pool.copy_page(table[p])
         self.counts = [self.counts[b] for b in order]
         if self.positions is not None:
             self.positions.select(order)
         self.packed = {side: [self.packed[side][b] for b in order] for side in SIDES}
+        # Rows that keep their place come last, so that they keep their open pages too. With past recording on, a crop
+        # may reach back into the newest pages.
+        margin = RECORDED_TOKENS if self.recording else 0
+        self._own_open_pages(sorted(range(len(order)), key=lambda row: order[row] == row), margin)
         for side in SIDES:
             self.tails[side].select(index)
             if side in self.sinks:

@@ -215,6 +215,18 @@ def test_selecting_rows_and_going_on_equals_rows_that_were_there_from_the_start(
         assert_same(state(store, row), state(build(group, joined, [0, 240]), 0))
 
 
+def test_rows_that_shared_pages_are_apart_after_a_crop_to_nothing(group):
+    """What comes after it is what a fresh store holds: rows do not write into each other's pages."""
+    store = build(group, tokens(2, 300), [0, 300])
+    store.select(torch.tensor([1, 1]))
+    store.crop(300)
+    x = tokens(2, 300, seed=1)
+    store.append(x, None)
+    fresh = build(group, x, [0, 300])
+    for row in range(2):
+        assert_same(state(store, row), state(fresh, row))
+
+
 def miscounted(store) -> list[int]:
     """Pages whose count is not that of the rows that name them, or that are free and not zero."""
     pool, named = store.pool, Counter(itertools.chain(*store.tables))
