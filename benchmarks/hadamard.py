@@ -24,10 +24,10 @@ from decode import run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kvq.cache import model_attention as attention
-from kvq.kernels.rotate.hadamard_matrix import hadamard_matrix
 from kvq.models.resolve import resolve_model
 from kvq.transforms import hadamard
 from kvq.transforms.hadamard import rotate
+from kvq.transforms.hadamard_matrix import hadamard_matrix
 
 RESULTS = Path(__file__).parent / "results" / "hadamard.json"
 HEAD_DIMS = (64, 80, 96, 112, 128, 160, 192, 256, 512, 576)

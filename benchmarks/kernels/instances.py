@@ -13,8 +13,7 @@ from kvq.kernels.decode_attention.decode_plan import geometry_of
 from kvq.kernels.decode_attention.launch import exact, merge, split
 from kvq.kernels.decode_attention.plan_items import plan_launch
 from kvq.kernels.pack.launch import pack
-from kvq.kernels.rotate.launch import hadamard
-from kvq.kernels.types import Exact, Query, Rotation, Source
+from kvq.kernels.types import Exact, Query, Source
 from kvq.kernels.unpack.launch import unpack
 from kvq.pages.flush import FlushRule
 from kvq.pages.pages import Pages
@@ -80,21 +79,19 @@ def other_launches(sm: int):
     x = torch.zeros(batch, HEADS, 64, head_dim, dtype=torch.bfloat16)
     numbers = torch.zeros(batch, dtype=torch.int32)
     source = Source(x=x, ranges=torch.zeros(batch, 2, dtype=torch.int32), offsets=numbers, longest=64)
-    rotation = Rotation(block=head_dim, signs=torch.ones(head_dim))
     for name, side, made in (("tokens", "value", layout), ("channels", "key", channels), ("groups", "value", channels)):
-        yield f"pack {name}", pack(source, _pages(made, batch), side, 1.0, None)
-    yield "pack tokens rotated", pack(source, _pages(layout, batch), "key", 0.95, rotation)
+        yield f"pack {name}", pack(source, _pages(made, batch), side, 1.0)
+    yield "pack tokens clipped", pack(source, _pages(layout, batch), "key", 0.95)
     for made in (layout, layout_of("nf4", "e4m3")):
         for side in ("key", "value"):
             yield f"unpack {made.side(side).format}", unpack(_pages(made, batch), side, numbers, x)
-    yield "hadamard", hadamard(x, rotation, x, False)
     rules = {"key": FlushRule(window=32, unit=32), "value": FlushRule(window=32)}
     state = DecodeState(batch=batch, sinks=4, **rules, impl="reference")
     yield "advance", advance_launch(vars(state), 1, state.sinks, state.key, state.value)
     store = ExactStore.empty(state, heads=HEADS, head_dim=head_dim, dtype=torch.bfloat16)
     token = x[:, :, :1]
     for name, made in (("tokens", layout), ("channels", channels)):
-        yield f"append {name}", append(token, token, store, _pages(made, batch), state, {}, (1.0, 1.0))
+        yield f"append {name}", append(token, token, store, _pages(made, batch), state, (1.0, 1.0))
     geometry, decode = decode_launches("dense", "dense", sm=sm)
     yield "decode dense", decode["split"]
     geometry, decode = decode_launches("4", "4", sm=sm)

@@ -125,7 +125,7 @@ class DeviceStep:
         shape = keys.stride(), values.stride()
         if shape not in self._appends:
             self._appends[shape] = append_launch.append(
-                keys, values, self.exact, self.pages, self.counters.state, {}, self.clips
+                keys, values, self.exact, self.pages, self.counters.state, self.clips
             )
         self._appends[shape].run(keys, values)
 

@@ -110,13 +110,6 @@ def _why_no_side(side: SideLayout) -> str | None:
     return None
 
 
-def why_no_rotation(block: int) -> str | None:
-    """Why the kernels do not rotate by blocks of so many channels, or None."""
-    if block & (block - 1) or not 16 <= block <= 256:
-        return f"rotation of blocks of {block} channels, not a power of two from 16 to 256"
-    return None
-
-
 def why_no_strides(**tensors: torch.Tensor | None) -> str | None:
     """Why kernels cannot read or write these tensors as they lie, or None: a vector is in one piece."""
     for name, x in tensors.items():

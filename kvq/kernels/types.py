@@ -80,11 +80,3 @@ class Source:
     ranges: torch.Tensor
     offsets: torch.Tensor
     longest: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rotation:
-    """A Hadamard rotation on the way: (x * signs) H in blocks of ``block`` channels; signs [head_dim]."""
-
-    block: int
-    signs: torch.Tensor

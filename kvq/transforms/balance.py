@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from kvq.errors import DataError
-from kvq.kernels.rotate.hadamard_matrix import hadamard_matrix
 from kvq.shapes import Float, checked
 from kvq.transforms.evidence import Evidence
+from kvq.transforms.hadamard_matrix import hadamard_matrix
 from kvq.transforms.spec import MATRIX, TransformSpec, register_transform
 from kvq.transforms.steps import Matrix
 

@@ -6,9 +6,9 @@ from functools import lru_cache
 import torch
 
 from kvq.errors import RecipeError
-from kvq.kernels.rotate.hadamard_matrix import hadamard_matrix, known_order
 from kvq.settings import check_seed, is_count
 from kvq.transforms.chain import Step
+from kvq.transforms.hadamard_matrix import hadamard_matrix, known_order
 from kvq.transforms.spec import TransformSpec, register_transform
 
 # Above this order a product of two smaller matrices is faster than one large one (benchmarks/hadamard.py).

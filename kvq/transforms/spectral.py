@@ -13,9 +13,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from kvq.kernels.rotate.hadamard_matrix import hadamard_matrix
 from kvq.shapes import Float, checked
 from kvq.transforms.evidence import Evidence
+from kvq.transforms.hadamard_matrix import hadamard_matrix
 from kvq.transforms.spec import TransformSpec, register_transform
 from kvq.transforms.steps import Matrix
 

@@ -5,7 +5,7 @@ import torch
 
 from kvq.codecs import codec_spec
 from kvq.codecs.levels import lloyd_max
-from kvq.kernels.rotate.hadamard_matrix import hadamard_matrix
+from kvq.transforms.hadamard_matrix import hadamard_matrix
 
 
 def codec_of(head_dim, heads=1, **settings):

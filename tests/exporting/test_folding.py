@@ -148,7 +148,7 @@ def test_weights_keep_their_dtype_and_are_rounded_once(dtype, base, tmp_path, ti
     assert {tensor.dtype for tensor in after.values()} == {dtype}
     weight = model.model.layers[0].self_attn.v_proj.weight.data
     head = weight[32:64].double()
-    from kvq.kernels.rotate.hadamard_matrix import hadamard_matrix
+    from kvq.transforms.hadamard_matrix import hadamard_matrix
 
     assert torch.equal(after["model.layers.0.self_attn.v_proj.weight"][32:64], (hadamard_matrix(32).T @ head).to(dtype))
     assert result.check["error"] < 1e-5

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from kvq.errors import DataError, UnsupportedModelError
-from kvq.kernels.rotate.hadamard_matrix import hadamard_matrix
 from kvq.transforms import build_chain, transform_spec
 from kvq.transforms.evidence import measure
 from kvq.transforms.fit import fit_steps
+from kvq.transforms.hadamard_matrix import hadamard_matrix
 from kvq.transforms.objective import attention_error
 
 

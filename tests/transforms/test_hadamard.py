@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from kvq.errors import RecipeError
-from kvq.kernels.rotate.hadamard_matrix import hadamard_matrix, known_order
 from kvq.transforms import build_chain, transform_spec
 from kvq.transforms.hadamard import DENSE_ORDER, rotate
+from kvq.transforms.hadamard_matrix import hadamard_matrix, known_order
 
 HEAD_DIMS = (16, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 512, 576)
 HIDDEN_SIZES = (896, 1536, 2304, 2560, 2880, 3072, 3584, 4608, 5120, 5376, 6144, 6656, 7168)

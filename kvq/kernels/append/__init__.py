@@ -6,10 +6,9 @@ The state of decoding that says how much that is lies on the device (``kvq.kerne
 import torch
 
 from kvq.kernels.append.state import DecodeState, ExactStore
-from kvq.kernels.dispatch import Choice, choose, why_no_layout, why_no_rotation, why_no_strides
+from kvq.kernels.dispatch import Choice, choose, why_no_layout, why_no_strides
 from kvq.kernels.pack import pack_tokens
-from kvq.kernels.rotate.reference import rotate_reference
-from kvq.kernels.types import Rotation, Source
+from kvq.kernels.types import Source
 from kvq.pages.pages import Pages
 
 
@@ -20,26 +19,21 @@ def append_tokens(
     pages: Pages,
     state: DecodeState,
     *,
-    rotations: dict[str, Rotation] | None = None,
     clip: tuple[float, float] = (1.0, 1.0),
     impl: str = "auto",
 ) -> Choice:
     """Pack what the rules release, then store a step's new keys and values [B, KV heads, L, head_dim], one launch.
 
-    rotations   by side, applied to the new tokens on the way; queries and outputs are the caller's.
-    clip        of keys and of values, see ``pack_tokens``.
+    clip   of keys and of values, see ``pack_tokens``.
 
     Of sequence b the first ``counters[b, 1] - counters[b, 0]`` new tokens are stored. Raises KernelError if
     ``impl="triton"`` cannot run.
     """
-    rotations = rotations or {}
-    obstacles = [why_no_layout(pages.layout), why_no_strides(keys=keys, values=values)]
-    obstacles += [why_no_rotation(rotation.block) for rotation in rotations.values()]
-    ran = choose(impl, keys.device, next((reason for reason in obstacles if reason), None))
+    ran = choose(impl, keys.device, why_no_layout(pages.layout) or why_no_strides(keys=keys, values=values))
     if ran.impl == "triton":
         from kvq.kernels.append import launch
 
-        launch.append(keys, values, store, pages, state, rotations, clip).run()
+        launch.append(keys, values, store, pages, state, clip).run()
         return ran
     for i, (side, new, ring, sinks) in enumerate(
         (("key", keys, store.keys, store.sink_keys), ("value", values, store.values, store.sink_values))
@@ -47,8 +41,6 @@ def append_tokens(
         ranges = state.counters[:, 2 + 2 * i : 4 + 2 * i].contiguous()
         source = Source(x=ring, ranges=ranges, offsets=state.zeros, longest=ring.shape[2])
         pack_tokens(source, pages, side, clip=clip[i], impl="reference")
-        if side in rotations:
-            new = rotate_reference(new, rotations[side]).to(new.dtype)
         for b, (before, total) in enumerate(state.counters[:, :2].tolist()):
             for t in range(before, total):
                 target, at = (sinks, t) if t < state.sinks else (ring, (t - state.sinks) % ring.shape[2])

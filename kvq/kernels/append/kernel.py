@@ -8,7 +8,6 @@ import triton.language as tl
 
 from kvq.kernels.append.advance import COUNTERS
 from kvq.kernels.pack.kernel import pack_page
-from kvq.kernels.rotate.kernel import rotated
 
 
 @triton.jit
@@ -23,23 +22,12 @@ def _store_new(
     x_token_stride,
     ring_token_stride,
     sink_token_stride,
-    signs,
     D: tl.constexpr,
     EVERY: tl.constexpr,
-    ROTATE: tl.constexpr,
-    ASM: tl.constexpr,
 ):
-    """Store new token t, which stands at ``position``, as a sink or in the ring; rotated if ROTATE."""
+    """Store new token t, which stands at ``position``, as a sink or in the ring."""
     d = tl.arange(0, EVERY)
-    if ROTATE:
-        # Sixteen rows of which one is real: the same product, hence the same bits, as for many tokens.
-        r = tl.arange(0, 16)
-        whole = tl.load(
-            x + t * x_token_stride + d[None, :] + 0 * r[:, None], mask=(r == 0)[:, None] & (d < D)[None, :], other=0.0
-        )
-        value = tl.sum(rotated(whole, signs, d, D, ROTATE, ASM), 0).to(ring.dtype.element_ty)
-    else:
-        value = tl.load(x + t * x_token_stride + d, mask=d < D, other=0.0).to(ring.dtype.element_ty)
+    value = tl.load(x + t * x_token_stride + d, mask=d < D, other=0.0).to(ring.dtype.element_ty)
     if position < sinks:
         tl.store(sink_ring + position * sink_token_stride + d, value, mask=d < D)
     else:
@@ -57,7 +45,6 @@ def append_tokens(
     counters,
     pool,
     table,
-    signs,
     limits,
     key_batch_stride,
     key_head_stride,
@@ -90,14 +77,10 @@ def append_tokens(
     EVERY: tl.constexpr,
     KEY_CLIP: tl.constexpr,
     VALUE_CLIP: tl.constexpr,
-    KEY_ROTATE: tl.constexpr,
-    VALUE_ROTATE: tl.constexpr,
-    ASM: tl.constexpr,
 ):
     """Grid (pages that a flush can touch, B, 2 * KV heads): keys first, then values.
 
     keys, values  [B, KV heads, NEW, head_dim]; only the tokens that ``counters`` counts are stored.
-    Rings hold exact tokens rotated already, so a flush does not rotate.
     """
     piece = tl.program_id(0)
     sequence = tl.program_id(1)
@@ -127,15 +110,12 @@ def append_tokens(
                 key_capacity,
                 ring_key_token_stride,
                 record,
-                signs,
                 limits,
                 key_cut,
                 key_scale,
                 K,
                 KEY_CLIP,
                 False,
-                0,
-                ASM,
             )
         if piece == 0:
             x = keys + wide * key_batch_stride + wide_head * key_head_stride
@@ -152,11 +132,8 @@ def append_tokens(
                         key_token_stride,
                         ring_key_token_stride,
                         sink_token_stride,
-                        signs,
                         K.head_dim,
                         EVERY,
-                        KEY_ROTATE,
-                        ASM,
                     )
     else:
         ring = value_ring + wide * ring_value_batch_stride + wide_head * ring_value_head_stride
@@ -173,15 +150,12 @@ def append_tokens(
                 value_capacity,
                 ring_value_token_stride,
                 record,
-                signs,
                 limits + head,
                 value_cut,
                 value_scale,
                 V,
                 VALUE_CLIP,
                 V.limited,
-                0,
-                ASM,
             )
         if piece == 0:
             x = values + wide * value_batch_stride + wide_head * value_head_stride
@@ -198,9 +172,6 @@ def append_tokens(
                         value_token_stride,
                         ring_value_token_stride,
                         sink_token_stride,
-                        signs,
                         V.head_dim,
                         EVERY,
-                        VALUE_ROTATE,
-                        ASM,
                     )

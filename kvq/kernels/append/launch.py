@@ -2,12 +2,10 @@
 
 import torch
 
-from kvq.kernels import dispatch
 from kvq.kernels.append.kernel import append_tokens
 from kvq.kernels.append.state import DecodeState, ExactStore
 from kvq.kernels.device.launch import Launch, exactly, limit_of, pieces
 from kvq.kernels.geometry import sides_of
-from kvq.kernels.types import Rotation
 from kvq.pages.pages import Pages
 
 
@@ -17,15 +15,11 @@ def append(
     store: ExactStore,
     pages: Pages,
     state: DecodeState,
-    rotations: dict[str, Rotation],
     clip: tuple[float, float],
 ) -> Launch:
     key_side, value_side = sides_of(pages.layout)
     new, head_dim = keys.shape[2], keys.shape[3]
     flushed = max(state.key.flushed(state.most_new), state.value.flushed(state.most_new))
-    blocks = [rotations[side].block if side in rotations else 0 for side in ("key", "value")]
-    signs = next((rotation.signs for rotation in rotations.values()), state.zeros)
-    assert all(rotation.signs is signs for rotation in rotations.values()), "keys and values share their signs"
     sinks = store.sink_keys
     return Launch(
         kernel=append_tokens,
@@ -40,7 +34,6 @@ def append(
             state.counters,
             pages.pool.base,
             pages.table,
-            signs,
             limit_of(pages, state.zeros),
             *keys.stride()[:3],
             *values.stride()[:3],
@@ -65,9 +58,6 @@ def append(
             "EVERY": 1 << (head_dim - 1).bit_length(),
             "KEY_CLIP": clip[0] < 1,
             "VALUE_CLIP": clip[1] < 1,
-            "KEY_ROTATE": blocks[0],
-            "VALUE_ROTATE": blocks[1],
-            "ASM": dispatch.capability(keys.device),
         },
         options=exactly(),
     )

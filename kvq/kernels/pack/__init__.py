@@ -4,9 +4,9 @@
 numbers otherwise packs codes with ``kvq.pages.bits``. The torch reference gives the same bytes.
 """
 
-from kvq.kernels.dispatch import Choice, choose, why_no_layout, why_no_rotation, why_no_strides
+from kvq.kernels.dispatch import Choice, choose, why_no_layout, why_no_strides
 from kvq.kernels.pack.reference import pack_sequences
-from kvq.kernels.types import Rotation, Source
+from kvq.kernels.types import Source
 from kvq.pages.pages import Pages
 
 
@@ -16,7 +16,6 @@ def pack_tokens(
     side: str,
     *,
     clip: float = 1.0,
-    rotation: Rotation | None = None,
     impl: str = "auto",
 ) -> Choice:
     """Quantize a range of tokens of every sequence and write it to its pages; returns what ran.
@@ -26,16 +25,11 @@ def pack_tokens(
     that neither writes to. Raises KernelError if ``impl="triton"`` cannot run.
     """
     assert pages.layout.side(side).is_plain, "a codec of its own chooses these numbers"
-    ran = choose(impl, source.x.device, why_not(pages, rotation) or why_no_strides(tokens=source.x))
+    ran = choose(impl, source.x.device, why_no_layout(pages.layout) or why_no_strides(tokens=source.x))
     if ran.impl == "triton":
         from kvq.kernels.pack import launch
 
-        launch.pack(source, pages, side, clip, rotation).run()
+        launch.pack(source, pages, side, clip).run()
         return ran
-    pack_sequences(source, pages, side, clip, rotation)
+    pack_sequences(source, pages, side, clip)
     return ran
-
-
-def why_not(pages: Pages, rotation: Rotation | None = None) -> str | None:
-    """Why the kernel cannot pack these pages, or None."""
-    return (None if rotation is None else why_no_rotation(rotation.block)) or why_no_layout(pages.layout)

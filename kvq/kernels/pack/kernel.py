@@ -9,7 +9,6 @@ import triton.language as tl
 
 from kvq.kernels.device.sections import channels_of, group_of
 from kvq.kernels.device.words import field_code, field_place, is_spread, known
-from kvq.kernels.rotate.kernel import rotated
 from kvq.pages.layout import E4M3_MAX
 
 # Adding and subtracting 1.5 * 2^23 rounds a small number to the nearest integer, halves to even.
@@ -40,37 +39,15 @@ def to_e4m3(x):
 
 
 @triton.constexpr_function
-def _every(S):
-    """The power of two that holds head_dim."""
-    return 1 << (S.head_dim - 1).bit_length()
-
-
-@triton.constexpr_function
 def _steps(S):
     return float(2**S.bits - 1)
 
 
 @triton.jit
-def _numbers(
-    x,
-    slot,
-    real,
-    signs,
-    channel,
-    S: tl.constexpr,
-    ROTATE: tl.constexpr,
-    ASM: tl.constexpr,
-):
-    """Numbers [R, C] to quantize, fp32: tokens at ``slot`` [R], rotated by blocks of ROTATE."""
-    if ROTATE:
-        d = tl.arange(0, _every(S))
-        whole = tl.load(x + slot[:, None] + d[None, :], mask=real[:, None] & (d < S.head_dim)[None, :], other=0.0)
-        # Rounded once, as exact tokens are that were rotated when they arrived.
-        own = rotated(whole, signs, channel, S.head_dim, ROTATE, ASM).to(x.dtype.element_ty).to(tl.float32)
-    else:
-        keep = real[:, None] & (channel < S.head_dim)[None, :]
-        own = tl.load(x + slot[:, None] + channel[None, :], mask=keep, other=0.0).to(tl.float32)
-    return own
+def _numbers(x, slot, real, channel, S: tl.constexpr):
+    """Numbers [R, C] to quantize, fp32: tokens at ``slot`` [R]."""
+    keep = real[:, None] & (channel < S.head_dim)[None, :]
+    return tl.load(x + slot[:, None] + channel[None, :], mask=keep, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -111,21 +88,18 @@ def _encode_part(
     real,
     record,
     token,
-    signs,
     limit,
     clip_cut,
     static_scale,
     S: tl.constexpr,
     CLIP: tl.constexpr,
     LIMIT: tl.constexpr,
-    ROTATE: tl.constexpr,
-    ASM: tl.constexpr,
 ):
     """Codes of one part of some rows, by chunk and block; stores scales and minima of axis token."""
     numbers = ()
     for chunk in tl.static_range(known(S.chunks)):
         for c in tl.static_range(known(S.blocks)):
-            numbers = numbers + (_numbers(x, slot, real, signs, channels_of(chunk, c, S), S, ROTATE, ASM),)
+            numbers = numbers + (_numbers(x, slot, real, channels_of(chunk, c, S), S),)
     codes = ()
     pairs = record.to(tl.pointer_type(tl.int32)) + S.meta_offset // 4
     if S.kind == "e4m3":
@@ -220,15 +194,12 @@ def _pack_rows(
     capacity,
     token_stride,
     record,
-    signs,
     limit,
     clip_cut,
     static_scale,
     S: tl.constexpr,
     CLIP: tl.constexpr,
     LIMIT: tl.constexpr,
-    ROTATE: tl.constexpr,
-    ASM: tl.constexpr,
 ):
     """Encode tokens [start, stop) that lie in PACK_ROWS rows of a page, whose first token is ``page_token``.
 
@@ -248,15 +219,12 @@ def _pack_rows(
             real,
             record,
             inside,
-            signs,
             limit,
             clip_cut,
             static_scale,
             S,
             CLIP,
             LIMIT,
-            ROTATE,
-            ASM,
         )
         touched = touched | real
     for c in tl.static_range(known(S.blocks)):
@@ -291,12 +259,9 @@ def _store_channel_grids(
     capacity,
     token_stride,
     record,
-    signs,
     clip_cut,
     S: tl.constexpr,
     CLIP: tl.constexpr,
-    ROTATE: tl.constexpr,
-    ASM: tl.constexpr,
 ):
     """Scales and minima of the page's token groups that lie in [start, stop), axis channel."""
     pairs = record.to(tl.pointer_type(tl.int32)) + S.meta_offset // 4
@@ -315,7 +280,7 @@ def _store_channel_grids(
                     token = page_token + g * S.group + own
                     real = own < S.group
                     slot = ((token + offset) % capacity).to(tl.int64) * token_stride
-                    value = _numbers(x, slot, real, signs, channel, S, ROTATE, ASM)
+                    value = _numbers(x, slot, real, channel, S)
                     low = tl.where(real[:, None], tl.minimum(low, value), low)
                     high = tl.where(real[:, None], tl.maximum(high, value), high)
                     poison += value * 0.0
@@ -334,15 +299,12 @@ def pack_page(
     capacity,
     token_stride,
     record,
-    signs,
     limit,
     clip_cut,
     static_scale,
     S: tl.constexpr,
     CLIP: tl.constexpr,
     LIMIT: tl.constexpr,
-    ROTATE: tl.constexpr,
-    ASM: tl.constexpr,
 ):
     """Quantize tokens [start, stop) of one KV head into the page whose first token is ``page_token``."""
     first = tl.maximum(start, page_token)
@@ -358,12 +320,9 @@ def pack_page(
                 capacity,
                 token_stride,
                 record,
-                signs,
                 clip_cut,
                 S,
                 CLIP,
-                ROTATE,
-                ASM,
             )
             tl.debug_barrier()
         from_row = 0
@@ -382,15 +341,12 @@ def pack_page(
                 capacity,
                 token_stride,
                 record,
-                signs,
                 limit,
                 clip_cut,
                 static_scale,
                 S,
                 CLIP,
                 LIMIT,
-                ROTATE,
-                ASM,
             )
 
 
@@ -401,7 +357,6 @@ def pack_tokens(
     table,
     ranges,
     offsets,
-    signs,
     limits,
     x_batch_stride,
     x_head_stride,
@@ -415,14 +370,11 @@ def pack_tokens(
     RECORD: tl.constexpr,
     CLIP: tl.constexpr,
     LIMIT: tl.constexpr,
-    ROTATE: tl.constexpr,
-    ASM: tl.constexpr,
 ):
     """Grid (pages that a range can touch, B, KV heads): quantize and pack one side.
 
     x         [B, KV heads, capacity, head_dim] by strides; token t is at ``(t + offsets[b]) % capacity``.
     ranges    [B, 2] int32: tokens [start, stop) to pack, in whole groups for axis channel. offsets [B] int32.
-    signs     [head_dim]: multiplied before the rotation, if ROTATE.
     limits    [KV heads] fp32: raised to the largest scale stored, if LIMIT (axis token).
     """
     sequence = tl.program_id(1)
@@ -445,13 +397,10 @@ def pack_tokens(
         capacity,
         x_token_stride,
         record,
-        signs,
         limits + head,
         clip_cut,
         static_scale,
         S,
         CLIP,
         LIMIT,
-        ROTATE,
-        ASM,
     )

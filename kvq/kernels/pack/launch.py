@@ -1,15 +1,13 @@
 """Arguments and options of the pack launch."""
 
-from kvq.kernels import dispatch
 from kvq.kernels.device.launch import Launch, exactly, limit_of, pieces
 from kvq.kernels.geometry import sides_of
 from kvq.kernels.pack.kernel import pack_tokens
-from kvq.kernels.types import Rotation, Source
+from kvq.kernels.types import Source
 from kvq.pages.pages import Pages
 
 
-def pack(source: Source, pages: Pages, side: str, clip: float, rotation: Rotation | None) -> Launch:
-    sm = dispatch.capability(source.x.device)
+def pack(source: Source, pages: Pages, side: str, clip: float) -> Launch:
     own = sides_of(pages.layout)[0 if side == "key" else 1]
     x = source.x
     limit = side == "value" and own.limited
@@ -22,7 +20,6 @@ def pack(source: Source, pages: Pages, side: str, clip: float, rotation: Rotatio
             pages.table,
             source.ranges,
             source.offsets,
-            source.offsets if rotation is None else rotation.signs,
             limit_of(pages, source.offsets) if limit else source.offsets,
             x.stride(0),
             x.stride(1),
@@ -38,8 +35,6 @@ def pack(source: Source, pages: Pages, side: str, clip: float, rotation: Rotatio
             "RECORD": pages.layout.record_bytes,
             "CLIP": clip < 1,
             "LIMIT": limit,
-            "ROTATE": 0 if rotation is None else rotation.block,
-            "ASM": sm,
         },
         options=exactly(),
     )

@@ -2,20 +2,18 @@
 
 import torch
 
-from kvq.kernels.rotate.reference import rotate_reference
-from kvq.kernels.types import Rotation, Source
+from kvq.kernels.types import Source
 from kvq.pages import affine
 from kvq.pages.meta import quotient, to_e4m3
 from kvq.pages.pages import Encoded, Pages
 
 
-def pack_sequences(source: Source, pages: Pages, side: str, clip: float, rotation: Rotation | None) -> None:
+def pack_sequences(source: Source, pages: Pages, side: str, clip: float) -> None:
     """Arguments as for ``pack_tokens``."""
     for b, (start, stop) in enumerate(source.ranges.tolist()):
         if stop > start:
             slots = (torch.arange(start, stop, device=source.x.device) + int(source.offsets[b])) % source.x.shape[2]
             x = source.x[b, :, slots]
-            x = x if rotation is None else rotate_reference(x, rotation).to(x.dtype)
             _pack_sequence(x.to(torch.promote_types(x.dtype, torch.float32)), pages, side, b, start, clip)
 
 

@@ -6,7 +6,6 @@ import torch
 from kvq.bench.samples import layout_of
 from kvq.errors import KernelError
 from kvq.kernels.pack import pack_tokens
-from kvq.kernels.types import Rotation
 from kvq.kernels.unpack import unpack_pages
 
 LAYOUTS = [
@@ -55,20 +54,14 @@ def test_vectors_that_are_not_in_one_piece_are_refused_by_name(device, empty_pag
     assert pack_tokens(apart, pages, "key").impl == "reference"
 
 
-@pytest.mark.parametrize("settings", [{"clip": 0.9}, {"rotation": True}], ids=str)
-def test_clip_and_rotation_in_the_pack_kernel(settings, device, empty_pages, source_of):
+def test_clip_in_the_pack_kernel(device, empty_pages, source_of):
     layout = layout_of("4", "4", 64)
     x = torch.randn(1, 2, 64, 64, generator=torch.Generator().manual_seed(0)).to(device)
-    if "rotation" in settings:
-        signs = torch.randint(0, 2, (64,), generator=torch.Generator().manual_seed(1)) * 2.0 - 1
-        settings = {"rotation": Rotation(block=32, signs=signs.to(device))}
     made = [empty_pages(layout, 1, 2, 1, device) for _ in range(2)]
     for pages, impl in zip(made, ("triton", "reference")):
-        pack_tokens(source_of(x, [(0, 64)]), pages, "key", impl=impl, **settings)
+        pack_tokens(source_of(x, [(0, 64)]), pages, "key", clip=0.9, impl=impl)
     lengths = torch.tensor([64], dtype=torch.int32, device=device)
     dense = [torch.zeros_like(x) for _ in made]
     for pages, out in zip(made, dense):
         unpack_pages(pages, "key", lengths, out, impl="reference")
-    # Sums of a rotation come in another order, so that a code may move by one step.
-    assert (dense[0] - dense[1]).abs().max() < (1e-6 if "clip" in settings else 0.5)
-    assert (dense[0] - dense[1]).abs().mean() < 2e-3
+    assert (dense[0] - dense[1]).abs().max() < 1e-6
