@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import torch
 
 import kvq.cache.fused as fused
-from kvq.cache.store import HeadStore, Snapshot, View, group_rows
+from kvq.cache.snapshot import Snapshot, View, group_rows
+from kvq.cache.store import HeadStore
 from kvq.kernels.cpp import launch
 from kvq.kernels.decode_attention.products import Partial, merge_partials, merged_lse, partial_attention
 from kvq.pages.layout import SIDES

@@ -11,7 +11,8 @@ from functools import lru_cache
 import torch
 
 from kvq.cache.fused_pack import pages_of
-from kvq.cache.store import HeadStore, Snapshot, group_rows
+from kvq.cache.snapshot import Snapshot, group_rows
+from kvq.cache.store import HeadStore
 from kvq.kernels.decode_attention import decode_attention
 from kvq.kernels.decode_attention.decode_plan import DecodePlan
 from kvq.kernels.dispatch import LARGEST_QUERIES

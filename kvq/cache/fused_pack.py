@@ -11,10 +11,7 @@ from kvq.pages.pages import Pages
 
 def pages_of(store, rows: list[int] | None = None) -> Pages:
     """The pages of some rows (all by default), as kernels take them."""
-    if store.kernel_table is None:
-        # Made anew whenever a page is added.
-        store.kernel_table = store.pool.table(store.tables)
-    table = store.kernel_table
+    table = store.tables.numbers
     numbers = [store.group.codecs[side].static_numbers() for side in SIDES]
     key, value = (n if isinstance(n, StaticNumbers) else StaticNumbers() for n in numbers)
     return Pages(

@@ -9,7 +9,8 @@ from kvq.cache.attend import Options, attend
 from kvq.cache.context import ForwardContext
 from kvq.cache.observer import Observer
 from kvq.cache.plan import CachePlan, HeadGroup
-from kvq.cache.store import HeadStore, Snapshot, group_rows
+from kvq.cache.snapshot import Snapshot, group_rows
+from kvq.cache.store import HeadStore
 from kvq.errors import CacheError
 from kvq.kernels.dispatch import check_implementation
 from kvq.pages.layout import SIDES

@@ -4,19 +4,17 @@ The packed state is a function of each row's real tokens alone: pads are dropped
 when its flush rule says so, and from the exact numbers.
 """
 
-from bisect import bisect_left
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from itertools import zip_longest
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 import kvq.cache.fused_pack as fused_pack
+from kvq.cache.page_tables import PageTables
 from kvq.cache.plan import HeadGroup
 from kvq.cache.positions import Positions
 from kvq.cache.serving import Serving, serving_of
+from kvq.cache.snapshot import Snapshot, View, group_rows
 from kvq.cache.tail import Tail
 from kvq.errors import CacheError
 from kvq.kernels.cpp import launch
@@ -29,38 +27,6 @@ from kvq.pages.pool import Pool
 RECORDED_TOKENS = 128
 
 
-@dataclass(frozen=True, kw_only=True)
-class View:
-    """What queries [start, stop) of one update read: counts per side of packed body tokens."""
-
-    start: int
-    stop: int
-    packed: dict[str, int]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Snapshot:
-    """One update: tokens per row before and added, and the exact tokens at hand, [B, kv_heads, any, head_dim].
-
-    ``exact`` is right-aligned: its last token is the newest of every row. Valid until the next update. ``prompt``: how
-    many of the first update's tokens are prompt; the others are a draft that came with it. ``views``: by row, what its
-    queries read.
-    """
-
-    before: list[int]
-    added: list[int]
-    exact: dict[str, torch.Tensor]
-    views: list[list[View]]
-    prompt: int | None = None
-
-    @cached_property
-    def spans(self) -> list[tuple[int, int]] | None:
-        """(start, stop) of the queries that read one state; None if rows are cut differently."""
-        first = [(view.start, view.stop) for view in self.views[0]]
-        alike = all(own is self.views[0] or [(v.start, v.stop) for v in own] == first for own in self.views)
-        return first if alike else None
-
-
 class HeadStore:
     """Keys and values of the KV heads of ``group``, for ``rows`` sequences."""
 
@@ -71,8 +37,7 @@ class HeadStore:
         place = len(group.heads), group.head_dim, device, dtype
         # The same while the device steps alone.
         self.step_chains = {side: chain.composed(*place) for side, chain in group.chains.items()} if dtype else None
-        self.pool = Pool(group.layout, len(group.heads), device)
-        self.tables: list[list[int]] = [[] for _ in range(rows)]
+        self.tables = PageTables(Pool(group.layout, len(group.heads), device), rows)
         self.counts = [0] * rows
         self.packed = {side: [0] * rows for side in SIDES}
         self.sinks: dict[str, torch.Tensor] = {}
@@ -84,11 +49,14 @@ class HeadStore:
         # What is asked for: a name of ``kvq.kernels.dispatch.IMPLEMENTATIONS``.
         self.impl = "auto"
         self._serving: dict[tuple, Serving] = {}
-        # Where the pages lie, as kernels on the device read it (``fused_pack.pages_of``); made anew when that changes.
-        self.kernel_table: torch.Tensor | None = None
         # While single tokens arrive that the device handles alone: a ``DeviceStep``; counts and tails
         # are those from before it.
         self.step: Any = None
+
+    @property
+    def pool(self) -> Pool:
+        """Where the pages lie."""
+        return self.tables.pool
 
     def append_on_device(self, new: dict[str, torch.Tensor], counters: dict) -> Any:
         """Transform and store one token a row, {side: [B, kv_heads, 1, head_dim]}, by the device's own counters.
@@ -119,7 +87,7 @@ class HeadStore:
             return
         step, self.step = self.step, None
         before, exact = step.before(), step.tails()
-        self.counts, self.kernel_table = [n + 1 for n in before], None
+        self.counts = [n + 1 for n in before]
         for side in SIDES:
             self.packed[side] = [self.group.rules[side].packed(n) for n in before]
             lengths = [body - done for body, done in zip(self.bodies(), self.packed[side])]
@@ -219,7 +187,7 @@ class HeadStore:
         stop = start + tokens.shape[2]
         if side == "key" and self.group.rope is not None:
             tokens = self.group.rope.undo(tokens, self._positions(rows, start, stop))
-        self._ensure_pages(rows, -(-stop // size))
+        self.tables.grow(rows, -(-stop // size))
         serving = self.serving(tokens.dtype)
         if serving.no_pack[side] is None:
             fused_pack.pack(self, side, rows, start, tokens)
@@ -227,7 +195,7 @@ class HeadStore:
         if serving.cpp_packs[side] and launch.pack(tokens, fused_pack.pages_of(self, rows), side, start):
             return
         encoded = self.group.codecs[side].encode(tokens)
-        Pages(pool=self.pool, ids=[self.tables[row] for row in rows]).write(side, start, encoded)
+        Pages(pool=self.pool, ids=[self.tables.rows[row] for row in rows]).write(side, start, encoded)
 
     def _positions(self, rows: list[int], start: int, stop: int) -> torch.Tensor:
         """Rotary positions of body tokens [start, stop)."""
@@ -242,22 +210,7 @@ class HeadStore:
     def ensure_pages(self, needed: Sequence[int]) -> None:
         """Take pages until every row has as many as ``needed`` says."""
         for count in set(needed):
-            self._ensure_pages([row for row, own in enumerate(needed) if own == count], count)
-
-    def _ensure_pages(self, rows: list[int], pages: int) -> None:
-        missing = [row for row in rows if len(self.tables[row]) < pages]
-        if not missing:
-            return
-        self.kernel_table = None
-        have = len(self.tables[missing[0]])
-        if all(len(self.tables[row]) == have for row in missing):
-            ids = self.pool.allocate((pages - have) * len(missing))
-            # Page-major, so that a batch that grows together reads its pages as one view.
-            for i, row in enumerate(missing):
-                self.tables[row] += ids[i :: len(missing)]
-            return
-        for row in missing:
-            self.tables[row] += self.pool.allocate(pages - len(self.tables[row]))
+            self.tables.grow([row for row, own in enumerate(needed) if own == count], count)
 
     def views(self, before: int, added: int, prompt: int | None = None) -> list[View]:
         """What the ``added`` queries after ``before`` tokens read.
@@ -296,35 +249,18 @@ class HeadStore:
             rule = self.group.rules[side]
             self.tails[side].drop(count)
             self.packed[side] = [min(p, rule.packed(n)) for p, n in zip(self.packed[side], self.counts)]
-        self._own_open_pages(range(len(self.counts)))
+        self.tables.own_from(range(len(self.counts)), self._closed_pages())
 
-    def _own_open_pages(self, rows: Iterable[int], margin: int = 0) -> None:
-        """Give rows copies of the pages that others read too and that they may still write to.
-
-        ``margin``: tokens before the newest packed ones that may be written again.
-        """
-        size = self.group.layout.page_tokens
-        for row in rows if self.pool.owned else ():
-            table = self.tables[row]
-            closed = max(0, min(self.packed[side][row] for side in SIDES) - margin) // size
-            for p in range(closed, len(table)):
-                if self.pool.readers[table[p]] > 1:
-                    table[p], self.kernel_table = self.pool.copy_page(table[p]), None
+    def _closed_pages(self, margin: int = 0) -> list[int]:
+        """By row, how many first pages it does not write to any more, but for the newest ``margin`` packed tokens."""
+        packed = [min(self.packed[side][row] for side in SIDES) for row in range(len(self.counts))]
+        return [max(0, tokens - margin) // self.group.layout.page_tokens for tokens in packed]
 
     def select(self, index: torch.Tensor) -> None:
         """Take rows by index (beams, batch changes). Pages that are still being filled are copied, full ones shared."""
         self.settle()
         order = index.tolist()
-        old, self.kernel_table = self.tables, None
-        self.tables = [old[b] if b == row else list(old[b]) for row, b in enumerate(order)]
-        gained, lost = [], []
-        for before, after in zip_longest(old, self.tables, fillvalue=[]):
-            same = _same(before, after)
-            gained += after[same:]
-            lost += before[same:]
-        self.pool.share(gained)
-        # Pages that no chosen row reads go before the copies are made, so that these can take their place.
-        self.pool.release(lost)
+        self.tables.select(order)
         self.counts = [self.counts[b] for b in order]
         if self.positions is not None:
             self.positions.select(order)
@@ -332,7 +268,7 @@ class HeadStore:
         # Rows that keep their place come last, so that they keep their open pages too. With past recording on, a crop
         # may reach back into the newest pages.
         margin = RECORDED_TOKENS if self.recording else 0
-        self._own_open_pages(sorted(range(len(order)), key=lambda row: order[row] == row), margin)
+        self.tables.own_from(sorted(range(len(order)), key=lambda row: order[row] == row), self._closed_pages(margin))
         for side in SIDES:
             self.tails[side].select(index)
             if side in self.sinks:
@@ -371,7 +307,7 @@ class HeadStore:
         """The pages that hold body tokens [start, stop) of rows, and the first body token in them."""
         size = self.group.layout.page_tokens
         first, last = start // size, -(-stop // size)
-        ids = [self.tables[row][first:last] for row in rows]
+        ids = [self.tables.rows[row][first:last] for row in rows]
         return Pages(pool=self.pool, ids=ids, tokens=None if self.pool.owned else stop - first * size), first * size
 
     @property
@@ -382,30 +318,15 @@ class HeadStore:
         return self.pool.nbytes + exact
 
     def __getstate__(self) -> dict:
-        # A copy's pages lie elsewhere.
-        return self.__dict__ | {"kernel_table": None, "_serving": {}}
+        return self.__dict__ | {"_serving": {}}
 
     def to(self, device: torch.device) -> None:
         self.settle()
         self.pool.to(device)
-        self.kernel_table = None
+        self.tables.forget_numbers()
         for tail in self.tails.values():
             tail.to(device)
         self.sinks = {side: s.to(device) for side, s in self.sinks.items()}
-
-
-def group_rows(keys: list) -> list[list[int]]:
-    """Rows with equal keys, in order of first appearance."""
-    groups: dict = {}
-    for row, key in enumerate(keys):
-        groups.setdefault(key, []).append(row)
-    return list(groups.values())
-
-
-def _same(before: list[int], after: list[int]) -> int:
-    """How many first pages of two tables are the same. Rows share closed pages alone, so none is after the first that
-    differs."""
-    return bisect_left(range(min(len(before), len(after))), True, key=lambda p: before[p] != after[p])
 
 
 def _counted(before: list[int], length: int, valid: torch.Tensor | None) -> torch.Tensor:

@@ -5,6 +5,7 @@ import torch
 
 from kvq.cache.attend import Options, attend
 from kvq.cache.fused import Steps
+from kvq.cache.page_tables import PageTables
 from kvq.cache.plan import make_plan
 from kvq.cache.store import HeadStore
 from kvq.calib.artefacts import stand_in_artefacts
@@ -42,9 +43,9 @@ def stores(group):
     made = []
     for user in range(2):
         store = HeadStore(group, ROWS, torch.device("cpu"))
-        store.pool = pool
-        store.tables = [order[5 * (2 * user + row) : 5 * (2 * user + row + 1)] for row in range(ROWS)]
-        for page in (page for table in store.tables for page in table):
+        store.tables = PageTables(pool, ROWS)
+        store.tables.rows = [order[5 * (2 * user + row) : 5 * (2 * user + row + 1)] for row in range(ROWS)]
+        for page in (page for table in store.tables.rows for page in table):
             used[48 + page * (size + 16) :][:size] = True
         made.append(store)
     return made, memory, used
@@ -89,9 +90,9 @@ def test_other_tables_give_other_numbers_and_a_full_table_is_an_error(group):
     """Negative control: pages in another order; and only the lender can add a page."""
     users, _, _ = stores(group)
     good = steps(users[0], 0, "reference")
-    table = users[0].tables[0]
+    table = users[0].tables.rows[0]
     table[0], table[1] = table[1], table[0]
     assert not torch.equal(users[0].dequantized("key", [0]), good[-4])
-    users[1].tables = [table[:1] for table in users[1].tables]
+    users[1].tables.rows = [table[:1] for table in users[1].tables.rows]
     with pytest.raises(CacheError, match="cannot allocate pages in borrowed memory"):
         steps(users[1], 1, "reference")

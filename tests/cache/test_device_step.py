@@ -87,13 +87,13 @@ def test_steps_give_the_bytes_and_outputs_of_the_host(tiny_config, name, pads):
     device, host = both(tiny_config, name, pads=pads)
     for driven in (device, host):
         driven.feed(PROMPTS[name])
-    pages = len(device.store.tables[1])
+    pages = len(device.store.tables.rows[1])
     for _ in range(5):
         assert close(device.feed(1), host.feed(1))
         assert device.store.step is not None
         assert host.store.step is None
     assert torch.equal(device.stored(), host.stored())
-    assert len(device.store.tables[1]) == len(host.store.tables[1]) == pages + 1
+    assert len(device.store.tables.rows[1]) == len(host.store.tables.rows[1]) == pages + 1
     # Asking has ended it; the next token starts it anew.
     assert device.store.step is None
     assert device.store.packed == host.store.packed

@@ -229,7 +229,7 @@ def test_rows_that_shared_pages_are_apart_after_a_crop_to_nothing(group):
 
 def miscounted(store) -> list[int]:
     """Pages whose count is not that of the rows that name them, or that are free and not zero."""
-    pool, named = store.pool, Counter(itertools.chain(*store.tables))
+    pool, named = store.pool, Counter(itertools.chain(*store.tables.rows))
     stale = {page for page in range(pool.pages) if not named[page] and pool.records(page).any()}
     return [page for page in range(pool.pages) if pool.readers[page] != named[page] or page in stale]
 
@@ -250,10 +250,12 @@ def test_every_page_counts_the_rows_that_name_it(tiny_config):
         assert not miscounted(store)
         closed = [min(store.packed[side][row] for side in store.packed) for row in range(len(store.tables))]
         size = store.group.layout.page_tokens
-        assert all((store.pool.readers[t[n // size :]] == 1).all() for t, n in zip(store.tables, closed, strict=True))
+        assert all(
+            (store.pool.readers[t[n // size :]] == 1).all() for t, n in zip(store.tables.rows, closed, strict=True)
+        )
     # Negative control: a count that is wrong, and a free page with something in it.
-    store.pool.share(store.tables[0][:1])
-    assert miscounted(store) == store.tables[0][:1]
+    store.pool.share(store.tables.rows[0][:1])
+    assert miscounted(store) == store.tables.rows[0][:1]
     store = beams(tiny_config, 4, 300)
     store.select(torch.tensor([0]))
     free = int((store.pool.readers == 0).nonzero()[0][0])
@@ -269,10 +271,10 @@ def test_selecting_touches_only_pages_that_change_hands(tiny_config, monkeypatch
     for name in ("share", "release"):
         original = getattr(store.pool, name)
         monkeypatch.setattr(store.pool, name, lambda ids, run=original: (touched.append(len(ids)), run(ids)))
-    kept = [list(store.tables[row]) for row in (0, 3)]
+    kept = [list(store.tables.rows[row]) for row in (0, 3)]
     store.select(torch.tensor([0, 0, 1, 3]))
-    assert sum(touched) <= 2 * 3 * 2 < len(store.tables[0])
-    assert [store.tables[row] for row in (0, 3)] == kept
+    assert sum(touched) <= 2 * 3 * 2 < len(store.tables.rows[0])
+    assert [store.tables.rows[row] for row in (0, 3)] == kept
     touched.clear()
     store.select(torch.tensor([0, 1, 2, 3]))
     assert not sum(touched)
