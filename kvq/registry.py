@@ -28,7 +28,10 @@ class Registry:
         self._shipped = self._others = False
 
     def add(self, name: str, cls: type) -> None:
-        """Raises RecipeError for a name that another class has."""
+        """Raises RecipeError for a name that another class has, and for a class that lacks what every one must have."""
+        lacking = sorted(getattr(cls, "__abstractmethods__", ()))
+        if lacking:
+            raise RecipeError(f"{self.what} {name!r} of {_place(cls)} lacks {', '.join(lacking)}: write them.")
         held = self._classes.get(name)
         if held is not None and _place(held) != _place(cls):
             raise RecipeError(f"{self.what} {name!r} of {_place(cls)} is {_place(held)} already: choose another name.")

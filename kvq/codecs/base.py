@@ -1,5 +1,6 @@
 """What codecs are: numbers to codes and sections, and back. They have never seen a model."""
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,7 @@ class StaticNumbers:
     levels: tuple[float, ...] | None = None
 
 
-class Codec:
+class Codec(ABC):
     """Chooses numbers for one head dimension; a derived class has ``layout``, ``encode`` and ``decode`` at least.
 
     head_dim         channels of a head.
@@ -44,9 +45,9 @@ class Codec:
         """The smallest page that holds whole blocks."""
         return max(DEFAULT_PAGE_TOKENS, self.block_tokens)
 
+    @abstractmethod
     def layout(self, page_tokens: int) -> SideLayout:
         """The page layout of what ``encode`` gives."""
-        raise NotImplementedError
 
     def __init_subclass__(cls, **settings: Any) -> None:
         """Every codec keeps the shapes of the two signatures below."""
@@ -54,13 +55,13 @@ class Codec:
         for name in {"encode", "decode"} & vars(cls).keys():
             setattr(cls, name, held_to(getattr(Codec, name), vars(cls)[name]))
 
+    @abstractmethod
     def encode(self, x: Float[Tensor, "*B T {self.head_dim}"]) -> Encoded:
         """Encode x [..., K, T, D], whole blocks. Codes do not depend on batch neighbours or on later tokens."""
-        raise NotImplementedError
 
+    @abstractmethod
     def decode(self, encoded: Encoded, dtype: torch.dtype) -> Float[Tensor, "*B T {self.head_dim}"]:
         """The numbers that the codes stand for, [..., K, T, D]."""
-        raise NotImplementedError
 
     def dequantized(self, pages: Pages, side: str, dtype: torch.dtype) -> torch.Tensor:
         """The numbers of one side of pages, [B, K, P * page_tokens, D]."""

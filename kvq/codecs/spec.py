@@ -5,6 +5,7 @@ their checks, name the tensors and statistics that they need, and build what enc
 ``register_codec`` and ``register_part`` make them known by the name that recipes use; there is no other list.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
@@ -82,7 +83,7 @@ class Measured(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PartSpec:
+class PartSpec(ABC):
     """Settings of a codec around a codec. Parts wrap in the order of ``order``, from the inside.
 
     name              its name in recipes, from ``register_part``.
@@ -111,13 +112,13 @@ class PartSpec:
         """The tensors of ``artefacts`` for the codec that it is part of."""
         return {}
 
+    @abstractmethod
     def wrap(self, inner: Codec, *, base: Codec, artefacts: Mapping[str, torch.Tensor], heads: int) -> Codec:
         """The codec around ``inner``; ``base`` is the codec inside all parts."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True, kw_only=True)
-class CodecSpec:
+class CodecSpec(ABC):
     """Settings of how one tensor (keys or values) is stored; ``codec_spec`` makes one of plain data.
 
     placement   keys only: ``pre_rope`` quantizes keys as they are before the rotary embedding, and rotates them again
@@ -174,12 +175,12 @@ class CodecSpec:
         """The tensors of ``own_artefacts``."""
         return {}
 
+    @abstractmethod
     def bind(self, head_dim: int, artefacts: Mapping[str, torch.Tensor], heads: int) -> Codec:
         """The codec without its parts, for ``heads`` KV heads that are stored together.
 
         Raises RecipeError for a head dimension that the settings do not fit.
         """
-        raise NotImplementedError
 
     @property
     def has_head_scales(self) -> bool:

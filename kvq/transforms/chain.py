@@ -10,6 +10,7 @@ Every step can be applied while the model runs. An export may fold the first ste
 """
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
@@ -20,7 +21,7 @@ import torch
 from kvq.transforms.composed import Composed
 
 
-class Step:
+class Step(ABC):
     """One transform of the KV heads of a group; x is [..., K, T, D], q is [..., K, M, D].
 
     stays   why weights cannot take it over, whatever the model; None: its matrix is tried (``plan.py``).
@@ -30,17 +31,17 @@ class Step:
     stays: str | None = None
     offset: torch.Tensor | None = None
 
+    @abstractmethod
     def write(self, x: torch.Tensor) -> torch.Tensor:
         """What is stored for x."""
-        raise NotImplementedError
 
     def dual(self, q: torch.Tensor) -> torch.Tensor:
         """What queries become, so that products with written keys are the model's (keys only)."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} is a step of values: nothing reads it by queries")
 
+    @abstractmethod
     def undo(self, x: torch.Tensor) -> torch.Tensor:
         """Inverse of ``write``; for values, also what the attention output needs."""
-        raise NotImplementedError
 
     def of_heads(self, heads: Sequence[int]) -> "Step":
         """The same step for some of the layer's KV heads; here: one that is the same for all."""

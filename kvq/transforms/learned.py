@@ -8,6 +8,7 @@ on windows that are not trained on, and the best one is kept, the identity inclu
 """
 
 import math
+from abc import abstractmethod
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -113,8 +114,9 @@ class LearnedSpec(TransformSpec):
     def reads_output(self, side) -> bool:
         return True
 
+    @abstractmethod
     def learnable(self, evidence: Evidence) -> Learnable:
-        raise NotImplementedError
+        """The step in the making."""
 
 
 def composed(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

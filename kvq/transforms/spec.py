@@ -5,6 +5,7 @@ in which order it makes sense, which statistics and tensors it needs, how these 
 ``register_transform`` makes it known by the name that recipes use; there is no other list.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -34,7 +35,7 @@ def register_transform(kind: str) -> Callable[[type], type]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TransformSpec:
+class TransformSpec(ABC):
     """Settings of one step that keys or values go through before their codec, and that attention undoes exactly.
 
     Settings are fields that default to None where they may be left out; ``check`` refuses what cannot work. The class
@@ -100,15 +101,15 @@ class TransformSpec:
 
     def fit(self, evidence: Evidence) -> dict[str, torch.Tensor]:
         """The tensors, chosen from what the step will see."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{self.kind!r} names tensors and does not say how they are fitted")
 
     def learnable(self, evidence: Evidence):
         """The step in the making (``kvq.transforms.learned.Learnable``), for kinds that are learned."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{self.kind!r} is not learned")
 
+    @abstractmethod
     def build(self, head_dim: int, tensors: Mapping[str, torch.Tensor]) -> Step:
         """The step. Raises RecipeError for a head dimension that the settings do not fit."""
-        raise NotImplementedError
 
     def to_dict(self) -> dict[str, Any]:
         """The settings that were given, as plain data."""

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from kvq.cache import packed_layers
 from kvq.calib.needs import needs_of
 from kvq.cli import main
-from kvq.codecs import CODECS, PARTS
+from kvq.codecs import CODECS, PARTS, CodecSpec, register_codec
 from kvq.errors import RecipeError
 from kvq.eval.identity import plan_hash
 from kvq.models.describe import describe
@@ -185,6 +185,16 @@ def test_a_name_belongs_to_one_class():
     with pytest.raises(RecipeError, match=r"codec 'own' of elsewhere\.Second is elsewhere\.First already"):
         registry.add("own", second)
     assert (first.codec, registry.get("own")) == ("own", first)
+
+
+def test_a_class_that_lacks_what_every_one_has_is_refused_by_its_registry():
+    with pytest.raises(RecipeError, match=r"codec 'half' of .*Half lacks bind: write them\."):
+
+        @register_codec("half")
+        class Half(CodecSpec):
+            pass
+
+    assert CODECS.find("half") is None
 
 
 def test_a_plug_in_that_cannot_be_loaded_is_one_sentence_and_shipped_recipes_go_on(plugin, monkeypatch):

@@ -9,6 +9,7 @@ from kvq.exporting.targets.plain import PLAIN
 __all__ = ["TARGETS", "Job", "Target", "find_target"]
 
 _ENGINE = {"contents": contents, "weights": weights}
+_COMPRESSED = dict.fromkeys((None, "compressed-tensors", "gptq", "awq"), "compressed-tensors")
 
 TARGETS = {
     target.name: target
@@ -19,35 +20,21 @@ TARGETS = {
             name="vllm",
             summary="vLLM: FP8 scales in the checkpoint, one a layer or one a head",
             engines=("vllm", "transformers"),
-            formats={
-                None: "compressed-tensors",
-                "compressed-tensors": "compressed-tensors",
-                "gptq": "compressed-tensors",
-                "awq": "compressed-tensors",
-                "fp8": "fp8",
-                "modelopt": "modelopt",
-            },
+            formats=_COMPRESSED | {"fp8": "fp8", "modelopt": "modelopt"},
             **_ENGINE,
         ),
         Target(
             name="sglang",
             summary="SGLang: FP8 scales in the checkpoint, one a layer",
             engines=("sglang",),
-            formats={
-                None: "compressed-tensors",
-                "compressed-tensors": "compressed-tensors",
-                "gptq": "compressed-tensors",
-                "awq": "compressed-tensors",
-                "fp8": "fp8",
-                "modelopt": "modelopt",
-            },
+            formats=_COMPRESSED | {"fp8": "fp8", "modelopt": "modelopt"},
             **_ENGINE,
         ),
         Target(
             name="compressed-tensors",
             summary="compressed-tensors: read by transformers, vLLM and SGLang",
             engines=("transformers", "vllm", "sglang"),
-            formats=dict.fromkeys((None, "compressed-tensors", "gptq", "awq"), "compressed-tensors"),
+            formats=_COMPRESSED,
             **_ENGINE,
         ),
         Target(
