@@ -15,7 +15,7 @@ from kvq.pages.affine import scaled
 from kvq.pages.bits import merge_codes, pack_codes, unpack_codes
 from kvq.pages.layout import PLANE_FORMATS, PageLayout, Section, SideLayout
 from kvq.pages.meta import from_e4m3
-from kvq.pages.pool import Pool
+from kvq.pages.pool import Pool, Runs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +45,7 @@ class Encoded:
 
 @dataclass(frozen=True, kw_only=True)
 class Pages:
-    """Packed keys and values of B sequences, whose pages are all of one number.
+    """Packed keys and values of B sequences, whose pages are all of one number; made anew when a table changes.
 
     pool            where they lie.
     ids             page ids of each sequence, in order, on the host; or
@@ -101,6 +101,11 @@ class Pages:
 
     # Reading.
 
+    @cached_property
+    def _runs(self) -> Runs:
+        # Sequences that grow together own interleaved pages, so page-major order is often one view.
+        return self.pool.runs([page for pages in zip(*self.rows, strict=True) for page in pages])
+
     def words(self, side: str) -> torch.Tensor:
         """The words of a side, [B, K, P, *words_shape]: int16, uint8 for e4m3, fp16 for dense."""
         return self._read(side, "words", 1, self.layout.side(side).format in ("e4m3", "dense"))
@@ -110,11 +115,8 @@ class Pages:
         return self._read(side, name, _named(self.layout.side(side), name).tokens, True)
 
     def _read(self, side: str, name: str, per_row: int, by_token: bool) -> torch.Tensor:
-        # Sequences that grow together own interleaved pages, so page-major order is often one view.
-        rows = self.rows
         place = self.layout.places[side, name]
-        found = self.pool.read([page for pages in zip(*rows, strict=True) for page in pages], place)
-        found = found.unflatten(0, (-1, len(rows)))
+        found = self.pool.read(self._runs, place).unflatten(0, (-1, len(self.rows)))
         if by_token and self.tokens is not None:
             size = self.layout.page_tokens
             # Blocks are written as a whole, so a row that has begun is there.
@@ -162,13 +164,13 @@ class Pages:
 
     def _write_whole(self, ids: list[int], side: str, encoded: Encoded) -> None:
         """Whole pages of the sequences in turn."""
-        layout, places = self.layout.side(side), self.layout.places
-        self.pool.write(ids, places[side, "words"], pack_codes(encoded.codes, layout).transpose(1, 2).flatten(0, 1))
+        layout, places, runs = self.layout.side(side), self.layout.places, self.pool.runs(ids)
+        self.pool.write(runs, places[side, "words"], pack_codes(encoded.codes, layout).transpose(1, 2).flatten(0, 1))
         for section in layout.sections:
             numbers = encoded.sections[section.name]
             numbers = numbers.unsqueeze(1) if section.shared else numbers
             numbers = numbers.unflatten(2, (-1, self.layout.page_tokens // section.tokens))
-            self.pool.write(ids, places[side, section.name], numbers.transpose(1, 2).flatten(0, 1))
+            self.pool.write(runs, places[side, section.name], numbers.transpose(1, 2).flatten(0, 1))
 
     def _write_tokens(self, page: int, side: str, start: int, encoded: Encoded) -> None:
         """Tokens from ``start`` of one page of one sequence."""

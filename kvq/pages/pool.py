@@ -6,7 +6,7 @@ pages lie is known here alone. Kernels get it as a table of numbers: page number
 """
 
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -18,6 +18,8 @@ from kvq.pages.meta import largest_scales
 # Unused pages are at most the larger of these: two pages, or one 64th of the pool.
 MIN_SLAB_PAGES = 2
 SLAB_SHARE = 64
+# Where pages stand among those asked for, and themselves as a view, [pages, page_bytes].
+Runs = list[tuple[slice, torch.Tensor]]
 # Kernels read up to 16 bytes at once, so pages start at multiples of it.
 ALIGNMENT = 16
 
@@ -142,17 +144,18 @@ class Pool:
             raise CacheError(f"page {ids[-1]} is not among the {self.pages} of the pool: check the table.")
         return self.slabs[index][first : first + len(ids)]
 
-    def _runs(self, ids: Sequence[int]) -> Iterator[tuple[slice, torch.Tensor]]:
-        """Cut ids into runs that are views: (position of the run, view)."""
-        start = 0
+    def runs(self, ids: Sequence[int]) -> Runs:
+        """Cut ids into runs of neighbours, as ``read`` and ``write`` take them."""
+        found, start = [], 0
         while start < len(ids):
             index = bisect_right(self.starts, ids[start]) - 1
             limit = self.starts[index] + len(self.slabs[index])
             stop = start + 1
             while stop < len(ids) and ids[stop] == ids[stop - 1] + 1 and ids[stop] < limit:
                 stop += 1
-            yield slice(start, stop), self._run(ids[start:stop])
+            found.append((slice(start, stop), self._run(ids[start:stop])))
             start = stop
+        return found
 
     def _view(self, pages: torch.Tensor, place: Place) -> torch.Tensor:
         """One part of pages [n, page_bytes] as a view, [n, heads, *shape]; heads is 1 where they share it."""
@@ -162,14 +165,14 @@ class Pool:
         part = heads[..., place.start : place.start + place.nbytes]
         return part.view(getattr(torch, place.dtype)).unflatten(-1, place.shape)
 
-    def read(self, ids: Sequence[int], place: Place) -> torch.Tensor:
+    def read(self, runs: Runs, place: Place) -> torch.Tensor:
         """One part of pages, [pages, heads, *shape]: a view where the pages are neighbours, else a copy."""
-        views = [self._view(run, place) for _, run in self._runs(ids)]
+        views = [self._view(run, place) for _, run in runs]
         return views[0] if len(views) == 1 else torch.cat(views)
 
-    def write(self, ids: Sequence[int], place: Place, numbers: torch.Tensor) -> None:
+    def write(self, runs: Runs, place: Place, numbers: torch.Tensor) -> None:
         """Set one part of pages to numbers [pages, heads, *shape]."""
-        for where, run in self._runs(ids):
+        for where, run in runs:
             self._view(run, place).copy_(numbers[where])
 
     def part(self, page: int, place: Place) -> torch.Tensor:

@@ -35,7 +35,7 @@ def test_the_bound_is_the_largest_scale_in_the_pages(tiny_model, name, impl):
             scales = []
             for section in pool.layout.value.sections:
                 numbers = torch.cat(
-                    [pool.read(ids, pool.layout.places["value", section.name]) for ids in store.tables.rows]
+                    [pool.read(pool.runs(ids), pool.layout.places["value", section.name]) for ids in store.tables.rows]
                 )
                 number = numbers[:, head].unsqueeze(-1) if section.name == "norm" else numbers[:, head, ..., 0]
                 scales.append(_as_numbers(number, pool.layout.value.meta_format))
