@@ -66,9 +66,8 @@ class TiersCodec(Codec):
 
     def layout(self, page_tokens: int) -> SideLayout:
         """Every tier has its words in a section, one row per block, and its metadata in others."""
-        extras = []
-        for name, _, codec in self.tiers:
-            inner = codec.layout(self.group)
+        extras, inners = [], {name: codec.layout(self.group) for name, _, codec in self.tiers}
+        for name, inner in inners.items():
             extras.append(Section(name=f"{name}_words", shape=inner.words_shape, dtype="int16", tokens=self.group))
             extras += [
                 Section(name=f"{name}_{s.name}", shape=s.shape, dtype=s.dtype, tokens=s.tokens) for s in inner.sections
@@ -80,6 +79,7 @@ class TiersCodec(Codec):
             page_tokens=page_tokens,
             meta_terms=0,
             extras=tuple(extras),
+            tiers=tuple(inners.get(f"tier{i}") for i in range(len(self.bits))),
         )
 
     def encode(self, x: torch.Tensor) -> Encoded:

@@ -104,6 +104,8 @@ class SideLayout:
     meta_shared   the group is all heads' numbers of a token, and ``group`` is head_dim.
     permuted      stored channels are not the model's: they have changed places among the heads.
     extras        sections beside ``meta``.
+    tiers         format ``sections`` of equal slices of channels, in order: the layout of one block of each, or None
+                  where nothing is stored. Slice i has its words and sections in ``extras``, named ``tier<i>_<name>``.
     """
 
     format: str
@@ -117,6 +119,7 @@ class SideLayout:
     meta_shared: bool = False
     permuted: bool = False
     extras: tuple[Section, ...] = ()
+    tiers: tuple["SideLayout | None", ...] = ()
 
     def __post_init__(self):
         assert self.head_dim % ATOM == 0, self
