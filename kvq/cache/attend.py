@@ -37,8 +37,8 @@ def attend(
 ) -> torch.Tensor:
     """Attention of the update's queries q [B, kv_heads, group, L, head_dim], same shape out.
 
-    mask   by row, [L, tokens of the row] (bool, True = attend, or additive), the caller having reduced its columns to
-           real tokens; None if it says no more than causality.
+    mask   by sequence, [L, tokens that it has seen] (bool, True = attend, or additive), the caller having reduced its
+           columns to real tokens; None if it says no more than causality.
     valid  [B, L] real query tokens, on the CPU, or None for all. Rows of pads come out as zeros.
     steps  what the launches of one forward share.
     lse    [B, kv_heads, group, L], minus infinity: gets the log-sum-exp of real queries; None if nobody asks.
@@ -52,6 +52,10 @@ def attend(
                 lse.copy_(found.view_as(lse))
             return out
         snapshot = store.snapshot_of_step()
+    if store.split > 1 and q.shape[1] > 1:
+        return _attend_by_head(store, snapshot, q, mask, valid, options, steps, lse)
+    if store.kept is not None and mask is not None:
+        mask = _stored_columns(store, snapshot, mask)
     many = any(view.stop - view.start > 1 for views in snapshot.views for view in views)
     ran = store.serving(q.dtype).attending(fused.obstacle(snapshot, mask, valid), many)
     store.ran.add(ran)
@@ -60,12 +64,43 @@ def attend(
     return _attend_torch(store, snapshot, q, mask, valid, options, ran.impl == "cpp", lse)
 
 
+def _stored_columns(store: HeadStore, snapshot: Snapshot, mask: list[torch.Tensor]) -> list[torch.Tensor]:
+    """By row, the columns of the tokens that it has stored."""
+    found = []
+    for row, own in enumerate(mask):
+        columns = torch.from_numpy(store.kept.seen(row, 0, snapshot.before[row] + snapshot.added[row]))
+        found.append(own[:, columns.to(own.device)])
+    return found
+
+
+def _attend_by_head(store, snapshot, q, mask, valid, options: Options, steps, lse) -> torch.Tensor:
+    """Every head of a sequence is a row of the store, so to all readers it is a sequence of one KV head."""
+    B, K = q.shape[:2]
+    mask = None if mask is None else [own for own in mask for _ in range(K)]
+    valid = None if valid is None else valid.repeat_interleave(K, dim=0)
+    if lse is None and options.sinks is not None:
+        lse = q.new_full(q.shape[:-1], -torch.inf, dtype=_score_dtype(q))
+    rows = None if lse is None else lse.view(B * K, 1, *lse.shape[2:])
+    plain = Options(scaling=options.scaling, softcap=options.softcap)
+    out = attend(store, snapshot, q.flatten(0, 1).unsqueeze(1), mask, valid, plain, steps, rows)
+    out = out.squeeze(1).unflatten(0, (B, K))
+    if options.sinks is None:
+        return out
+    # A learned sink is one more logit without a value.
+    whole = torch.logaddexp(lse, options.sinks.to(lse.dtype).view(1, K, -1, 1))
+    out = (out * (lse - whole).exp().unsqueeze(-1)).to(q.dtype)
+    lse.copy_(whole.masked_fill(lse == -torch.inf, -torch.inf))
+    return out
+
+
 def _attend_torch(store, snapshot, q, mask, valid, options, compiled: bool, lse) -> torch.Tensor:
-    """Row group by row group, each segment on its own."""
+    """Row group by row group, each segment on its own; the C++ kernel takes rows of any length together."""
     out = torch.zeros_like(q)
     keys = list(zip(snapshot.before, snapshot.added))
+    if compiled and mask is None:
+        keys = list(zip(map(len, snapshot.views), snapshot.added))
     if valid is not None:
-        for b, (before, added) in enumerate(keys):
+        for b, (before, added) in enumerate(zip(snapshot.before, snapshot.added)):
             real = valid[b].nonzero().squeeze(1).to(q.device)
             rows_mask = None if mask is None else mask[b][real].unsqueeze(0)
             if added:
@@ -78,7 +113,7 @@ def _attend_torch(store, snapshot, q, mask, valid, options, compiled: bool, lse)
                     lse[b : b + 1, :, :, real] = part
         return out
     for rows in group_rows(keys):
-        before, added = keys[rows[0]]
+        before, added = snapshot.before[rows[0]], snapshot.added[rows[0]]
         everyone = len(rows) == len(keys)
         rows_mask = None if mask is None else torch.stack([mask[b] for b in rows])
         if everyone:
@@ -91,14 +126,17 @@ def _attend_torch(store, snapshot, q, mask, valid, options, compiled: bool, lse)
 
 
 def _attend_rows(store, snapshot, rows, before, added, q, mask, options: Options, compiled: bool, lse) -> torch.Tensor:
-    """Rows of equal length. q [b, K, G, L, D], mask [b, L, tokens] or None; lse [b, K, G, L], filled, or None."""
+    """Rows of equal length, or of any without a mask in the C++ kernel.
+
+    q [b, K, G, L, D], mask [b, L, tokens] or None; lse [b, K, G, L], filled, or None.
+    """
     outputs = []
-    for view in snapshot.views[rows[0]]:
+    for i, view in enumerate(snapshot.views[rows[0]]):
         end = before + view.stop
         queries = q[:, :, :, view.start : view.stop]
         bias = _bias(mask, view, before, queries, end)
         if compiled:
-            out, found = _attend_compiled(store, snapshot, rows, view, end, options, queries, bias)
+            out, found = _attend_compiled(store, snapshot, rows, i, options, queries, bias)
         else:
             partials = _Segments(store, snapshot, rows, before + added, options, queries, bias).partials(view, end)
             out = merge_partials(partials).view(*queries.shape)
@@ -109,23 +147,27 @@ def _attend_rows(store, snapshot, rows, before, added, q, mask, options: Options
     return torch.cat(outputs, dim=3).to(q.dtype) if len(outputs) > 1 else outputs[0].to(q.dtype)
 
 
-def _attend_compiled(store, snapshot, rows, view: View, end: int, options: Options, q, bias) -> Partial:
-    """One query per head and row; q [b, K, G, 1, D]. The output, of the same shape, and log-sum-exp [b, K, G, 1]."""
-    queries = q.to(torch.float64 if q.dtype == torch.float64 else torch.float32) * options.scaling
-    sinks = min(store.group.sinks, end)
-    body, total = end - sinks, max(snapshot.before[rows[0]] + snapshot.added[rows[0]] - store.group.sinks, 0)
+def _attend_compiled(store, snapshot, rows, index: int, options: Options, q, bias) -> Partial:
+    """One query per head and row, their views number ``index``; q [b, K, G, 1, D]. The output, of the same shape, and
+    log-sum-exp [b, K, G, 1]."""
+    queries = q.to(_score_dtype(q)) * options.scaling
     everyone = len(rows) == len(store.tables)
     exact = [snapshot.exact[side] if everyone else snapshot.exact[side][rows] for side in SIDES]
-    packed = [min(view.packed[side], body) for side in SIDES]
-    # A row's last token is the last one of the exact tokens at hand.
-    offsets = [(x.shape[2] - total) % x.shape[2] for x in exact]
-    counts = torch.tensor([*packed, body, sinks, end - 1, *offsets], dtype=torch.int32).expand(len(rows), 7)
+    counts = []
+    for row in rows:
+        view, before = snapshot.views[row][index], snapshot.before[row]
+        end = before + view.stop
+        sinks = min(store.group.sinks, end)
+        total = max(before + snapshot.added[row] - store.group.sinks, 0)
+        packed = [min(view.packed[side], end - sinks) for side in SIDES]
+        # A row's last token is the last one of the exact tokens at hand.
+        counts.append([*packed, end - sinks, sinks, end - 1, *((x.shape[2] - total) % x.shape[2] for x in exact)])
     return launch.decode_attention(
         queries,
         fused.pages_of(store, rows),
-        counts.contiguous(),
+        torch.tensor(counts, dtype=torch.int32),
         exact,
-        [store.sinks[side] if everyone else store.sinks[side][rows] for side in SIDES] if sinks else None,
+        [store.sinks[side] if everyone else store.sinks[side][rows] for side in SIDES] if store.sinks else None,
         softcap=options.softcap,
         learned=None if options.sinks is None else options.sinks.view(queries.shape[1:3]),
         bias=None if bias is None else bias.flatten(1),
@@ -134,7 +176,7 @@ def _attend_compiled(store, snapshot, rows, view: View, end: int, options: Optio
 
 def _bias(mask, view: View, before: int, q: torch.Tensor, end: int) -> torch.Tensor | None:
     """Additive mask [b, 1, 1, l, end] of the view's queries, causality included; None if everything is visible."""
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    dtype = _score_dtype(q)
     length = view.stop - view.start
     bias = None
     if length > 1:
@@ -152,6 +194,10 @@ def _bias(mask, view: View, before: int, q: torch.Tensor, end: int) -> torch.Ten
     return None if bias is None else bias[:, None, None]
 
 
+def _score_dtype(q: torch.Tensor) -> torch.dtype:
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
 class _Segments:
     """The partial results of one row group's segments for one view."""
 
@@ -159,7 +205,7 @@ class _Segments:
         self.store, self.snapshot, self.rows, self.options, self.bias = store, snapshot, rows, options, bias
         self.sinks = min(store.group.sinks, total)
         self.body = max(0, total - store.group.sinks)
-        dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+        dtype = _score_dtype(q)
         b, K, G, L, D = q.shape
         self.shape = (b, K, G, L)
         self.q = (q.to(dtype) * options.scaling).reshape(b, K, G * L, D)

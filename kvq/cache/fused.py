@@ -165,7 +165,7 @@ def _exact(store: HeadStore, snapshot: Snapshot, step: _Step) -> Exact:
 def _dense_pages(store: HeadStore, packed: dict[str, tuple[int, ...]]) -> Pages:
     """Decode the packed tokens of every row into fp16 pages, rotary embedding included."""
     size, group = DEFAULT_PAGE_TOKENS, store.group
-    B, K, D = len(store.tables), len(group.heads), group.head_dim
+    B, K, D = len(store.tables), store.heads, group.head_dim
     count = max(1, -(-max(max(packed[side]) for side in SIDES) // size))
     pool = torch.empty(B, count, K, len(SIDES), size, D, dtype=torch.float16, device=store.pool.device)
     for i, side in enumerate(SIDES):

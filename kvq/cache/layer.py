@@ -7,9 +7,10 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
 from kvq.cache.attend import Options, attend
 from kvq.cache.context import ForwardContext
+from kvq.cache.dense import dense
+from kvq.cache.dropping import drop
 from kvq.cache.observer import Observer
 from kvq.cache.plan import CachePlan, HeadGroup
-from kvq.cache.snapshot import Snapshot, group_rows
 from kvq.cache.store import HeadStore
 from kvq.errors import CacheError
 from kvq.kernels.dispatch import check_implementation
@@ -138,6 +139,7 @@ class PackedLayer(CacheLayerMixin):
         self.real: torch.Tensor | None = None
         self.reads_handle = False
         self.recording = False
+        self.holding = False
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         heads = sum(len(group.heads) for group in self.groups)
@@ -152,7 +154,7 @@ class PackedLayer(CacheLayerMixin):
         self.dtype, self.device = key_states.dtype, key_states.device
         self.stores = [HeadStore(group, key_states.shape[0], self.device, self.dtype) for group in self.groups]
         for store in self.stores:
-            store.recording, store.impl = self.recording, self.context.impl
+            store.recording, store.holding, store.impl = self.recording, self.holding, self.context.impl
         self.is_initialized = True
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
@@ -166,6 +168,11 @@ class PackedLayer(CacheLayerMixin):
             raise CacheError(
                 "a layer with observers was read by another attention than kvq's, which shows them nothing: "
                 "leave the model its default attention, or register no observers."
+            )
+        if not self.reads_handle and any(store.kept is not None for store in self.stores):
+            raise CacheError(
+                "a layer that dropped tokens was read by another attention than kvq's, which would see them as zeros: "
+                "leave the model its default attention."
             )
         context = self.context
         columns = context.new_tokens(start, new).valid
@@ -191,34 +198,44 @@ class PackedLayer(CacheLayerMixin):
             shape = (*key_states.shape[:2], self.length, key_states.shape[3])
             keys = values = Placeholder(shape, key_states)
         else:
-            keys, values = (self._dense(side, snapshots) for side in SIDES)
+            keys, values = (dense(self, side, snapshots) for side in SIDES)
         setattr(keys, HANDLE, handle)
         return keys, values
 
-    def _dense(self, side: str, snapshots: list[Snapshot] | None) -> torch.Tensor:
-        """Dequantized tensor [B, kv_heads, columns, head_dim]; pads are zero.
+    def hold(self) -> None:
+        """Pack nothing until ``release``, so that tokens can be dropped while they are exact; a prompt stays lent."""
+        self.holding = True
+        for store in self.stores:
+            store.hold()
 
-        With snapshots, as the update's queries must see it; without, as it is stored now.
+    def release(self) -> None:
+        """Pack what the rules have released meanwhile, and go on packing."""
+        self.holding = False
+        for store in self.stores:
+            store.release()
+
+    def drop(self, gone: torch.Tensor) -> None:
+        """Forget tokens for good; ``gone`` [B, kv_heads, columns] bool, True = forget. What it says of pads, and of
+        tokens that were dropped before, does not matter.
+
+        The layer's length, the positions and the masks stay those of all tokens that came. Raises CacheError as
+        ``kvq.cache.dropping.drop``.
         """
-        B = len(self.stores[0].counts)
-        heads = sum(len(group.heads) for group in self.groups)
-        out = torch.zeros(B, heads, self.length, self.groups[0].head_dim, dtype=self.dtype, device=self.device)
-        for i, store in enumerate(self.stores):
-            store.settle()
-            own = list(store.group.heads)
-            snapshot = snapshots[i] if snapshots else None
-            keys = list(zip(snapshot.before, snapshot.added)) if snapshot else [(n, 0) for n in store.counts]
-            for rows in group_rows(keys):
-                dense = store.chains[side].undo(store.dequantized(side, rows, snapshot))
-                for j, b in enumerate(rows):
-                    target = dense[j] if self.real is None else _scatter(dense[j], self.real[b].to(dense.device))
-                    out[b, own] = target
-        return out
+        marks = list(gone.cpu())
+        if self.real is not None:
+            marks = [own[:, real] for own, real in zip(marks, self.real, strict=True)]
+        for store in self.stores:
+            drop(store, [own[list(store.group.heads)] for own in marks])
+
+    @property
+    def batch(self) -> int:
+        """Sequences."""
+        return len(self.stores[0].seen) // self.stores[0].split
 
     @property
     def keys(self) -> torch.Tensor | None:
         """Dequantized keys of the stored state, computed on demand."""
-        return self._dense("key", None) if self.is_initialized and self.length else None
+        return dense(self, "key", None) if self.is_initialized and self.length else None
 
     @keys.setter
     def keys(self, value) -> None:
@@ -227,7 +244,7 @@ class PackedLayer(CacheLayerMixin):
     @property
     def values(self) -> torch.Tensor | None:
         """Dequantized values of the stored state, computed on demand."""
-        return self._dense("value", None) if self.is_initialized and self.length else None
+        return dense(self, "value", None) if self.is_initialized and self.length else None
 
     @values.setter
     def values(self, value) -> None:
@@ -288,7 +305,7 @@ class PackedLayer(CacheLayerMixin):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         if self.is_initialized:
-            rows = torch.arange(len(self.stores[0].counts), device=self.device)
+            rows = torch.arange(self.batch, device=self.device)
             self.batch_select_indices(rows.repeat_interleave(repeats))
 
     def offload(self) -> None:
@@ -303,13 +320,6 @@ class PackedLayer(CacheLayerMixin):
     def nbytes(self) -> int:
         """Bytes held: pages, exact windows and sinks, allocated room included."""
         return sum(store.nbytes for store in self.stores)
-
-
-def _scatter(tokens: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
-    """Put tokens [kv_heads, n, head_dim] at the real columns of [kv_heads, columns, head_dim]."""
-    out = tokens.new_zeros(tokens.shape[0], len(real), tokens.shape[2])
-    out[:, real] = tokens
-    return out
 
 
 def pack_cache(cache, plan: CachePlan, impl: str = "auto") -> None:

@@ -28,6 +28,8 @@ class HeadGroup:
     chains   transforms of keys and values; everything that is stored, exact tokens included, is in their basis.
     rope     set if the codec sees keys elsewhere than where exact ones are stored: before the rotary embedding, or
              without the rotated bias of their projection. ``undo`` leads to the codec, ``rotate`` back from it.
+    by_head  every head has page tables and lengths of its own, and pages hold one head: heads may then keep different
+             tokens. Raises RecipeError where heads share numbers, or where their numbers depend on the head.
     """
 
     heads: tuple[int, ...]
@@ -38,6 +40,16 @@ class HeadGroup:
     layout: PageLayout
     chains: Mapping[str, Chain]
     rope: Rope | RopeOffset | None = None
+    by_head: bool = False
+
+    def __post_init__(self):
+        names_heads = any(codec.names_heads for codec in self.codecs.values()) or isinstance(self.rope, RopeOffset)
+        if self.by_head and len(self.heads) > 1 and (names_heads or self.layout.shared_bytes):
+            raise RecipeError(
+                f"heads {self.heads} share numbers, or each has static ones of its own, so they cannot be stored by "
+                "head: make each a group, or choose codecs that see one head (no permute, no group of a whole token, "
+                "no calibrated ranges of channels)."
+            )
 
     def predicted_bytes(self, tokens: int, itemsize: int) -> int:
         """Bytes of one sequence of ``tokens`` tokens: whole pages, exact tokens and their headroom.

@@ -8,7 +8,7 @@ import torch
 
 @dataclass(frozen=True, kw_only=True)
 class View:
-    """What queries [start, stop) of one update read: counts per side of packed body tokens."""
+    """What queries [start, stop) of one update read: per side, how many of the stored body tokens are packed."""
 
     start: int
     stop: int
@@ -17,7 +17,8 @@ class View:
 
 @dataclass(frozen=True, kw_only=True)
 class Snapshot:
-    """One update: tokens per row before and added, and the exact tokens at hand, [B, kv_heads, any, head_dim].
+    """One update: tokens per row that were stored before and came with it, and the exact tokens at hand, [rows, heads,
+    any, head_dim]; rows and heads are those of the store.
 
     ``exact`` is right-aligned: its last token is the newest of every row. Valid until the next update. ``prompt``: how
     many of the first update's tokens are prompt; the others are a draft that came with it. ``views``: by row, what its

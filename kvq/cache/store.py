@@ -2,6 +2,9 @@
 
 The packed state is a function of each row's real tokens alone: pads are dropped on arrival, a token is quantized once,
 when its flush rule says so, and from the exact numbers.
+
+A row is a sequence; where the group is stored *by head*, a KV head of a sequence, with a table, tokens and lengths of
+its own. What a row has seen drives rules, positions and masks; what it has stored is less where tokens were dropped.
 """
 
 from collections.abc import Sequence
@@ -10,6 +13,7 @@ from typing import Any
 import torch
 
 import kvq.cache.fused_pack as fused_pack
+from kvq.cache.kept import Kept
 from kvq.cache.page_tables import PageTables
 from kvq.cache.plan import HeadGroup
 from kvq.cache.positions import Positions
@@ -28,22 +32,36 @@ RECORDED_TOKENS = 128
 
 
 class HeadStore:
-    """Keys and values of the KV heads of ``group``, for ``rows`` sequences."""
+    """Keys and values of the KV heads of ``group``, for ``batch`` sequences.
 
-    def __init__(self, group: HeadGroup, rows: int, device: torch.device, dtype: torch.dtype | None = None):
+    heads   KV heads of a row: those of the group, or one of them where it is stored by head; split: rows of a sequence.
+    seen    by row, tokens that came; stored: those of them that are in sinks, pages and exact window.
+    packed  by side and row, stored tokens that lie in pages.
+    kept    which of the seen tokens are stored; None while all are.
+    """
+
+    def __init__(self, group: HeadGroup, batch: int, device: torch.device, dtype: torch.dtype | None = None):
         self.group = group
+        self.split = len(group.heads) if group.by_head else 1
+        self.heads = len(group.heads) // self.split
+        rows = batch * self.split
         # The transforms where tokens of ``dtype`` are.
         self.chains = {side: chain.to(device, dtype) if dtype else chain for side, chain in group.chains.items()}
         place = len(group.heads), group.head_dim, device, dtype
         # The same while the device steps alone.
         self.step_chains = {side: chain.composed(*place) for side, chain in group.chains.items()} if dtype else None
-        self.tables = PageTables(Pool(group.layout, len(group.heads), device), rows)
-        self.counts = [0] * rows
+        self.tables = PageTables(Pool(group.layout, self.heads, device), rows)
+        self.seen = [0] * rows
+        self.stored = [0] * rows
+        self.kept: Kept | None = None
         self.packed = {side: [0] * rows for side in SIDES}
         self.sinks: dict[str, torch.Tensor] = {}
         self.tails = {side: Tail(rows) for side in SIDES}
-        self.positions = Positions(rows) if group.rope else None
+        # Those of the sequences: heads of one differ in what they store, and not in where it stood.
+        self.positions = Positions(batch) if group.rope else None
         self.recording = False
+        # While whoever drops tokens has not decided: nothing is packed.
+        self.holding = False
         # What attended so far and why, for reports.
         self.ran: set[Choice] = set()
         # What is asked for: a name of ``kvq.kernels.dispatch.IMPLEMENTATIONS``.
@@ -70,15 +88,17 @@ class HeadStore:
         return self.step
 
     def _start_step(self, dtype: torch.dtype, counters: dict) -> bool:
-        packed = {side: [self.group.rules[side].packed(n) for n in self.counts] for side in SIDES}
-        if self.recording or self.packed != packed or not self.serving(dtype).steps_on_device:
+        if self.recording or self.holding or self.split > 1 or self.kept is not None:
+            return False
+        packed = {side: [self.group.rules[side].packed(n) for n in self.seen] for side in SIDES}
+        if self.packed != packed or not self.serving(dtype).steps_on_device:
             return False
         # Triton is imported where it runs.
         from kvq.cache.device_step import DeviceStep, counters_of
 
         tails = {side: self.tails[side].newest() for side in SIDES}
-        self.step = DeviceStep(self, counters_of(counters, self.group, self.counts, self.pool.device), tails)
-        self.tails, self.sinks = {side: Tail(len(self.counts)) for side in SIDES}, self.step.sinks()
+        self.step = DeviceStep(self, counters_of(counters, self.group, self.seen, self.pool.device), tails)
+        self.tails, self.sinks = {side: Tail(len(self.seen)) for side in SIDES}, self.step.sinks()
         return True
 
     def settle(self) -> None:
@@ -87,7 +107,8 @@ class HeadStore:
             return
         step, self.step = self.step, None
         before, exact = step.before(), step.tails()
-        self.counts = [n + 1 for n in before]
+        self.seen = [n + 1 for n in before]
+        self.stored = list(self.seen)
         for side in SIDES:
             self.packed[side] = [self.group.rules[side].packed(n) for n in before]
             lengths = [body - done for body, done in zip(self.bodies(), self.packed[side])]
@@ -98,12 +119,12 @@ class HeadStore:
         """The last step as ``append`` would have told it."""
         before = self.step.before()
         added = [1] * len(before)
-        views = [self.views(n, 1) for n in before]
+        views = [self.views(row, n, 1) for row, n in enumerate(before)]
         return Snapshot(before=before, added=added, exact=self.step.tails(), views=views)
 
     def bodies(self) -> list[int]:
-        """Tokens by row, sinks not counted."""
-        return [self._body(row) for row in range(len(self.counts))]
+        """Stored tokens by row, sinks not counted."""
+        return [max(0, n - self.group.sinks) for n in self.stored]
 
     def append(
         self,
@@ -120,20 +141,30 @@ class HeadStore:
         the step's attention.
         """
         self.settle()
-        before = list(self.counts)
         length = new["key"].shape[2]
-        added = [length] * len(before) if valid is None else valid.sum(1).tolist()
-        self.counts = [n + a for n, a in zip(before, added)]
         if self.positions is not None:
-            self.positions.extend(_counted(before, length, valid) if positions is None else positions, valid)
+            own = _counted(self.seen[:: self.split], length, valid) if positions is None else positions
+            self.positions.extend(own, valid)
+        if self.split > 1:
+            new = {side: x.flatten(0, 1).unsqueeze(1) for side, x in new.items()}
+            valid = None if valid is None else valid.repeat_interleave(self.split, dim=0)
+        before = self.seen
+        added = [length] * len(before) if valid is None else valid.sum(1).tolist()
+        self.seen = [n + a for n, a in zip(before, added)]
+        self.stored = [n + a for n, a in zip(self.stored, added)]
         exact = {}
         for side in SIDES:
             exact[side] = self.tails[side].extend(new[side], valid)
             self._fill_sinks(side, exact[side], before)
             self._flush(side, exact[side])
-        rows = list(zip(before, added))
-        views = {row: self.views(*row, prompt) for row in set(rows)}
-        return Snapshot(before=before, added=added, exact=exact, views=[views[row] for row in rows], prompt=prompt)
+        # Rows that are alike share their views.
+        keys = range(len(before)) if self.holding or self.kept is not None else list(zip(before, added))
+        views: dict = {}
+        for row, key in enumerate(keys):
+            if key not in views:
+                views[key] = self.views(row, before[row], added[row], prompt)
+        stored = [n - a for n, a in zip(self.stored, added)]
+        return Snapshot(before=stored, added=added, exact=exact, views=[views[key] for key in keys], prompt=prompt)
 
     def serving(self, dtype: torch.dtype) -> Serving:
         """What packs and attends for tokens of a dtype, where the pages are."""
@@ -150,21 +181,26 @@ class HeadStore:
             B, K, _, D = exact.shape
             self.sinks[side] = exact.new_zeros(B, K, sinks, D)
         for b, held in enumerate(before):
-            fresh = min(sinks, self.counts[b]) - held
+            fresh = min(sinks, self.seen[b]) - held
             if fresh > 0:
-                start = exact.shape[2] - (self.counts[b] - held)
+                start = exact.shape[2] - (self.seen[b] - held)
                 self.sinks[side][b, :, held : held + fresh] = exact[b, :, start : start + fresh]
         # Sinks never reach the tail's body: their share of the tail is skipped by the lengths set below.
         self.tails[side].lengths = [
-            min(length, max(0, self.counts[b] - sinks)) for b, length in enumerate(self.tails[side].lengths)
+            min(length, max(0, self.stored[b] - sinks)) for b, length in enumerate(self.tails[side].lengths)
         ]
 
     def _flush(self, side: str, exact: torch.Tensor) -> None:
         """Pack every body token that the rule releases, then shorten the exact window."""
+        if self.holding:
+            return
         rule, done = self.group.rules[side], self.packed[side]
-        targets = [rule.packed(count) for count in self.counts]
-        for rows in group_rows(list(zip(done, targets, self.counts))):
-            start, stop, count = done[rows[0]], targets[rows[0]], self.counts[rows[0]]
+        if self.kept is not None:
+            targets = [self._released(side, row, count) for row, count in enumerate(self.seen)]
+        else:
+            targets = [rule.packed(count) for count in self.seen]
+        for rows in group_rows(list(zip(done, targets, self.stored))):
+            start, stop, count = done[rows[0]], targets[rows[0]], self.stored[rows[0]]
             if stop > start:
                 body = count - self.group.sinks
                 first = exact.shape[2] - (body - start)
@@ -178,8 +214,30 @@ class HeadStore:
         ]
         self.tails[side].keep(keep)
 
+    def _released(self, side: str, row: int, seen: int) -> int:
+        """Stored body tokens of a row that its rule has released after ``seen`` tokens, whole blocks of them: what a
+        block lacks because tokens were dropped comes with later ones."""
+        released = self.group.rules[side].packed(seen)
+        if self.kept is None or not released:
+            return released
+        stored = self.kept.stored(row, self.group.sinks + released) - self.group.sinks
+        block = self.group.codecs[side].block_tokens
+        return stored // block * block
+
     def _body(self, row: int) -> int:
-        return max(0, self.counts[row] - self.group.sinks)
+        return max(0, self.stored[row] - self.group.sinks)
+
+    def hold(self) -> None:
+        """Pack nothing until ``release``: tokens that may be dropped stay exact, a prompt's as they were lent."""
+        self.settle()
+        self.holding = True
+
+    def release(self) -> None:
+        """Go on packing what the rules release."""
+        self.holding = False
+        for side in SIDES:
+            if self.tails[side].longest:
+                self._flush(side, self.tails[side].newest())
 
     def _pack(self, side: str, rows: list[int], start: int, tokens: torch.Tensor) -> None:
         """Encode tokens [len(rows), kv_heads, t, head_dim] of the body from ``start`` and write them to pages."""
@@ -198,8 +256,13 @@ class HeadStore:
         Pages(pool=self.pool, ids=[self.tables.rows[row] for row in rows]).write(side, start, encoded)
 
     def _positions(self, rows: list[int], start: int, stop: int) -> torch.Tensor:
-        """Rotary positions of body tokens [start, stop)."""
-        return self.positions.of(rows, self.group.sinks + start, self.group.sinks + stop)
+        """Rotary positions of stored body tokens [start, stop): where they stood when they came."""
+        start, stop = self.group.sinks + start, self.group.sinks + stop
+        sequences = rows if self.split == 1 else [row // self.split for row in rows]
+        if self.kept is None:
+            return self.positions.of(sequences, start, stop)
+        every = [self.positions.of([b], 0, self.seen[row])[0] for b, row in zip(sequences, rows)]
+        return torch.stack([own[self.kept.seen(row, start, stop)] for own, row in zip(every, rows)])
 
     def roped(self, keys: torch.Tensor, rows: list[int], start: int, stop: int) -> torch.Tensor:
         """Decoded keys of body tokens [start, stop), [rows, kv_heads, tokens, head_dim], after the rotary embedding."""
@@ -212,58 +275,70 @@ class HeadStore:
         for count in set(needed):
             self.tables.grow([row for row, own in enumerate(needed) if own == count], count)
 
-    def views(self, before: int, added: int, prompt: int | None = None) -> list[View]:
-        """What the ``added`` queries after ``before`` tokens read.
+    def views(self, row: int, before: int, added: int, prompt: int | None = None) -> list[View]:
+        """What the ``added`` queries of a row after ``before`` seen tokens read.
 
         One view for all of them (a prompt chunk sees its own tokens exactly and the stored state of the chunks before
         it). While past recording is on, a draft is verified as if its tokens came one by one: one view a query, after
         the ``prompt`` tokens that may precede it in the first update.
         """
-        rules = self.group.rules
         chunk = added
         if self.recording:
             chunk = 0 if before else min(added, prompt or added)
-        views = [View(start=0, stop=chunk, packed={side: rules[side].seen(before) for side in SIDES})] if chunk else []
-        return views + [
-            View(start=i, stop=i + 1, packed={side: rules[side].seen(before + i) for side in SIDES})
-            for i in range(chunk, added)
-        ]
+        found, start, rules = [], 0, self.group.rules
+        while start < added:
+            state, stop = before + start, max(chunk, start + 1)
+            if self.kept is not None:
+                packed = {side: self._released(side, row, state) for side in SIDES}
+            else:
+                packed = {side: rules[side].seen(state) for side in SIDES}
+            if self.holding:
+                packed = {side: min(n, self.packed[side][row]) for side, n in packed.items()}
+            found.append(View(start=start, stop=stop, packed=packed))
+            start = stop
+        return found
 
     def crop(self, count: int) -> None:
         """Forget the newest ``count`` tokens of every row. Raises CacheError if they are no longer exact."""
         self.settle()
+        seen = [n - count for n in self.seen]
+        if self.kept is not None and any(self.kept.dropped_after(row, n) for row, n in enumerate(seen)):
+            raise CacheError(f"cannot remove {count} tokens: some of them were dropped already; remove fewer.")
         for side in SIDES:
-            rule = self.group.rules[side]
             for b, held in enumerate(self.tails[side].lengths):
-                body = max(0, self.counts[b] - count - self.group.sinks)
-                if body and held - count < body - rule.packed(self.counts[b] - count):
+                body = max(0, self.stored[b] - count - self.group.sinks)
+                if body and held - count < body - self._released(side, b, seen[b]):
                     raise CacheError(
                         f"cannot remove {count} tokens: some tokens before them are quantized for good and cannot "
                         "become exact again; call activate_past_recording() on the cache before the tokens arrive, and "
                         f"remove at most {RECORDED_TOKENS} at a time."
                     )
-        self.counts = [n - count for n in self.counts]
+        self.seen, self.stored = seen, [n - count for n in self.stored]
         if self.positions is not None:
             self.positions.crop(count)
         for side in SIDES:
-            rule = self.group.rules[side]
-            self.tails[side].drop(count)
-            self.packed[side] = [min(p, rule.packed(n)) for p, n in zip(self.packed[side], self.counts)]
-        self.tables.own_from(range(len(self.counts)), self._closed_pages())
+            self.tails[side].crop(count)
+            self.packed[side] = [min(p, self._released(side, b, seen[b])) for b, p in enumerate(self.packed[side])]
+        self.tables.own_from(range(len(seen)), self._closed_pages())
 
     def _closed_pages(self, margin: int = 0) -> list[int]:
         """By row, how many first pages it does not write to any more, but for the newest ``margin`` packed tokens."""
-        packed = [min(self.packed[side][row] for side in SIDES) for row in range(len(self.counts))]
+        packed = [min(self.packed[side][row] for side in SIDES) for row in range(len(self.seen))]
         return [max(0, tokens - margin) // self.group.layout.page_tokens for tokens in packed]
 
     def select(self, index: torch.Tensor) -> None:
-        """Take rows by index (beams, batch changes). Pages that are still being filled are copied, full ones shared."""
+        """Take sequences by index (beams, batch changes). Pages that are still being filled are copied, full ones
+        shared."""
         self.settle()
+        if self.positions is not None:
+            self.positions.select(index.tolist())
+        if self.split > 1:
+            index = (index.unsqueeze(1) * self.split + torch.arange(self.split, device=index.device)).flatten()
         order = index.tolist()
         self.tables.select(order)
-        self.counts = [self.counts[b] for b in order]
-        if self.positions is not None:
-            self.positions.select(order)
+        self.seen, self.stored = [self.seen[b] for b in order], [self.stored[b] for b in order]
+        if self.kept is not None:
+            self.kept.select(order)
         self.packed = {side: [self.packed[side][b] for b in order] for side in SIDES}
         # Rows that keep their place come last, so that they keep their open pages too. With past recording on, a crop
         # may reach back into the newest pages.
@@ -275,16 +350,16 @@ class HeadStore:
                 self.sinks[side] = self.sinks[side].index_select(0, index.to(self.sinks[side].device))
 
     def dequantized(self, side: str, rows: list[int], snapshot: Snapshot | None = None) -> torch.Tensor:
-        """All tokens of rows of equal length, [len(rows), kv_heads, tokens, head_dim], packed ones decoded; in the
-        basis of the group's transforms.
+        """All stored tokens of rows of equal length, [len(rows), heads, tokens, head_dim], packed ones decoded; in
+        the basis of the group's transforms.
 
         With a snapshot, as its queries see them; without, as they are stored.
         """
         self.settle()
         row = rows[0]
-        count, done = self.counts[row], self.packed[side][row]
-        if snapshot is not None:
-            count, done = snapshot.before[row] + snapshot.added[row], self.group.rules[side].seen(snapshot.before[row])
+        count, done = self.stored[row], self.packed[side][row]
+        if snapshot is not None and snapshot.added[row]:
+            count, done = snapshot.before[row] + snapshot.added[row], snapshot.views[row][0].packed[side]
         exact = max(0, count - self.group.sinks) - done
         if snapshot is None:
             tail = self.tails[side].last(rows, exact)
@@ -315,6 +390,7 @@ class HeadStore:
         """Every byte held: pages (free ones included), sinks and exact windows."""
         exact = sum(tail.nbytes for tail in self.tails.values()) + sum(s.nbytes for s in self.sinks.values())
         exact += 0 if self.step is None else self.step.nbytes
+        exact += 0 if self.kept is None else self.kept.nbytes
         return self.pool.nbytes + exact
 
     def __getstate__(self) -> dict:

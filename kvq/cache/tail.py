@@ -14,7 +14,7 @@ class Tail:
 
     def __init__(self, rows: int):
         self.buffer: torch.Tensor | None = None
-        # A first prompt is borrowed from the caller until `keep` copies what stays; it is never written to.
+        # A first prompt is borrowed from the caller until what stays of it is copied; it is never written to.
         self.borrowed = False
         self.end = 0
         self.lengths = [0] * rows
@@ -48,18 +48,18 @@ class Tail:
             self.borrowed = not old
             joined = x if self.borrowed else torch.cat([self._last(old), x], dim=2)
             if valid is not None:
-                joined = _right_align(joined, self.lengths, old, valid)
+                joined = _right_align(joined, torch.cat([self._held(old), valid.cpu()], dim=1))
             self.buffer, self.end = joined, joined.shape[2]
         self.lengths = [length + count for length, count in zip(self.lengths, counts)]
         return self.buffer[:, :, self.end - self.longest : self.end]
 
     def _append(self, x: torch.Tensor, old: int) -> torch.Tensor:
         new = x.shape[2]
-        if self.end + new > self.buffer.shape[2]:
+        if self.borrowed or self.end + new > self.buffer.shape[2]:
             keep = self._last(old)
-            if old + new + HEADROOM > self.buffer.shape[2]:
+            if self.borrowed or old + new + HEADROOM > self.buffer.shape[2]:
                 shape = (*x.shape[:2], old + new + HEADROOM, x.shape[3])
-                self.buffer = x.new_empty(shape)
+                self.buffer, self.borrowed = x.new_empty(shape), False
             else:
                 keep = keep.clone()
             self.buffer[:, :, :old] = keep
@@ -83,7 +83,18 @@ class Tail:
             self.buffer[:, :, : self.longest] = kept
             self.end = self.longest
 
-    def drop(self, count: int) -> None:
+    def _held(self, count: int) -> torch.Tensor:
+        """Which of the last ``count`` tokens of the buffer are a row's own, [B, count]."""
+        return torch.arange(count) >= count - torch.tensor(self.lengths).unsqueeze(1)
+
+    def choose(self, chosen: torch.Tensor) -> None:
+        """Keep the marked ones of every row's tokens, in order; ``chosen`` [B, longest], right-aligned as they are."""
+        real = self._held(self.longest) & chosen
+        # A new buffer, or one that still is somebody else's: ``keep`` copies what stays.
+        self.buffer, self.borrowed = _right_align(self.newest(), real), True
+        self.lengths, self.end = real.sum(1).tolist(), real.shape[1]
+
+    def crop(self, count: int) -> None:
         """Forget the newest ``count`` tokens of every row."""
         self.end = max(0, self.end - count)
         self.lengths = [max(0, length - count) for length in self.lengths]
@@ -109,10 +120,8 @@ class Tail:
             self.buffer = self.buffer.to(device)
 
 
-def _right_align(joined: torch.Tensor, lengths: list[int], old: int, valid: torch.Tensor) -> torch.Tensor:
-    """Move every row's real tokens to the right end; what precedes them is undefined."""
-    held = torch.arange(old) >= old - torch.tensor(lengths).unsqueeze(1)
-    real = torch.cat([held, valid.cpu()], dim=1)
+def _right_align(joined: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+    """Move every row's tokens that ``real`` [B, tokens] marks to the right end; what precedes them is undefined."""
     # A stable sort puts the unreal tokens first and keeps the order of the others.
     order = torch.argsort(real.to(torch.int8), dim=1, stable=True)
     if torch.equal(order, torch.arange(order.shape[1]).expand_as(order)):

@@ -36,6 +36,11 @@ class Codec(ABC):
     kernels_encode: bool = False
 
     @property
+    def names_heads(self) -> bool:
+        """True if it has numbers for each of several heads, or mixes their channels: it takes all heads at once."""
+        return False
+
+    @property
     def block_tokens(self) -> int:
         """The smallest number of consecutive tokens that can be encoded alone."""
         return 1
@@ -100,6 +105,10 @@ class WrappingCodec(Codec):
     @property
     def head_dim(self) -> int:
         return self.inner.head_dim
+
+    @property
+    def names_heads(self) -> bool:
+        return self.inner.names_heads
 
     @property
     def block_tokens(self) -> int:

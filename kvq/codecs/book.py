@@ -60,6 +60,10 @@ class BookCodec(Codec):
     static: torch.Tensor | None = None
 
     @property
+    def names_heads(self) -> bool:
+        return self.static is not None
+
+    @property
     def block_tokens(self) -> int:
         return self.grouping.group if self.grouping.axis == "channel" else 1
 

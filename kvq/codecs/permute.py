@@ -27,6 +27,7 @@ class PermutedCodec(WrappingCodec):
     """order: [K, head_dim], a permutation of the K * head_dim channels."""
 
     order: torch.Tensor
+    names_heads = True
 
     def layout(self, page_tokens: int) -> SideLayout:
         return dataclasses.replace(self.inner.layout(page_tokens), permuted=True)

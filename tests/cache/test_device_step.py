@@ -48,7 +48,7 @@ class Driven:
         return self.layer.stores[0]
 
     def draw(self, heads: int, new: int) -> torch.Tensor:
-        return torch.randn(len(self.store.counts) if self.layer.stores else BATCH, heads, new, HEAD_DIM,
+        return torch.randn(len(self.store.seen) if self.layer.stores else BATCH, heads, new, HEAD_DIM,
                            generator=self.generator)  # fmt: skip
 
     def feed(self, new: int, mask: torch.Tensor | None = None) -> torch.Tensor:

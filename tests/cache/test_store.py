@@ -99,7 +99,7 @@ def build(group, x, cuts, valid=None):
 def state(store, row):
     """Everything that counts of one row: packed codes and metadata of written tokens, sinks, exact tail."""
     found = {}
-    body = max(0, store.counts[row] - store.group.sinks)
+    body = max(0, store.seen[row] - store.group.sinks)
     for side in ("key", "value"):
         done = store.packed[side][row]
         if done:
@@ -108,7 +108,7 @@ def state(store, row):
             found[side, "numbers"] = store.group.codecs[side].dequantized(pages, side, torch.float32)[0, :, :done]
         found[side, "tail"] = store.tails[side].last([row], body - done)[0] if body > done else torch.empty(0)
         if side in store.sinks:
-            found[side, "sinks"] = store.sinks[side][row, :, : min(store.counts[row], store.group.sinks)]
+            found[side, "sinks"] = store.sinks[side][row, :, : min(store.seen[row], store.group.sinks)]
     return found
 
 
@@ -174,7 +174,7 @@ def test_padding_law(group, where):
     for row in range(3):
         alone = {side: t[row : row + 1, :, valid[row]] for side, t in x.items()}
         count = int(valid[row].sum())
-        assert padded.counts[row] == count
+        assert padded.seen[row] == count
         assert_same(state(padded, row), state(build(group, alone, [0, count]), 0))
 
 
@@ -307,7 +307,7 @@ def test_crop_of_quantized_tokens_is_refused(group):
     store = build(group, tokens(1, 300), [0, 300])
     with pytest.raises(CacheError, match="activate_past_recording"):
         store.crop(200)
-    assert store.counts == [300]
+    assert store.seen == [300]
 
 
 def test_keys_before_rope_keep_the_positions_they_were_given(tiny_config):

@@ -115,7 +115,7 @@ def test_a_row_in_a_padded_batch_is_the_row_alone(which, model, planned):
     assert gap(both[:1, 13:], alone) < 1e-8
     for layer, other in zip(packed_layers(cache), packed_layers(single)):
         for store, lone in zip(layer.stores, other.stores):
-            assert (store.counts[0], store.packed["key"][0]) == (lone.counts[0], lone.packed["key"][0])
+            assert (store.seen[0], store.packed["key"][0]) == (lone.seen[0], lone.packed["key"][0])
 
 
 @pytest.mark.parametrize("which", RECIPES)
