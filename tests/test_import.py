@@ -133,8 +133,8 @@ def test_what_the_tests_above_would_see():
 
 # Names that several folders share on purpose: parts of one operation, the base of a family, the codec of a page form.
 SHARED = {"affine", "base", "kernel", "launch", "reference", "spec"}
-# Still to rename: each of these names means two things.
-TWO_MEANINGS = {"evidence", "exact", "state"}
+# Still to rename: it means two things.
+TWO_MEANINGS = {"evidence"}
 
 
 def shared_names(modules: Iterable[str]) -> list[str]:

@@ -7,8 +7,8 @@ import torch
 from kvq.bench.samples import layout_of, levels_of
 from kvq.kernels import dispatch
 from kvq.kernels.append.advance import advance_launch
+from kvq.kernels.append.decode_state import DecodeState, ExactStore
 from kvq.kernels.append.launch import append
-from kvq.kernels.append.state import DecodeState, ExactStore
 from kvq.kernels.decode_attention.decode_plan import geometry_of
 from kvq.kernels.decode_attention.launch import exact, merge, split
 from kvq.kernels.decode_attention.plan_items import plan_launch

@@ -14,7 +14,7 @@ import torch
 from kvq.cache.fused_pack import clips, pages_of
 from kvq.cache.plan import HeadGroup
 from kvq.kernels.append import launch as append_launch
-from kvq.kernels.append.state import DecodeState, ExactStore
+from kvq.kernels.append.decode_state import DecodeState, ExactStore
 from kvq.kernels.decode_attention import launch as attention_launch
 from kvq.kernels.decode_attention.decode_plan import DecodePlan
 from kvq.kernels.types import Query

@@ -27,7 +27,7 @@ from kvq.calib.measured import MeasuredLayer
 from kvq.calib.observe import Batch
 from kvq.calib.observers.bins import BINS, Bins
 from kvq.calib.ranks import Ranks
-from kvq.calib.state import Layers
+from kvq.calib.run_state import Layers
 from kvq.calib.stats import Fit, LayerStats, Stats
 from kvq.calib.watch import watch
 from kvq.codecs import Codec, CodecSpec

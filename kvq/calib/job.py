@@ -17,7 +17,7 @@ from kvq.calib.observe import Batch, LayerPlan
 from kvq.calib.observers.reservoir import choose_windows
 from kvq.calib.observers.tokens import window_priorities
 from kvq.calib.ranks import Ranks
-from kvq.calib.state import Layers, RunState
+from kvq.calib.run_state import Layers, RunState
 from kvq.calib.stats import Stats, config_data
 from kvq.calib.tree import Node, Tree
 from kvq.errors import DataError, UnsupportedModelError

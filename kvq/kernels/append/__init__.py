@@ -1,11 +1,11 @@
 """One decode step's tokens: pack what the flush rules release, then store the new ones.
 
-The state of decoding that says how much that is lies on the device (``kvq.kernels.append.state``).
+The state of decoding that says how much that is lies on the device (``kvq.kernels.append.decode_state``).
 """
 
 import torch
 
-from kvq.kernels.append.state import DecodeState, ExactStore
+from kvq.kernels.append.decode_state import DecodeState, ExactStore
 from kvq.kernels.dispatch import Choice, choose, why_no_layout, why_no_strides
 from kvq.kernels.pack import pack_tokens
 from kvq.kernels.types import Source

@@ -7,7 +7,7 @@ import triton.language as tl
 from kvq.kernels.device.launch import Launch
 from kvq.pages.flush import FlushRule
 
-# Counters of a sequence, see ``kvq.kernels.append.state.DecodeState``.
+# Counters of a sequence, see ``kvq.kernels.append.decode_state.DecodeState``.
 COUNTERS = tl.constexpr(8)
 _BLOCK = 32
 

@@ -2,8 +2,8 @@
 
 import torch
 
+from kvq.kernels.append.decode_state import DecodeState, ExactStore
 from kvq.kernels.append.kernel import append_tokens
-from kvq.kernels.append.state import DecodeState, ExactStore
 from kvq.kernels.device.launch import Launch, exactly, limit_of, pieces
 from kvq.kernels.geometry import sides_of
 from kvq.pages.pages import Pages

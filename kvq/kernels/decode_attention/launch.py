@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from kvq.kernels.decode_attention.decode_plan import DecodePlan, Geometry
-from kvq.kernels.decode_attention.exact import decode_exact
+from kvq.kernels.decode_attention.exact_tokens import decode_exact
 from kvq.kernels.decode_attention.merge import decode_merge
 from kvq.kernels.decode_attention.split import decode_split
 from kvq.kernels.device.launch import Launch, books, limit_of

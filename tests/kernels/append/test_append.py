@@ -5,7 +5,7 @@ import torch
 
 from kvq.bench.samples import layout_of
 from kvq.kernels.append import append_tokens
-from kvq.kernels.append.state import DecodeState, ExactStore
+from kvq.kernels.append.decode_state import DecodeState, ExactStore
 from kvq.kernels.pack import pack_tokens
 from kvq.kernels.unpack import unpack_pages
 from kvq.pages.flush import FlushRule

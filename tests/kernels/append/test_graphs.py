@@ -6,7 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kvq.bench.samples import layout_of
 from kvq.kernels.append import append_tokens
-from kvq.kernels.append.state import DecodeState, ExactStore
+from kvq.kernels.append.decode_state import DecodeState, ExactStore
 from kvq.kernels.decode_attention import decode_attention
 from kvq.kernels.decode_attention.decode_plan import DecodePlan
 from kvq.kernels.decode_attention.reference import dense_attention
