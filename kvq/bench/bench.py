@@ -14,6 +14,7 @@ from kvq.bench.roofline import Shape, exact_bytes, step_bytes
 from kvq.bench.samples import layout_of, levels_of, random_pages
 from kvq.errors import DataError, KernelError
 from kvq.kernels.cpp import build, launch
+from kvq.kernels.cpp.sides import CppSide, sides_of_pages
 from kvq.kernels.decode_attention import decode_attention
 from kvq.kernels.decode_attention.decode_plan import DecodePlan
 from kvq.kernels.decode_attention.reference import dense_attention
@@ -133,7 +134,7 @@ def _exact_report(shape: Shape, times: dict[str, list[float]], notes: dict[str, 
 def _side(shape: Shape, width: str, device: torch.device, impl: str) -> tuple[Row, list[Callable] | None]:
     """A width's row, and its calls on copies of the data if the check passes."""
     layout = layout_of(*sides_of(width), head_dim=shape.head_dim)
-    ran = choose(impl, device, why_no_layout(layout), launch.why_no_layout(layout) or build.unavailable())
+    ran = choose(impl, device, why_no_layout(layout), _why_no_cpp(layout) or build.unavailable())
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     error = _check(shape, layout, device, ran, dtype)
     splits, made = 1, None
@@ -144,6 +145,12 @@ def _side(shape: Shape, width: str, device: torch.device, impl: str) -> tuple[Ro
     size = step_bytes(shape, layout, dtype.itemsize, splits)
     note = None if made else f"not timed: error {error:.1e} is above {TOLERANCE[dtype]:.0e}"
     return Row(shape=str(shape), width=width, ran=str(ran), error=error, bytes=size, note=note), made
+
+
+def _why_no_cpp(layout: PageLayout) -> str | None:
+    """Why the C++ kernel does not read a width, or None."""
+    sides = sides_of_pages(random_pages(layout, [layout.page_tokens], 1, device="cpu"))
+    return next((side for side in sides.values() if not isinstance(side, CppSide)), None)
 
 
 def _check(shape: Shape, layout: PageLayout, device: torch.device, ran: Choice, dtype: torch.dtype) -> float:
@@ -198,7 +205,8 @@ def _cpp_runner(shape: Shape, pages: Pages, lengths: torch.Tensor, query: Query)
     counts = torch.zeros(shape.batch, 7, dtype=torch.int32)
     counts[:, :3] = counts[:, 4:5] = lengths.unsqueeze(1)
     empty = torch.empty(shape.batch, shape.kv_heads, 1, shape.head_dim)
-    return lambda: launch.decode_attention(q, pages, counts, (empty, empty))[0].view_as(query.q), 1
+    sides = {name: side for name, side in sides_of_pages(pages).items() if isinstance(side, CppSide)}
+    return lambda: launch.decode_attention(q, pages, sides, counts, (empty, empty))[0].view_as(query.q), 1
 
 
 def full_pages(shape: Shape, layout: PageLayout, device: torch.device, seed: int) -> Pages:

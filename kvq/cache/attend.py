@@ -165,6 +165,7 @@ def _attend_compiled(store, snapshot, rows, index: int, options: Options, q, bia
     return launch.decode_attention(
         queries,
         fused.pages_of(store, rows),
+        store.serving(q.dtype).cpp_sides,
         torch.tensor(counts, dtype=torch.int32),
         exact,
         [store.sinks[side] if everyone else store.sinks[side][rows] for side in SIDES] if store.sinks else None,

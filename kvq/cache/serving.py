@@ -7,7 +7,8 @@ import torch
 from transformers.utils import logging
 
 from kvq.cache.plan import HeadGroup
-from kvq.kernels.cpp import build, launch
+from kvq.kernels.cpp import build
+from kvq.kernels.cpp.sides import CppSide, sides_of
 from kvq.kernels.dispatch import LARGEST_HEAD, Choice, choose, why_no_layout, why_no_triton
 from kvq.pages.layout import SIDES
 
@@ -21,7 +22,8 @@ class Serving:
 
     no_triton   against attending in the Triton kernels; no_cpp: in the C++ kernel.
     two_passes  why pages are decoded to fp16 before the kernels attend.
-    no_pack     by side, against packing in the Triton kernel. cpp_packs: by side, whether the C++ kernel packs.
+    no_pack     by side, against packing in the Triton kernel.
+    cpp_sides   what the C++ kernels read. cpp_packs: by side, what they write, or None.
     """
 
     impl: str
@@ -30,7 +32,8 @@ class Serving:
     no_cpp: str | None
     two_passes: str | None
     no_pack: Mapping[str, str | None]
-    cpp_packs: Mapping[str, bool]
+    cpp_sides: Mapping[str, CppSide]
+    cpp_packs: Mapping[str, CppSide | None]
     _choices: dict = field(default_factory=dict, compare=False, repr=False)
 
     @property
@@ -68,15 +71,17 @@ def serving_of(group: HeadGroup, device: torch.device, dtype: torch.dtype, impl:
         side: (None if asked else "it was not asked for") or no_triton or _why_no_pack(group, side) for side in SIDES
     }
     cpp = device.type == "cpu" and impl in ("auto", "cpp")
-    no_cpp = _why_not_compiled(group) if cpp else "it was not asked for"
+    sides = sides_of(group.codecs, group.layout) if cpp and build.unavailable() is None else {}
+    known_sides = {name: side for name, side in sides.items() if isinstance(side, CppSide)}
     found = Serving(
         impl=impl,
         device=device,
         no_triton=no_triton,
-        no_cpp=no_cpp,
+        no_cpp=_why_not_compiled(group, sides) if cpp else "it was not asked for",
         two_passes=why_two_passes(group),
         no_pack=no_pack,
-        cpp_packs={side: cpp and _cpp_packs(group, side) for side in SIDES},
+        cpp_sides=known_sides,
+        cpp_packs={name: side if (side := known_sides.get(name)) and side.packs else None for name in SIDES},
     )
     if asked and device.type != "cpu":
         _say(found)
@@ -111,14 +116,8 @@ def _why_no_pack(group: HeadGroup, side: str) -> str | None:
     return why_no_layout(group.layout) if encodes else "the codec chooses its numbers otherwise than min-max"
 
 
-def _cpp_packs(group: HeadGroup, side: str) -> bool:
-    codec = group.codecs[side]
-    plain = codec.kernels_encode and getattr(codec, "clip", 1) == 1 and launch.packs(group.layout.side(side))
-    return plain and build.unavailable() is None
-
-
-def _why_not_compiled(group: HeadGroup) -> str | None:
+def _why_not_compiled(group: HeadGroup, sides: Mapping[str, CppSide | str]) -> str | None:
     """Why the C++ kernel cannot attend, or None."""
     if group.rope is not None:
         return "keys are stored elsewhere than they are read"
-    return launch.why_no_layout(group.layout) or build.unavailable()
+    return build.unavailable() or next((side for side in sides.values() if isinstance(side, str)), None)

@@ -250,7 +250,8 @@ class HeadStore:
         if serving.no_pack[side] is None:
             fused_pack.pack(self, side, rows, start, tokens)
             return
-        if serving.cpp_packs[side] and launch.pack(tokens, fused_pack.pages_of(self, rows), side, start):
+        compiled = serving.cpp_packs[side]
+        if compiled is not None and launch.pack(tokens, fused_pack.pages_of(self, rows), compiled, start):
             return
         encoded = self.group.codecs[side].encode(tokens)
         Pages(pool=self.pool, ids=[self.tables.rows[row] for row in rows]).write(side, start, encoded)

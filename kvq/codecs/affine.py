@@ -20,6 +20,7 @@ import torch
 from kvq.codecs.base import Codec, StaticNumbers
 from kvq.codecs.grouped import GroupedSpec
 from kvq.codecs.spec import register_codec
+from kvq.codecs.view import Slice, View
 from kvq.errors import RecipeError
 from kvq.kernels.decode_attention.products import page_scores, page_weighted_sum
 from kvq.pages import affine
@@ -94,6 +95,10 @@ class AffineCodec(Codec):
 
     def static_numbers(self) -> StaticNumbers:
         return StaticNumbers()
+
+    def view(self, page_tokens: int) -> View:
+        part = Slice(layout=self.layout(page_tokens), clip=self.clip)
+        return View(slices=(part,), encoding="symmetric" if self.symmetric else "minmax")
 
     def fake_quantized(self, x: torch.Tensor) -> torch.Tensor:
         """Straight through rounding, with gradients to the numbers that set a group's scale and minimum; fp16 rounding

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvq.codecs.view import View
 from kvq.pages.layout import DEFAULT_PAGE_TOKENS, SideLayout
 from kvq.pages.pages import Encoded, Pages
 from kvq.shapes import Float, held_to
@@ -82,6 +83,10 @@ class Codec(ABC):
 
     def static_numbers(self) -> StaticNumbers | str:
         """The static numbers of the codec, or why layout and such numbers do not say all that its codes mean."""
+        return f"codec {type(self).__name__.removesuffix('Codec').lower()!r}"
+
+    def view(self, page_tokens: int) -> View | str:
+        """All that a compiled kernel must know of the codec in pages of so many tokens, or why that is not all."""
         return f"codec {type(self).__name__.removesuffix('Codec').lower()!r}"
 
     def compared(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -26,6 +26,7 @@ from kvq.codecs.grouped import GroupedSpec
 from kvq.codecs.kmeans import levels_of, q_norm
 from kvq.codecs.levels import NAMED_LEVELS, make_levels, midpoints
 from kvq.codecs.spec import Artefact, Measured, not_positive, register_codec
+from kvq.codecs.view import Slice, View
 from kvq.errors import RecipeError
 from kvq.kernels.decode_attention.products import page_scores, page_weighted_sum
 from kvq.pages.affine import refuse_unstorable, wide
@@ -160,6 +161,18 @@ class BookCodec(Codec):
         if self.static is not None:
             return "static scales of channels"
         return StaticNumbers(levels=tuple(self.levels.double().tolist()))
+
+    def view(self, page_tokens: int) -> View | str:
+        if self.static is not None:
+            return "static scales of channels"
+        # Moments are sums, whose order torch does not say, and groups of tokens are nobody's.
+        by_token = self.grouping.axis == "token" and self.scale != "moments"
+        return View(
+            slices=(Slice(layout=self.layout(page_tokens)),),
+            encoding=self.scale if by_token else "",
+            levels=tuple(self.levels.tolist()),
+            edges=tuple(self.edges.tolist()),
+        )
 
     def compared(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return self.normalised(x), self.scales(x)

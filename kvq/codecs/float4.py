@@ -17,6 +17,7 @@ import torch
 from kvq.codecs.base import Codec, StaticNumbers
 from kvq.codecs.float8 import static_scale
 from kvq.codecs.spec import Artefact, CodecSpec, Measured, register_codec
+from kvq.codecs.view import Slice, View
 from kvq.errors import RecipeError
 from kvq.kernels.decode_attention.products import page_scores, page_weighted_sum
 from kvq.pages.affine import refuse_unstorable, wide
@@ -89,6 +90,16 @@ class Float4Codec(Codec):
         # The scale of powers of two is whole in its metadata.
         scale = 1.0 if self.meta == "e8m0" else float(self.scale)
         return StaticNumbers(scale=scale, levels=tuple(e2m1_levels(torch.float64).tolist()))
+
+    def view(self, page_tokens: int) -> View:
+        numbers = self.static_numbers()
+        return View(
+            slices=(Slice(layout=self.layout(page_tokens)),),
+            encoding="e2m1",
+            scale=numbers.scale,
+            levels=numbers.levels or (),
+            edges=tuple((a + b) / 2 for a, b in itertools.pairwise(MAGNITUDES)),
+        )
 
     def scores(self, pages: Pages, side: str, q: torch.Tensor) -> torch.Tensor:
         return page_scores(q, pages, side, self._pairs(pages, side, q), levels=e2m1_levels(q.dtype, q.device))

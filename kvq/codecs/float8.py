@@ -20,6 +20,7 @@ import torch
 
 from kvq.codecs.base import Codec, StaticNumbers
 from kvq.codecs.spec import Artefact, CodecSpec, Measured, not_positive, register_codec
+from kvq.codecs.view import Slice, View
 from kvq.errors import DataError, RecipeError
 from kvq.kernels.decode_attention.products import page_scores, page_weighted_sum
 from kvq.pages.affine import wide
@@ -74,6 +75,10 @@ class Float8Codec(Codec):
 
     def static_numbers(self) -> StaticNumbers:
         return StaticNumbers(scale=float(self.scale))
+
+    def view(self, page_tokens: int) -> View:
+        encoding = "cast" if self.kernels_encode else ""
+        return View(slices=(Slice(layout=self.layout(page_tokens)),), encoding=encoding, scale=float(self.scale))
 
     def scores(self, pages: Pages, side: str, q: torch.Tensor) -> torch.Tensor:
         return page_scores(q, pages, side, None, scale=self.scale)

@@ -12,12 +12,13 @@ fp16, is rms(x), or, at no cost,
 A zero vector decodes to zero.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from kvq.codecs.base import StaticNumbers, WrappingCodec
 from kvq.codecs.spec import CodecSpec, PartSpec, register_part
+from kvq.codecs.view import View
 from kvq.codecs.wrapping import by_token, with_sections
 from kvq.errors import RecipeError
 from kvq.pages.affine import refuse_unstorable, wide
@@ -66,8 +67,8 @@ class NormedCodec(WrappingCodec):
         return self._mean(x.square()).sqrt()
 
     def _mean(self, x: torch.Tensor) -> torch.Tensor:
-        """Mean over the numbers of a vector, [..., K, T] or [..., T]."""
-        return x.mean((-3, -1)) if self._shared else x.mean(-1)
+        """Mean over the numbers of a vector, [..., K, T] or [..., T]; summed in float64, so that no order shows."""
+        return x.double().mean((-3, -1) if self._shared else -1).to(x.dtype)
 
     def _spread(self, norm: torch.Tensor) -> torch.Tensor:
         """[..., K or 1, T, 1]."""
@@ -85,6 +86,14 @@ class NormedCodec(WrappingCodec):
 
     def static_numbers(self) -> StaticNumbers | str:
         return self.inner.static_numbers()
+
+    def view(self, page_tokens: int) -> View | str:
+        inner = self.inner.view(page_tokens)
+        if isinstance(inner, str):
+            return inner
+        # Whoever corrects a length decodes; kernels decode levels alone.
+        encoding = inner.encoding if self.part.correct is None or inner.encoding == "unit" else ""
+        return replace(inner, norm=self.part.over, correct=self.part.correct, encoding=encoding)
 
     def compared(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         unit, size = self.unit(x)

@@ -15,6 +15,7 @@ import torch
 from kvq.codecs.affine import BITS, METADATA, AffineCodec, check_clip
 from kvq.codecs.base import Codec
 from kvq.codecs.spec import BLOCK_TOKENS, CodecSpec, register_codec
+from kvq.codecs.view import Slice, View
 from kvq.errors import RecipeError
 from kvq.pages.bits import pack_codes, unpack_codes
 from kvq.pages.layout import ATOM, Section, SideLayout
@@ -99,6 +100,13 @@ class TiersCodec(Codec):
             own = Encoded(codes=codes, sections=_own(encoded.sections, name))
             out[..., channels] = codec.decode(own, dtype)
         return out
+
+    def view(self, page_tokens: int) -> View:
+        parts = (
+            Slice(layout=codec.layout(self.group), prefix=f"{name}_", first=channels.start, clip=codec.clip)
+            for name, channels, codec in self.tiers
+        )
+        return View(slices=tuple(parts), encoding="minmax")
 
 
 def _own(sections: Mapping[str, torch.Tensor], name: str) -> dict[str, torch.Tensor]:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from kvq.cache import PackedLayer, cache_nbytes, make_plan, packed_layers
+from kvq.cache import PackedLayer, cache_nbytes, packed_layers
 from kvq.calib.artefacts import stand_in_artefacts
 from kvq.errors import CacheError
 from kvq.integrations.runtime import new_cache
@@ -48,6 +48,10 @@ RECIPES = {
 # Prompts end and tokens come so that keys are flushed on the way: at 256 tokens with a window of 128.
 STEPS = 110
 GREEDY = {"max_new_tokens": STEPS, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+
+
+# What the C++ kernel leaves to torch.
+IN_TORCH = {"pre-RoPE", "gear keys before RoPE, NVFP4 values", "kvquant", "qjl keys, turboquant values"}
 
 
 @pytest.fixture(scope="module", params=RECIPES)
@@ -102,9 +106,7 @@ def test_the_compiled_kernel_and_the_torch_reference_give_the_same_logits(model,
         pytest.skip(build.unavailable())
     ids, mask = prompt(150).repeat(rows, 1), torch.ones(rows, 150, dtype=torch.long)
     mask[-1, :31] = 0
-    spec = describe(model.config)
-    layout = make_plan(recipe, spec, stand_in_artefacts(recipe, spec)).layers[0][0].layout
-    served = recipe.key.placement is None and layout.key.is_plain and layout.value.is_plain
+    served = not any(recipe is RECIPES[name] for name in IN_TORCH)
     found, calls, attend = {}, [], launch.decode_attention
     monkeypatch.setattr(launch, "decode_attention", lambda *a, **k: calls.append(1) or attend(*a, **k))
     for which in ("compiled", "reference"):

@@ -7,6 +7,7 @@ import torch
 
 from kvq.codecs import AffineCodec, Float8Codec
 from kvq.kernels.cpp import build, launch
+from kvq.kernels.cpp.sides import sides_of, sides_of_pages
 from kvq.pages.layout import PageLayout, Section, SideLayout
 from kvq.pages.pages import Pages
 from kvq.pages.pool import Pool
@@ -61,6 +62,7 @@ class Case:
             # What precedes the exact tokens at hand is never read.
             junk = torch.full((HEADS, exact_extra, key.head_dim), torch.nan, dtype=torch.float64)
             self.exact.append(torch.cat([junk, x[0, :, count:]], dim=1))
+        self.sides = sides_of(self.codecs, self.layout)
         self.q = normal(HEADS, QUERIES, key.head_dim, seed=20, scale=0.3)
 
     def pages(self):
@@ -84,7 +86,7 @@ class Case:
         if settings.get("bias") is not None:
             settings["bias"] = settings["bias"].unsqueeze(0)
         q = self.q.to(dtype).view(1, HEADS, QUERIES, 1, -1)
-        out, lse = launch.decode_attention(q, self.pages(), self.counts(), exact, sinks, **settings)
+        out, lse = launch.decode_attention(q, self.pages(), self.sides, self.counts(), exact, sinks, **settings)
         return out[0, :, :, 0], lse[0, :, :, 0]
 
     def expected(self, softcap=None, learned=None, bias=None):
@@ -171,7 +173,7 @@ def test_rows_of_a_batch_are_those_of_calls_of_their_own():
         counts[:, 5 + side] = torch.tensor([(room - case.body) % room for case in cases])
     sinks = [torch.stack([case.sinks[side] for case in cases]) for side in range(2)]
     q = torch.stack([case.q for case in cases]).unsqueeze(3)
-    found, _ = launch.decode_attention(q, pages, counts, exact, sinks)
+    found, _ = launch.decode_attention(q, pages, cases[0].sides, counts, exact, sinks)
     for case, own in zip(cases, found):
         assert torch.equal(own[:, :, 0], case.found()) or worst(own[:, :, 0], case.expected()) < 1e-12
 
@@ -183,7 +185,7 @@ def test_exact_tokens_are_read_in_their_own_dtype(dtype):
         pair[:] = [x.to(dtype).double() for x in pair]
     exact, sinks = ([x.to(dtype).unsqueeze(0) for x in pair] for pair in (case.exact, case.sinks))
     q = case.q.view(1, HEADS, QUERIES, 1, -1)
-    found, _ = launch.decode_attention(q, case.pages(), case.counts(), exact, sinks)
+    found, _ = launch.decode_attention(q, case.pages(), case.sides, case.counts(), exact, sinks)
     assert torch.equal(found[0, :, :, 0], case.found())
 
 
@@ -192,7 +194,9 @@ def test_several_queries_see_what_is_not_after_them_and_in_their_window(window):
     case, L = Case(affine(2, "channel", 32, 64), affine(4, "token", 32, 64)), 4
     q = normal(HEADS, QUERIES, L, 64, seed=50)
     exact, sinks = ([x.unsqueeze(0) for x in pair] for pair in (case.exact, case.sinks))
-    found, lse = launch.decode_attention(q.unsqueeze(0), case.pages(), case.counts(L), exact, sinks, window=window)
+    found, lse = launch.decode_attention(
+        q.unsqueeze(0), case.pages(), case.sides, case.counts(L), exact, sinks, window=window
+    )
     scores = q @ case.seen["key"].unsqueeze(1).transpose(-1, -2)
     own = case.seen["key"].shape[1] - L + torch.arange(L).unsqueeze(1)
     token = torch.arange(scores.shape[-1])
@@ -215,10 +219,19 @@ def test_a_wrong_page_is_seen():
     assert worst(case.found(), case.expected()) > 1e-2
 
 
-def test_layouts_with_further_sections_are_left_to_the_reference():
-    plain = SideLayout(format="affine", bits=2, head_dim=64, page_tokens=64, group=32)
+def test_pages_that_say_all_are_read_by_their_layout_alone():
+    case = Case(affine(2, "channel", 32, 64), Float8Codec(head_dim=64, scale=0.5))
+    expected = case.found()
+    case.sides = sides_of_pages(case.pages())
+    assert torch.equal(case.found(), expected)
     more = SideLayout(
         format="affine", bits=2, head_dim=64, page_tokens=64, group=32, extras=(Section(name="norm", shape=()),)
     )
-    assert launch.why_no_layout(PageLayout(key=plain, value=plain)) is None
-    assert "not those of values" in launch.why_no_layout(PageLayout(key=plain, value=more))
+    pages = Pages(pool=Pool(PageLayout(key=case.layout.key, value=more), 1), ids=[[]])
+    assert "more than codes and scales" in sides_of_pages(pages)["value"]
+
+
+def test_groups_that_are_no_atoms_are_refused():
+    codec = affine(4, "token", 8, 64)
+    layout = PageLayout(key=codec.layout(64), value=codec.layout(64))
+    assert "groups of 8 channels" in sides_of({"key": codec, "value": codec}, layout)["key"]

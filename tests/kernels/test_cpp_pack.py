@@ -8,6 +8,7 @@ import torch
 from kvq.codecs import AffineCodec, Float8Codec
 from kvq.errors import DataError
 from kvq.kernels.cpp import build, launch
+from kvq.kernels.cpp.sides import sides_of
 from kvq.pages.layout import PageLayout
 from kvq.pages.pages import Pages
 from kvq.pages.pool import Pool
@@ -16,7 +17,6 @@ pytestmark = pytest.mark.skipif(build.unavailable() is not None, reason=f"{build
 
 HEADS = 3
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-CODEC_SCALE = {"e4m3": 0.3}
 
 
 def codecs():
@@ -33,14 +33,14 @@ class Written:
         self.codec = codec
         self.pool = Pool(PageLayout(key=codec.layout(64), value=codec.layout(64)), HEADS)
         self.pool.allocate(pages)
+        self.sides = sides_of({"key": codec, "value": codec}, self.pool.layout)
 
     def pages(self, *rows) -> Pages:
-        scale = CODEC_SCALE.get(self.pool.layout.key.format, 1.0)
-        return Pages(pool=self.pool, ids=rows, key_scale=scale, value_scale=scale)
+        return Pages(pool=self.pool, ids=rows)
 
     def pack(self, ids, side, start, tokens) -> bool:
         """Tokens [HEADS, t, head_dim] of one row by the kernel."""
-        return launch.pack(tokens.unsqueeze(0), self.pages(ids), side, start)
+        return launch.pack(tokens.unsqueeze(0), self.pages(ids), self.sides[side], start)
 
     def append(self, page, side, slot, token) -> bool:
         return self.pack([page], side, slot, token.unsqueeze(1))
@@ -133,7 +133,7 @@ def test_a_prompt_of_several_rows_in_one_call():
     compiled, reference = Written(codec, pages=6), Written(codec, pages=6)
     x = torch.randn(2, HEADS, 150, 64, generator=torch.Generator().manual_seed(3))
     table = [[4, 0, 2], [1, 5, 3]]
-    assert launch.pack(x, compiled.pages(*table), "value", 10)
+    assert launch.pack(x, compiled.pages(*table), compiled.sides["value"], 10)
     for row, ids in enumerate(table):
         reference.write(ids, "value", 10, x[row])
     assert torch.equal(compiled.bytes, reference.bytes)

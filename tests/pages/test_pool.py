@@ -1,7 +1,6 @@
 """Pages in memory that somebody else allocated: read and written like owned ones, and not a byte beside them."""
 
 import copy
-import dataclasses
 import itertools
 
 import pytest
@@ -11,6 +10,7 @@ from kvq.bench.samples import layout_of
 from kvq.codecs import AffineCodec, Float8Codec, codec_spec
 from kvq.errors import CacheError
 from kvq.kernels.cpp import build, launch
+from kvq.kernels.cpp.sides import sides_of
 from kvq.kernels.decode_attention import decode_attention
 from kvq.kernels.decode_attention.decode_plan import DecodePlan
 from kvq.kernels.pack import pack_tokens
@@ -225,19 +225,19 @@ def test_the_cpu_kernels_write_and_read_borrowed_pages_like_owned_ones(name):
     codecs = CODECS[name]
     layout = layout_of_codecs(*codecs)
     lender, mine = Lender(layout, "engine"), owned(layout)
-    scales = {f"{side}_scale": float(codec.scale) for side, codec in zip(SIDES, codecs, strict=True)}
-    made = [Pages(pool=lender.pool, numbers=lender.users()[0], **scales), dataclasses.replace(mine, **scales)]
+    made = [Pages(pool=lender.pool, numbers=lender.users()[0]), mine]
+    sides = sides_of(dict(zip(SIDES, codecs, strict=True)), layout)
     x, count = tokens(0), min(map(counts, codecs))
     for pages in made:
         for side, codec in zip(SIDES, codecs, strict=True):
             unit = codec.block_tokens
             for start, stop in itertools.pairwise([0, 64, 64 + unit, count]):
-                assert launch.pack(x[side][:, :, start:stop], pages, side, start)
+                assert launch.pack(x[side][:, :, start:stop], pages, sides[side], start)
     assert lender.untouched()
     empty = torch.empty(ROWS, HEADS, 1, HEAD_DIM)
     q = torch.randn(ROWS, HEADS, 2, 1, HEAD_DIM, generator=torch.Generator().manual_seed(5))
     read = torch.tensor([[count, count, count, 0, count, 0, 0]] * ROWS, dtype=torch.int32)
-    found = [launch.decode_attention(q, pages, read, (empty, empty))[0] for pages in made]
+    found = [launch.decode_attention(q, pages, sides, read, (empty, empty))[0] for pages in made]
     assert torch.equal(*found)
     assert found[0].isfinite().all()
     # The bytes are those of the codecs.

@@ -32,12 +32,12 @@ template <class T>
 struct Attention {
   int64_t B, K, G, L, D, splits, page_tokens, record, stride, pages, window, bias_stride;
   const int32_t* counts;
-  const uint8_t* pool;
+  uint8_t* pool;
   const int64_t* table;
   Side key, value;
   Tokens keys, values, sink_keys, sink_values;
   const T *q, *learned, *bias;
-  T key_scale, value_scale, softcap;
+  T softcap;
   T *tops, *sums, *accs;
   int64_t M() const { return G * L; }
 };
@@ -139,18 +139,20 @@ inline void by_queries(int64_t M, F&& f) {
 template <class T>
 struct Workspace {
   std::vector<T> memory;
-  T *q, *numbers, *steps, *minima, *scores;
-  int64_t room;
+  T *q, *numbers, *steps, *minima, *scores, *factors;
+  // Tokens that ``factors`` belong to, the first of those at hand.
+  int64_t room, scaled;
 
   void reserve(const Attention<T>& a) {
     constexpr int64_t N = kLanes<T>;
     const int64_t tokens = std::max({a.page_tokens, a.sink_keys.count, int64_t{4}});
     room = (tokens + N - 1) / N * N;
-    const int64_t pairs = (std::max(a.key.bits ? a.key.pairs() : 0, a.value.bits ? a.value.pairs() : 0) + N - 1) / N * N;
-    memory.resize(a.M() * a.D + room * a.D + 2 * pairs + a.M() * room + N);
+    const int64_t pairs = (std::max(a.key.pairs(), a.value.pairs()) + N - 1) / N * N;
+    memory.resize(a.M() * a.D + room * a.D + 2 * pairs + (a.M() + 1) * room + N);
     const uintptr_t start = reinterpret_cast<uintptr_t>(memory.data());
     q = reinterpret_cast<T*>((start + kVectorBytes - 1) / kVectorBytes * kVectorBytes);
     numbers = q + a.M() * a.D, steps = numbers + room * a.D, minima = steps + pairs, scores = minima + pairs;
+    factors = scores + a.M() * room;
   }
 };
 
@@ -196,16 +198,30 @@ void soften(const Attention<T>& a, int64_t b, int64_t first, int64_t count, Work
   }
 }
 
+// Scores or weights of the tokens at hand times the factors of their tokens.
+template <class T>
+void scale_tokens(const Attention<T>& a, Workspace<T>& w) {
+  if (!w.scaled) return;
+  for (int64_t m = 0; m < a.M(); ++m) {
+    T* scores = w.scores + m * w.room;
+    for (int64_t t = 0; t < w.scaled; ++t) scores[t] *= w.factors[t];
+  }
+}
+
 // Let the queries see ``count`` more tokens from position ``first``; read_keys and read_values fill w.numbers.
 template <class T, class Keys, class Values>
 void take(const Attention<T>& a, int64_t b, int64_t first, int64_t count, Workspace<T>& w, T* top, T* sum_of, T* acc,
           Keys&& read_keys, Values&& read_values) {
+  w.scaled = 0;
   read_keys();
   by_queries(a.M(), [&](int64_t m, auto R) {
     products<R>(w.q + m * a.D, w.numbers, count, a.D, w.room, w.scores + m * w.room);
   });
+  scale_tokens(a, w);
   soften(a, b, first, count, w, top, sum_of, acc);
+  w.scaled = 0;
   read_values();
+  scale_tokens(a, w);
   by_queries(a.M(), [&](int64_t m, auto R) {
     add_weighted<R>(w.scores + m * w.room, w.room, w.numbers, count, a.D, acc + m * a.D);
   });
@@ -213,12 +229,14 @@ void take(const Attention<T>& a, int64_t b, int64_t first, int64_t count, Worksp
 
 // One side of page ``p`` as the queries see it: ``packed`` tokens from the page, the others exact.
 template <class T>
-void read_side(const Attention<T>& a, const Side& side, const Tokens& exact, T scale, int64_t b, int64_t k, int64_t p,
+void read_side(const Attention<T>& a, const Side& side, const Tokens& exact, int64_t b, int64_t k, int64_t p,
                int64_t packed, int64_t offset, int64_t count, Workspace<T>& w) {
   const int64_t first = p * a.page_tokens, from = std::clamp<int64_t>(packed - first, 0, count);
   if (from) {
-    const uint8_t* record = a.pool + a.table[b * a.pages + p] * a.stride + k * a.record;
-    read_page(side, record, scale, w.steps, w.minima, w.numbers);
+    uint8_t* page = a.pool + a.table[b * a.pages + p] * a.stride;
+    const Record record{page + k * a.record, page + a.K * a.record};
+    read_page(side, record, w.steps, w.minima, w.numbers);
+    if (read_factors(side, record, w.factors)) w.scaled = from;
   }
   copy_tokens(exact, b, k, first, offset, from, count, a.D, w.numbers);
 }
@@ -242,8 +260,8 @@ void attend_split(const Attention<T>& a, int64_t b, int64_t k, int64_t split, Wo
   for (int64_t p = start + pages * split / a.splits; p < start + pages * (split + 1) / a.splits; ++p) {
     const int64_t first = p * a.page_tokens, count = std::min(a.page_tokens, body - first);
     take(a, b, sinks + first, count, w, top, sum_of, acc,
-         [&] { read_side(a, a.key, a.keys, a.key_scale, b, k, p, n[kPackedKeys], n[kKeyOffset], count, w); },
-         [&] { read_side(a, a.value, a.values, a.value_scale, b, k, p, n[kPackedValues], n[kValueOffset], count, w); });
+         [&] { read_side(a, a.key, a.keys, b, k, p, n[kPackedKeys], n[kKeyOffset], count, w); },
+         [&] { read_side(a, a.value, a.values, b, k, p, n[kPackedValues], n[kValueOffset], count, w); });
   }
 }
 

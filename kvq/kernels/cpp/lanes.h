@@ -86,6 +86,29 @@ inline Reals<T> from_half(Ints<T> half) {
   return scaled_bits<T>((half & 0x7FFF) << 13 | (half & 0x8000) << 16, 0x1p112f);
 }
 
+template <class T>
+inline T half_to(uint16_t half) {
+  const int32_t bits = (half & 0x7FFF) << 13 | (half & 0x8000) << 16;
+  float number;
+  std::memcpy(&number, &bits, sizeof number);
+  return static_cast<T>(number * 0x1p112f);
+}
+
+// Lane i of the answer is table[index[i]]; a table has room for 16 numbers.
+template <class T, int SIZE>
+inline Reals<T> looked_up(const T* table, Ints<T> index) {
+  constexpr int N = kLanes<T>;
+#if defined(__GNUC__) && !defined(__clang__)
+  if constexpr (sizeof(T) == 4 && SIZE <= N) return __builtin_shuffle(load<Reals<T>>(table), index);
+  if constexpr (sizeof(T) == 4 && SIZE == 2 * N) {
+    return __builtin_shuffle(load<Reals<T>>(table), load<Reals<T>>(table + N), index);
+  }
+#endif
+  T found[N];
+  for (int i = 0; i < N; ++i) found[i] = table[index[i]];
+  return load<Reals<T>>(found);
+}
+
 // E4M3 numbers from their bits; the code of NaN is never stored.
 template <class T>
 inline Reals<T> from_e4m3(Ints<T> byte) {

@@ -43,45 +43,51 @@ void parallel(int64_t n, const F& f) {
   });
 }
 
+// The numbers and reals of a side (kvq/kernels/cpp/sides.py).
+kvq::Side side_of(const Tensor& numbers, const Tensor& reals) { return {data<int64_t>(numbers), data<double>(reals)}; }
+
 template <class T>
-void attend(const Tensor& q, const Tensor& pool, const Tensor& table, const std::vector<int64_t>& n, const Tensor& counts,
-            const Tensor& keys, const Tensor& values, const std::optional<Tensor>& sink_keys,
-            const std::optional<Tensor>& sink_values, double key_scale, double value_scale, double softcap,
+void attend(const Tensor& q, const Tensor& pool, const Tensor& table, const std::vector<int64_t>& n, const kvq::Side& key,
+            const kvq::Side& value, const Tensor& counts, const Tensor& keys, const Tensor& values,
+            const std::optional<Tensor>& sink_keys, const std::optional<Tensor>& sink_values, double softcap,
             const std::optional<Tensor>& learned, const std::optional<Tensor>& bias, Tensor& out, Tensor& lse) {
   kvq::Attention<T> a{
       .B = q.size(0), .K = q.size(1), .G = q.size(2), .L = q.size(3), .D = q.size(4), .splits = 1, .page_tokens = n[0],
       .record = n[1], .stride = n[2], .pages = table.size(1), .window = n[3], .bias_stride = bias ? bias->stride(0) : 0,
-      .counts = data<int32_t>(counts), .pool = data<uint8_t>(pool), .table = data<int64_t>(table),
-      .key = kvq::Side(n.data() + 4), .value = kvq::Side(n.data() + 4 + kvq::Side::kNumbers), .keys = tokens_of(keys),
-      .values = tokens_of(values), .sink_keys = {}, .sink_values = {}, .q = data<T>(q), .learned = data<T>(learned),
-      .bias = data<T>(bias), .key_scale = static_cast<T>(key_scale), .value_scale = static_cast<T>(value_scale),
-      .softcap = static_cast<T>(softcap), .tops = nullptr, .sums = nullptr, .accs = nullptr};
+      .counts = data<int32_t>(counts), .pool = data<uint8_t>(pool), .table = data<int64_t>(table), .key = key,
+      .value = value, .keys = tokens_of(keys), .values = tokens_of(values), .sink_keys = {}, .sink_values = {},
+      .q = data<T>(q), .learned = data<T>(learned), .bias = data<T>(bias), .softcap = static_cast<T>(softcap),
+      .tops = nullptr, .sums = nullptr, .accs = nullptr};
   if (sink_keys) a.sink_keys = tokens_of(*sink_keys), a.sink_values = tokens_of(*sink_values);
   const auto run = [](int64_t threads, const auto& f) { parallel(threads, f); };
   kvq::attend(a, torch::stable::get_num_threads(), run, data<T>(out), data<T>(lse));
 }
 
 void decode_attention(const Tensor q, const Tensor pool, const Tensor table, std::vector<int64_t> numbers,
+                      const Tensor key, const Tensor key_reals, const Tensor value, const Tensor value_reals,
                       const Tensor counts, const Tensor keys, const Tensor values, std::optional<Tensor> sink_keys,
-                      std::optional<Tensor> sink_values, double key_scale, double value_scale, double softcap,
-                      std::optional<Tensor> learned, std::optional<Tensor> bias, Tensor out, Tensor lse) {
+                      std::optional<Tensor> sink_values, double softcap, std::optional<Tensor> learned,
+                      std::optional<Tensor> bias, Tensor out, Tensor lse) {
   const auto run = q.scalar_type() == ScalarType::Double ? attend<double> : attend<float>;
-  run(q, pool, table, numbers, counts, keys, values, sink_keys, sink_values, key_scale, value_scale, softcap, learned,
-      bias, out, lse);
+  run(q, pool, table, numbers, side_of(key, key_reals), side_of(value, value_reals), counts, keys, values, sink_keys,
+      sink_values, softcap, learned, bias, out, lse);
 }
 
-bool pack(const Tensor x, const Tensor ranges, Tensor pool, const Tensor table, std::vector<int64_t> n, double scale) {
-  const kvq::Pack p{.side = kvq::Side(n.data() + 2), .tokens = tokens_of(x), .pool = data<uint8_t>(pool),
+bool pack(const Tensor x, const Tensor ranges, Tensor pool, const Tensor table, const Tensor side, const Tensor reals,
+          int64_t record, int64_t stride) {
+  const kvq::Pack p{.side = side_of(side, reals), .tokens = tokens_of(x), .pool = data<uint8_t>(pool),
                     .table = data<int64_t>(table), .B = x.size(0), .K = x.size(1), .pages = table.size(1),
-                    .record = n[0], .stride = n[1], .ranges = data<int32_t>(ranges), .scale = scale};
+                    .record = record, .stride = stride, .ranges = data<int32_t>(ranges)};
   std::atomic<bool> good{true};
   // A thread is woken for so many tokens.
   int64_t most = 1;
   for (int64_t b = 0; b < p.B; ++b) most = std::max<int64_t>(most, p.ranges[3 * b + 1] - p.ranges[3 * b]);
-  torch::stable::parallel_for(0, p.B * p.K, std::max<int64_t>(1, 64 / most), [&](int64_t first, int64_t last) {
+  const int64_t heads = p.heads_at_once(), units = p.K / heads;
+  torch::stable::parallel_for(0, p.B * units, std::max<int64_t>(1, 64 / (most * heads)), [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
-      const bool own = p.tokens.kind == kvq::Kind::kDouble ? kvq::pack_head<double>(p, i / p.K, i % p.K)
-                                                           : kvq::pack_head<float>(p, i / p.K, i % p.K);
+      const int64_t b = i / units, k = i % units * heads;
+      const bool own = p.tokens.kind == kvq::Kind::kDouble ? kvq::pack_heads<double>(p, b, k, heads)
+                                                           : kvq::pack_heads<float>(p, b, k, heads);
       if (!own) good = false;
     }
   });
@@ -133,10 +139,12 @@ void massive(const Tensor x, const Tensor valid, std::vector<int64_t> bins, int6
 
 STABLE_TORCH_LIBRARY(kvq, m) {
   m.def(
-      "decode_attention(Tensor q, Tensor pool, Tensor table, int[] numbers, Tensor counts, Tensor keys, Tensor values, "
-      "Tensor? sink_keys, Tensor? sink_values, float key_scale, float value_scale, float softcap, Tensor? learned, "
-      "Tensor? bias, Tensor(a!) out, Tensor(b!) lse) -> ()");
-  m.def("pack(Tensor x, Tensor ranges, Tensor(a!) pool, Tensor table, int[] numbers, float scale) -> bool");
+      "decode_attention(Tensor q, Tensor pool, Tensor table, int[] numbers, Tensor key, Tensor key_reals, Tensor value, "
+      "Tensor value_reals, Tensor counts, Tensor keys, Tensor values, Tensor? sink_keys, Tensor? sink_values, "
+      "float softcap, Tensor? learned, Tensor? bias, Tensor(a!) out, Tensor(b!) lse) -> ()");
+  m.def(
+      "pack(Tensor x, Tensor ranges, Tensor(a!) pool, Tensor table, Tensor side, Tensor reals, int record, int stride) "
+      "-> bool");
   m.def("channel_range(Tensor x, Tensor(a!) low, Tensor(b!) high, Tensor(c!) total, Tensor(d!) squares) -> ()");
   m.def("count_signed(Tensor x, int[] bins, Tensor(a!) counts) -> ()");
   m.def(

@@ -1,29 +1,66 @@
-// Where the numbers of a packed page lie, and how they are read: kvq/pages/layout.py says what this follows.
+// Where the numbers of a packed page lie, and how they are read: kvq/pages/layout.py says what this follows. A side is cut
+// into slices of channels, each with planes and metadata of its own; most have one.
 #pragma once
 #include <algorithm>
+#include <limits>
 #include <numeric>
 
 #include "lanes.h"
 
 namespace kvq {
 
-// Channels that share an atom, and most channels of a head (launch.py refuses more).
+// Channels that share an atom, and most channels of a head (sides.py refuses more).
 constexpr int kAtom = 16;
 constexpr int kMostHeadDim = 1024;
+constexpr int kMostLevels = 16;
 constexpr int fields_of(int bits) { return bits == 2 ? 8 : bits == 3 ? 16 : bits == 4 ? 4 : 2; }
 constexpr int containers_of(int bits) { return bits == 3 ? 3 : 1; }
 
-// One side of a record, as ``launch.side_numbers`` writes it; bits 0: e4m3.
+// What shares metadata: nothing, channels of a token, tokens of a channel.
+enum Axis { kNone, kToken, kChannel };
+// How metadata is stored: kvq/pages/meta.py.
+enum Meta { kFloat16, kE4M3, kE8M0, kZero8, kRange8 };
+// How numbers become codes, as the codecs choose them: kvq/kernels/cpp/sides.py.
+enum Encoding { kReadOnly, kMinMax, kSymmetric, kUnit, kAbsMax, kBookRange, kE2M1, kCast };
+enum Correct { kLength, kSameLength, kLeastSquares };
+
+// Channels [first, first + channels) of a head, in planes of ``block`` tokens; bits 0: e4m3 bytes.
+struct Slice {
+  int64_t words_at, meta_at, range_at, bits, axis, group, rows, chunks, width, channels, first, block, terms, meta, shared;
+  static constexpr int kNumbers = 15;
+
+  int64_t groups() const { return channels / group; }
+  // Groups of a block of tokens.
+  int64_t pairs() const { return axis == kNone ? 0 : axis == kChannel ? block / group * channels : block * groups(); }
+  int64_t block_bytes() const { return 2 * rows * containers_of(bits) * width; }
+  bool by_channel() const { return axis == kChannel; }
+};
+
+// One side of a record, as ``sides.py`` writes it. The reals: a static factor, levels and the edges between them, and of
+// every slice the share of a range that its codes span.
 struct Side {
-  int64_t words_at, meta_at, bits, by_channel, group, rows, chunks, width, head_dim, page_tokens, groups;
-  static constexpr int kNumbers = 10;
+  int64_t slices, head_dim, page_tokens, norm_at, norm_shared, correct, encoding, book;
+  const Slice* slice;
+  const double *reals, *levels, *edges, *clip;
+  static constexpr int kNumbers = 8;
 
-  explicit Side(const int64_t* n)
-      : words_at(n[0]), meta_at(n[1]), bits(n[2]), by_channel(n[3]), group(n[4]), rows(n[5]), chunks(n[6]),
-        width(n[7]), head_dim(n[8]), page_tokens(n[9]), groups(n[8] / n[4]) {}
+  Side(const int64_t* n, const double* r)
+      : slices(n[0]), head_dim(n[1]), page_tokens(n[2]), norm_at(n[3]), norm_shared(n[4]), correct(n[5]),
+        encoding(n[6]), book(n[7]), slice(reinterpret_cast<const Slice*>(n + kNumbers)), reals(r), levels(r + 1),
+        edges(levels + kMostLevels), clip(edges + kMostLevels - 1) {}
 
-  // (scale, minimum) pairs of a page.
-  int64_t pairs() const { return by_channel ? page_tokens / group * head_dim : page_tokens * groups; }
+  double scale() const { return reals[0]; }
+  int64_t pairs() const {
+    int64_t most = 0;
+    for (int64_t i = 0; i < slices; ++i) most = std::max(most, slice[i].pairs());
+    return most;
+  }
+};
+
+// Where a page's bytes of one head lie, and those that its heads share.
+struct Record {
+  uint8_t *own, *common;
+  uint8_t* at(bool shared, int64_t offset) const { return (shared ? common : own) + offset; }
 };
 
 // All codes of the containers [first, first + lanes) of a row.
@@ -51,64 +88,168 @@ struct Row {
   }
 };
 
-// fp16 pairs (scale, minimum) as two arrays. Reads whole vectors: records are padded beyond.
+// Scales and minima of ``count`` groups as two arrays; whole vectors, which metadata fills. Where no minimum is stored,
+// integers are symmetric about the middle of their range, and levels about zero.
 template <class T>
-void read_pairs(const uint8_t* at, int64_t count, T* steps, T* minima) {
-  for (int64_t i = 0; i < count; i += kLanes<T>) {
-    const Ints<T> pair = load<Ints<T>>(at + 4 * i);
-    store(steps + i, from_half<T>(pair & 0xFFFF));
-    store(minima + i, from_half<T>(pair >> 16 & 0xFFFF));
+void read_pairs(const Slice& s, bool book, const uint8_t* at, const uint8_t* ends, int64_t count, T* steps, T* minima) {
+  constexpr int N = kLanes<T>;
+  const T middle = book ? T(0) : -static_cast<T>(1 << (s.bits - 1));
+  const T span = static_cast<T>(-static_cast<double>((1 << s.bits) - 1) / 255);
+  for (int64_t i = 0; i < count; i += N) {
+    if (s.terms == 1) {
+      Reals<T> scale;
+      if (s.meta == kFloat16) {
+        scale = from_half<T>(load_words<T>(at + 2 * i));
+      } else if (s.meta == kE4M3) {
+        scale = from_e4m3<T>(load_bytes<T>(at + i));
+      } else {
+        for (int j = 0; j < N; ++j) scale[j] = std::ldexp(T(1), at[i + j] - 127);
+      }
+      store(steps + i, scale), store(minima + i, scale * middle);
+      continue;
+    }
+    if (s.meta == kFloat16) {
+      const Ints<T> pair = load<Ints<T>>(at + 4 * i);
+      store(steps + i, from_half<T>(pair & 0xFFFF)), store(minima + i, from_half<T>(pair >> 16 & 0xFFFF));
+      continue;
+    }
+    const Ints<T> pair = load_words<T>(at + 2 * i), first = pair & 0xFF, second = pair >> 8;
+    if (s.meta == kE4M3) {
+      store(steps + i, from_e4m3<T>(first)), store(minima + i, from_e4m3<T>(second));
+      continue;
+    }
+    const Reals<T> scale = from_half<T>(first << 7), byte = as_reals<T>(second);
+    store(steps + i, scale);
+    if (s.meta == kZero8) {
+      store(minima + i, scale * (byte * span));
+    } else {
+      // Channels of one row, which are whole vectors.
+      const uint16_t* row = reinterpret_cast<const uint16_t*>(ends) + 2 * (i / s.channels);
+      store(minima + i, byte * half_to<T>(row[1]) + half_to<T>(row[0]));
+    }
   }
 }
 
-// Words to numbers, out [page_tokens, head_dim] = code * step + minimum.
-template <int BITS, class T>
-void read_codes(const Side& side, const uint16_t* words, const T* steps, const T* minima, T* out) {
+// Numbers that codes name: integers, or levels.
+template <int BITS, bool BOOK, class T>
+inline Reals<T> named(Ints<T> code, const T* levels) {
+  if constexpr (!BOOK) {
+    return as_reals<T>(code);
+  } else {
+    return looked_up<T, 1 << BITS>(levels, code);
+  }
+}
+
+// Words of one block of tokens to numbers, out [block, stride] = named(code) * step + minimum.
+template <int BITS, bool BOOK, int AXIS, class T>
+void read_codes(const Slice& s, const uint16_t* words, const T* levels, const T* steps, const T* minima, int64_t stride,
+                T* out) {
   constexpr int F = fields_of(BITS), N = kLanes<T>;
-  const int64_t D = side.head_dim;
   int64_t token[F], channel[F], pair[F] = {};
   // Divisions cost as much as a vector's codes, so none stands in the loop: of channels this is the group of each atom.
   int32_t group_of[kMostHeadDim / kAtom];
-  for (int f = 0; f < F; ++f) token[f] = f / side.chunks * side.rows, channel[f] = f % side.chunks * side.width;
-  for (int64_t atom = 0; atom < D / kAtom; ++atom) group_of[atom] = atom * kAtom / side.group;
+  for (int f = 0; f < F; ++f) token[f] = f / s.chunks * s.rows, channel[f] = f % s.chunks * s.width;
+  if (AXIS == kToken) {
+    for (int64_t atom = 0; atom < s.channels / kAtom; ++atom) group_of[atom] = atom * kAtom / s.group;
+  }
+  const int64_t groups = AXIS == kToken ? s.groups() : 0;
   // Rows where some part's token begins a group of tokens.
-  const int64_t edge = std::gcd(side.rows, side.group);
-  for (int64_t r = 0; r < side.rows; ++r, words += containers_of(BITS) * side.width) {
-    if (side.by_channel && r % edge == 0) {
-      for (int f = 0; f < F; ++f) pair[f] = (token[f] + r) / side.group * D + channel[f];
+  const int64_t edge = AXIS == kChannel ? std::gcd(s.rows, s.group) : 1;
+  for (int64_t r = 0; r < s.rows; ++r, words += containers_of(BITS) * s.width) {
+    if (AXIS == kChannel && r % edge == 0) {
+      for (int f = 0; f < F; ++f) pair[f] = (token[f] + r) / s.group * s.channels + channel[f];
     }
-    for (int64_t first = 0; first < side.width; first += N) {
-      const Row<BITS, T> row(words, side.width, first);
+    for (int64_t first = 0; first < s.width; first += N) {
+      const Row<BITS, T> row(words, s.width, first);
       unroll<F>([&](auto f) {
-        const Reals<T> code = as_reals<T>(row.template field<f>());
-        T* target = out + (token[f] + r) * D + channel[f] + first;
-        if (side.by_channel) {
-          store(target, code * load<Reals<T>>(steps + pair[f] + first) + load<Reals<T>>(minima + pair[f] + first));
+        const Reals<T> number = named<BITS, BOOK, T>(row.template field<f>(), levels);
+        T* target = out + (token[f] + r) * stride + channel[f] + first;
+        if constexpr (AXIS == kNone) {
+          store(target, number);
+        } else if constexpr (AXIS == kChannel) {
+          store(target, number * load<Reals<T>>(steps + pair[f] + first) + load<Reals<T>>(minima + pair[f] + first));
         } else {
-          const int64_t own = (token[f] + r) * side.groups + group_of[(channel[f] + first) / kAtom];
-          store(target, code * steps[own] + minima[own]);
+          const int64_t own = (token[f] + r) * groups + group_of[(channel[f] + first) / kAtom];
+          store(target, number * steps[own] + minima[own]);
         }
       });
     }
   }
 }
 
-// One side of a head's record as numbers, out [page_tokens, head_dim]. steps and minima: room for its pairs.
+// Calls f with whether codes name levels, how many bits they have, and their axis, as constants.
+template <class F>
+inline void by_kind(const Slice& s, bool book, F&& f) {
+  const auto with_axis = [&](auto bits, auto levels) {
+    if (s.axis == kNone) f(bits, levels, std::integral_constant<int, kNone>{});
+    if (s.axis == kToken) f(bits, levels, std::integral_constant<int, kToken>{});
+    if (s.axis == kChannel) f(bits, levels, std::integral_constant<int, kChannel>{});
+  };
+  const auto with_bits = [&](auto levels) {
+    if (s.bits == 2) with_axis(std::integral_constant<int, 2>{}, levels);
+    if (s.bits == 3) with_axis(std::integral_constant<int, 3>{}, levels);
+    if (s.bits == 4) with_axis(std::integral_constant<int, 4>{}, levels);
+    if constexpr (!levels) {
+      if (s.bits == 8) with_axis(std::integral_constant<int, 8>{}, levels);
+    }
+  };
+  if (book) {
+    with_bits(std::true_type{});
+  } else {
+    with_bits(std::false_type{});
+  }
+}
+
 template <class T>
-void read_page(const Side& side, const uint8_t* record, T scale, T* steps, T* minima, T* out) {
-  const uint8_t* bytes = record + side.words_at;
-  if (side.bits == 0) {
+void read_slice(const Side& side, const Slice& s, Record record, const T* levels, T* steps, T* minima, T* out) {
+  const uint8_t* bytes = record.own + s.words_at;
+  if (s.bits == 0) {
     for (int64_t i = 0; i < side.page_tokens * side.head_dim; i += kLanes<T>) {
-      store(out + i, from_e4m3<T>(load_bytes<T>(bytes + i)) * scale);
+      store(out + i, from_e4m3<T>(load_bytes<T>(bytes + i)));
     }
     return;
   }
-  read_pairs(record + side.meta_at, side.pairs(), steps, minima);
-  const uint16_t* words = reinterpret_cast<const uint16_t*>(bytes);
-  if (side.bits == 2) read_codes<2>(side, words, steps, minima, out);
-  if (side.bits == 3) read_codes<3>(side, words, steps, minima, out);
-  if (side.bits == 4) read_codes<4>(side, words, steps, minima, out);
-  if (side.bits == 8) read_codes<8>(side, words, steps, minima, out);
+  const int64_t count = s.pairs(), size = s.terms * (s.meta == kFloat16 ? 2 : 1);
+  const int64_t rows = s.by_channel() ? s.block / s.group : 0;
+  for (int64_t t = 0; t < side.page_tokens; t += s.block, bytes += s.block_bytes()) {
+    const int64_t block = t / s.block;
+    if (count) {
+      read_pairs(s, side.book, record.at(s.shared, s.meta_at + block * count * size),
+                 record.own + s.range_at + block * rows * 4, count, steps, minima);
+    }
+    by_kind(s, side.book, [&](auto bits, auto book, auto axis) {
+      read_codes<bits, book, axis>(s, reinterpret_cast<const uint16_t*>(bytes), levels, steps, minima, side.head_dim,
+                                   out + t * side.head_dim + s.first);
+    });
+  }
+}
+
+// One side of a head's record as numbers, out [page_tokens, head_dim], but for ``read_factors``. steps and minima: room
+// for its pairs.
+template <class T>
+void read_page(const Side& side, Record record, T* steps, T* minima, T* out) {
+  alignas(kVectorBytes) T levels[kMostLevels];
+  for (int i = 0; i < kMostLevels; ++i) levels[i] = static_cast<T>(side.levels[i]);
+  int64_t stored = 0;
+  for (int64_t i = 0; i < side.slices; ++i) stored += side.slice[i].channels;
+  // Channels of no slice are zero.
+  if (stored < side.head_dim) std::fill_n(out, side.page_tokens * side.head_dim, T(0));
+  for (int64_t i = 0; i < side.slices; ++i) read_slice(side, side.slice[i], record, levels, steps, minima, out);
+}
+
+// What every token of a page is multiplied with, [page_tokens]; false where that is 1.
+template <class T>
+bool read_factors(const Side& side, Record record, T* out) {
+  const T scale = static_cast<T>(side.scale());
+  if (side.norm_at < 0) {
+    std::fill_n(out, side.page_tokens, scale);
+    return scale != 1;
+  }
+  const uint8_t* at = record.at(side.norm_shared, side.norm_at);
+  for (int64_t t = 0; t < side.page_tokens; t += kLanes<T>) {
+    store(out + t, from_half<T>(load_words<T>(at + 2 * t)) * scale);
+  }
+  return true;
 }
 
 }  // namespace kvq

@@ -1,0 +1,38 @@
+"""What compiled kernels must know of a codec: one description for all of them, of numbers alone."""
+
+from dataclasses import dataclass
+
+from kvq.pages.layout import SideLayout
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slice:
+    """Neighbouring channels of a head that one grid stores.
+
+    layout   of a block of tokens of these channels. prefix: of the names of its sections in the page.
+    first    its first channel. clip: the share of a group's range that its codes span.
+    """
+
+    layout: SideLayout
+    prefix: str = ""
+    first: int = 0
+    clip: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class View:
+    """A side's numbers: those that the codes of its slices name, times ``scale`` and the token's norm.
+
+    encoding  how codes are chosen: ``minmax`` (affine between a group's ends), ``symmetric``, ``unit`` (levels alone),
+              ``absmax``, ``range`` (levels between a group's ends), ``e2m1``, ``cast`` (E4M3), or ``""``: in torch alone.
+    levels, edges   of a book: what codes name, and where one ends and the next begins.
+    norm, correct   what shares a token's length, ``head`` or ``token``, and the number that is stored (``Norm``).
+    """
+
+    slices: tuple[Slice, ...]
+    encoding: str
+    scale: float = 1.0
+    levels: tuple[float, ...] = ()
+    edges: tuple[float, ...] = ()
+    norm: str | None = None
+    correct: str | None = None
