@@ -24,7 +24,7 @@ class View:
     """A side's numbers: those that the codes of its slices name, times ``scale`` and the token's norm.
 
     encoding  how codes are chosen: ``minmax`` (affine between a group's ends), ``symmetric``, ``unit`` (levels alone),
-              ``absmax``, ``range`` (levels between a group's ends), ``e2m1``, ``cast`` (E4M3), or ``""``: in torch alone.
+              ``absmax``, ``range`` (levels between a group's ends), ``e2m1``, ``cast`` (E4M3), or "": in torch alone.
     levels, edges   of a book: what codes name, and where one ends and the next begins.
     norm, correct   what shares a token's length, ``head`` or ``token``, and the number that is stored (``Norm``).
     """

@@ -1,4 +1,4 @@
-"""Every shipped recipe on the CPU: what the C++ kernels serve, bytes as torch's codecs write them, attention in fp64."""
+"""Every shipped recipe on the CPU: what the C++ kernels serve, the bytes of torch's codecs, attention in float64."""
 
 import itertools
 from functools import lru_cache
