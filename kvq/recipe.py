@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -192,6 +192,17 @@ def _indices(text: str, count: int | None, pattern: str) -> set[int]:
             raise RecipeError(f"layer pattern {pattern!r}: {part!r} runs backwards; write the smaller number first.")
         found.update(range(first, last + 1))
     return found
+
+
+def numbers_text(numbers: Iterable[int]) -> str:
+    """[0, 1, 2, 5] -> '0-2,5': a pattern that names these layers or heads."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
 
 
 def parse_recipe(data: Any, source: str) -> Recipe:

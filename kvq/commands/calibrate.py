@@ -117,8 +117,7 @@ def _calibrate(model: str, path: Path, recipes: tuple[str, ...], processes, outp
     import torch
 
     from kvq.calib.run import CalibrationText, calibrate_folder, save, state_folder_of
-    from kvq.report.learned_tables import learned_table, learning_line
-    from kvq.report.stats_tables import stats_rows, stats_table
+    from kvq.report.stats_tables import learned_table, learning_line, stats_rows, stats_table
 
     text = CalibrationText(
         packed=not settings.pop("per_document"), **{name: settings.pop(name) for name in _TEXT}, seed=settings["seed"]

@@ -61,7 +61,7 @@ def command(model: str, out: str, output: Output, **given: Any) -> None:
     quiet_transformers()
     from kvq import api
     from kvq.report.search_files import SearchFiles
-    from kvq.report.search_tables import search_table
+    from kvq.report.tables import search_table
     from kvq.searching.search_evidence import evidence, front_rows
     from kvq.searching.verify import parse_floors
 

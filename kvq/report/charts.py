@@ -47,11 +47,7 @@ def charts_of(names: Sequence[str], results: Sequence[Result]) -> list[Chart]:
 @styled
 def bits_against_kl(names: Sequence[str], results: Sequence[Result]) -> Chart | None:
     """Size against error: the lower left is good. Needs two results that quantize."""
-    points = [
-        (series, result["bits_per_element"], found)
-        for series, result in enumerate(results)
-        if (found := result["results"].get("divergence")) and found["kl"] > 0
-    ]
+    points = [(series, results[series]["bits_per_element"], own) for series, own in _divergences(results, "kl").items()]
     if len(points) < 2:
         return None
     figure, axes = new_chart("bits per element, measured", "KL from baseline, nats a token")
@@ -69,6 +65,12 @@ def bits_against_kl(names: Sequence[str], results: Sequence[Result]) -> Chart | 
         caption="Lower and further left is better. The dashed line joins what nothing else beats in both.",
         legend=False,
     )
+
+
+def _divergences(results: Sequence[Result], part: str) -> dict[int, Mapping[str, Any]]:
+    """Divergences that have this part, by the number of the result."""
+    found = {series: result["results"].get("divergence") for series, result in enumerate(results)}
+    return {series: own for series, own in found.items() if own and own[part]}
 
 
 def _colour(series: int) -> str:
@@ -99,13 +101,11 @@ def bits_against_score(names: Sequence[str], results: Sequence[Result]) -> Chart
     shared = _shared_shares(results)
     if not shared or len(results) < 2:
         return None
-    means = [
-        (
-            sum(result["results"][task][metric]["value"] for task, metric in shared) / len(shared),
-            sum(result["results"][task][metric]["baseline"] for task, metric in shared) / len(shared),
-        )
-        for result in results
-    ]
+
+    def mean(result: Result, side: str) -> float:
+        return sum(result["results"][task][metric][side] for task, metric in shared) / len(shared)
+
+    means = [(mean(result, "value"), mean(result, "baseline")) for result in results]
     values = [100 * value for pair in means for value in pair]
     bits = [result["bits_per_element"] for result in results]
     figure, axes = new_chart("bits per element, measured", "mean score, %")
@@ -140,11 +140,8 @@ def _shared_shares(results: Sequence[Result]) -> list[tuple[str, str]]:
 
 @styled
 def by_position(names: Sequence[str], results: Sequence[Result]) -> Chart | None:
-    rows = {
-        series: [row for row in found["positions"] if row["kl"] > 1e-6]
-        for series, result in enumerate(results)
-        if (found := result["results"].get("divergence"))
-    }
+    found = _divergences(results, "positions")
+    rows = {series: [row for row in own["positions"] if row["kl"] > 1e-6] for series, own in found.items()}
     rows = {series: own for series, own in rows.items() if own}
     if not rows:
         return None
@@ -170,11 +167,7 @@ def by_position(names: Sequence[str], results: Sequence[Result]) -> Chart | None
 
 @styled
 def by_layer(names: Sequence[str], results: Sequence[Result]) -> Chart | None:
-    rows = {
-        series: found["layers"]
-        for series, result in enumerate(results)
-        if (found := result["results"].get("divergence")) and found["layers"]
-    }
+    rows = {series: own["layers"] for series, own in _divergences(results, "layers").items()}
     if not rows:
         return None
     every = [row for own in rows.values() for row in own]
@@ -196,22 +189,17 @@ def by_layer(names: Sequence[str], results: Sequence[Result]) -> Chart | None:
 
 def needle_maps(names: Sequence[str], results: Sequence[Result]) -> list[Chart]:
     """Heat maps of the needle task: the baseline's first, then every result's."""
-    found = [(name, result["results"]["needle"]) for name, result in zip(names, results) if _has_cells(result)]
-    if not found:
-        return []
-    maps = [_needle_map("baseline", found[0][1], 1)]
-    return maps + [_needle_map(name, own, 0) for name, own in found]
-
-
-def _has_cells(result: Result) -> bool:
-    return bool(result["results"].get("needle", {}).get("cells"))
+    found = [(name, result["results"].get("needle", {}), 0) for name, result in zip(names, results)]
+    found = [own for own in found if own[1].get("cells")]
+    return [_needle_map(*own) for own in [("baseline", found[0][1], 1), *found]] if found else []
 
 
 def _needle_map(name: str, found: Mapping[str, Any], side: int) -> Chart:
-    cells = {(cell["labels"]["depth"], cell["labels"]["length"]): cell for cell in found["cells"]}
-    depths = sorted({depth for depth, _ in cells})
-    lengths = sorted({length for _, length in cells})
-    grid = [[_share(cells.get((depth, length)), side) for length in lengths] for depth in depths]
+    shares = {
+        (own["labels"]["depth"], own["labels"]["length"]): own["metrics"]["choice"][side] for own in found["cells"]
+    }
+    depths, lengths = (sorted(set(own)) for own in zip(*shares))
+    grid = [[shares.get((depth, length)) for length in lengths] for depth in depths]
     drawn = heat_map(
         [f"{depth:.0%}" for depth in depths],
         [f"{length:,}" for length in lengths],
@@ -223,26 +211,16 @@ def _needle_map(name: str, found: Mapping[str, Any], side: int) -> Chart:
         level=lambda value: value,
         hints=lambda r, c: f"depth {depths[r]:.0%}, {lengths[c]:,} tokens: {grid[r][c]:.0%} found",
     )
-    questions = max(cell["questions"] for cell in cells.values())
+    questions = max(cell["questions"] for cell in found["cells"])
     caption = f"{LABELS['choice'].capitalize()}; {questions} asked a cell."
     return Chart(title=name, svg=drawn, caption=caption, legend=False)
 
 
-def _share(cell: Mapping[str, Any] | None, side: int) -> float | None:
-    return None if cell is None else cell["metrics"]["choice"][side]
-
-
 def head_maps(names: Sequence[str], results: Sequence[Result]) -> list[Chart]:
     """Error of the attention output by layer and query head."""
-    found = [
-        (name, own["layers"])
-        for name, result in zip(names, results)
-        if (own := result["results"].get("divergence")) and own["layers"]
-    ]
-    if not found:
-        return []
-    worst = max(error for _, layers in found for row in layers for error in row["heads"])
-    return [_head_map(name, layers, worst) for name, layers in found]
+    found = {names[series]: own["layers"] for series, own in _divergences(results, "layers").items()}
+    worst = max((error for layers in found.values() for row in layers for error in row["heads"]), default=0.0)
+    return [_head_map(name, layers, worst) for name, layers in found.items()]
 
 
 def _head_map(name: str, layers: Sequence[Mapping[str, Any]], worst: float) -> Chart:

@@ -6,7 +6,7 @@ from typing import Any
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from kvq.report.diagnosis_tables import loss, not_predicted, percent, verdict_lines
+from kvq.report.diagnosis_tables import bit_error_rows, loss, not_predicted, verdict_lines
 from kvq.report.drawing import svg
 from kvq.report.page import render
 
@@ -31,7 +31,7 @@ def diagnosis_html(
     bit_errors   ``kvq.diagnosis.bit_errors``, of the recipe named.
     figures      by name (``diagnosis_charts``).
     """
-    widths = list(next(iter(bit_errors.values()))["key"])
+    widths, errors = bit_error_rows(bit_errors)
     tried = [row for row in diagnosis["predictions"] if not row["why_not"]]
     return render(
         "diagnosis.html.j2",
@@ -51,11 +51,8 @@ def diagnosis_html(
         notes=not_predicted(diagnosis),
         charts=_by_heading(figures),
         bit_recipe=bit_recipe,
-        widths=[f"{side} {width}" for side in ("K", "V") for width in widths],
-        bit_errors=[
-            (index, [percent(sides[side][width]) for side in ("key", "value") for width in widths])
-            for index, sides in bit_errors.items()
-        ],
+        widths=widths,
+        bit_errors=errors,
     )
 
 

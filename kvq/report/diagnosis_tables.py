@@ -7,7 +7,8 @@ from typing import Any
 from rich.console import Group
 from rich.table import Table
 
-from kvq.report.tables import number, plain_table
+from kvq.pages.layout import SIDES
+from kvq.report.tables import new_table, number
 
 
 def verdict_lines(diagnosis: Mapping[str, Any]) -> list[str]:
@@ -20,27 +21,20 @@ def cause_line(cause: Mapping[str, Any]) -> str:
 
 
 def predictions_table(diagnosis: Mapping[str, Any]) -> Group:
-    table = plain_table(
-        "Predicted before anything is quantized", "recipe", "bits", "loss, nats per token", "worst layer", "verdict"
-    )
+    rows = []
     for row in diagnosis["predictions"]:
-        if row["why_not"]:
-            continue
-        errors = row["errors"]
-        worst = max(errors, key=errors.get)
-        table.add_row(
-            row["recipe"],
-            number(row["bits_per_element"], 2),
-            loss(row["loss"]),
-            f"{worst} ({percent(errors[worst])})",
-            row["verdict"],
-        )
+        if not row["why_not"]:
+            worst = max(row["errors"], key=row["errors"].get)
+            where = f"{worst} ({percent(row['errors'][worst])})"
+            rows.append((row["recipe"], number(row["bits_per_element"], 2), loss(row["loss"]), where, row["verdict"]))
+    columns = ("recipe", "bits", "loss, nats per token", "worst layer", "verdict")
+    table = new_table("Predicted before anything is quantized", *columns, rows=rows)
     how = "tokens of the text" if diagnosis["tokens"] == "real" else "tokens drawn by the measured distributions"
-    notes = [
+    note = (
         f"Tried on {how}; in brackets the relative error of the worst layer's attention. Predictions tell ruin from "
         "harm and harm from nothing; 'kvq eval' measures."
-    ]
-    return Group(table, *notes, *not_predicted(diagnosis))
+    )
+    return Group(table, note, *not_predicted(diagnosis))
 
 
 def not_predicted(diagnosis: Mapping[str, Any]) -> list[str]:
@@ -54,14 +48,16 @@ def not_predicted(diagnosis: Mapping[str, Any]) -> list[str]:
 
 def bit_errors_table(errors: Mapping[int, Mapping[str, Mapping[int, float]]], recipe: str) -> Table:
     """Relative errors of attention by layer, side and bit width."""
-    widths = list(next(iter(errors.values()))["key"])
-    names = [f"{side} {width}" for side in ("K", "V") for width in widths]
-    table = plain_table(
-        f"Relative error of attention with keys or values alone at so many bits ({recipe})", "layer", *names
-    )
-    for index, sides in errors.items():
-        table.add_row(str(index), *(percent(sides[side][width]) for side in ("key", "value") for width in widths))
-    return table
+    title = f"Relative error of attention with keys or values alone at so many bits ({recipe})"
+    names, rows = bit_error_rows(errors)
+    return new_table(title, "layer", *names, rows=((str(index), *cells) for index, cells in rows))
+
+
+def bit_error_rows(errors: Mapping[int, Mapping[str, Mapping[int, float]]]) -> tuple[list[str], list[tuple[int, list]]]:
+    """Names of the columns, and the cells of each layer."""
+    columns = [(side, width) for side in SIDES for width in next(iter(errors.values()))[side]]
+    names = [f"{side[0].upper()} {width}" for side, width in columns]
+    return names, [(index, [percent(own[side][width]) for side, width in columns]) for index, own in errors.items()]
 
 
 def percent(square: float) -> str:

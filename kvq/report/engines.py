@@ -3,26 +3,31 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich import box
 from rich.console import Group
-from rich.table import Table
+from rich.table import Column, Table
+
+from kvq.report.tables import new_table, number
 
 
 def engines_table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
     """One row an engine: does it load, with which cache, and how many scales were found."""
-    table = _table(title, "engine", "loads", "cache", "scales")
-    for row in rows:
-        scales = row["scales"]
-        count = f"{scales['found']} of {scales['expected']}" if scales["expected"] or scales["found"] else "none"
+
+    def count(scales: Mapping[str, Any]) -> str:
+        found = f"{scales['found']} of {scales['expected']}" if scales["expected"] or scales["found"] else "none"
         if scales["found"] and scales["smallest"] is not None:
-            count += f", {scales['smallest']:.3g} to {scales['largest']:.3g}"
-        table.add_row(
+            found += f", {scales['smallest']:.3g} to {scales['largest']:.3g}"
+        return found
+
+    shown = (
+        (
             f"{row['engine']} {row['version']}",
             "yes" if row["passes"] else "NO",
             row["cache_dtype"] or "-",
-            count,
+            count(row["scales"]),
         )
-    return table
+        for row in rows
+    )
+    return new_table(title, _first("engine"), "loads", "cache", "scales", rows=shown, left=None)
 
 
 def serve_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -38,19 +43,20 @@ def findings_table(rows: Sequence[Mapping[str, Any]]) -> Table:
             key = (finding["level"], finding["about"], finding["text"])
             concerned.setdefault(key, []).append(row["engine"])
     order = ("error", "warning", "note")
-    table = _table("Findings", "level", "about", "what", "engines")
-    for (level, about, text), names in sorted(concerned.items(), key=lambda item: order.index(item[0][0])):
-        table.add_row(level, about, text, "all" if len(names) == len(rows) > 1 else ", ".join(names))
-    return table
+    shown = (
+        (*finding, "all" if len(names) == len(rows) > 1 else ", ".join(names))
+        for finding, names in sorted(concerned.items(), key=lambda item: order.index(item[0][0]))
+    )
+    return new_table("Findings", _first("level"), "about", "what", "engines", rows=shown, left=None)
 
 
 def expressible_table(title: str, recipes: Mapping[str, str]) -> Table:
     """Shipped recipe -> how the engine can have it, or why not; those it can have come first."""
-    table = _table(title, "recipe", "can be had", "how, or why not")
+    shown = []
     for name, text in sorted(recipes.items(), key=lambda item: (not item[1].startswith("how"), item[0])):
         verdict, _, reason = text.partition(": ")
-        table.add_row(name, "yes" if verdict == "how" else "no", reason)
-    return table
+        shown.append((name, "yes" if verdict == "how" else "no", reason))
+    return new_table(title, _first("recipe"), "can be had", "how, or why not", rows=shown, left=None)
 
 
 def comparison_table(found: Mapping[str, Any]) -> Group:
@@ -58,19 +64,15 @@ def comparison_table(found: Mapping[str, Any]) -> Group:
     title = f"{found['engine']} {found['version']} on {found['platform']}, {found['cache_dtype']} cache"
     if found["scales_checked"]:
         title += f", {found['scales_checked']} scales as in the folder"
-    table = _table(title, "it wrote", "deviation", "noise", "effect")
-    for row in found["prompts"]:
-        text = row["text"] if len(row["text"]) <= 40 else f"{row['text'][:37]}..."
-        table.add_row(repr(text), f"{row['deviation']:.4f}", f"{row['noise']:.4f}", f"{row['effect']:.4f}")
+    texts = (row["text"] if len(row["text"]) <= 40 else f"{row['text'][:37]}..." for row in found["prompts"])
+    numbers = ("deviation", "noise", "effect")
+    shown = ((repr(text), *(number(row[name]) for name in numbers)) for text, row in zip(texts, found["prompts"]))
     legend = (
         "Mean difference of log-probabilities, nats a token: deviation of the engine from kvq's simulation; noise, of "
         "two simulations from each other; effect, of the engine from the model in 16 bits."
     )
-    return Group(table, legend)
+    return Group(new_table(title, _first("it wrote"), *numbers, rows=shown, left=None), legend)
 
 
-def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
-    for i, column in enumerate(columns):
-        table.add_column(column, no_wrap=i == 0, overflow="fold")
-    return table
+def _first(name: str) -> Column:
+    return Column(name, no_wrap=True)

@@ -9,7 +9,7 @@ from markupsafe import Markup
 from kvq.report.charts import charts_of, head_maps, needle_maps
 from kvq.report.load import commands_of, differences
 from kvq.report.page import render
-from kvq.report.rows import Row, names_of, number, rows_of
+from kvq.report.rows import Row, names_of, number, side_by_side
 from kvq.report.tables import size
 from kvq.report.verdict import overall, question, verdict_of
 
@@ -20,20 +20,20 @@ COLOURS = 8
 def html_report(results: Sequence[Mapping[str, Any]]) -> str:
     """The page for one result or several (``EvalResult.to_dict()``)."""
     names = names_of(results)
-    coloured = [i % COLOURS for i in range(len(results))]
+    runs = [_run(name, i % COLOURS, result) for i, (name, result) in enumerate(zip(names, results))]
     return render(
         "report.html.j2",
         brand="kvq evaluation",
         title=_title(names, results),
-        summary=_summary(names, coloured, results) if len(results) > 1 else None,
+        summary=_summary(runs) if len(results) > 1 else None,
         overall=overall(names, results),
-        runs=[_run(name, colour, result) for name, colour, result in zip(names, coloured, results)],
+        runs=runs,
         notes=differences(results),
         charts=charts_of(names, results),
         needles=needle_maps(names, results),
         heads=head_maps(names, results),
-        table=_table(names, results),
-        memory=_memory(names, results),
+        table=_table(results),
+        memory=_memory(results),
         commands=commands_of(results),
         data=_embedded(results),
     )
@@ -45,60 +45,44 @@ def _title(names: Sequence[str], results: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _run(name: str, colour: int, result: Mapping[str, Any]) -> dict[str, Any]:
-    verdict = verdict_of(result)
+    found = result["results"].get("divergence")
     return {
         "name": name,
         "colour": colour,
-        "verdict": verdict,
+        "verdict": verdict_of(result),
         "question": question(result),
         "tiles": _tiles(result),
         "facts": _facts(result),
-        "worst": _worst(result),
-        "partial": result["partial"],
+        "worst": found["worst"] if found and found["kl"] > 0 else None,
     }
 
 
 def _tiles(result: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """(value, what, below) of the numbers that come first."""
-    tiles = [
-        (
-            f"{result['bits_per_element']:.2f}",
-            "bits per element",
-            f"measured at {result['bits_tokens']:,} tokens; 16 without kvq",
-        )
-    ]
-    found = result["results"].get("divergence")
-    if found:
+    measured = f"measured at {result['bits_tokens']:,} tokens; 16 without kvq"
+    tiles = [(f"{result['bits_per_element']:.2f}", "bits per element", measured)]
+    results = result["results"]
+    if found := results.get("divergence"):
         error = found["kl_stderr"]
         spread = f"± {number(error, 4)} nats" if error is not None else "nats"
         tiles.append((number(found["kl"], 4), "KL from baseline", f"{spread}; worst 1% from {found['kl_p99']:.2f}"))
         tiles.append((f"{found['top1']:.1%}", "same next token", f"{found['top5']:.1%} within the first five"))
-    found = result["results"].get("perplexity")
-    if found:
+    if found := results.get("perplexity"):
         tiles.append((number(found["value"], 2), "perplexity", f"baseline {number(found['baseline'], 2)}"))
-    found = result["results"].get("speed")
-    if found:
+    if found := results.get("speed"):
         where = f"at {found['context']:,} tokens, on {result['device']}"
         tiles.append((f"{found['ratio']:.2f}x", "decoding speed", where))
-    memory = result["memory"][1] if len(result["memory"]) > 1 else None
-    if memory:
+    for memory in result["memory"][1:2]:
         ratio = memory["plain_bytes"] / memory["recipe_bytes"]
         tiles.append((f"{ratio:.1f}x", "less cache memory", f"at {memory['tokens']:,} tokens"))
     return tiles
 
 
-def _summary(
-    names: Sequence[str], colours: Sequence[int], results: Sequence[Mapping[str, Any]]
-) -> dict[str, Sequence[Any]]:
+def _summary(runs: Sequence[Mapping[str, Any]]) -> dict[str, Sequence[Any]]:
     """The numbers that come first, a line a run."""
-    columns = list(dict.fromkeys(what for result in results for _, what, _ in _tiles(result)))
-    lines = []
-    for name, colour, result in zip(names, colours, results):
-        tiles = {what: value for value, what, _ in _tiles(result)}
-        grade = verdict_of(result).grade
-        cells = [tiles.get(column, "-") for column in columns]
-        lines.append({"name": name, "colour": colour, "grade": grade, "cells": cells})
-    return {"columns": columns, "lines": lines}
+    columns = list(dict.fromkeys(what for run in runs for _, what, _ in run["tiles"]))
+    tiles = [{what: value for value, what, _ in run["tiles"]} for run in runs]
+    return {"columns": columns, "cells": [[own.get(column, "-") for column in columns] for own in tiles]}
 
 
 def _facts(result: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -117,8 +101,9 @@ def _facts(result: Mapping[str, Any]) -> list[tuple[str, str]]:
         text = f"{data['source']}, {result['windows']} windows of {result['seq_len']:,} tokens; {share}"
         facts.append(("text", f"{text} (SHA-256 {data['sha256'][:12]})"))
     for task, found in result["results"].items():
-        if found.get("data", {}) and "file" in (found["data"] or {}):
-            facts.append((task, f"{found['data']['file']} (SHA-256 {found['data']['sha256'][:12]})"))
+        data = found.get("data") or {}
+        if "file" in data:
+            facts.append((task, f"{data['file']} (SHA-256 {data['sha256'][:12]})"))
     facts += [
         ("seed", str(result["seed"])),
         ("weights", f"{result['hashes']['model'][:12]}, baseline {result['hashes']['baseline'][:12]}"),
@@ -128,32 +113,19 @@ def _facts(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     return facts
 
 
-def _worst(result: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    found = result["results"].get("divergence")
-    return found["worst"] if found and found["kl"] > 0 else None
-
-
-def _table(names: Sequence[str], results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def _table(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """One line a measure: the baseline's value, and a cell for every result that has it."""
-    rows: dict[tuple[str, str], dict[str, Row]] = {}
-    for name, result in zip(names, results):
-        for row in rows_of(result):
-            rows.setdefault((row.task, row.measure), {})[name] = row
     lines, last = [], None
-    for (task, measure), found in rows.items():
-        reach = max((_reach(row) for row in found.values()), default=0.0)
-        cells = [_cell(found.get(name), reach) for name in names]
-        first = next(iter(found.values()))
-        lines.append(
-            {"task": task if task != last else "", "measure": measure, "baseline": first.baseline, "cells": cells}
-        )
+    for (task, measure), (baseline, found) in side_by_side(results, lambda row: (row.task, row.measure)).items():
+        reach = max(_reach(row) for row in found if row)
+        cells = [_cell(row, reach) for row in found]
+        lines.append({"task": task if task != last else "", "measure": measure, "baseline": baseline, "cells": cells})
         last = task
     return lines
 
 
 def _reach(row: Row) -> float:
-    bounds = (row.low, row.high) if row.low is not None and row.high is not None else (row.estimate,)
-    return max(abs(value) for value in bounds) if row.estimate is not None else 0.0
+    return max((abs(value) for value in (row.low, row.high, row.estimate) if value is not None), default=0.0)
 
 
 def _cell(row: Row | None, reach: float) -> dict[str, Any] | None:
@@ -174,19 +146,12 @@ def _bar(row: Row, reach: float) -> dict[str, Any]:
     }
 
 
-def _memory(names: Sequence[str], results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def _memory(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Cache bytes by length: the 16-bit cache, and every result's with its share of that."""
     lines = []
     for i, plain in enumerate(results[0]["memory"]):
-        cells = [
-            {
-                "name": name,
-                "size": size(result["memory"][i]["recipe_bytes"]),
-                "share": result["memory"][i]["recipe_bytes"] / result["memory"][i]["plain_bytes"],
-            }
-            for name, result in zip(names, results)
-            if len(result["memory"]) > i
-        ]
+        rows = [result["memory"][i] for result in results if len(result["memory"]) > i]
+        cells = [(size(row["recipe_bytes"]), row["recipe_bytes"] / row["plain_bytes"]) for row in rows]
         lines.append({"tokens": f"{plain['tokens']:,}", "plain": size(plain["plain_bytes"]), "cells": cells})
     return lines
 

@@ -1,14 +1,14 @@
 """Results of evaluations as rich tables."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from rich import box
 from rich.console import Group
-from rich.table import Table
+from rich.table import Column, Table
 
 from kvq.eval.paired import BETTER, SAME, UNCLEAR, WORSE
-from kvq.report.rows import Row, names_of, number, rows_of
+from kvq.report.rows import Row, names_of, number, rows_of, side_by_side
+from kvq.report.tables import new_table
 from kvq.report.verdict import overall, question, verdict_of
 
 # A terminal is narrow.
@@ -18,14 +18,12 @@ _MARKS = {WORSE: " v", BETTER: " ^", SAME: " ="}
 
 def eval_table(result: Mapping[str, Any]) -> Group:
     """One result: every measure beside the baseline's, the paired difference with its 95% interval, and the verdict."""
-    columns = ("baseline", result["recipe"]["name"], "difference [95%]", "")
-    table = _table(f"{result['model']}, mode {result['mode']}", columns)
     rows = rows_of(result)
-    for row in rows:
-        verdict = _WORDS.get(row.verdict, row.verdict)
-        table.add_row(_label(row), row.baseline, row.value, row.difference, verdict)
-    bits = number(result["bits_per_element"], 2)
-    table.add_row(f"bits at {result['bits_tokens']:,} tokens", "16", bits, "", "")
+    cells = [
+        (_label(row), row.baseline, row.value, row.difference, _WORDS.get(row.verdict, row.verdict)) for row in rows
+    ]
+    title = f"{result['model']}, mode {result['mode']}"
+    table = _table(title, ("baseline", result["recipe"]["name"], "difference [95%]", Column("")), cells, [result])
     legend = ["unclear: too few samples to tell."] if any(row.verdict == UNCLEAR for row in rows) else []
     return Group(table, *_notes(rows), *legend, *_sentences(result))
 
@@ -33,16 +31,11 @@ def eval_table(result: Mapping[str, Any]) -> Group:
 def compare_table(results: Sequence[Mapping[str, Any]]) -> Group:
     """Several results beside one baseline: values, and the verdicts on their differences."""
     names = names_of(results)
-    table = _table("Compared on the same requests", ("baseline", *names))
-    rows: dict[str, dict[str, Row]] = {}
-    for name, result in zip(names, results):
-        for row in rows_of(result):
-            rows.setdefault(_label(row), {})[name] = row
-    for label, found in rows.items():
-        cells = [_marked(found[name]) if name in found else "-" for name in names]
-        table.add_row(label, next(iter(found.values())).baseline, *cells)
-    bits = [number(result["bits_per_element"], 2) for result in results]
-    table.add_row(f"bits at {results[0]['bits_tokens']:,} tokens", "16", *bits)
+    cells = (
+        (label, baseline, *(_marked(own) if own else "-" for own in found))
+        for label, (baseline, found) in side_by_side(results, _label).items()
+    )
+    table = _table("Compared on the same requests", ("baseline", *names), cells, results)
     legend = "Paired differences: v worse, ^ better, = the same; without a mark: too few samples to tell."
     sentences = [own for own in (overall(names, results), *(verdict_of(result).headline for result in results)) if own]
     return Group(table, legend, *dict.fromkeys(sentences), *dict.fromkeys(question(result) for result in results))
@@ -65,13 +58,12 @@ def _notes(rows: Sequence[Row]) -> list[str]:
     return [f"{task}: {note}" for task, note in notes.items()]
 
 
-def _table(title: str, columns: Sequence[str]) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+def _table(title: str, columns: Sequence[str | Column], rows: Iterable[Sequence[str]], results) -> Table:
+    """Rows of measures, and the size of every result below them."""
+    bits = (number(result["bits_per_element"], 2) for result in results)
+    last = (f"bits at {results[0]['bits_tokens']:,} tokens", "16", *bits)
     # Where a terminal is too narrow for all, numbers wrap and names stay: a number without a name says nothing.
-    table.add_column("measure", no_wrap=True, min_width=18)
-    for column in columns:
-        table.add_column(column, justify="right" if column else "left", overflow="fold")
-    return table
+    return new_table(title, Column("measure", no_wrap=True, min_width=18), *columns, rows=[*rows, last])
 
 
 def _sentences(result: Mapping[str, Any]) -> list[str]:

@@ -3,7 +3,7 @@
 Everything arrives as the plain data of ``EvalResult.to_dict()``.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,6 +61,17 @@ class Row:
 def rows_of(result: Mapping[str, Any]) -> list[Row]:
     """Every measure of a result, in the order of its tasks."""
     return [row for task, found in result["results"].items() for row in _rows(task, found)]
+
+
+def side_by_side(
+    results: Sequence[Mapping[str, Any]], name: Callable[[Row], Hashable]
+) -> dict[Hashable, tuple[str, list[Row | None]]]:
+    """Measures by name: the baseline's value, and the row of every result, None where it has none."""
+    found: dict[Hashable, tuple[str, list[Row | None]]] = {}
+    for i, result in enumerate(results):
+        for row in rows_of(result):
+            found.setdefault(name(row), (row.baseline, [None] * len(results)))[1][i] = row
+    return found
 
 
 def _rows(task: str, found: Mapping[str, Any]) -> Iterator[Row]:
@@ -182,10 +193,6 @@ def with_interval(value: float, low: float | None, high: float | None, digits: i
         return text
     bounds = (signed(f"{scale * bound:{form if abs(scale * bound) < LARGE else '.3g'}}") for bound in (low, high))
     return f"{text} [{', '.join(bounds)}]"
-
-
-def question_of(mode: str) -> str:
-    return MODES.get(mode, mode)
 
 
 def name_of(result: Mapping[str, Any]) -> str:

@@ -5,15 +5,25 @@ from typing import Any
 
 from rich import box
 from rich.console import Group
-from rich.table import Table
+from rich.table import Column, Table
+
+from kvq.recipe import numbers_text
 
 
-def plain_table(title: str, *columns: str) -> Table:
-    """A table whose first column is text and whose other columns are numbers."""
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
-    for i, column in enumerate(columns):
-        # A name that is cut off cannot be typed.
-        table.add_column(column, justify="right" if i else "left", overflow="fold")
+def new_table(title: str, *columns: str | Column, rows: Iterable[Sequence[str]] = (), left: int | None = 1) -> Table:
+    """A table whose first ``left`` columns are texts (None: all), and whose others are numbers.
+
+    A Column of rich says for itself how it is set.
+    """
+    # Folded, because a name that is cut off cannot be typed.
+    texts = [
+        Column(str(name), justify="left" if left is None or i < left else "right", overflow="fold")
+        for i, name in enumerate(columns)
+    ]
+    made = (own if isinstance(own, Column) else text for own, text in zip(columns, texts))
+    table = Table(*made, title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    for row in rows:
+        table.add_row(*row)
     return table
 
 
@@ -32,34 +42,20 @@ def number(value: Any, digits: int = 4) -> str:
     return "-" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
 
 
+def percent(share: float | None, missing: str = "-") -> str:
+    return missing if share is None else f"{share:.0%}"
+
+
 def facts_table(title: str, facts: Mapping[str, Any]) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, show_header=False, pad_edge=False)
-    table.add_column(style="dim", no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, value in facts.items():
-        table.add_row(name.replace("_", " "), str(value))
+    rows = [(name.replace("_", " "), str(value)) for name, value in facts.items()]
+    table = new_table(title, Column(style="dim", no_wrap=True), Column(overflow="fold"), rows=rows)
+    table.box, table.show_header = None, False
     return table
 
 
 def recipes_table(rows: Iterable[Mapping[str, str]]) -> Table:
-    table = Table(title="Recipes", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("name", no_wrap=True)
-    table.add_column("summary")
-    table.add_column("paper", no_wrap=True)
-    for row in rows:
-        table.add_row(row["name"], row["summary"], row["paper"])
-    return table
-
-
-def _ranges(indices: Sequence[int]) -> str:
-    """[0, 1, 2, 5] -> '0-2, 5'."""
-    runs: list[list[int]] = []
-    for index in indices:
-        if runs and index == runs[-1][1] + 1:
-            runs[-1][1] = index
-        else:
-            runs.append([index, index])
-    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+    columns = (Column("name", no_wrap=True), Column("summary"), Column("paper", no_wrap=True))
+    return new_table("Recipes", *columns, rows=((row["name"], row["summary"], row["paper"]) for row in rows))
 
 
 LAYER_KINDS = {
@@ -73,16 +69,18 @@ def layers_table(layers: Sequence[Mapping[str, Any]]) -> Table:
     """Layers of equal shape in one row."""
     alike: dict[tuple, list[int]] = {}
     for layer in layers:
-        alike.setdefault((layer["kind"], layer["kv_heads"], layer["head_dim"], layer["window"]), []).append(
-            layer["index"]
+        shape = tuple(layer[name] for name in ("kind", "kv_heads", "head_dim", "window"))
+        alike.setdefault(shape, []).append(layer["index"])
+    rows = (
+        (
+            numbers_text(indices).replace(",", ", "),
+            LAYER_KINDS[kind] + (f" ({window:,} tokens)" if window else ""),
+            number(heads or None),
+            number(dim or None),
         )
-    table = Table(title="Layers", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
-    for name, justify in (("layers", "left"), ("kind", "left"), ("KV heads", "right"), ("head dim", "right")):
-        table.add_column(name, justify=justify)
-    for (kind, heads, dim, window), indices in alike.items():
-        kind_text = LAYER_KINDS[kind] + (f" ({window:,} tokens)" if window else "")
-        table.add_row(_ranges(indices), kind_text, number(heads or None), number(dim or None))
-    return table
+        for (kind, heads, dim, window), indices in alike.items()
+    )
+    return new_table("Layers", "layers", "kind", "KV heads", "head dim", rows=rows, left=2)
 
 
 def generation_table(result: Mapping[str, Any]) -> Table:
@@ -117,32 +115,24 @@ def bench_tables(report: Mapping[str, Any]) -> list[Any]:
     ]
     for exact in report["exact"]:
         columns = ("width", "error", "MiB", "floor", "time", "of copy", "vs best exact", "ran")
-        table = plain_table(exact["shape"], *columns)
-        for name, seconds in exact["seconds"].items():
-            table.add_row(name, "", "", "", _duration(seconds), _share(exact["fraction"].get(name)), "", "")
-        for row in report["rows"]:
-            if row["shape"] == exact["shape"]:
-                table.add_row(*_bench_row(row))
-        shown += [table, *(f"{name}: {why}" for name, why in exact["not_run"].items())]
+        rows = [
+            (name, "", "", "", _duration(seconds), percent(exact["fraction"].get(name), ""), "", "")
+            for name, seconds in exact["seconds"].items()
+        ]
+        rows += [_bench_row(row) for row in report["rows"] if row["shape"] == exact["shape"]]
+        shown.append(new_table(exact["shape"], *columns, rows=rows))
+        shown += [f"{name}: {why}" for name, why in exact["not_run"].items()]
     shown += sorted({f"ran: {row['ran']}" for row in report["rows"]})
     return shown
 
 
 def _bench_row(row: Mapping[str, Any]) -> tuple[str, ...]:
+    measured = ("", row["note"], "", "")
+    if row["seconds"] is not None:
+        times = (_duration(row["floor"]), _duration(row["seconds"]))
+        measured = (*times, percent(row["fraction"]), f"{row['vs_best_exact']:.2f}x")
     error, mib = f"{row['error']:.1e}", f"{row['bytes'] / 2**20:.1f}"
-    if row["seconds"] is None:
-        return row["width"], error, mib, "", row["note"], "", "", row["ran"].partition(" ")[0]
-    measured = (
-        _duration(row["floor"]),
-        _duration(row["seconds"]),
-        f"{row['fraction']:.0%}",
-        f"{row['vs_best_exact']:.2f}x",
-    )
-    return (row["width"], error, mib, *measured, row["ran"].partition(" ")[0])
-
-
-def _share(fraction: float | None) -> str:
-    return "" if fraction is None else f"{fraction:.0%}"
+    return row["width"], error, mib, *measured, row["ran"].partition(" ")[0]
 
 
 def _duration(seconds: float) -> str:
@@ -152,13 +142,36 @@ def _duration(seconds: float) -> str:
 def memory_table(plan: Mapping[str, Any]) -> Group:
     """A MemoryPlan: growth by kind of layer, and the cache of one sequence at a few lengths."""
     recipe = plan["recipe"]
-    kinds = plain_table(f"Layers of {plan['model_type']} with {recipe}", "kind", "layers", "bytes per token")
-    for row in plan["layer_kinds"]:
-        kinds.add_row(MEMORY_KINDS[row["kind"]], number(row["layers"]), f"{row['bytes_per_token']:,.1f}")
-    kinds.add_row("all", "", f"{plan['bytes_per_token']:,.1f} (fp16: {plan['plain_bytes_per_token']:,})")
-    lengths = plain_table("Cache of one sequence", "tokens", "fp16", recipe, "smaller by")
-    for row in plan["lengths"]:
-        lengths.add_row(
-            number(row["tokens"]), size(row["plain_bytes"]), size(row["recipe_bytes"]), f"{row['ratio']:.2f}x"
+    kinds = [
+        (MEMORY_KINDS[row["kind"]], number(row["layers"]), f"{row['bytes_per_token']:,.1f}")
+        for row in plan["layer_kinds"]
+    ]
+    kinds.append(("all", "", f"{plan['bytes_per_token']:,.1f} (fp16: {plan['plain_bytes_per_token']:,})"))
+    lengths = [
+        (number(row["tokens"]), size(row["plain_bytes"]), size(row["recipe_bytes"]), f"{row['ratio']:.2f}x")
+        for row in plan["lengths"]
+    ]
+    return Group(
+        new_table(f"Layers of {plan['model_type']} with {recipe}", "kind", "layers", "bytes per token", rows=kinds),
+        new_table("Cache of one sequence", "tokens", "fp16", recipe, "smaller by", rows=lengths),
+        f"{plan['bits_per_element']:.2f} bits per element in the long run, metadata included.",
+    )
+
+
+def search_table(found: Mapping[str, Any]) -> Table:
+    """The chosen recipes of a search and the best uniform ones: what was measured, beside what was predicted."""
+    rows = (
+        (
+            row["name"],
+            number(row["bits"], 3),
+            number(row["measured"]["kl"], 5),
+            number(row["measured"]["kl_stderr"], 5),
+            number(row["measured"]["top1"]),
+            number(row["confirmed"]["kl"] if "confirmed" in row else None, 5),
+            number(row["predicted"], 5),
         )
-    return Group(kinds, lengths, f"{plan['bits_per_element']:.2f} bits per element in the long run, metadata included.")
+        for row in sorted([*found["points"], *found["uniform"]], key=lambda row: (row["budget"], row["measured"]["kl"]))
+    )
+    title = "Search: measured on text that sensitivities did not see"
+    columns = ("recipe", "bits", "KL", "±", "top-1", "KL confirmed", Column("predicted", justify="right", style="dim"))
+    return new_table(title, *columns, rows=rows)

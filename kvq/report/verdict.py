@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvq.eval.paired import BETTER, SAME, UNCLEAR, WORSE
-from kvq.report.rows import LABELS, SHARES, metrics_of, name_of, question_of, with_interval
+from kvq.report.rows import LABELS, MODES, SHARES, metrics_of, name_of, with_interval
 
 # KL from the baseline in nats a token: rules of thumb, said as such. At 0.005 about one token in a hundred changes its
 # most likely successor, at 0.02 two or three, at 0.1 one in seven.
@@ -149,7 +149,7 @@ def _warnings(result: Mapping[str, Any]) -> list[str]:
 
 def question(result: Mapping[str, Any]) -> str:
     """What the numbers answer, by mode; generation always reads an exact prompt."""
-    text = f"Mode {result['mode']}: scored tokens read {question_of(result['mode'])}."
+    text = f"Mode {result['mode']}: scored tokens read {MODES[result['mode']]}."
     generated = [task for task, found in result["results"].items() if found.get("kind") == "generation"]
     if generated and result["mode"] != "prefill":
         text += f" {_list(generated)}: written through the packed cache after an exact prompt (mode prefill)."

@@ -8,7 +8,7 @@ from kvq.codecs import CodecSpec
 from kvq.heads import HeadSpec
 from kvq.models.describe import LayerSpec
 from kvq.pages.layout import SIDES
-from kvq.recipe import Recipe
+from kvq.recipe import Recipe, numbers_text
 from kvq.searching.allocate import Allocation
 from kvq.searching.space import Option, Space
 from kvq.transforms import build_transforms
@@ -39,7 +39,7 @@ def recipe_of(allocation: Allocation, space: Space, layers: Mapping[int, LayerSp
             part = {side: codec for side, codec in part.items() if codec}
             if part:
                 parts[repr(part)].append((head, part))
-        overrides += [(index, _numbers([h for h, _ in rows]), rows[0][1]) for rows in parts.values()]
+        overrides += [(index, numbers_text([h for h, _ in rows]), rows[0][1]) for rows in parts.values()]
     recipe = Recipe(
         name=name,
         summary=summary,
@@ -105,17 +105,6 @@ def _patterns(overrides: Sequence[tuple[int, str, dict[str, Any]]]) -> dict[str,
         alike[key].append(index)
         bodies[key] = body
     return {
-        _numbers(indices) + (f"/{heads}" if heads else ""): bodies[heads, body]
+        numbers_text(indices) + (f"/{heads}" if heads else ""): bodies[heads, body]
         for (heads, body), indices in alike.items()
     }
-
-
-def _numbers(numbers: Sequence[int]) -> str:
-    """[0, 1, 2, 5] -> '0-2,5'."""
-    runs: list[list[int]] = []
-    for number in sorted(numbers):
-        if runs and number == runs[-1][1] + 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
