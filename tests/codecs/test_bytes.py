@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from made_pages import pages_of, stored_bytes
 
-from kvq.bench.samples import pages_of, stored_bytes
 from kvq.codecs import CODECS, AffineCodec, Float8Codec
 
 

@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
+from made_pages import pages_of
 
-from kvq.bench.samples import pages_of
 from kvq.codecs import codec_spec
 from kvq.codecs.projections import directions, from_bytes, project, to_bytes, unbiasing
 from kvq.codecs.sketch import SketchCodec

@@ -4,8 +4,9 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
+from made_pages import Counts, random_exact
 
-from kvq.bench.samples import Counts, layout_of, random_exact, random_pages
+from kvq.bench.samples import layout_of, random_pages
 from kvq.kernels.decode_attention import decode_attention
 from kvq.kernels.decode_attention.decode_plan import DecodePlan
 from kvq.kernels.decode_attention.reference import dense_attention

@@ -4,8 +4,8 @@ import itertools
 
 import pytest
 import torch
+from made_pages import pages_of
 
-from kvq.bench.samples import pages_of
 from kvq.codecs import AffineCodec, Float8Codec
 from kvq.kernels.decode_attention.products import merge_partials, partial_attention
 
