@@ -51,7 +51,7 @@ def allocate(
     Raises DataError if even the smallest options need more, naming what they need.
     """
     from scipy.optimize import Bounds, LinearConstraint, milp
-    from scipy.sparse import coo_array
+    from scipy.sparse import lil_array
 
     numbers = sum(2 * layer.kv_heads * layer.head_dim for layer in layers.values())
     choices, costs, damages = [], [], []
@@ -64,47 +64,50 @@ def allocate(
             choices.append(Choice(entry=entry, heads=group))
             costs.append(entry.bits * len(group) * layer.head_dim / numbers)
             damages.append(entry.damage * share)
-    rows = _Rows()
-    # One policy a layer, one chain a side of a layer under its policy, one option a group of heads under its chain.
-    extra: dict[tuple, int] = {}
+    # One policy a layer, one chain a side of a layer under its policy, one option a group of heads under its chain: the
+    # columns of a row on its left add up to the one on its right, or to 1.
+    switches: dict[tuple, int] = {}
 
     def switch(*name) -> int:
-        return extra.setdefault(name, len(choices) + len(extra))
+        return switches.setdefault(name, len(choices) + len(switches))
 
-    groups_of = defaultdict(list)
+    members = defaultdict(list)
     for index, choice in enumerate(choices):
         e = choice.entry
-        groups_of[e.layer, e.policy, e.side, e.chain, choice.heads].append(index)
-    for (layer, policy, side, chain, _), members in groups_of.items():
-        rows.add([*((m, 1.0) for m in members), (switch(layer, policy, side, chain), -1.0)], 0.0)
+        members[e.layer, e.policy, e.side, e.chain, choice.heads].append(index)
     chains, policies = defaultdict(set), defaultdict(set)
-    for layer, policy, side, chain, _ in groups_of:
+    for layer, policy, side, chain, _ in members:
         chains[layer, policy, side].add(chain)
         policies[layer].add(policy)
-    for (layer, policy, side), names in chains.items():
-        parts = [(switch(layer, policy, side, name), 1.0) for name in sorted(names)]
-        rows.add([*parts, (switch(layer, policy), -1.0)], 0.0)
-    for layer, names in policies.items():
-        rows.add([(switch(layer, policy), 1.0) for policy in sorted(names)], 1.0)
-    count = len(choices) + len(extra)
+    rows = [(own, switch(*name[:4])) for name, own in members.items()]
+    rows += [([switch(*name, chain) for chain in sorted(own)], switch(*name[:2])) for name, own in chains.items()]
+    rows += [([switch(layer, policy) for policy in sorted(own)], None) for layer, own in policies.items()]
+    count = len(choices) + len(switches)
     # Damages of one layer may be 1e-7 nats, below the solver's tolerances.
     scale = max(damages) or 1.0
     objective = np.zeros(count)
     objective[: len(choices)] = np.array(damages) / scale * 1e3
     cost = np.zeros(count)
     cost[: len(choices)] = costs
-    entries, columns, lines, right = rows.arrays()
-    structure = coo_array((entries, (lines, columns)), shape=(len(right), count)).tocsr()
+    structure = lil_array((len(rows), count))
+    for line, (left, right) in enumerate(rows):
+        structure[line, left] = 1.0
+        if right is not None:
+            structure[line, right] = -1.0
+    totals = np.array([1.0 if right is None else 0.0 for _, right in rows])
     with suppress_stdout():
         found = milp(
             objective,
             integrality=np.ones(count),
             bounds=Bounds(0, 1),
-            constraints=[LinearConstraint(structure, right, right), LinearConstraint(cost[None], -np.inf, budget)],
+            constraints=[
+                LinearConstraint(structure.tocsr(), totals, totals),
+                LinearConstraint(cost[None], -np.inf, budget),
+            ],
             options={"time_limit": SOLVER_SECONDS, "mip_rel_gap": RELATIVE_GAP},
         )
     if found.x is None:
-        least = _least_bits(table, layers)
+        least = least_bits(table, layers)
         raise DataError(
             f"budget={budget:g} bits is below {least:.2f}, the least that this search space can store: raise it, or "
             "add smaller options to the space."
@@ -122,7 +125,8 @@ def allocate(
     )
 
 
-def _least_bits(table: Sequence[Entry], layers: Mapping[int, LayerSpec]) -> float:
+def least_bits(table: Sequence[Entry], layers: Mapping[int, LayerSpec]) -> float:
+    """Bits per number of the smallest options, everywhere."""
     least: dict[tuple, float] = {}
     for entry in table:
         key = entry.layer, entry.side
@@ -140,19 +144,3 @@ def _joined(choices: Sequence[Choice]) -> tuple[Choice, ...]:
         heads[key] = tuple(sorted({*heads.get(key, ()), *choice.heads}))
         entries[key] = choice.entry
     return tuple(Choice(entry=entries[key], heads=heads[key]) for key in sorted(heads))
-
-
-class _Rows:
-    """Equality constraints, one after the other."""
-
-    def __init__(self):
-        self.parts: list[tuple[int, int, float]] = []
-        self.right: list[float] = []
-
-    def add(self, parts: Sequence[tuple[int, float]], right: float) -> None:
-        self.parts += [(len(self.right), column, value) for column, value in parts]
-        self.right.append(right)
-
-    def arrays(self):
-        lines, columns, entries = (np.array(column) for column in zip(*self.parts))
-        return entries, columns, lines, np.array(self.right)

@@ -55,17 +55,6 @@ def recipe_of(allocation: Allocation, space: Space, layers: Mapping[int, LayerSp
     return recipe
 
 
-def uniform_recipe(key: Option, value: Option, space: Space, name: str) -> Recipe:
-    """One pair of options everywhere."""
-    return Recipe(
-        name=name,
-        tokens=space.tokens[0],
-        transforms=build_transforms({"key": list(key.chain), "value": list(value.chain)}, name),
-        key=key.codec,
-        value=value.codec,
-    )
-
-
 def _override(base: Mapping[str, Option], own: Mapping[str, Option]) -> dict[str, Any]:
     """What turns ``base`` into ``own``, as a layer's override; {} if nothing does."""
     found: dict[str, Any] = {}

@@ -6,8 +6,9 @@ handing on what they are given. Families whose layers take more from each other 
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from transformers import PreTrainedModel
@@ -17,6 +18,8 @@ from kvq.eval.likelihood import Windows, score_row
 from kvq.eval.lm_head import Hidden, hidden_states
 from kvq.eval.two_view import two_view
 from kvq.models.decoder import decoder_layers
+
+Name = TypeVar("Name", bound=Hashable)
 
 # Relative difference of final states that another order of the same sums may make.
 REUSE_TOLERANCE = 1e-4
@@ -33,8 +36,8 @@ class Damage:
     @classmethod
     def pooled(cls, parts: Sequence["Damage"]) -> "Damage":
         tokens = sum(part.tokens for part in parts)
-        means = (sum(getattr(part, name) * part.tokens for part in parts) / tokens for name in ("kl", "flips"))
-        return cls(**dict(zip(("kl", "flips"), means)), tokens=tokens)
+        kl, flips = (sum(getattr(part, name) * part.tokens for part in parts) / tokens for name in ("kl", "flips"))
+        return cls(kl=kl, flips=flips, tokens=tokens)
 
 
 class _Stop(Exception):
@@ -116,18 +119,13 @@ class Probe:
         with two_view(self.model, plan, "stream"), self._from(layer) if self.blocks else contextlib.nullcontext():
             return hidden_states(self.model, self.tokens)
 
-    def damages(self, plans: Mapping[str, CachePlan]) -> dict[str, Damage]:
+    def damages(self, plans: Mapping[Name, CachePlan]) -> dict[Name, Damage]:
         """What each plan, of one layer, does to the model's next-token distributions."""
         found = {name: self._variant(plan) for name, plan in plans.items()}
         scores = score_row(self.model, self.model, self.exact, found, self.tokens[0], 0, 1, 0)
-        return {
-            name: Damage(
-                kl=float(score.kl.double().mean()),
-                flips=1 - float(score.agrees.double().mean()),
-                tokens=len(score.kl),
-            )
-            for name, score in scores.items()
-        }
+        kl = {name: float(own.kl.double().mean()) for name, own in scores.items()}
+        flips = {name: 1 - float(own.agrees.double().mean()) for name, own in scores.items()}
+        return {name: Damage(kl=kl[name], flips=flips[name], tokens=len(own.kl)) for name, own in scores.items()}
 
     @torch.inference_mode()
     def local_error(self, plan: CachePlan) -> float:

@@ -3,7 +3,7 @@
 import importlib.util
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,8 @@ from kvq.eval.result import installed_versions
 from kvq.models.describe import ModelSpec, describe
 from kvq.models.resolve import load_config, load_model, load_tokenizer, resolve_model, weights_fingerprint
 from kvq.recipe import Recipe
-from kvq.searching.allocate import Allocation, allocate
-from kvq.searching.assemble import recipe_of, uniform_recipe
+from kvq.searching.allocate import Allocation, allocate, least_bits
+from kvq.searching.assemble import recipe_of
 from kvq.searching.journal import Journal, identity_hash
 from kvq.searching.sensitivity import Entry, Sensitivity
 from kvq.searching.space import Space, expand, load_space
@@ -316,7 +316,7 @@ class _Run:
         ]
         found = []
         for predicted, key, value in sorted(pairs, key=lambda pair: pair[0]):
-            recipe = uniform_recipe(key, value, self.variants.space, f"{key.name} + {value.name}")
+            recipe = key.recipe(self.variants.space.tokens[0], value)
             bits = self.bits(recipe)
             if bits <= budget + 1e-9:
                 found.append(Candidate(recipe=recipe, how="uniform", bits=bits, predicted=predicted))
@@ -327,7 +327,7 @@ class _Run:
     def _front(self) -> list[Candidate]:
         """Allocations by layer at even steps from a tenth above the least to a fifth above the largest budget."""
         budgets = self.settings.budgets
-        low, high = self._least() * 1.1, max(budgets) * 1.2
+        low, high = least_bits(self.table, self.variants.layers) * 1.1, max(budgets) * 1.2
         steps = [low * (high / low) ** (i / (FRONT_POINTS - 1)) for i in range(FRONT_POINTS)] if high > low else []
         found = []
         for budget in steps:
@@ -336,15 +336,6 @@ class _Run:
             except DataError as error:
                 self.left_out[f"front at {budget:.2f} bits"] = str(error)
         return found
-
-    def _least(self) -> float:
-        layers = self.variants.layers
-        sizes = {index: layer.kv_heads * layer.head_dim for index, layer in layers.items()}
-        least: dict[tuple, float] = {}
-        for entry in self.table:
-            key = entry.layer, entry.side
-            least[key] = min(least.get(key, float("inf")), entry.bits)
-        return sum(bits * sizes[layer] for (layer, _), bits in least.items()) / sum(2 * size for size in sizes.values())
 
     def _choose(self, budget: float, rows: Sequence[Candidate]) -> tuple[Candidate, Candidate | None]:
         """The best candidate that keeps the floors, and the best uniform one."""
@@ -376,5 +367,4 @@ class _Run:
 
 
 def _with(candidate: Candidate, found: Mapping[str, Measured]) -> Candidate:
-    values = {name: getattr(candidate, name) for name in ("recipe", "how", "bits", "predicted", "allocation")}
-    return Candidate(**values, measured=found[candidate.recipe.hash])
+    return replace(candidate, measured=found[candidate.recipe.hash])

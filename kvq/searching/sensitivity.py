@@ -12,14 +12,15 @@ The KL of another option follows from its scan: its error times the ratio of KL 
 it, those of its own family if there are any. The table says of every number whether it was measured.
 """
 
-import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from transformers import PreTrainedModel
 
+from kvq.cache import CachePlan
 from kvq.errors import DataError
 from kvq.heads import TokenPolicy
 from kvq.pages.layout import SIDES
@@ -145,7 +146,7 @@ class Sensitivity:
         return jobs
 
     def _round(self, kind: str, window: int, layers: list[int]):
-        work = {"anchors": self._measure, "heads": self._measure_heads}[kind]
+        work = self._measure if kind == "anchors" else self._measure_heads
         return [(f"{kind}/{window}/{i}", lambda i=i: work(window, i), kind if i == layers[-1] else "") for i in layers]
 
     def _probe_of(self, window: int, tokens: int | None = None) -> Probe:
@@ -160,11 +161,8 @@ class Sensitivity:
         """Errors by unit and option."""
         probe = self._probe_of(0, SCAN_TOKENS)
         return {
-            unit.name: {
-                option.name: probe.local_error(self._plan(option, unit)) for option in self.variants.space.of(unit.side)
-            }
-            for unit in self.units
-            if unit.layer == layer
+            unit.name: {o.name: probe.local_error(self._plan(o, unit)) for o in self.variants.space.of(unit.side)}
+            for unit in self._units(layer)
         }
 
     def _plan(self, option: Option, unit: Unit, head: int | None = None):
@@ -222,11 +220,9 @@ class Sensitivity:
         anchors = self.anchors_of(unit)
         return anchors[(len(anchors) - 1) // 2]
 
-    def _damages(self, window: int, plans: Mapping[tuple[str, str], object], tokens: int | None = None):
-        found = self._probe_of(window, tokens).damages({"\n".join(name): plan for name, plan in plans.items()})
+    def _damages(self, window: int, plans: Mapping[tuple[str, str], CachePlan], tokens: int | None = None):
         rows: dict[str, dict[str, dict[str, float]]] = {}
-        for name, damage in found.items():
-            unit, what = name.split("\n")
+        for (unit, what), damage in self._probe_of(window, tokens).damages(plans).items():
             rows.setdefault(unit, {})[what] = vars(damage)
         return rows
 
@@ -271,7 +267,7 @@ class Sensitivity:
         if option in measured:
             return measured[option]
         own = {o: damage for o, damage in measured.items() if o.family == option.family} or measured
-        return _Ratios([(errors[o.name], damage) for o, damage in own.items()]).damage(errors[option.name])
+        return between([(errors[o.name], damage) for o, damage in own.items()], errors[option.name])
 
     def refine(self, chosen: Iterable[Entry], late: Callable[[], bool]) -> bool:
         """Measure chosen entries that were interpolated; True if something was learned before it got late."""
@@ -317,18 +313,11 @@ def _refined(window: int, unit: Unit, option: str) -> str:
     return f"refine/{window}/{unit.name}/{option}"
 
 
-class _Ratios:
-    """KL over error as a function of the error, on straight lines of logarithms through measured points."""
-
-    def __init__(self, points: Sequence[tuple[float, float]]):
-        # What does no damage at all has no logarithm.
-        self.points = sorted((math.log(max(e, _TINY)), math.log(max(d, _TINY) / max(e, _TINY))) for e, d in points)
-
-    def damage(self, error: float) -> float:
-        x, points = math.log(max(error, _TINY)), self.points
-        if x <= points[0][0]:
-            return error * math.exp(points[0][1])
-        for (x0, y0), (x1, y1) in itertools.pairwise(points):
-            if x <= x1:
-                return error * math.exp(y0 + (y1 - y0) * (x - x0) / (x1 - x0) if x1 > x0 else y1)
-        return error * math.exp(points[-1][1])
+def between(points: Sequence[tuple[float, float]], error: float) -> float:
+    """The damage that goes with an error, by measured points (error, damage): their ratio lies on straight lines of
+    logarithms between the points, and stays beyond them."""
+    # Of equal errors the least damage counts. What does no damage at all has no logarithm.
+    least = dict(sorted(points, reverse=True))
+    known = np.maximum(np.array(sorted(least.items())), _TINY)
+    ratios = np.log(known[:, 1] / known[:, 0])
+    return error * math.exp(np.interp(math.log(max(error, _TINY)), np.log(known[:, 0]), ratios))

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from kvq.calib.data import SEPARATOR, load_texts, source_name, tokenizer_hash
+from kvq.calib.data import load_texts, source_name
 from kvq.errors import DataError
+from kvq.eval.text_tasks import text_ids
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,8 +47,7 @@ def cut_text(tokenizer, data: str | Path, verify_data: str | Path | None, settin
 
 def _windows(tokenizer, data: str | Path, length: int, count: int, seed: int) -> tuple[torch.Tensor, dict[str, Any]]:
     texts = load_texts(data, part="evaluation")
-    text = SEPARATOR.join(texts)
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    ids, identity = text_ids(tokenizer, data, texts)
     whole = len(ids) // length
     if whole < count:
         raise DataError(
@@ -55,13 +55,7 @@ def _windows(tokenizer, data: str | Path, length: int, count: int, seed: int) ->
             "text, shorter windows (--seq-len) or fewer (--windows, --verify-windows)."
         )
     order = torch.randperm(whole, generator=torch.Generator().manual_seed(seed))[:count]
-    identity = {
-        "source": source_name(data),
-        "sha256": hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest(),
-        # As calibration names its text, so that the same text is seen.
-        "documents_sha256": hashlib.sha256(json.dumps(texts).encode("utf-8", "surrogatepass")).hexdigest(),
-        "tokenizer_sha256": tokenizer_hash(tokenizer),
-        "tokens": len(ids),
-        "windows": order.tolist(),
-    }
+    # As calibration names its text, so that the same text is seen.
+    identity["documents_sha256"] = hashlib.sha256(json.dumps(texts).encode("utf-8", "surrogatepass")).hexdigest()
+    identity["windows"] = order.tolist()
     return torch.tensor(ids[: whole * length], dtype=torch.int64).view(whole, length)[order], identity

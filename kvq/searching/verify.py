@@ -1,6 +1,5 @@
 """Measure whole recipes on text that the search did not use, and judge them by metric and floors."""
 
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from kvq.calib.artefacts import fit_artefacts
 from kvq.calib.stats import Stats
 from kvq.errors import DataError, suggest
 from kvq.eval.likelihood import score_windows
+from kvq.eval.paired import mean_of
 from kvq.models.describe import ModelSpec
 from kvq.recipe import Recipe
 from kvq.searching.journal import Journal
@@ -122,22 +122,13 @@ class Verifier:
 
 def _pooled(rows: Sequence[Mapping[str, Any]]) -> Measured:
     """Windows have equal numbers of tokens."""
-
-    def mean(name: str) -> float:
-        return sum(row[name] for row in rows) / len(rows)
-
-    def error(name: str) -> float | None:
-        if len(rows) < 2:
-            return None
-        middle = mean(name)
-        return math.sqrt(sum((row[name] - middle) ** 2 for row in rows) / (len(rows) - 1) / len(rows))
-
+    kl, top1, loss = (mean_of([row[name] for row in rows]) for name in ("kl", "top1", "delta_nll"))
     return Measured(
-        kl=mean("kl"),
-        kl_stderr=error("kl"),
-        top1=mean("top1"),
-        delta_nll=mean("delta_nll"),
-        delta_nll_stderr=error("delta_nll"),
+        kl=kl.value,
+        kl_stderr=kl.stderr,
+        top1=top1.value,
+        delta_nll=loss.value,
+        delta_nll_stderr=loss.stderr,
         tokens=sum(row["tokens"] for row in rows),
         windows=len(rows),
     )

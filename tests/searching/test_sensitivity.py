@@ -3,7 +3,7 @@
 import pytest
 
 from kvq.codecs import codec_spec
-from kvq.searching.sensitivity import Sensitivity, _Ratios
+from kvq.searching.sensitivity import Sensitivity, between
 from kvq.searching.space import Option
 
 
@@ -13,16 +13,16 @@ def option(name, family):
 
 
 def test_a_power_law_is_met_between_and_a_constant_ratio_beyond():
-    ratios = _Ratios([(1.0, 2.0), (4.0, 16.0)])
-    assert ratios.damage(2.0) == pytest.approx(2 * 2.0**1.5)
-    assert ratios.damage(8.0) == pytest.approx(8 * 4.0)
-    assert ratios.damage(0.5) == pytest.approx(0.5 * 2.0)
-    assert _Ratios([(2.0, 6.0)]).damage(5.0) == pytest.approx(15.0)
+    points = [(1.0, 2.0), (4.0, 16.0)]
+    assert between(points, 2.0) == pytest.approx(2 * 2.0**1.5)
+    assert between(points, 8.0) == pytest.approx(8 * 4.0)
+    assert between(points, 0.5) == pytest.approx(0.5 * 2.0)
+    assert between([(2.0, 6.0)], 5.0) == pytest.approx(15.0)
 
 
 def test_nothing_breaks_at_zero():
-    assert _Ratios([(0.0, 0.0), (1.0, 1.0)]).damage(0.0) >= 0
-    assert _Ratios([(1.0, 0.0)]).damage(1.0) < 1e-20
+    assert between([(0.0, 0.0), (1.0, 1.0)], 0.0) >= 0
+    assert between([(1.0, 0.0)], 1.0) < 1e-20
 
 
 def test_a_family_keeps_its_own_ratio_of_damage_to_error():
