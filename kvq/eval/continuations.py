@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from kvq.cache import CachePlan
 from kvq.errors import DataError
 from kvq.eval.branches import Branches
-from kvq.eval.lm_head import Hidden, blocks, hidden_states, logits_of
+from kvq.eval.lm_head import Hidden, blocks, hidden_states, log_probabilities
 from kvq.eval.results_cache import Answers, item_name, packed_tensor, unpacked_tensor
 from kvq.eval.two_view import two_view
 from kvq.eval.two_view_attention import Schedule, can_share, reads_packed
@@ -109,6 +109,7 @@ def score_continuations(
     for question in questions:
         if not question.context or not question.continuations or not all(question.continuations):
             raise DataError("a question needs a context of one token or more, and continuations that are not empty.")
+    answers = Answers(None, {}) if answers is None else answers
     rows = rows_of(questions, model, plan, mode, chunk)
     rows.sort(key=lambda row: -row.question.columns)
     found: list[list[TokenScores | None]] = [[None] * len(question.continuations) for question in questions]
@@ -116,11 +117,10 @@ def score_continuations(
     for start in range(0, len(rows), batch_size):
         batch = rows[start : start + batch_size]
         names = [name for row in batch for name in _names(row.question)]
-        scores = _kept(answers, names)
-        if scores is None:
-            scores = [own for row in _score([row.question for row in batch], model, plan, mode, chunk) for own in row]
-            if answers is not None:
-                answers.put(zip(names, [own.to_data() for own in scores]))
+        kept = answers.recall(
+            names, lambda batch=batch: _score([row.question for row in batch], model, plan, mode, chunk)
+        )
+        scores = [TokenScores.of_data(own) for own in kept]
         done += len(scores)
         for row in batch:
             own, scores = scores[: len(row.question.continuations)], scores[len(row.question.continuations) :]
@@ -135,13 +135,8 @@ def _names(question: Question) -> list[str]:
     return [item_name("continuation", context, own) for own in question.continuations]
 
 
-def _kept(answers: Answers | None, names: list[str]) -> list[TokenScores] | None:
-    kept = None if answers is None else answers.get(names)
-    return None if kept is None else [TokenScores.of_data(own) for own in kept]
-
-
-def _score(rows: Sequence[Question], model, plan, mode: str, chunk: int) -> list[list[TokenScores]]:
-    """One batch, padded on the right."""
+def _score(rows: Sequence[Question], model, plan, mode: str, chunk: int) -> list[list]:
+    """Scores of every continuation of one batch, padded on the right, as plain data."""
     lengths = [row.columns for row in rows]
     tokens = torch.zeros(len(rows), max(lengths), dtype=torch.long)
     for b, row in enumerate(rows):
@@ -154,7 +149,8 @@ def _score(rows: Sequence[Question], model, plan, mode: str, chunk: int) -> list
     prompts = contexts if mode == "prefill" else None
     with two_view(model, plan, mode, chunk=chunk, contexts=prompts, lengths=lengths, branches=branches):
         hidden = hidden_states(model, tokens, None if branches is None else branches.positions)
-    return [list(_row_scores(hidden, b, row, model, plan, mode, chunk)) for b, row in enumerate(rows)]
+    scores = (_row_scores(hidden, b, row, model, plan, mode, chunk) for b, row in enumerate(rows))
+    return [own.to_data() for row in scores for own in row]
 
 
 def _row_scores(hidden: Hidden, b: int, row: Question, model, plan, mode: str, chunk: int) -> Iterator[TokenScores]:
@@ -162,27 +158,19 @@ def _row_scores(hidden: Hidden, b: int, row: Question, model, plan, mode: str, c
     firsts = accumulate((len(own) - 1 for own in row.continuations), initial=context)
     longest = context + max(len(own) for own in row.continuations) - 1
     reads = reads_packed(plan, mode, longest, chunk=chunk, context=context) if plan is not None else None
+    who = f"recipe {plan.recipe.name!r}" if plan is not None and plan.layers else "the model"
     for own, first in zip(row.continuations, firsts):
         # Its first token is predicted by the last of the context.
         columns = torch.tensor([context - 1, *range(first, first + len(own) - 1)], device=hidden.states.device)
         states = Hidden(states=hidden.states[b : b + 1, columns], kind=hidden.kind)
         targets = torch.tensor(own, device=model.device)
-        parts = [_gather(model, states, targets, *block, plan) for block in blocks(0, len(own), _vocabulary(model))]
+        parts = []
+        for start, stop in blocks(model, 0, len(own)):
+            scores, wanted = log_probabilities(model, states, 0, start, stop, who), targets[start:stop]
+            parts.append((scores.gather(1, wanted.unsqueeze(1)).squeeze(1), scores.argmax(-1) == wanted))
         logprobs, greedy = (torch.cat(column).cpu() for column in zip(*parts))
         packed = 0 if reads is None else int(reads[context - 1 : context - 1 + len(own)].sum())
         yield TokenScores(logprobs=logprobs, greedy=greedy, packed=packed)
-
-
-def _gather(model, states: Hidden, targets: torch.Tensor, start: int, stop: int, plan: CachePlan | None):
-    logits = logits_of(model, states, 0, start, stop)
-    logits = torch.log_softmax(logits if logits.dtype == torch.float64 else logits.float(), dim=-1)
-    if not bool(logits.isfinite().all()):
-        who = f"recipe {plan.recipe.name!r}" if plan is not None and plan.layers else "the model"
-        raise DataError(
-            f"{who} gives logits that are NaN or infinite: run the model in float32 or bfloat16, or check its weights."
-        )
-    own = targets[start:stop]
-    return logits.gather(1, own.unsqueeze(1)).squeeze(1), logits.argmax(-1) == own
 
 
 def _shares(question: Question, model, plan: CachePlan | None, mode: str, chunk: int) -> bool:
@@ -216,7 +204,3 @@ def _try_fork(model: PreTrainedModel) -> bool:
     alone = hidden_states(model, torch.tensor([context + other])).states[0, 6:]
     distance = (together[10:] - alone).float().norm() / alone.float().norm()
     return bool(distance < 100 * torch.finfo(model.dtype).eps ** 0.75)
-
-
-def _vocabulary(model: PreTrainedModel) -> int:
-    return model.config.get_text_config().vocab_size

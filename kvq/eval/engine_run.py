@@ -24,6 +24,7 @@ from kvq.errors import CheckpointError
 from kvq.eval.two_view import two_view
 from kvq.exporting.simulated_engine import is_engine_export, simulated_config, simulated_plan
 from kvq.models.resolve import load_model, load_tokenizer
+from kvq.pages.layout import SIDES
 
 # Multiple of the measured noise that the mean deviation may reach, and nats below which nobody cares.
 NOISE_FACTOR, FLOOR = 2.0, 0.002
@@ -129,7 +130,7 @@ def judge(
     # The CPU kernels know one scale a layer, and take the largest of its heads'.
     largest = answer["platform"] == "cpu"
     plan = simulated_plan(folder, rounding, largest) if is_engine_export(folder) else None
-    problems = [*_dtype_problems(answer, plan), *_scale_problems(answer, plan)]
+    problems = _storage_problems(answer, plan) if plan else []
     texts = [list(prompt) + output["tokens"] for prompt, output in zip(prompts, answer["outputs"])]
     scores = _simulations(folder, plan, texts, _dtype(folder, dtype))
     rows = [_compare(len(p), *found) for p, *found in zip(prompts, texts, answer["outputs"], scores)]
@@ -182,12 +183,12 @@ def _simulations(folder: Path, plan: CachePlan | None, texts: Sequence[list[int]
 
     model = load_model(folder, dtype=dtype, config=simulated_config(folder))
     simulated = [logprobs(model, plan, text) for text in texts]
-    exact = [of_tokens(logprobs(model, None, text), text) for text in texts]
+    exact = [logprobs(model, None, text) for text in texts]
     model = load_model(folder, dtype=_FINER.get(dtype, torch.float32), config=simulated_config(folder))
-    finer = [of_tokens(logprobs(model, plan, text), text) for text in texts]
+    finer = [logprobs(model, plan, text) for text in texts]
     return [
-        _Scores(of_tokens(own, text), own[:-1].amax(-1), *others)
-        for own, text, *others in zip(simulated, texts, finer, exact)
+        _Scores(of_tokens(own, text), own[:-1].amax(-1), of_tokens(other, text), of_tokens(plain, text))
+        for own, other, plain, text in zip(simulated, finer, exact, texts)
     ]
 
 
@@ -210,22 +211,13 @@ def _dtype(folder: Path, dtype: str) -> torch.dtype:
     return getattr(simulated_config(folder), "dtype", None) or torch.float32
 
 
-def _dtype_problems(answer: Mapping[str, Any], plan: CachePlan | None) -> list[str]:
-    if plan is None:
-        return []
+def _storage_problems(answer: Mapping[str, Any], plan: CachePlan) -> list[str]:
+    """Layers must be in FP8, and the scales that the engine holds the folder's, number for number."""
     held = {int(re.search(r"layers\.(\d+)\.", name)[1]): layer for name, layer in answer["layers"].items()}
     plain = sorted(index for index in plan.layers if not held.get(index, {}).get("cache_dtype", "").startswith("fp8"))
-    return [f"layers {plain} are not stored in FP8."] if plain else []
-
-
-def _scale_problems(answer: Mapping[str, Any], plan: CachePlan | None) -> list[str]:
-    """Scales that the engine holds must be the folder's, number for number."""
-    problems: list[str] = []
-    if plan is None:
-        return problems
-    for name, layer in answer["layers"].items():
-        index = int(re.search(r"layers\.(\d+)\.", name)[1])
-        for side in ("key", "value") if index in plan.layers else ():
+    problems = [f"layers {plain} are not stored in FP8."] if plain else []
+    for index, layer in held.items():
+        for side in SIDES if index in plan.layers else ():
             wanted = sorted({group.codecs[side].scale for group in plan.layers[index]})
             own = sorted(set(layer[side])) if len(wanted) > 1 else [max(layer[side])]
             if own != wanted:

@@ -1,6 +1,7 @@
 """Score models while they read their quantized cache, beside the same weights without quantization."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -9,11 +10,11 @@ from kvq.calib.data import tokenizer_hash
 from kvq.calib.stats import Stats
 from kvq.errors import DataError, RecipeError
 from kvq.eval.evaluated_model import EvaluatedModel, load_evaluated
-from kvq.eval.evaluation_run import Candidate, Progress, Run
+from kvq.eval.evaluation_run import Progress, Run
 from kvq.eval.harness import find_tasks
 from kvq.eval.identity import model_hash
 from kvq.eval.result import EvalResult
-from kvq.eval.settings import OWN_TASKS, Settings, settings_of
+from kvq.eval.settings import OWN_TASKS, Settings
 from kvq.recipe import Recipe
 
 
@@ -42,11 +43,8 @@ def evaluate(
     quantized, and logits that are not finite; RecipeError, ModelNotFoundError, CheckpointError or
     UnsupportedModelError as recipe and model demand.
     """
-    chosen = settings_of(**settings)
-    with _tasks(chosen) as tasks:
-        evaluated = load_evaluated(model, recipe, stats=stats, dtype=dtype)
-        other = None if baseline is None else _load_baseline(baseline, evaluated, dtype)
-        return Run(chosen, tasks, other, progress).results([Candidate(evaluated, evaluated.plan)])[0]
+    recipes = None if recipe is None else [recipe]
+    return compare([model], recipes, baseline=baseline, stats=stats, dtype=dtype, progress=progress, **settings)[0]
 
 
 def compare(
@@ -66,32 +64,25 @@ def compare(
 
     Everything else is as for ``evaluate``. An interrupted comparison returns what is finished of each.
     """
-    chosen = settings_of(**settings)
+    chosen = Settings(**settings)
     if recipes is not None and len(models) != 1:
         raise RecipeError("recipes are compared on one model: name one, or compare exports without recipes.")
     if not models or (recipes is not None and not recipes):
         raise DataError("there is nothing to compare: name exports, or a model and recipes.")
-    with _tasks(chosen) as tasks:
+    where = {"task_dir": chosen.task_dir, "task_data": chosen.task_data, "files": chosen.task_files}
+    with find_tasks(chosen.foreign, **where, own=OWN_TASKS) as tasks:
         if recipes is not None:
-            candidates = _by_recipe(models[0], recipes, stats, dtype)
+            first = load_evaluated(models[0], recipes[0], stats=stats, dtype=dtype)
+            candidates = [first, *(replace(first, plan=first.plan_for(recipe, stats)) for recipe in recipes[1:])]
         else:
-            candidates = _exports(models, baseline, dtype)
-        first = candidates[0].evaluated
-        other = None if baseline is None else _load_baseline(baseline, first, dtype)
-        if other is None and any(candidate.evaluated is not first for candidate in candidates):
-            other = first
-        return Run(chosen, tasks, other, progress).results(candidates)
-
-
-def _tasks(settings: Settings):
-    where = {"task_dir": settings.task_dir, "task_data": settings.task_data, "files": settings.task_files}
-    return find_tasks(settings.foreign, **where, own=OWN_TASKS)
-
-
-def _load_baseline(name: str | Path, evaluated: EvaluatedModel, dtype) -> EvaluatedModel:
-    other = load_evaluated(name, dtype=dtype)
-    _same_tokens(other, evaluated)
-    return other
+            candidates = _exports(models, baseline is None, dtype)
+        other = None
+        if baseline is not None:
+            other = load_evaluated(baseline, dtype=dtype)
+            _same_tokens(other, candidates[0])
+        elif recipes is None and len(models) > 1:
+            other = candidates[0]
+        return Run(chosen, tasks, candidates, other, progress).results()
 
 
 def _same_tokens(other: EvaluatedModel, evaluated: EvaluatedModel) -> None:
@@ -102,25 +93,21 @@ def _same_tokens(other: EvaluatedModel, evaluated: EvaluatedModel) -> None:
         )
 
 
-def _by_recipe(model, recipes, stats, dtype) -> list[Candidate]:
-    evaluated = load_evaluated(model, recipes[0], stats=stats, dtype=dtype)
-    plans = [evaluated.plan, *(evaluated.plan_for(recipe, stats) for recipe in recipes[1:])]
-    return [Candidate(evaluated, plan) for plan in plans]
+def _exports(models: Sequence[str | Path], of_one_source: bool, dtype) -> list[EvaluatedModel]:
+    """Models in the given order; those of the same weights share one in memory.
 
-
-def _exports(models, baseline, dtype) -> list[Candidate]:
-    """Models in the given order; those of the same weights share one in memory."""
-    found: list[Candidate] = []
+    of_one_source   refuse exports of different models: nothing else is there to compare them with.
+    """
+    found: list[EvaluatedModel] = []
     loaded: dict[str, EvaluatedModel] = {}
     for model in models:
-        evaluated = load_evaluated(model, dtype=dtype)
+        own = load_evaluated(model, dtype=dtype)
         if found:
-            _same_tokens(found[0].evaluated, evaluated)
-            if baseline is None and evaluated.source != found[0].evaluated.source:
+            _same_tokens(found[0], own)
+            if of_one_source and own.source != found[0].source:
                 raise DataError(
-                    f"{evaluated.name!r} and {found[0].evaluated.name!r} come from different models: name the one to "
-                    "compare with (--baseline)."
+                    f"{own.name!r} and {found[0].name!r} come from different models: name the one to compare with "
+                    "(--baseline)."
                 )
-        shared = loaded.setdefault(model_hash(evaluated.folder), evaluated)
-        found.append(Candidate(evaluated.sharing(shared), evaluated.plan))
+        found.append(replace(own, model=loaded.setdefault(model_hash(own.folder), own).model))
     return found

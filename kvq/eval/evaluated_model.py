@@ -21,15 +21,24 @@ from kvq.recipe import Recipe, load_recipe
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluatedModel:
-    """name: for people, never a folder of this machine. folder: the checkpoint's. cache_dtype: of the checkpoint, which
-    exact tokens take."""
+    """name: for people, never a folder of this machine. folder: the checkpoint's. plan: None or empty if nothing is
+    quantized. cache_dtype: of the checkpoint, which exact tokens take."""
 
     name: str
     folder: Path
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    plan: CachePlan
+    plan: CachePlan | None
     cache_dtype: torch.dtype
+
+    @property
+    def quantizes(self) -> bool:
+        return self.plan is not None and bool(self.plan.layers)
+
+    @property
+    def exact(self) -> "EvaluatedModel":
+        """The same model without quantization."""
+        return replace(self, plan=None)
 
     @property
     def source(self) -> str:
@@ -43,10 +52,6 @@ class EvaluatedModel:
         chosen = load_recipe(recipe)
         spec = self.plan.model
         return make_plan(chosen, spec, checked_artefacts(chosen, spec, stats, self.folder))
-
-    def sharing(self, other: "EvaluatedModel") -> "EvaluatedModel":
-        """This one with the loaded model of another one that has the same weights."""
-        return self if other is self else replace(self, model=other.model)
 
 
 def load_evaluated(

@@ -1,7 +1,6 @@
 """One evaluation: every task under every candidate, beside one baseline."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -9,7 +8,7 @@ import torch
 from kvq.cache import CachePlan
 from kvq.eval.evaluated_model import EvaluatedModel
 from kvq.eval.greedy import greedy_continuations
-from kvq.eval.harness import Harness, Tasks, TaskSettings
+from kvq.eval.harness import Harness, Tasks
 from kvq.eval.identity import answers_key, code_version, model_hash, plan_hash
 from kvq.eval.measured_bits import measured_bits
 from kvq.eval.probes import PROBES
@@ -19,40 +18,38 @@ from kvq.eval.result import EvalResult, installed_versions
 from kvq.eval.results_cache import Answers
 from kvq.eval.settings import SPEED, Settings
 from kvq.eval.speed import decode_speed
-from kvq.eval.text_tasks import Text, TextScores, errors_by_layer, score_text, text_ids, text_results
+from kvq.eval.text_tasks import Text, TextScores, text_ids
 
 Progress = Callable[[int, int, str], None]
 MEMORY_LENGTHS = (4_096, 32_768, 131_072)
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """One thing to evaluate: a loaded model, and the plan that its cache follows."""
-
-    evaluated: EvaluatedModel
-    plan: CachePlan
-
-
 class Run:
-    """One evaluation: every task under every candidate, beside one baseline."""
+    """Every task under every candidate; each is a loaded model and the plan that its cache follows.
+
+    baseline   what all are compared with; None: each one's own weights without quantization.
+    """
 
     def __init__(
-        self, settings: Settings, tasks: Tasks | None, baseline: EvaluatedModel | None, progress: Progress | None
+        self,
+        settings: Settings,
+        tasks: Tasks | None,
+        candidates: Sequence[EvaluatedModel],
+        baseline: EvaluatedModel | None,
+        progress: Progress | None,
     ):
-        self.settings, self.tasks, self.baseline = settings, tasks, baseline
+        self.settings, self.tasks, self.candidates, self.baseline = settings, tasks, candidates, baseline
         self.progress = progress or (lambda done, total, what: None)
-        self.found: list[dict[str, Any]] = []
-        self.text: Text | None = None
-        self.scores: list[TextScores] = []
-
-    def results(self, candidates: Sequence[Candidate]) -> list[EvalResult]:
-        self.candidates = candidates
-        self.found = [{} for _ in candidates]
+        self.found: list[dict[str, Any]] = [{} for _ in candidates]
         self.scores = [TextScores() for _ in candidates]
-        spec = candidates[0].plan.model
-        self.settings.check_model(spec.max_length)
-        self.window = self.settings.window(spec.max_length)
-        self._load_text()
+        self.longest = candidates[0].plan.model.max_length
+        settings.check_model(self.longest)
+        self.window = settings.window(self.longest)
+        self.text = Text.load(candidates[0].tokenizer, settings, self.window) if settings.text_tasks else None
+        for candidate in candidates if self.text else ():
+            self.text.refuse_unread(candidate.plan)
+
+    def results(self) -> list[EvalResult]:
         interrupted = False
         try:
             self._run()
@@ -60,195 +57,136 @@ class Run:
             if not any(self.found) and not any(scores.scores for scores in self.scores):
                 raise
             interrupted = True
-        return [self._result(index, interrupted) for index in range(len(candidates))]
+        return [self._result(index, interrupted) for index in range(len(self.candidates))]
 
     def _run(self) -> None:
-        settings = self.settings
-        if settings.text_tasks:
-            self._score_text()
-        for name in settings.probes:
+        if self.text:
+            self._score_text(self.text)
+        for name in self.settings.probes:
             self._probe(name)
-        for name in settings.foreign:
-            self._harness(name)
-        if SPEED in settings.tasks:
+        if self.tasks:
+            harness = Harness(self.tasks, self.settings)
+            for name in self.settings.foreign:
+                for found, _, own, base in self._beside(name, lambda *args, name=name: harness.run(name, *args)):
+                    found |= harness.pair(name, own, base)
+        if SPEED in self.settings.tasks:
             self._speed()
 
-    def _answers(self, evaluated: EvaluatedModel, plan: CachePlan | None, **task: Any) -> Answers:
-        return Answers(self.settings.cache_folder, answers_key(evaluated, plan, **task))
+    def _answers(self, evaluated: EvaluatedModel, **task: Any) -> Answers:
+        return Answers(self.settings.cache_folder, answers_key(evaluated, evaluated.plan, **task))
 
     @property
-    def _modes(self) -> dict[str, Any]:
-        return {"mode": self.settings.mode, "chunk": self.settings.chunk if self.settings.mode == "chunked" else None}
+    def _chunk(self) -> int | None:
+        return self.settings.chunk if self.settings.mode == "chunked" else None
 
-    def _reference(self, candidate: Candidate) -> EvaluatedModel:
-        return self.baseline or candidate.evaluated
-
-    # Tasks on the text.
-
-    def _load_text(self) -> None:
-        settings = self.settings
-        if not settings.text_tasks:
-            return
-        shape = {"seq_len": self.window, "stride": settings.stride, "limit": settings.limit, "mode": settings.mode}
-        self.text = Text.load(self.candidates[0].evaluated.tokenizer, settings.data, **shape)
-        for candidate in self.candidates:
-            self.text.refuse_unread(candidate.plan, settings.mode, settings.chunk)
-
-    def _score_text(self) -> None:
-        settings, total = self.settings, len(self.text.windows.tokens)
-        groups: dict[int, list[int]] = {}
-        for index, candidate in enumerate(self.candidates):
-            groups.setdefault(id(candidate.evaluated.model), []).append(index)
-        for members in groups.values():
-            evaluated = self.candidates[members[0]].evaluated
-            baseline = None if self.baseline is None or self.baseline is evaluated else self.baseline
-            answers = {index: self._text_answers(index, baseline) for index in members}
-            self.progress(0, total, "text")
-            # First, so that a text that is interrupted has them, too.
-            if "divergence" in settings.text_tasks:
-                for index in members:
-                    self.scores[index].layers = errors_by_layer(
-                        self.text,
-                        evaluated.model,
-                        self.candidates[index].plan,
-                        answers[index],
-                        mode=settings.mode,
-                        chunk=settings.chunk,
-                    )
-            scored = score_text(
-                self.text,
-                evaluated.model,
-                {index: self.candidates[index].plan for index in members},
-                answers,
-                mode=settings.mode,
-                chunk=settings.chunk,
-                batch_size=settings.batch_size,
-                baseline=None if baseline is None else baseline.model,
-                found={index: self.scores[index] for index in members},
-            )
-            for done in scored:
-                self.progress(done, total, "text")
-
-    def _text_answers(self, index: int, baseline: EvaluatedModel | None) -> Answers:
-        candidate = self.candidates[index]
-        beside = model_hash((baseline or candidate.evaluated).folder)
-        return self._answers(
-            candidate.evaluated, candidate.plan, task="text", baseline=beside, batch_size=self.settings.batch_size,
-            limit=self.settings.limit, **self._modes,
-        )  # fmt: skip
-
-    # kvq's own tasks with questions.
-
-    def _probe(self, name: str) -> None:
-        settings, probe, first = self.settings, PROBES[name], self.candidates[0]
-        reference = self._reference(first)
-        plain = self._answers(reference, None, task=name, version=probe.version)
-        ids, identity = text_ids(first.evaluated.tokenizer, settings.data)
-        passages = probe.build(
-            Setting(
-                encode=lambda text: first.evaluated.tokenizer(text, add_special_tokens=False, verbose=False)[
-                    "input_ids"
-                ],
-                filler=ids,
-                lengths=settings.lengths,
-                count=settings.limit,
-                seed=settings.seed,
-                longest=first.plan.model.max_length,
-                generate=lambda prompts, tokens: greedy_continuations(
-                    reference.model, prompts, tokens, batch_size=8, answers=plain
-                ),
-            )
-        )
-        modes = {"mode": settings.mode, "chunk": settings.chunk}
-        step = self._step(f"{name}, baseline")
-        base = ask(reference.model, None, passages, plain, progress=step, **modes)
-        for index, candidate in enumerate(self.candidates):
-            found = base
-            quantizes = bool(candidate.plan.layers)
-            if quantizes or candidate.evaluated.model is not reference.model:
-                answers = self._answers(
-                    candidate.evaluated, candidate.plan, task=name, version=probe.version, **self._modes
-                )
-                step = self._step(f"{name}, {candidate.plan.recipe.name}")
-                found = ask(candidate.evaluated.model, candidate.plan, passages, answers, progress=step, **modes)
-            self.found[index][name] = pair(
-                probe, found, base, mode=settings.mode, quantizes=quantizes, data=identity | {"seed": settings.seed}
-            )
-
-    # lm-eval's tasks.
-
-    def _harness(self, task: str) -> None:
-        settings = self.settings
-        shared = ("mode", "chunk", "limit", "fewshot", "chat", "batch_size", "seed")
-        harness = Harness(
-            self.tasks,
-            TaskSettings(**{name: getattr(settings, name) for name in shared}),
-            lambda key: Answers(settings.cache_folder, key),
-        )
-        reference = self._reference(self.candidates[0])
-        base = harness.run(task, reference, None, self._step(f"{task}, baseline"))
-        for index, candidate in enumerate(self.candidates):
-            run = base
-            if candidate.plan.layers or candidate.evaluated.model is not reference.model:
-                step = self._step(f"{task}, {candidate.plan.recipe.name}")
-                run = harness.run(task, candidate.evaluated, candidate.plan, step)
-            self.found[index] |= harness.pair(task, run, base)
-
-    def _speed(self) -> None:
-        for index, candidate in enumerate(self.candidates):
-            self.progress(index, len(self.candidates), SPEED)
-            ids, _ = text_ids(candidate.evaluated.tokenizer, self.settings.data)
-            self.found[index][SPEED] = decode_speed(
-                candidate.evaluated.model, candidate.plan, ids, candidate.plan.model.max_length
-            )
+    def _beside(self, task: str, run: Callable) -> Iterator[tuple[dict[str, Any], EvaluatedModel, Any, Any]]:
+        """The results, the candidate, and what ``run(model, progress)`` gives of it and of the baseline, run once."""
+        reference = (self.baseline or self.candidates[0]).exact
+        base = run(reference, self._step(f"{task}, baseline"))
+        for found, candidate in zip(self.found, self.candidates):
+            own = base
+            if candidate.quantizes or candidate.model is not reference.model:
+                own = run(candidate, self._step(f"{task}, {candidate.plan.recipe.name}"))
+            yield found, candidate, own, base
 
     def _step(self, what: str) -> Callable[[int, int], None]:
         return lambda done, total: self.progress(done, total, what)
 
-    # The result.
+    def _score_text(self, text: Text) -> None:
+        settings, total = self.settings, len(text.windows.tokens)
+        groups: dict[int, list[int]] = {}
+        for index, candidate in enumerate(self.candidates):
+            groups.setdefault(id(candidate.model), []).append(index)
+        for members in groups.values():
+            first = self.candidates[members[0]]
+            baseline = None if self.baseline is first else self.baseline
+            plans = {index: self.candidates[index].plan for index in members}
+            facts = {"baseline": model_hash((baseline or first).folder), "mode": settings.mode, "chunk": self._chunk}
+            facts |= {"task": "text", "batch_size": settings.batch_size, "limit": settings.limit}
+            answers = {index: self._answers(self.candidates[index], **facts) for index in members}
+            self.progress(0, total, "text")
+            # First, so that a text that is interrupted has them, too.
+            for index in members if "divergence" in settings.text_tasks else ():
+                self.scores[index].layers = text.layer_errors(first.model, plans[index], answers[index])
+            other = None if baseline is None else baseline.model
+            for done in text.score(first.model, plans, answers, self.scores, other, settings.batch_size):
+                self.progress(done, total, "text")
+
+    def _probe(self, name: str) -> None:
+        """One of kvq's own tasks with questions."""
+        settings, probe, tokenizer = self.settings, PROBES[name], self.candidates[0].tokenizer
+        modes = {"mode": settings.mode, "chunk": settings.chunk}
+        reference = (self.baseline or self.candidates[0]).exact
+        ids, identity = text_ids(tokenizer, settings.data)
+
+        def answers(own: EvaluatedModel) -> Answers:
+            # What is not quantized answers alike in every mode.
+            mode = {"mode": settings.mode, "chunk": self._chunk} if own.quantizes else {}
+            return self._answers(own, task=name, version=probe.version, **mode)
+
+        def written(prompts, tokens):
+            return greedy_continuations(reference.model, prompts, tokens, batch_size=8, answers=answers(reference))
+
+        passages = probe.build(
+            Setting(
+                encode=lambda text: tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"],
+                filler=ids,
+                lengths=settings.lengths,
+                count=settings.limit,
+                seed=settings.seed,
+                longest=self.longest,
+                generate=written,
+            )
+        )
+
+        def asked(own: EvaluatedModel, progress):
+            return ask(own.model, own.plan, passages, answers(own), progress=progress, **modes)
+
+        for found, candidate, own, base in self._beside(name, asked):
+            data = identity | {"seed": settings.seed}
+            found[name] = pair(probe, own, base, mode=settings.mode, quantizes=candidate.quantizes, data=data)
+
+    def _speed(self) -> None:
+        for index, own in enumerate(self.candidates):
+            self.progress(index, len(self.candidates), SPEED)
+            ids, _ = text_ids(own.tokenizer, self.settings.data)
+            self.found[index][SPEED] = decode_speed(own.model, own.plan, ids, own.plan.model.max_length)
 
     def _result(self, index: int, interrupted: bool) -> EvalResult:
-        settings, candidate, scores = self.settings, self.candidates[index], self.scores[index]
-        evaluated, plan, text = candidate.evaluated, candidate.plan, self.text
-        results: dict[str, Any] = {}
-        if scores.scores:
-            tokens = evaluated.tokenizer
-            results = text_results(
-                settings.text_tasks, text, scores, plan, tokens.decode, mode=settings.mode, chunk=settings.chunk
-            )
+        settings, own, scores, text = self.settings, self.candidates[index], self.scores[index], self.text
+        plan, windows = own.plan, len(scores.scores)
+        results = text.results(settings.text_tasks, scores, plan, own.tokenizer.decode) if text and windows else {}
         results |= self.found[index]
-        windows = len(scores.scores)
         missing = [name for name in settings.tasks if name not in results]
         partial = interrupted and (bool(missing) or (text is not None and windows < len(text.windows.tokens)))
-        reference = self._reference(candidate)
         return EvalResult(
-            model=evaluated.name,
-            baseline="the same weights, not quantized" if self.baseline in (None, evaluated) else self.baseline.name,
+            model=own.name,
+            baseline="the same weights, not quantized" if self.baseline in (None, own) else self.baseline.name,
             recipe=plan.recipe.to_dict(),
             recipe_hash=plan.recipe.hash,
             mode=settings.mode,
-            chunk=settings.chunk if settings.mode == "chunked" else None,
-            bits_per_element=measured_bits(plan, self.window, evaluated.cache_dtype),
+            chunk=self._chunk,
+            bits_per_element=measured_bits(plan, self.window, own.cache_dtype),
             bits_tokens=self.window,
             asymptotic_bits=plan.bits_per_element,
-            cache_dtype=_dtype_name(evaluated.cache_dtype),
+            cache_dtype=_dtype_name(own.cache_dtype),
             results=results,
             seq_len=self.window,
             stride=(settings.stride or self.window) if text else None,
             windows=windows,
             tokens=sum(len(score.losses) for score in scores.scores),
-            packed_share=text.packed_share(plan, settings.mode, settings.chunk, windows) if windows else None,
+            packed_share=text.packed_share(plan, windows) if text and windows else None,
             data=text.identity if text else None,
             seed=settings.seed,
-            dtype=_dtype_name(evaluated.model.dtype),
-            device=evaluated.model.device.type,
-            implementation="two-view attention, torch reference" if plan.layers else "the model's own attention",
+            dtype=_dtype_name(own.model.dtype),
+            device=own.model.device.type,
+            implementation="two-view attention, torch reference" if own.quantizes else "the model's own attention",
             partial=partial,
             unfinished=missing if partial else (),
-            memory=_memory(plan),
+            memory=[_memory(plan, tokens) for tokens in MEMORY_LENGTHS],
             hashes={
-                "model": model_hash(evaluated.folder),
-                "baseline": model_hash(reference.folder),
+                "model": model_hash(own.folder),
+                "baseline": model_hash((self.baseline or own).folder),
                 "plan": plan_hash(plan),
                 "code": code_version(),
             },
@@ -256,16 +194,11 @@ class Run:
         )
 
 
-def _memory(plan: CachePlan) -> list[Mapping[str, int]]:
+def _memory(plan: CachePlan, tokens: int) -> dict[str, int]:
+    """Bytes of one sequence's cache, without quantization and with it."""
     plain = CachePlan(recipe=plan.recipe, model=plan.model, layers={})
-    return [
-        {
-            "tokens": tokens,
-            "plain_bytes": plain.predicted_bytes(tokens, itemsize=2),
-            "recipe_bytes": plan.predicted_bytes(tokens, itemsize=2),
-        }
-        for tokens in MEMORY_LENGTHS
-    ]
+    sizes = (own.predicted_bytes(tokens, itemsize=2) for own in (plain, plan))
+    return {"tokens": tokens, **dict(zip(("plain_bytes", "recipe_bytes"), sizes))}
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

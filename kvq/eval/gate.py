@@ -75,77 +75,14 @@ def judge(requirement: Requirement, result: Mapping[str, Any]) -> Judgement:
     """Judge a result (``EvalResult.to_dict()``). Raises DataError if it has no such number."""
     estimate, what = _estimate(requirement.name, result)
     compare, limit = _COMPARE[requirement.comparison], requirement.limit
-    upper = requirement.comparison.startswith("<")
-    bound = estimate.interval(one_sided=True)[1 if upper else 0]
-    value = f"{requirement.name} is {_short(estimate.value)}"
+    bound = estimate.interval(one_sided=True)[1 if requirement.comparison.startswith("<") else 0]
+    value, spread = f"{requirement.name} is {estimate.value:.4g}", _spread(estimate, what)
     if compare(bound, limit):
-        return Judgement(requirement=requirement.text, holds=True, why=f"{value}, {_bound(bound)}")
-    if not compare(estimate.value, limit):
-        return Judgement(requirement=requirement.text, holds=False, why=f"{value}{_spread(estimate, what)}")
-    return Judgement(
-        requirement=requirement.text,
-        holds=False,
-        why=f"too few samples to tell: {value}{_spread(estimate, what)}, and its 95% bound is {_short(bound)}",
-    )
-
-
-def _estimate(name: str, result: Mapping[str, Any]) -> tuple[Difference, str]:
-    """The number with its error, and what the error was taken over."""
-    results = result["results"]
-    if name == "bits":
-        return _point(result["bits_per_element"]), ""
-    if name in _DIVERGENCE:
-        found = _task(results, "divergence", name)
-        if f"{name}_stderr" not in found:
-            return _point(found[name]), ""
-        return Difference(value=found[name], stderr=found[f"{name}_stderr"], units=found["windows"]), "windows"
-    if name in _PERPLEXITY or name == "perplexity.ratio":
-        return _perplexity(name, _task(results, "perplexity", name))
-    if name == "speed.ratio":
-        found = _task(results, "speed", name)
-        return _point(found["ratio_low"]), ""
-    return _metric(name, results)
-
-
-def _perplexity(name: str, found: Mapping[str, Any]) -> tuple[Difference, str]:
-    if name == "perplexity":
-        return _point(found["value"]), ""
-    value, error = found["delta_nll"], found["delta_nll_stderr"]
-    if name == "delta_nll":
-        return Difference(value=value, stderr=error, units=found["windows"]), "windows"
-    ratio = math.exp(value)
-    return Difference(value=ratio, stderr=None if error is None else ratio * error, units=found["windows"]), "windows"
-
-
-def _metric(name: str, results: Mapping[str, Any]) -> tuple[Difference, str]:
-    task, _, rest = name.partition(".")
-    found = _task(results, task, name)
-    drop = rest == "drop" or rest.endswith(".drop")
-    wanted = rest.removesuffix("drop").rstrip(".") if drop else rest
-    metrics = {key: value for key, value in found.items() if isinstance(value, Mapping) and "difference" in value}
-    if found.get("refused"):
-        raise DataError(f"requirement on {name!r} cannot be judged: {found['refused']}")
-    if not metrics or (wanted and wanted not in metrics):
-        raise DataError(f"task {task!r} has no metric {wanted!r}.{suggest(wanted, metrics)}")
-    metric = metrics[wanted or next(iter(metrics))]
-    if not drop:
-        return Difference(value=metric["value"], stderr=metric["stderr"], units=found["samples"] or 1), "documents"
-    sign = -1 if metric["higher_is_better"] else 1
-    return (
-        Difference(value=sign * metric["difference"], stderr=metric["difference_stderr"], units=metric["units"]),
-        "paired samples",
-    )
-
-
-def _task(results: Mapping[str, Any], task: str, name: str) -> Mapping[str, Any]:
-    if task not in results:
-        raise DataError(f"requirement on {name!r} cannot be judged: task {task!r} has no result.")
-    return results[task]
-
-
-def _point(value: float) -> Difference:
-    """A number without an error of its own."""
-    return Difference(value=value, stderr=0.0, units=2)
+        return Judgement(requirement=requirement.text, holds=True, why=f"{value}, 95% bound {bound:.4g}")
+    why = f"{value}{spread}"
+    if compare(estimate.value, limit):
+        why = f"too few samples to tell: {why}, and its 95% bound is {bound:.4g}"
+    return Judgement(requirement=requirement.text, holds=False, why=why)
 
 
 def _spread(estimate: Difference, what: str) -> str:
@@ -153,12 +90,47 @@ def _spread(estimate: Difference, what: str) -> str:
         return ""
     if estimate.stderr is None:
         return f" from {estimate.units} of the {what}, so its error is unknown"
-    return f" ± {_short(estimate.stderr)} over {estimate.units} {what}"
+    return f" ± {estimate.stderr:.4g} over {estimate.units} {what}"
 
 
-def _bound(bound: float) -> str:
-    return f"95% bound {_short(bound)}"
+def _estimate(name: str, result: Mapping[str, Any]) -> tuple[Difference, str]:
+    """The number with its error, and what the error was taken over; empty for a number without an error of its own."""
+    if name == "bits":
+        return _point(result["bits_per_element"])
+    task, _, rest = name.partition(".")
+    if name in _DIVERGENCE or name in _PERPLEXITY:
+        task = "divergence" if name in _DIVERGENCE else "perplexity"
+    if task not in result["results"]:
+        raise DataError(f"requirement on {name!r} cannot be judged: task {task!r} has no result.")
+    found = result["results"][task]
+    if name in ("perplexity", "speed.ratio"):
+        return _point(found["value" if name == "perplexity" else "ratio_low"])
+    if name == "perplexity.ratio":
+        ratio, error = math.exp(found["delta_nll"]), found["delta_nll_stderr"]
+        error = None if error is None else ratio * error
+        return Difference(value=ratio, stderr=error, units=found["windows"]), "windows"
+    if name in _DIVERGENCE or name in _PERPLEXITY:
+        if f"{name}_stderr" not in found:
+            return _point(found[name])
+        return Difference(value=found[name], stderr=found[f"{name}_stderr"], units=found["windows"]), "windows"
+    return _metric(name, rest, found)
 
 
-def _short(value: float) -> str:
-    return f"{value:.4g}"
+def _metric(name: str, rest: str, found: Mapping[str, Any]) -> tuple[Difference, str]:
+    """``rest``: METRIC, drop, METRIC.drop, or empty for the first metric."""
+    drop = rest == "drop" or rest.endswith(".drop")
+    wanted = rest.removesuffix("drop").rstrip(".") if drop else rest
+    metrics = {key: value for key, value in found.items() if isinstance(value, Mapping) and "difference" in value}
+    if found.get("refused"):
+        raise DataError(f"requirement on {name!r} cannot be judged: {found['refused']}")
+    if not metrics or (wanted and wanted not in metrics):
+        raise DataError(f"task {name.partition('.')[0]!r} has no metric {wanted!r}.{suggest(wanted, metrics)}")
+    metric = metrics[wanted or next(iter(metrics))]
+    if not drop:
+        return Difference(value=metric["value"], stderr=metric["stderr"], units=found["samples"] or 1), "documents"
+    worse = metric["difference"] * (-1 if metric["higher_is_better"] else 1)
+    return Difference(value=worse, stderr=metric["difference_stderr"], units=metric["units"]), "paired samples"
+
+
+def _point(value: float) -> tuple[Difference, str]:
+    return Difference(value=value, stderr=0.0, units=2), ""

@@ -20,10 +20,8 @@ def greedy_continuations(
     for start in range(0, len(prompts), batch_size):
         own = prompts[start : start + batch_size]
         names = [item_name("greedy", list(prompt), tokens) for prompt in own]
-        kept = answers.get(names)
-        if kept is None:
-            kept = _decode(model, torch.tensor([list(prompt) for prompt in own]), tokens).tolist()
-            answers.put(zip(names, kept))
+        ids = torch.tensor([list(prompt) for prompt in own])
+        kept = answers.recall(names, lambda ids=ids: _decode(model, ids, tokens).tolist())
         found += [tuple(row) for row in kept]
     return found
 

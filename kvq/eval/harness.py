@@ -10,31 +10,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvq.cache import CachePlan
 from kvq.errors import DataError, suggest
 from kvq.eval.evaluated_model import EvaluatedModel
 from kvq.eval.identity import answers_key
 from kvq.eval.local import LocalTask, local_names, local_task
-from kvq.eval.paired import flips, jackknife, jackknife_difference, mean_difference, mean_of, share_difference
+from kvq.eval.paired import (
+    Difference,
+    Flips,
+    flips,
+    jackknife,
+    jackknife_difference,
+    mean_difference,
+    mean_of,
+    share_difference,
+)
 from kvq.eval.result import MetricResult, TaskResult
 from kvq.eval.results_cache import Answers
+from kvq.eval.settings import Settings
 from kvq.eval.task_files import is_group
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class TaskSettings:
-    """limit: documents of each task; fewshot: examples in a prompt (None: the task's own number); chat: prompts go
-    through the tokenizer's chat template."""
-
-    mode: str
-    chunk: int
-    limit: int | None
-    fewshot: int | None
-    chat: bool
-    batch_size: int
-    seed: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,37 +98,45 @@ def find_tasks(
         yield Tasks(names=tuple(names), manager=manager, local=local, files=single)
 
 
+@dataclass(frozen=True, kw_only=True)
+class TaskRun:
+    """What lm-eval returned, or why the task was refused."""
+
+    found: Mapping[str, Any] | None
+    packed_share: float | None
+    refused: str | None
+
+    def samples(self, task: str) -> list[Mapping[str, Any]]:
+        return self.found["samples"][task]
+
+
 class Harness:
     """Runs one task at a time under any plan of a model; answers are kept by task and plan."""
 
-    def __init__(self, tasks: Tasks, settings: TaskSettings, open_answers: Callable[[Mapping[str, Any]], Answers]):
-        self.tasks, self.settings, self.open_answers = tasks, settings, open_answers
+    def __init__(self, tasks: Tasks, settings: Settings):
+        self.tasks, self.settings = tasks, settings
 
-    def run(
-        self, name: str, evaluated: EvaluatedModel, plan: CachePlan | None, progress: Callable[[int, int], None] | None
-    ) -> "TaskRun":
-        """Answers of ``evaluated`` under ``plan``; None, or a plan that quantizes nothing: by lm-eval's own code."""
+    def run(self, name: str, evaluated: EvaluatedModel, progress: Callable[[int, int], None] | None) -> TaskRun:
+        """Answers of ``evaluated`` under its plan; one that quantizes nothing answers by lm-eval's own code."""
         from kvq.eval.lm_eval import KvqLM, NothingReadError
 
         settings = self.settings
         # What is not quantized answers alike in every mode.
-        quantizes = plan is not None and bool(plan.layers)
-        mode = settings.mode if quantizes else "exact"
-        answers = self.open_answers(
-            answers_key(
-                evaluated,
-                plan,
-                task=name,
-                mode=mode,
-                chunk=settings.chunk if mode == "chunked" else None,
-                **{field: getattr(settings, field) for field in ("limit", "fewshot", "chat", "batch_size", "seed")},
-                data=self.tasks.local[name].identity if name in self.tasks.local else None,
-            )
+        mode = settings.mode if evaluated.quantizes else "exact"
+        key = answers_key(
+            evaluated,
+            evaluated.plan,
+            task=name,
+            mode=mode,
+            chunk=settings.chunk if mode == "chunked" else None,
+            **{field: getattr(settings, field) for field in ("limit", "fewshot", "chat", "batch_size", "seed")},
+            data=self._data(name),
         )
+        answers = Answers(settings.cache_folder, key)
         model = KvqLM(
             evaluated.model,
-            plan=plan,
-            mode=settings.mode if quantizes else "stream",
+            plan=evaluated.plan,
+            mode=settings.mode if evaluated.quantizes else "stream",
             chunk=settings.chunk,
             tokenizer=evaluated.tokenizer,
             batch_size=settings.batch_size,
@@ -147,6 +150,9 @@ class Harness:
         finally:
             answers.close()
         return TaskRun(found=found, packed_share=model.packed_share, refused=None)
+
+    def _data(self, name: str) -> Mapping[str, Any] | None:
+        return self.tasks.local[name].identity if name in self.tasks.local else None
 
     def _evaluate(self, model, name: str) -> Mapping[str, Any]:
         import lm_eval
@@ -173,51 +179,35 @@ class Harness:
             why = (str(error).strip() or type(error).__name__).splitlines()[0][:200].rstrip(".")
             raise DataError(f"task {name!r} cannot be set up: {why}; check the task file and its data.") from None
 
-    def pair(self, name: str, run: "TaskRun", base: "TaskRun") -> dict[str, TaskResult]:
-        """Results of a task, or of every task of a group, by name."""
+    def pair(self, name: str, run: TaskRun, base: TaskRun) -> dict[str, TaskResult]:
+        """Results of a task, or of a group, where its tasks give its own numbers, and of each of its tasks; by name."""
         if run.refused is not None:
-            return {name: self._refused(name, run, base)}
+            return {name: self._result(name, run, base, "likelihood", {}, len(base.found["samples"].get(name, ())))}
         leaves = self.tasks.manager.load([self.tasks.spec(name)])["tasks"]
-        found = {leaf: self._pair_leaf(leaf, task, run, base) for leaf, task in leaves.items()}
-        if list(found) != [name] and len(found) > 1 and name in run.found["results"]:
-            found = {name: self._pair_group(name, leaves, run, base)} | found
-        return found
+        parts = {leaf: {leaf: task} for leaf, task in leaves.items()}
+        if len(leaves) > 1 and name in run.found["results"]:
+            parts = {name: leaves} | parts
+        return {part: self._pair(part, members, run, base) for part, members in parts.items()}
 
-    def _pair_leaf(self, leaf: str, task, run: "TaskRun", base: "TaskRun") -> TaskResult:
-        own, other = run.samples(leaf), base.samples(leaf)
-        metrics = _metrics(leaf, task, own, other, run.found["results"][leaf], base.found["results"][leaf])
-        return self._result(leaf, task, metrics, len({row["doc_id"] for row in own}), run)
-
-    def _pair_group(self, name: str, leaves: Mapping[str, Any], run: "TaskRun", base: "TaskRun") -> TaskResult:
-        """A group's metrics over the documents of all its tasks, where these give the group's own numbers."""
+    def _pair(self, name: str, leaves: Mapping[str, Any], run: TaskRun, base: TaskRun) -> TaskResult:
+        """Metrics over the documents of all these tasks."""
         own, other = ([row for leaf in leaves for row in found.samples(leaf)] for found in (run, base))
         task = next(iter(leaves.values()))
         metrics = _metrics(name, task, own, other, run.found["results"][name], base.found["results"][name])
-        return self._result(name, task, metrics, sum(len(run.samples(leaf)) for leaf in leaves), run)
+        kind = "generation" if task.OUTPUT_TYPE == "generate_until" else "likelihood"
+        asked = sum(len({row["doc_id"] for row in run.samples(leaf)}) for leaf in leaves)
+        return self._result(name, run, base, kind, metrics, asked)
 
-    def _result(self, name: str, task, metrics: Mapping[str, MetricResult], samples: int, run: "TaskRun") -> TaskResult:
-        generates = task.OUTPUT_TYPE == "generate_until"
+    def _result(self, name: str, run: TaskRun, base: TaskRun, kind: str, metrics, samples: int) -> TaskResult:
         return TaskResult(
-            kind="generation" if generates else "likelihood",
-            mode="prefill" if generates else self.settings.mode,
+            kind=kind,
+            mode="prefill" if kind == "generation" else self.settings.mode,
             metrics=metrics,
             samples=samples,
-            task_version=str(run.found["versions"].get(name, "")) or None,
-            packed_share=run.packed_share,
-            fewshot=run.found["n-shot"].get(name),
-            data=self.tasks.local[name].identity if name in self.tasks.local else None,
-        )
-
-    def _refused(self, name: str, run: "TaskRun", base: "TaskRun") -> TaskResult:
-        return TaskResult(
-            kind="likelihood",
-            mode=self.settings.mode,
-            metrics={},
-            samples=len(base.samples(name)) if base.found and name in base.found["samples"] else 0,
             task_version=str(base.found["versions"].get(name, "")) or None,
-            packed_share=0.0,
+            packed_share=run.packed_share,
             fewshot=base.found["n-shot"].get(name),
-            data=self.tasks.local[name].identity if name in self.tasks.local else None,
+            data=self._data(name),
             refused=run.refused,
         )
 
@@ -232,18 +222,6 @@ def _without_bars() -> Iterator[None]:
         yield
     finally:
         module.tqdm = drawn
-
-
-@dataclass(frozen=True, kw_only=True)
-class TaskRun:
-    """What lm-eval returned, or why the task was refused."""
-
-    found: Mapping[str, Any] | None
-    packed_share: float | None
-    refused: str | None
-
-    def samples(self, task: str) -> list[Mapping[str, Any]]:
-        return self.found["samples"][task]
 
 
 def _metrics(
@@ -269,7 +247,10 @@ def _metrics(
             logger.warning("metric %s of task %s has no number a document and is left out.", metric, name)
             continue
         difference, own_flips = _difference(*columns, statistic)
-        errors = [_error(column, statistic) for column in columns]
+        errors = [
+            (mean_of(column) if _is_mean(statistic, column) else jackknife(column, statistic)).stderr
+            for column in columns
+        ]
         found[metric if kind == "none" else f"{metric},{kind}"] = MetricResult.of(
             float(value),
             float(base[key]),
@@ -282,18 +263,18 @@ def _metrics(
     return found
 
 
-def _difference(values: list, baseline: list, statistic: Callable[[list], float]):
+def _difference(values: list, baseline: list, statistic: Callable[[list], float]) -> tuple[Difference, Flips | None]:
     """The paired difference that suits the numbers, and the flips of answers that are right or wrong."""
-    plain = all(isinstance(value, int | float) for value in (*values, *baseline))
-    if plain and _gives(_mean, values, statistic(values)) and _gives(_mean, baseline, statistic(baseline)):
-        if all(value in (0, 1) for value in (*values, *baseline)):
-            return share_difference(values, baseline), flips(values, baseline)
-        return mean_difference(values, baseline), None
-    return jackknife_difference(values, baseline, statistic), None
+    if not (_is_mean(statistic, values) and _is_mean(statistic, baseline)):
+        return jackknife_difference(values, baseline, statistic), None
+    if all(value in (0, 1) for value in (*values, *baseline)):
+        return share_difference(values, baseline), flips(values, baseline)
+    return mean_difference(values, baseline), None
 
 
-def _mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values)
+def _is_mean(statistic: Callable[[list], float], values: list) -> bool:
+    plain = all(isinstance(value, int | float) for value in values)
+    return plain and _gives(statistic, values, math.fsum(values) / len(values))
 
 
 def _gives(statistic: Callable[[list], float], values: list, expected: float) -> bool:
@@ -301,11 +282,3 @@ def _gives(statistic: Callable[[list], float], values: list, expected: float) ->
         return math.isclose(statistic(values), expected, rel_tol=1e-9, abs_tol=1e-12)
     except (TypeError, ValueError, ZeroDivisionError):
         return False
-
-
-def _error(values: list, statistic: Callable[[list], float]) -> float | None:
-    """Standard error of one score by itself."""
-    plain = all(isinstance(value, int | float) for value in values)
-    if plain and _gives(_mean, values, statistic(values)):
-        return mean_of(values).stderr
-    return jackknife(values, statistic).stderr

@@ -12,8 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from kvq.cache import CachePlan
-from kvq.errors import DataError
-from kvq.eval.lm_head import Hidden, blocks, hidden_states, logits_of
+from kvq.eval.lm_head import Hidden, blocks, hidden_states, log_probabilities
 from kvq.eval.results_cache import packed_tensor, unpacked_tensor
 from kvq.eval.two_view import two_view
 
@@ -103,14 +102,15 @@ def score_row(
     """Scores of one window's tokens [first, T), read from hidden states of row ``row``."""
     parts: dict[str, list[tuple[torch.Tensor, ...]]] = {name: [] for name in found}
     # Token i is predicted by position i - 1.
-    for start, stop in blocks(first - 1, len(tokens) - 1, model.config.get_text_config().vocab_size):
+    for start, stop in blocks(model, first - 1, len(tokens) - 1):
         targets = tokens[start + 1 : stop + 1].to(model.device).unsqueeze(1)
-        base = _log_softmax(baseline, plain, row, start, stop, "the baseline", number)
+        where = f" in window {number}, tokens {start} to {stop - 1}"
+        base = log_probabilities(baseline, plain, row, start, stop, "the baseline", where)
         base_loss = -base.gather(1, targets).squeeze(1)
         for name, hidden in found.items():
             own = base
             if hidden is not plain:
-                own = _log_softmax(model, hidden, row, start, stop, f"recipe {name!r}", number)
+                own = log_probabilities(model, hidden, row, start, stop, f"recipe {name!r}", where)
             loss = -own.gather(1, targets).squeeze(1)
             parts[name].append((loss, base_loss, *_distances(base, own)))
     names = [field.name for field in fields(WindowScore)]
@@ -127,14 +127,3 @@ def _distances(base: torch.Tensor, own: torch.Tensor) -> tuple[torch.Tensor, ...
     best = base.argmax(-1, keepdim=True)
     five = own.topk(min(5, own.shape[-1]), dim=-1).indices
     return kl, reverse.clamp_(min=0), (own.argmax(-1, keepdim=True) == best).squeeze(-1), (five == best).any(-1)
-
-
-def _log_softmax(model, hidden: Hidden, row: int, start: int, stop: int, what: str, number: int) -> torch.Tensor:
-    logits = logits_of(model, hidden, row, start, stop)
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    if not bool(logits.isfinite().all()):
-        raise DataError(
-            f"{what} gives logits that are NaN or infinite in window {number}, tokens {start} to {stop - 1}: run the "
-            "model in float32 or bfloat16, or check its weights."
-        )
-    return torch.log_softmax(logits, dim=-1)

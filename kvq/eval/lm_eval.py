@@ -171,9 +171,8 @@ class KvqLM(HFLM):
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
         """Greedy or sampled continuations through the packed cache, in the given order."""
         generate = super().generate_until
-        kept = self.answers is not None and not any(request.args[1].get("do_sample") for request in requests)
         with running(self.model, self.plan):
-            if not kept:
+            if self.answers is None or any(request.args[1].get("do_sample") for request in requests):
                 found = generate(requests, disable_tqdm=disable_tqdm)
             else:
                 names = [item_name("generation", *request.args) for request in requests]
@@ -192,47 +191,39 @@ class KvqLM(HFLM):
     def _kept(self, names: list[str], batches: list[list[int]], compute: Callable[[list[int]], list]) -> list:
         """Answers by batch: kept ones where a batch is whole, so that what is computed has the same neighbours and
         with them the same bits as in a run that was not interrupted."""
+        answers = Answers(None, {}) if self.answers is None else self.answers
         found: dict[int, Any] = {}
         for batch in batches:
-            own = [names[i] for i in batch]
-            answers = None if self.answers is None else self.answers.get(own)
-            if answers is None:
-                answers = compute(batch)
-                if self.answers is not None:
-                    self.answers.put(zip(own, answers))
-            found.update(zip(batch, answers))
+            found.update(zip(batch, answers.recall([names[i] for i in batch], lambda own=batch: compute(own))))
             self._progress(len(found), len(names))
         return [found[i] for i in range(len(names))]
 
 
 def _likelihood_batches(requests: list[Request], size: int, shares_logits: bool) -> list[list[int]]:
     """The batches that lm-eval's Hugging Face model makes of requests, as positions in the list."""
-    key = lambda request: (*request[1], *request[2][:-1])  # noqa: E731
+    numbered = [(i, context, continuation) for i, (_, context, continuation) in enumerate(requests)]
+    rows = [(*context, *continuation[:-1]) for _, context, continuation in numbered]
     collator = Collator(
-        requests,
-        sort_fn=lambda request: (-len(request[1]) - len(request[2]), (*request[1], *request[2])),
+        numbered,
+        sort_fn=lambda own: (-len(own[1]) - len(own[2]), (*own[1], *own[2])),
         group_by="contexts" if shares_logits else None,
-        group_fn=key,
+        group_fn=lambda own: rows[own[0]],
     )
-    if not shares_logits:
-        return _positions(requests, collator, size)
-    members: dict[tuple[int, ...], list[int]] = {}
-    for i, request in enumerate(requests):
-        members.setdefault(key(request), []).append(i)
-    return [[i for request in batch for i in members[key(request)]] for batch in collator.get_batched(n=size)]
+    members: dict[tuple[int, ...] | int, list[int]] = {}
+    for i, row in enumerate(rows):
+        members.setdefault(row if shares_logits else i, []).append(i)
+    # Of a group it gives one, which answers for all.
+    batches = collator.get_batched(n=size)
+    return [[i for first, *_ in batch for i in members[rows[first] if shares_logits else first]] for batch in batches]
 
 
 def _generation_batches(requests: list[Instance], size: int, encode: Callable[[str], list[int]]) -> list[list[int]]:
     """The batches of its ``generate_until``."""
-    numbered = [(request.args[0], request.args[1], i) for i, request in enumerate(requests)]
+    asked = [request.args for request in requests]
     collator = Collator(
-        numbered, sort_fn=lambda own: (-len(encode(own[0])), own[0]), group_by="gen_kwargs", group_fn=lambda own: own[1]
+        list(range(len(asked))),
+        sort_fn=lambda i: (-len(encode(asked[i][0])), asked[i][0]),
+        group_by="gen_kwargs",
+        group_fn=lambda i: asked[i][1],
     )
-    return [[i for _, _, i in batch] for batch in collator.get_batched(n=size)]
-
-
-def _positions(requests: list[Request], collator: Collator, size: int) -> list[list[int]]:
-    places: dict[int, list[int]] = {}
-    for i, request in enumerate(requests):
-        places.setdefault(id(request), []).append(i)
-    return [[places[id(request)].pop(0) for request in batch] for batch in collator.get_batched(n=size)]
+    return list(collator.get_batched(n=size))

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
+from kvq.errors import DataError
 from kvq.models.decoder import decoder_of
 
 # Logits held at once.
@@ -47,8 +48,29 @@ def logits_of(model: PreTrainedModel, hidden: Hidden, row: int, start: int, stop
             decoder.forward = held
 
 
-def blocks(start: int, stop: int, vocabulary: int) -> Iterator[tuple[int, int]]:
+def log_probabilities(
+    model: PreTrainedModel, hidden: Hidden, row: int, start: int, stop: int, who: str, where: str = ""
+) -> torch.Tensor:
+    """Log-softmax [stop - start, V] of one row's logits, in float32 or float64.
+
+    Raises DataError, naming ``who`` and ``where``, if they are NaN or infinite.
+    """
+    logits = logits_of(model, hidden, row, start, stop)
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    if not bool(logits.isfinite().all()):
+        raise DataError(
+            f"{who} gives logits that are NaN or infinite{where}: run the model in float32 or bfloat16, or check its "
+            "weights."
+        )
+    return torch.log_softmax(logits, dim=-1)
+
+
+def blocks(model: PreTrainedModel, start: int, stop: int) -> Iterator[tuple[int, int]]:
     """Cut tokens [start, stop) so that a block's logits stay within the budget."""
-    step = max(1, BLOCK_NUMBERS // vocabulary)
+    step = max(1, BLOCK_NUMBERS // vocabulary(model))
     for first in range(start, stop, step):
         yield first, min(first + step, stop)
+
+
+def vocabulary(model: PreTrainedModel) -> int:
+    return model.config.get_text_config().vocab_size

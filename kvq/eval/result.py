@@ -11,6 +11,12 @@ from kvq.eval.paired import Difference, Flips, verdict
 SCHEMA_VERSION = 2
 
 
+class _Plain:
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        return asdict(self)
+
+
 @dataclass(frozen=True, kw_only=True)
 class MetricResult:
     """One metric beside the baseline's on the same requests.
@@ -52,9 +58,11 @@ class MetricResult:
         flips: Flips | None = None,
     ) -> "MetricResult":
         low, high = difference.interval() if difference.stderr is not None else (None, None)
-        if flips is not None and low is not None:
+        changed = {}
+        if flips is not None:
+            changed = {"lost": flips.lost, "won": flips.won, "flip_rate": flips.rate}
             # Two shares differ by 1 at most.
-            low, high = max(low, -1.0), min(high, 1.0)
+            low, high = (None, None) if low is None else (max(low, -1.0), min(high, 1.0))
         return cls(
             value=value,
             baseline=baseline,
@@ -67,9 +75,7 @@ class MetricResult:
             units=difference.units,
             higher_is_better=higher_is_better,
             verdict=verdict(difference, higher_is_better),
-            lost=flips.lost if flips else None,
-            won=flips.won if flips else None,
-            flip_rate=flips.rate if flips else None,
+            **changed,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -78,7 +84,7 @@ class MetricResult:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PerplexityResult:
+class PerplexityResult(_Plain):
     """value, baseline: perplexities on the same tokens. delta_nll: mean loss minus the baseline's, nats a token, with
     its standard error over windows (None for one window) and its 95% interval. tokens: scored tokens."""
 
@@ -91,9 +97,6 @@ class PerplexityResult:
     verdict: str
     windows: int
     tokens: int
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +135,7 @@ class LayerRow:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DivergenceResult:
+class DivergenceResult(_Plain):
     """How far the next-token distributions are from the baseline's.
 
     kl            mean KL(baseline || recipe), nats a token; kl_p99, kl_max: of the tokens.
@@ -158,9 +161,6 @@ class DivergenceResult:
     worst: WorstToken | None = None
     positions: Sequence[PositionRow] = ()
     layers: Sequence[LayerRow] = ()
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,16 +200,14 @@ class TaskResult:
     cells: Sequence[Cell] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        facts = {
-            name: getattr(self, name)
-            for name in ("kind", "mode", "samples", "task_version", "packed_share", "fewshot", "data", "refused")
-        }
-        facts |= {"chance": self.chance, "weak": self.weak, "cells": [asdict(cell) for cell in self.cells]}
+        """Metrics by name, beside the other facts."""
+        facts = {name: value for name, value in vars(self).items() if name not in ("metrics", "cells")}
+        facts["cells"] = [asdict(cell) for cell in self.cells]
         return {name: metric.to_dict() for name, metric in self.metrics.items()} | facts
 
 
 @dataclass(frozen=True, kw_only=True)
-class SpeedResult:
+class SpeedResult(_Plain):
     """Decoding beside an ordinary cache, alternating: tokens a second (median over turns), and the ratio of paired
     turns with its lowest and highest. context: tokens in the cache at the start. implementation: what attended."""
 
@@ -222,9 +220,6 @@ class SpeedResult:
     turns: int
     threads: int
     implementation: str
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 @dataclass(frozen=True, kw_only=True)

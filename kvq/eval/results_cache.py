@@ -5,10 +5,11 @@ answers of different recipes never lie in one file. SQLite commits whole transac
 """
 
 import base64
+import contextlib
 import hashlib
 import json
 import sqlite3
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +24,12 @@ class Answers:
     def __init__(self, folder: str | Path | None, key: Mapping[str, Any]):
         self.key = json.dumps(key, sort_keys=True)
         self.path = None if folder is None else Path(folder) / f"{_digest(self.key)[:32]}.sqlite"
-        try:
+        with self._usable():
             if self.path is not None:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
             # Another process may be writing to the same file: wait for it.
             self._base = sqlite3.connect(self.path or ":memory:", timeout=60)
             self._prepare()
-        except sqlite3.DatabaseError as error:
-            raise self._unusable(error) from None
 
     def _prepare(self) -> None:
         with self._base:
@@ -44,24 +43,30 @@ class Answers:
     def get(self, items: Sequence[str]) -> list[Any] | None:
         """The answers of all the items, or None if any is missing."""
         found = []
-        try:
+        with self._usable():
             for item in items:
                 row = self._base.execute("SELECT value FROM answers WHERE item = ?", (item,)).fetchone()
                 if row is None:
                     return None
                 found.append(json.loads(row[0]))
-        except (sqlite3.DatabaseError, ValueError) as error:
-            raise self._unusable(error) from None
         return found
 
     def put(self, pairs: Iterable[tuple[str, Any]]) -> None:
         """Store answers, all or none."""
         rows = [(item, json.dumps(value)) for item, value in pairs]
-        try:
-            with self._base:
-                self._base.executemany("INSERT OR REPLACE INTO answers VALUES (?, ?)", rows)
-        except sqlite3.DatabaseError as error:
-            raise self._unusable(error) from None
+        with self._usable(), self._base:
+            self._base.executemany("INSERT OR REPLACE INTO answers VALUES (?, ?)", rows)
+
+    def recall(self, items: Sequence[str], compute: Callable[[], Iterable[Any]]) -> list[Any]:
+        """The answers of all the items; if any is missing, what ``compute`` gives for all, which is then kept.
+
+        Items that were computed together stay so: a batch gives the same bits whether it was interrupted or not.
+        """
+        found = self.get(items)
+        if found is None:
+            found = list(compute())
+            self.put(zip(items, found))
+        return found
 
     def __len__(self) -> int:
         return self._base.execute("SELECT COUNT(*) FROM answers").fetchone()[0]
@@ -69,12 +74,16 @@ class Answers:
     def close(self) -> None:
         self._base.close()
 
-    def _unusable(self, error: Exception) -> CheckpointError:
-        where = "memory" if self.path is None else str(self.path)
-        return CheckpointError(
-            f"answers of an earlier run in {where!r} cannot be used ({error}): remove that file, choose another folder "
-            "with --cache, or do without with --no-cache."
-        )
+    @contextlib.contextmanager
+    def _usable(self) -> Iterator[None]:
+        try:
+            yield
+        except (sqlite3.DatabaseError, json.JSONDecodeError) as error:
+            where = "memory" if self.path is None else str(self.path)
+            raise CheckpointError(
+                f"answers of an earlier run in {where!r} cannot be used ({error}): remove that file, choose another "
+                "folder with --cache, or do without with --no-cache."
+            ) from None
 
 
 def item_name(kind: str, *parts: Any) -> str:

@@ -1,20 +1,19 @@
 """What to evaluate and how, checked before anything is loaded."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from kvq.errors import DataError, suggest
 from kvq.eval.probes import PROBES
 from kvq.eval.task_files import task_names
-from kvq.eval.text_tasks import TEXT_TASKS
 from kvq.eval.two_view_attention import MODES
 from kvq.models.builtin import cache_root
 
-SPEED = "speed"
+TEXT_TASKS, SPEED = ("perplexity", "divergence"), "speed"
 # kvq's own tasks; every other name is lm-eval's.
 OWN_TASKS = (*TEXT_TASKS, *PROBES, SPEED)
-DEFAULT_TASKS = ("perplexity", "divergence")
+DEFAULT_TASKS = TEXT_TASKS
 DEFAULT_SEQ_LEN = 2048
 
 
@@ -77,7 +76,9 @@ class Settings:
             raise DataError(f"fewshot={self.fewshot} is not a number of examples: use 0 or more.")
         if self.lengths is not None:
             object.__setattr__(self, "lengths", tuple(self.lengths))
-            self._check_lengths()
+        for length in self.lengths or ():
+            if isinstance(length, bool) or not isinstance(length, int) or length < 64:
+                raise DataError(f"lengths={length!r} has no room for something hidden: use 64 or more.")
 
     def _find_task_files(self) -> None:
         names = task_names(self.tasks)
@@ -87,11 +88,6 @@ class Settings:
                 raise DataError(f"task file {file.name!r} takes the name of kvq's own task {name!r}: rename its task.")
         object.__setattr__(self, "tasks", tuple(names))
         object.__setattr__(self, "task_files", files)
-
-    def _check_lengths(self) -> None:
-        for length in self.lengths:
-            if isinstance(length, bool) or not isinstance(length, int) or length < 64:
-                raise DataError(f"lengths={length!r} has no room for something hidden: use 64 or more.")
 
     @property
     def text_tasks(self) -> tuple[str, ...]:
@@ -130,8 +126,3 @@ class Settings:
         for length in self.lengths or ():
             if length > longest:
                 raise DataError(f"lengths={length} is more than the {longest} tokens this model takes: use fewer.")
-
-
-def settings_of(tasks: Sequence[str] = DEFAULT_TASKS, **settings) -> Settings:
-    """Settings from keyword arguments; ``tasks`` may be any sequence of names."""
-    return Settings(tasks=tasks if isinstance(tasks, str) else tuple(tasks), **settings)

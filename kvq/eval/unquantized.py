@@ -35,7 +35,7 @@ def rows_of(pairs: Sequence[Pair], max_length: int, shares: bool) -> list[tuple[
 
 def fits(model: PreTrainedModel, rows: Sequence[Sequence[int]]) -> bool:
     """True if the logits of all tokens of a padded batch may be held at once."""
-    return len(rows) * max(map(len, rows)) * _vocabulary(model) <= lm_head.BLOCK_NUMBERS
+    return len(rows) * max(map(len, rows)) * lm_head.vocabulary(model) <= lm_head.BLOCK_NUMBERS
 
 
 def score_pairs(
@@ -67,7 +67,7 @@ def _scores(model, line: Hidden, stop: int, targets: Sequence[torch.Tensor], dty
     longest = max(map(len, targets))
     logprobs: list[list[torch.Tensor]] = [[] for _ in targets]
     greedy: list[list[torch.Tensor]] = [[] for _ in targets]
-    for first, last in lm_head.blocks(stop - longest, stop, _vocabulary(model)):
+    for first, last in lm_head.blocks(model, stop - longest, stop):
         logits = _block(model, line, first, last)
         best, scores = logits.argmax(-1), torch.log_softmax(logits, dim=-1, dtype=dtype)
         for place, own in enumerate(targets):
@@ -87,7 +87,3 @@ def _block(model, line: Hidden, first: int, last: int) -> torch.Tensor:
     begin = max(0, min(first, last - FEWEST_ROWS))
     end = min(total, max(last, begin + FEWEST_ROWS))
     return logits_of(model, line, 0, begin, end)[first - begin : last - begin]
-
-
-def _vocabulary(model: PreTrainedModel) -> int:
-    return model.config.get_text_config().vocab_size

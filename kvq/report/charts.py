@@ -19,6 +19,7 @@ from kvq.report.drawing import (
     svg,
 )
 from kvq.report.rows import LABELS, metrics_of
+from kvq.report.verdict import pareto
 
 Result = Mapping[str, Any]
 
@@ -53,7 +54,8 @@ def bits_against_kl(names: Sequence[str], results: Sequence[Result]) -> Chart | 
     figure, axes = new_chart("bits per element, measured", "KL from baseline, nats a token")
     axes.set_xlim(limits([bits for _, bits, _ in points]))
     log_scale(axes.yaxis, limits([found["kl"] for _, _, found in points], log=True))
-    axes.plot(*zip(*_pareto([(bits, found["kl"]) for _, bits, found in points])), "--", color=COLOURS["soft"], lw=1.2)
+    front = pareto(sorted((bits, found["kl"], names[series]) for series, bits, found in points))
+    axes.plot(*list(zip(*front))[:2], "--", color=COLOURS["soft"], lw=1.2)
     for series, bits, found in points:
         said = f"{names[series]}: {bits:.2f} bits, KL {found['kl']:.4f}"
         _point(axes, bits, found["kl"], series, said, found["kl_stderr"])
@@ -84,15 +86,6 @@ def _point(axes, x: float, y: float, series: int, said: str, error: float | None
         axes.vlines(x, max(y - 2 * error, 1e-12), y + 2 * error, color=_colour(series), lw=1.5, alpha=0.75)
     (mark,) = axes.plot(x, y, "o", color=_colour(series), ms=9, mec=COLOURS["card"], mew=1.5, zorder=3)
     hint(mark, said)
-
-
-def _pareto(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Points that no other one beats in both numbers, by the first."""
-    front: list[tuple[float, float]] = []
-    for x, y in sorted(points):
-        if not front or y < front[-1][1]:
-            front.append((x, y))
-    return front
 
 
 @styled

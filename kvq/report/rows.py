@@ -3,7 +3,7 @@
 Everything arrives as the plain data of ``EvalResult.to_dict()``.
 """
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,7 +55,6 @@ class Row:
     estimate: float | None = None
     low: float | None = None
     high: float | None = None
-    higher_is_better: bool = True
 
 
 def rows_of(result: Mapping[str, Any]) -> list[Row]:
@@ -64,13 +63,14 @@ def rows_of(result: Mapping[str, Any]) -> list[Row]:
 
 
 def side_by_side(
-    results: Sequence[Mapping[str, Any]], name: Callable[[Row], Hashable]
-) -> dict[Hashable, tuple[str, list[Row | None]]]:
+    results: Sequence[Mapping[str, Any]], name: Callable[[Row], Any]
+) -> dict[Any, tuple[str, list[Row | None]]]:
     """Measures by name: the baseline's value, and the row of every result, None where it has none."""
-    found: dict[Hashable, tuple[str, list[Row | None]]] = {}
+    found: dict[Any, tuple[str, list[Row | None]]] = {}
     for i, result in enumerate(results):
         for row in rows_of(result):
-            found.setdefault(name(row), (row.baseline, [None] * len(results)))[1][i] = row
+            nothing: list[Row | None] = [None] * len(results)
+            found.setdefault(name(row), (row.baseline, nothing))[1][i] = row
     return found
 
 
@@ -100,7 +100,6 @@ def _perplexity(found: Mapping[str, Any]) -> Row:
         estimate=found["delta_nll"],
         low=found["low"],
         high=found["high"],
-        higher_is_better=False,
     )
 
 
@@ -149,7 +148,6 @@ def _task(task: str, found: Mapping[str, Any]) -> Iterator[Row]:
             estimate=metric["difference"],
             low=metric["low"],
             high=metric["high"],
-            higher_is_better=metric["higher_is_better"],
         )
 
 

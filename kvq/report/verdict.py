@@ -58,7 +58,7 @@ def overall(names: Sequence[str], results: Sequence[Mapping[str, Any]]) -> str:
     )
     if len(points) < 2:
         return ""
-    best = [own for i, own in enumerate(points) if all(own[1] < other[1] for other in points[:i])]
+    best = pareto(points)
     each = "; ".join(f"{name} ({bits:.2f} bits, KL {kl:.4f})" for bits, kl, name in best)
     if len(best) == len(points):
         return f"Each of these trades size for error: {each}."
@@ -66,6 +66,11 @@ def overall(names: Sequence[str], results: Sequence[Mapping[str, Any]]) -> str:
     return (
         f"Nothing here is both smaller and closer to the baseline than {'this one' if one else 'any of these'}: {each}."
     )
+
+
+def pareto(points: Sequence[tuple[float, float, str]]) -> list[tuple[float, float, str]]:
+    """Of points (size, error, name) in rising order, those that no other one beats in both numbers."""
+    return [own for i, own in enumerate(points) if all(own[1] < other[1] for other in points[:i])]
 
 
 def _by_tasks(recipe: str, results: Mapping[str, Any], worse: Sequence[str], saved: str) -> str:

@@ -7,6 +7,7 @@ alone: baseline and recipes get the same ones.
 """
 
 import random
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -118,22 +119,40 @@ class Setting:
         return tuple(passage + filler[last:])
 
 
-@dataclass(frozen=True, kw_only=True)
-class Probe:
+class Probe(ABC):
     """One of kvq's own tasks.
 
     metrics   names of Outcome fields to report, the main one first. cells: labels to group by.
     chance    what guessing gives the main metric.
-    build     writes the passages.
+    count     passages a length, if the setting names no number.
     """
 
     name: str
     version: str
     summary: str
     metrics: tuple[str, ...]
-    cells: tuple[str, ...]
-    chance: float
-    build: Callable[[Setting], list[Passage]]
+    cells: tuple[str, ...] = ("length",)
+    chance: float = 0.0
+    count: int = 4
+
+    def lengths(self, longest: int) -> tuple[int, ...]:
+        """Tokens of passages, if the setting names none, for a model that takes ``longest``."""
+        return (min(1024, longest),)
+
+    def build(self, setting: Setting) -> list[Passage]:
+        passages = []
+        for length in setting.lengths or self.lengths(setting.longest):
+            draws = [setting.draws(self.name, length, number) for number in range(setting.count or self.count)]
+            passages += self.passages(setting, draws, length)
+        return passages
+
+    def passages(self, setting: Setting, draws: Sequence[random.Random], length: int) -> list[Passage]:
+        """Passages of one length, each from chances of its own."""
+        return [self.passage(setting, draw, length) for draw in draws]
+
+    @abstractmethod
+    def passage(self, setting: Setting, draw: random.Random, length: int) -> Passage:
+        """Write one passage of about ``length`` tokens, and ask about it."""
 
 
 def outcomes(passage: Passage, scores: Sequence[TokenScores]) -> list[Outcome]:

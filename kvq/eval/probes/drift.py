@@ -5,29 +5,32 @@ would not have written itself, this is its own greedy generation, token for toke
 tokens that it would have chosen at that place of the baseline's text.
 """
 
+from collections.abc import Sequence
+from random import Random
+
 from kvq.eval.probes.base import Ask, Passage, Probe, Setting
 
-PROMPT, WRITTEN, COUNT = 256, 256, 8
+PROMPT, WRITTEN = 256, 256
 
 
-def build(setting: Setting) -> list[Passage]:
-    passages = []
-    for length in setting.lengths or (min(PROMPT, setting.longest // 2),):
-        written = min(WRITTEN, setting.longest - length)
-        draws = [setting.draws("drift", length, number) for number in range(setting.count or COUNT)]
+class Drift(Probe):
+    """Prompts, and what the unquantized model writes after them."""
+
+    name = "drift"
+    version = "1"
+    summary = "tokens until a greedy generation leaves the unquantized model's"
+    metrics = ("tokens", "agreement")
+    count = 8
+
+    def lengths(self, longest: int) -> tuple[int, ...]:
+        return (min(PROMPT, longest // 2),)
+
+    def passages(self, setting: Setting, draws: Sequence[Random], length: int) -> list[Passage]:
+        """All of one length at once, so that the model writes them in batches."""
         prompts = [tuple(setting.cut(draw, length)) for draw in draws]
-        for prompt, own in zip(prompts, setting.generate(prompts, written)):
-            ask = Ask(prompt=(), candidates=(own,), right=0, labels={"length": length})
-            passages.append(Passage(tokens=prompt, asks=(ask,)))
-    return passages
+        written = setting.generate(prompts, min(WRITTEN, setting.longest - length))
+        asks = [Ask(prompt=(), candidates=(own,), right=0, labels={"length": length}) for own in written]
+        return [Passage(tokens=prompt, asks=(own,)) for prompt, own in zip(prompts, asks)]
 
-
-PROBE = Probe(
-    name="drift",
-    version="1",
-    summary="tokens until a greedy generation leaves the unquantized model's",
-    metrics=("tokens", "agreement"),
-    cells=("length",),
-    chance=0.0,
-    build=build,
-)
+    def passage(self, setting: Setting, draw: Random, length: int) -> Passage:
+        return self.passages(setting, [draw], length)[0]

@@ -12,8 +12,7 @@ from kvq.eval.continuations import TokenScores, rows_of
 from kvq.eval.greedy import greedy_continuations
 from kvq.eval.probes import PROBES
 from kvq.eval.probes.base import Ask, Outcome, Passage, Setting, outcomes
-from kvq.eval.probes.copying import _split
-from kvq.eval.probes.needle import default_lengths
+from kvq.eval.probes.copies import split
 from kvq.eval.probing import ask, pair
 from kvq.eval.results_cache import Answers
 from kvq.models.describe import describe
@@ -88,10 +87,11 @@ def test_needles_lie_at_their_depths(tiny_tokenizer):
 
 
 def test_default_lengths_double_up_to_what_the_model_takes():
-    assert default_lengths(8192) == (1024, 2048, 4096, 8192)
-    assert default_lengths(131072) == (1024, 2048, 4096, 8192)
-    assert default_lengths(2048) == (1024, 2048)
-    assert default_lengths(600) == (600,)
+    lengths = PROBES["needle"].lengths
+    assert lengths(8192) == (1024, 2048, 4096, 8192)
+    assert lengths(131072) == (1024, 2048, 4096, 8192)
+    assert lengths(2048) == (1024, 2048)
+    assert lengths(600) == (600,)
 
 
 def test_names_follow_their_chain(tiny_tokenizer):
@@ -128,7 +128,7 @@ def test_copies_are_token_for_token_what_the_passage_holds(tiny_tokenizer, name)
 def test_records_are_cut_between_tokens():
     # A tokenizer that knows "(a" as one token must not get "(" and "a".
     table = {"def f(": [1, 2, 3], "def f(a): x": [1, 2, 9, 4]}
-    assert _split("def f(", "def f(a): x", table.__getitem__) == ((1, 2), (9, 4))
+    assert split("def f(", "def f(a): x", table.__getitem__) == ((1, 2), (9, 4))
 
 
 def test_many_keys_are_all_different(tiny_tokenizer):
