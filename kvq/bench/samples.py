@@ -1,4 +1,4 @@
-"""Made-up pages for checks and benchmarks: every byte that a kernel could read is set, and what it must not is poison."""
+"""Made-up pages for checks and benchmarks: each byte that a kernel could read is set, what it must not is poison."""
 
 from dataclasses import replace
 
