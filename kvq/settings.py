@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from kvq.errors import RecipeError, suggest
+from kvq.errors import RecipeError, listed, suggest
 
 
 def build(cls, data: Any, where: str):
@@ -39,8 +39,7 @@ def check_choice(name: str, value: Any, choices: tuple, what: str = "known") -> 
     """Refuse a value that is none of ``choices``; None passes, for settings that are left out."""
     if value is not None and (isinstance(value, bool) or value not in choices):
         words = [repr(choice) if isinstance(choice, str) else str(choice) for choice in choices]
-        ways = f"{', '.join(words[:-1])} or {words[-1]}" if words[1:] else words[0]
-        raise RecipeError(f"{name}={value!r} is not {what}: use {ways}.")
+        raise RecipeError(f"{name}={value!r} is not {what}: use {listed(words, 'or')}.")
 
 
 def check_flag(name: str, value: Any) -> None:

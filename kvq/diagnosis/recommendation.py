@@ -9,6 +9,7 @@ from kvq.calib.stats import Stats
 from kvq.diagnosis.causes import Cause, causes_of
 from kvq.diagnosis.predict import GOOD, Prediction, layers_of, predict
 from kvq.diagnosis.sample_tokens import LayerTokens
+from kvq.errors import listed
 from kvq.recipe import Recipe, load_recipe
 
 # Shipped recipes worth choosing from: what engines serve, and the best at every width.
@@ -41,7 +42,7 @@ class Diagnosis:
 
     def sentence(self) -> str:
         """The verdict in a sentence or two."""
-        said = f"{_listed(self.collapses)} would ruin this model" if self.collapses else "no recipe tried collapses"
+        said = f"{listed(self.collapses)} would ruin this model" if self.collapses else "no recipe tried collapses"
         best = self.recommended
         if best is None:
             return f"{_upper(said)}, and none is predicted to cost less than {GOOD} nats per token: keep fp16."
@@ -94,10 +95,6 @@ def diagnose(
     found.sort(key=lambda p: (bool(p.why_not), -p.bits if p.bits == p.bits else 0, p.recipe))
     real = all(tokens.is_real for tokens in layers.values())
     return Diagnosis(predictions=tuple(found), causes=tuple(causes_of(stats)), real_tokens=real)
-
-
-def _listed(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else ", ".join(names[:-1]) + f" and {names[-1]}"
 
 
 def _upper(text: str) -> str:

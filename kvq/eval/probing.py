@@ -28,13 +28,7 @@ def ask(
 ) -> list[list[Outcome]]:
     """Outcomes of every passage's questions, a passage a forward."""
     scores = score_continuations(
-        model,
-        plan,
-        [passage.question for passage in passages],
-        mode,
-        chunk=chunk,
-        answers=answers,
-        progress=progress,
+        model, plan, [passage.question for passage in passages], mode, chunk=chunk, answers=answers, progress=progress
     )
     return [outcomes(passage, own) for passage, own in zip(passages, scores)]
 

@@ -19,11 +19,16 @@ from kvq.errors import CheckpointError
 
 
 class Answers:
-    """Answers by item name; values are plain JSON data. ``folder`` None keeps them in memory only."""
+    """Answers by item name; values are plain JSON data.
 
-    def __init__(self, folder: str | Path | None, key: Mapping[str, Any]):
+    folder   None keeps them in memory only. name: of the file; None: by the key.
+    """
+
+    _way_out = "remove that file, choose another folder with --cache, or do without with --no-cache."
+
+    def __init__(self, folder: str | Path | None, key: Mapping[str, Any], name: str | None = None):
         self.key = json.dumps(key, sort_keys=True)
-        self.path = None if folder is None else Path(folder) / f"{_digest(self.key)[:32]}.sqlite"
+        self.path = None if folder is None else Path(folder) / (name or f"{_digest(self.key)[:32]}.sqlite")
         with self._usable():
             if self.path is not None:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -68,6 +73,16 @@ class Answers:
             self.put(zip(items, found))
         return found
 
+    def items(self) -> dict[str, Any]:
+        """All answers, in the order in which they came."""
+        with self._usable():
+            rows = self._base.execute("SELECT item, value FROM answers ORDER BY rowid")
+            return {item: json.loads(value) for item, value in rows}
+
+    def clear(self) -> None:
+        with self._usable(), self._base:
+            self._base.execute("DELETE FROM answers")
+
     def __len__(self) -> int:
         return self._base.execute("SELECT COUNT(*) FROM answers").fetchone()[0]
 
@@ -81,8 +96,7 @@ class Answers:
         except (sqlite3.DatabaseError, json.JSONDecodeError) as error:
             where = "memory" if self.path is None else str(self.path)
             raise CheckpointError(
-                f"answers of an earlier run in {where!r} cannot be used ({error}): remove that file, choose another "
-                "folder with --cache, or do without with --no-cache."
+                f"answers of an earlier run in {where!r} cannot be used ({error}): {self._way_out}"
             ) from None
 
 

@@ -6,18 +6,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from kvq.report.drawing import (
-    COLOURS,
-    SERIES,
-    heat_map,
-    hint,
-    limits,
-    log_scale,
-    new_chart,
-    place_labels,
-    styled,
-    svg,
-)
+from kvq.report.drawing import COLOURS, SERIES, heat_map, hint, limits, log_scale, new_chart, place_labels, styled, svg
 from kvq.report.rows import LABELS, metrics_of
 from kvq.report.verdict import pareto
 

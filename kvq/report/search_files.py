@@ -36,7 +36,7 @@ class SearchFiles:
 
     @property
     def journal(self) -> Path:
-        return _beside(self.shared, ".journal.jsonl")
+        return _beside(self.shared, ".journal.sqlite")
 
     def name(self, budget: float) -> str:
         return self.recipes[budget].stem

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from kvq.errors import listed
 from kvq.eval.paired import BETTER, SAME, UNCLEAR, WORSE
 from kvq.report.rows import LABELS, MODES, SHARES, metrics_of, name_of, with_interval
 
@@ -40,7 +41,7 @@ def verdict_of(result: Mapping[str, Any]) -> Verdict:
     grade, what = next((grade, what) for limit, grade, what in GRADES if found["kl"] < limit)
     if worse and grade == "good":
         grade = "fair"
-        what += f" in the next token, but is shown to be worse on {_list(worse)}"
+        what += f" in the next token, but is shown to be worse on {listed(worse)}"
     headline = (
         f"{recipe} {what}: KL {found['kl']:.4f} nats a token, the same most likely token {found['top1']:.1%} of the "
         f"time, at {saved}."
@@ -77,11 +78,11 @@ def _by_tasks(recipe: str, results: Mapping[str, Any], worse: Sequence[str], sav
     """The headline where there is no divergence to judge by."""
     unclear, same = _with(results, UNCLEAR), _with(results, SAME, BETTER)
     if worse:
-        return f"{recipe} is shown to be worse on {_list(worse)}, at {saved}."
+        return f"{recipe} is shown to be worse on {listed(worse)}, at {saved}."
     if unclear:
-        return f"Too few samples to tell whether {recipe} is worse on {_list(unclear)}, at {saved}."
+        return f"Too few samples to tell whether {recipe} is worse on {listed(unclear)}, at {saved}."
     if same:
-        return f"{recipe} answers as the baseline does on {_list(same)}, at {saved}."
+        return f"{recipe} answers as the baseline does on {listed(same)}, at {saved}."
     return f"{recipe}: nothing here measures its quality, at {saved}."
 
 
@@ -135,14 +136,15 @@ def _tasks(results: Mapping[str, Any]) -> list[str]:
         if verdict in groups
     ]
     if weak:
-        said.append(f"The baseline itself cannot do {_list(weak)}, so nothing follows from {_them(weak)}.")
+        them = "them" if weak[1:] else "it"
+        said.append(f"The baseline itself cannot do {listed(weak)}, so nothing follows from {them}.")
     return said + refused
 
 
 def _warnings(result: Mapping[str, Any]) -> list[str]:
     said = []
     if result["partial"]:
-        missing = f" Missing: {_list(result['unfinished'])}." if result["unfinished"] else ""
+        missing = f" Missing: {listed(result['unfinished'])}." if result["unfinished"] else ""
         said.append(f"The run was interrupted; the text covers {result['windows']} windows.{missing}")
     if result["mode"] == "simulate":
         said.append("Mode simulate quantizes every number, also those that decoding would keep exact.")
@@ -157,14 +159,5 @@ def question(result: Mapping[str, Any]) -> str:
     text = f"Mode {result['mode']}: scored tokens read {MODES[result['mode']]}."
     generated = [task for task, found in result["results"].items() if found.get("kind") == "generation"]
     if generated and result["mode"] != "prefill":
-        text += f" {_list(generated)}: written through the packed cache after an exact prompt (mode prefill)."
+        text += f" {listed(generated)}: written through the packed cache after an exact prompt (mode prefill)."
     return text
-
-
-def _list(names: Sequence[str]) -> str:
-    names = list(names)
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
-
-
-def _them(names: Sequence[str]) -> str:
-    return "it" if len(names) == 1 else "them"

@@ -79,13 +79,7 @@ def front_rows(found: Search) -> dict[str, Any]:
         "model": found.facts["model"],
         "text": found.facts["text"]["search"]["source"],
         "front": [row(candidate, None) for candidate in found.front],
-        "points": [
-            {
-                **row(point.chosen, point.budget),
-                "confirmed": asdict(point.confirmed),
-            }
-            for point in found.points
-        ],
+        "points": [{**row(point.chosen, point.budget), "confirmed": asdict(point.confirmed)} for point in found.points],
         "uniform": [row(c, p.budget) for p in found.points for c in p.candidates if c.how == "uniform"],
         "layers": damage_by_layer(found.table),
     }

@@ -15,7 +15,6 @@ from typing import Any
 import yaml
 
 from kvq.cache import make_plan
-from kvq.calib.artefacts import fit_artefacts
 from kvq.calib.stats import Stats
 from kvq.codecs import CodecSpec, codec_spec, parse_codec
 from kvq.errors import DataError, KvqError, RecipeError
@@ -152,11 +151,6 @@ def _check(option: Option, model: ModelSpec, stats: Stats | None, policies: Sequ
         recipe = option.recipe(policy)
         if not (option.chain or option.codec.is_calibrated):
             make_plan(recipe, model)
-
-
-def artefacts_of(option: Option, policy: TokenPolicy, model: ModelSpec, stats: Stats | None, folder=None):
-    """Tensors that the option's transforms and codec need."""
-    return fit_artefacts(option.recipe(policy), model, stats, folder) if stats is not None else {}
 
 
 def _resolved(own: dict[str, Any]) -> dict[str, Any]:

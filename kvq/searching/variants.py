@@ -8,13 +8,14 @@ from pathlib import Path
 import torch
 
 from kvq.cache import CachePlan, HeadGroup, make_plan
+from kvq.calib.artefacts import fit_artefacts
 from kvq.calib.stats import Stats
 from kvq.errors import KvqError, RecipeError
 from kvq.heads import TokenPolicy
 from kvq.models.describe import LayerSpec, ModelSpec
 from kvq.pages.flush import FlushRule
 from kvq.pages.layout import SIDES
-from kvq.searching.space import PARTNER, Option, Space, artefacts_of
+from kvq.searching.space import PARTNER, Option, Space
 
 # A window that no text leaves: what is not measured stays exact.
 _ENDLESS = 1 << 40
@@ -44,7 +45,8 @@ class Variants:
         try:
             key = self._key(option)
             if key not in self._artefacts:
-                self._artefacts[key] = artefacts_of(option, policies[0], self.model, stats, folder)
+                recipe = option.recipe(policies[0])
+                self._artefacts[key] = fit_artefacts(recipe, self.model, stats, folder) if stats is not None else {}
             for policy in policies:
                 self._plans[option, policy] = make_plan(option.recipe(policy), self.model, self._artefacts[key])
         except KvqError as error:
@@ -63,10 +65,6 @@ class Variants:
     @cached_property
     def layers(self) -> Mapping[int, LayerSpec]:
         return {layer.index: layer for layer in self.model.full_layers}
-
-    def artefacts(self, key: Option, value: Option) -> dict[str, torch.Tensor]:
-        """Artefacts of a recipe that has ``key`` and ``value`` options everywhere."""
-        return self._artefacts[self._key(key)] | self._artefacts[self._key(value)]
 
     def plan(self, option: Option, policy: TokenPolicy, layer: int, head: int | None = None) -> CachePlan:
         """Only ``option``'s side of ``layer`` (of KV head ``head`` alone) is quantized."""

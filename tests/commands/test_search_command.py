@@ -1,7 +1,9 @@
 """``kvq search``."""
 
+import contextlib
 import json
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -48,7 +50,7 @@ def test_recipe_evidence_and_pictures_are_written(run, model, text, space, tmp_p
     assert proof["command"].startswith("kvq")
     assert (tmp_path / "mine.front.png").read_bytes().startswith(b"\x89PNG")
     assert "<html" in (tmp_path / "mine.front.html").read_text()
-    assert not (tmp_path / "mine.journal.jsonl").exists()
+    assert not (tmp_path / "mine.journal.sqlite").exists()
     assert "is valid" in run("recipes", "check", out, "--model", model).stdout
 
 
@@ -94,7 +96,7 @@ def test_an_interrupted_search_goes_on(run, model, text, space, tmp_path, monkey
         "kvq.searching.verify.Verifier.measure", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt)
     )
     assert run(*arguments).exit_code == 130
-    journal = tmp_path / "mine.journal.jsonl"
+    journal = tmp_path / "mine.journal.sqlite"
     assert journal.exists()
     monkeypatch.undo()
     monkeypatch.setattr("kvq.searching.sensitivity.Sensitivity._scan", None)
@@ -103,23 +105,33 @@ def test_an_interrupted_search_goes_on(run, model, text, space, tmp_path, monkey
     assert not journal.exists()
 
 
+def jobs_in(journal):
+    """Finished jobs, beside the item that says which search it is."""
+    try:
+        with contextlib.closing(sqlite3.connect(f"file:{journal}?mode=ro", uri=True)) as base:
+            return base.execute("SELECT COUNT(*) FROM answers").fetchone()[0] - 1
+    except sqlite3.DatabaseError:
+        # It is being made.
+        return 0
+
+
 @pytest.mark.long
 def test_killed_without_warning_it_gives_the_same_files(run, model, text, space, tmp_path):
     """SIGKILL while the journal grows; the second call goes on and writes what an undisturbed search writes."""
     arguments = ["search", model, "--budget", "4.5", "--data", text, "--space", space, *SMALL, "-o"]
     killed, whole = tmp_path / "killed.yaml", tmp_path / "whole.yaml"
-    journal = tmp_path / "killed.journal.jsonl"
+    journal = tmp_path / "killed.journal.sqlite"
     process = subprocess.Popen(
         [sys.executable, "-m", "kvq.cli", *map(str, [*arguments, killed])],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    while process.poll() is None and not (journal.exists() and journal.read_bytes().count(b"\n") > 3):
+    while process.poll() is None and jobs_in(journal) < 3:
         time.sleep(0.001)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not killed.exists()
-    assert journal.read_bytes().count(b"\n") > 3
+    assert jobs_in(journal) >= 3
     for out in (killed, whole):
         assert run(*arguments, out).exit_code == 0
     first, second = (json.loads(out.with_suffix(".evidence.json").read_text()) for out in (killed, whole))
