@@ -27,8 +27,8 @@ def divergence(
     kl = torch.cat([score.kl.double() for score in scores])
     fields = {}
     for name, column in (("kl", "kl"), ("reverse_kl", "reverse_kl"), ("top1", "agrees"), ("top5", "in_top5")):
-        mean, error = paired([getattr(score, column).double() for score in scores])
-        fields |= {name: mean, f"{name}_stderr": error}
+        mean = paired([getattr(score, column).double() for score in scores])
+        fields |= {name: mean.value, f"{name}_stderr": mean.stderr}
     return DivergenceResult(
         **fields,
         kl_p99=float(kl.sort().values[max(0, -(-99 * len(kl) // 100) - 1)]),
@@ -67,7 +67,7 @@ def _by_position(scores: Sequence[WindowScore], windows: Windows, reads: torch.T
             if stop > start >= 0:
                 parts.append((score.kl[start:stop].double(), score.agrees[start:stop].double()))
         if parts:
-            mean, error = paired([kl for kl, _ in parts])
+            mean = paired([kl for kl, _ in parts])
             rows.append(
                 PositionRow(
                     first=low,
@@ -75,8 +75,8 @@ def _by_position(scores: Sequence[WindowScore], windows: Windows, reads: torch.T
                     tokens=sum(len(kl) for kl, _ in parts),
                     # Token i is predicted by the query at i - 1.
                     cached=float(reads[low - 1 : high - 1].double().mean()),
-                    kl=mean,
-                    kl_stderr=error,
+                    kl=mean.value,
+                    kl_stderr=mean.stderr,
                     top1=float(torch.cat([agrees for _, agrees in parts]).mean()),
                 )
             )

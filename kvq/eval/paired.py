@@ -27,6 +27,11 @@ class Difference:
     units: int
     identical: bool = False
 
+    @property
+    def bounds(self) -> tuple[float | None, float | None]:
+        """The 95% interval; None, None without an error."""
+        return self.interval() if self.stderr is not None else (None, None)
+
     def interval(self, confidence: float = CONFIDENCE, *, one_sided: bool = False) -> tuple[float, float]:
         """Bounds that hold with this confidence, each for itself if ``one_sided``; infinite without an error."""
         if self.stderr is None:

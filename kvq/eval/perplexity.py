@@ -44,16 +44,13 @@ def cut_windows(
 def perplexity(scores: Sequence[WindowScore]) -> PerplexityResult:
     """Perplexity of the scored windows, the baseline's on the same tokens, and their paired difference."""
     losses, base = (torch.cat([getattr(s, name).double() for s in scores]) for name in ("losses", "baseline_losses"))
-    columns = [(s.losses.double() - s.baseline_losses.double()) for s in scores]
-    delta, error = paired(columns)
-    identical = not any(bool(column.any()) for column in columns)
-    difference = Difference(value=delta, stderr=error, units=len(scores), identical=identical)
-    low, high = difference.interval() if error is not None else (None, None)
+    difference = paired([s.losses.double() - s.baseline_losses.double() for s in scores])
+    low, high = difference.bounds
     return PerplexityResult(
         value=_exp(float(losses.mean())),
         baseline=_exp(float(base.mean())),
-        delta_nll=delta,
-        delta_nll_stderr=error,
+        delta_nll=difference.value,
+        delta_nll_stderr=difference.stderr,
         low=low,
         high=high,
         verdict=verdict(difference, higher_is_better=False),
@@ -62,15 +59,13 @@ def perplexity(scores: Sequence[WindowScore]) -> PerplexityResult:
     )
 
 
-def paired(columns: Sequence[torch.Tensor]) -> tuple[float, float | None]:
-    """Mean over all tokens, and the standard error over windows (tokens of a window are not independent).
-
-    The standard error is None for a single window.
-    """
-    mean = float(torch.cat(list(columns)).mean())
-    if len(columns) < 2:
-        return mean, None
-    return mean, float(torch.stack([column.mean() for column in columns]).std() / math.sqrt(len(columns)))
+def paired(columns: Sequence[torch.Tensor]) -> Difference:
+    """Mean over all tokens, and the standard error over windows (tokens of a window are not independent)."""
+    error = None
+    if len(columns) > 1:
+        error = float(torch.stack([column.mean() for column in columns]).std() / math.sqrt(len(columns)))
+    tokens = torch.cat(list(columns))
+    return Difference(value=float(tokens.mean()), stderr=error, units=len(columns), identical=not bool(tokens.any()))
 
 
 def _exp(loss: float) -> float:

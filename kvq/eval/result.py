@@ -57,7 +57,7 @@ class MetricResult:
         baseline_stderr: float | None = None,
         flips: Flips | None = None,
     ) -> "MetricResult":
-        low, high = difference.interval() if difference.stderr is not None else (None, None)
+        low, high = difference.bounds
         changed = {}
         if flips is not None:
             changed = {"lost": flips.lost, "won": flips.won, "flip_rate": flips.rate}

@@ -7,7 +7,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,14 +43,15 @@ class Journal(Answers):
     def do(self, job: str, work: Callable[[], Any]) -> Any:
         """The result of a job: remembered, or worked out now and remembered."""
         if job not in self.found:
-            start = time.monotonic()
-            found = work()
-            self.note(job, found, time.monotonic() - start)
+            self.do_together([job], lambda: [work()])
         return self.found[job]
 
-    def note(self, job: str, found: Any, seconds: float) -> None:
-        """Remember a result that took ``seconds``."""
-        self.put([(job, {"found": found, "seconds": seconds})])
-        # As it was kept, so that a fresh result and a remembered one are the same numbers.
-        self.found[job] = self.get([job])[0]["found"]
-        self.seconds += seconds
+    def do_together(self, jobs: Sequence[str], work: Callable[[], Iterable[Any]]) -> None:
+        """Work jobs out at once, and remember the results; each gets its share of the time."""
+        start = time.monotonic()
+        found = list(work())
+        seconds = (time.monotonic() - start) / len(jobs)
+        self.put([(job, {"found": own, "seconds": seconds}) for job, own in zip(jobs, found)])
+        # As they were kept, so that a fresh result and a remembered one are the same numbers.
+        self.found |= {job: row["found"] for job, row in zip(jobs, self.get(jobs))}
+        self.seconds += seconds * len(jobs)

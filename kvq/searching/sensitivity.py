@@ -13,7 +13,6 @@ it, those of its own family if there are any. The table says of every number whe
 """
 
 import math
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -282,7 +281,8 @@ class Sensitivity:
                 new = [(unit, name) for unit, name in rows if _refined(window, unit, name) not in self.journal.found]
                 if new and late():
                     return learned
-                self._refine(window, new)
+                if new:
+                    self._refine(window, new)
             for unit, name in rows:
                 self.refined.setdefault(unit, []).append(name)
                 learned = True
@@ -290,14 +290,9 @@ class Sensitivity:
 
     def _refine(self, window: int, rows: Sequence[tuple[Unit, str]]) -> None:
         """Measure options of one layer on one window, each a job of its own."""
-        if not rows:
-            return
-        start = time.monotonic()
-        plans = {(unit.name, name): self._plan(self.variants.space.named(unit.side, name), unit) for unit, name in rows}
-        found = self._damages(window, plans)
-        seconds = (time.monotonic() - start) / len(rows)
-        for unit, name in rows:
-            self.journal.note(_refined(window, unit, name), found[unit.name][name], seconds)
+        plans = {(unit, name): self._plan(self.variants.space.named(unit.side, name), unit) for unit, name in rows}
+        jobs = [_refined(window, *row) for row in rows]
+        self.journal.do_together(jobs, lambda: map(vars, self._probe_of(window).damages(plans).values()))
 
     def _shares(self, unit: Unit) -> tuple[float, ...]:
         if not self.heads_used:

@@ -1,6 +1,6 @@
 """Measure whole recipes on text that the search did not use, and judge them by metric and floors."""
 
-import time
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,25 +99,26 @@ class Verifier:
             jobs = {name: f"{part}/{number}/{name}" for name in hashes}
             new = {name: plans[name] for name in hashes if jobs[name] not in self.journal.found}
             if new:
-                self._score(new, jobs, windows[number : number + 1])
+                score = functools.partial(self._score, new, windows[number : number + 1])
+                self.journal.do_together([jobs[name] for name in new], score)
             for name in hashes:
                 rows[name].append(self.journal.found[jobs[name]])
         if progress:
             progress(len(windows), len(windows))
         return {name: _pooled(rows[name]) for name in hashes}
 
-    def _score(self, plans: Mapping[str, CachePlan], jobs: Mapping[str, str], window: torch.Tensor) -> None:
-        start = time.monotonic()
+    def _score(self, plans: Mapping[str, CachePlan], window: torch.Tensor) -> list[dict[str, Any]]:
+        """One window's means under each plan, as plain data."""
         (found,) = score_windows(self.model, plans, windows_of(window), "stream")
-        seconds = (time.monotonic() - start) / len(found)
-        for name, score in found.items():
-            row = {
+        return [
+            {
                 "kl": float(score.kl.double().mean()),
                 "top1": float(score.agrees.double().mean()),
                 "delta_nll": float((score.losses.double() - score.baseline_losses.double()).mean()),
                 "tokens": len(score.kl),
             }
-            self.journal.note(jobs[name], row, seconds)
+            for score in (found[name] for name in plans)
+        ]
 
 
 def _pooled(rows: Sequence[Mapping[str, Any]]) -> Measured:
