@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from kvq.codecs.spec import CodecSpec
 from kvq.errors import RecipeError
 from kvq.transforms import Transforms
+from kvq.transforms.frame import FRAME_TOKENS
+from kvq.transforms.spec import PLACES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,14 +58,61 @@ class HeadSpec:
                 )
         if self.value.keys_only:
             raise RecipeError(f"value.codec={self.value.codec!r} {self.value.keys_only}: use it for keys only.")
-        if self.value.placement is not None:
-            raise RecipeError(f"value.placement={self.value.placement!r}: values have no rotary embedding; remove it.")
-        for step in self.transforms.key if self.key.is_before_rope else ():
+        for name in ("placement", "frame"):
+            given = getattr(self.value, name)
+            if given is not None:
+                raise RecipeError(f"value.{name}={given!r}: values have no rotary embedding; remove it.")
+        self._check_frame()
+
+    def _check_frame(self) -> None:
+        place, codec = self.transforms.key_place, self.key.placement
+        if place != PLACES[0] and codec not in (None, place):
+            raise RecipeError(
+                f"key.placement={codec} and key transforms at {place} are two places for one codec: leave the "
+                "placement out, the codec stands where the last transform does."
+            )
+        for step in self.transforms.key if place == PLACES[0] and self.key_place != place else ():
             if not step.commutes_with_rope:
                 raise RecipeError(
-                    f"key.placement=pre_rope and the key transform {step.kind!r} exclude each other, because it does "
-                    "not commute with the rotary embedding: remove one of them."
+                    f"key.placement={codec} and the key transform {step.kind!r} exclude each other, because it does "
+                    f"not commute with the rotary embedding: give the transform 'at: {codec}', or remove one of them."
                 )
+        if self.key.frame is not None and self.key_place != "page":
+            raise RecipeError(
+                f"key.frame={self.key.frame} says how many tokens share an origin, and these keys have none: stand "
+                "something at page, or remove it."
+            )
+        if self.key.is_calibrated and codec == "page" and self.key.frame not in (None, FRAME_TOKENS):
+            raise RecipeError(
+                f"key.frame={self.key.frame}: what calibration makes for the codec is measured on blocks of "
+                f"{FRAME_TOKENS} tokens; leave it out."
+            )
+
+    @property
+    def key_place(self) -> str:
+        """Where the key codec stands, of ``kvq.transforms.spec.PLACES``."""
+        return self.key.placement or self.transforms.key_place
+
+    @property
+    def frame_tokens(self) -> int | None:
+        """Tokens whose keys share an origin, 1 where keys stand before RoPE; None: the codec sees them after it."""
+        return {"post_rope": None, "page": self.key.frame or FRAME_TOKENS, "pre_rope": 1}[self.key_place]
+
+    @property
+    def framed_steps(self) -> int:
+        """How many of the last key transforms act in that frame."""
+        return self.transforms.framed_steps
+
+    def framing(self, side: str) -> dict[str, int | None]:
+        """What ``kvq.transforms.fit.fit_steps`` wants to know of it."""
+        return {"framed": self.framed_steps, "block": self.frame_tokens} if side == "key" else {}
+
+    @property
+    def is_bound_to_positions(self) -> bool:
+        """True if something is fitted to keys after RoPE that suits the positions of the calibration text alone."""
+        outside = self.transforms.key[: len(self.transforms.key) - self.framed_steps]
+        codec = self.key_place == PLACES[0] and self.key.has_channel_numbers
+        return codec or any(step.is_fitted_to_positions for step in outside)
 
     @property
     def is_exact(self) -> bool:

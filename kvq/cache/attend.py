@@ -10,6 +10,7 @@ from kvq.cache.store import HeadStore
 from kvq.kernels.cpp import launch
 from kvq.kernels.decode_attention.products import Partial, merge_partials, merged_lse, partial_attention
 from kvq.pages.layout import SIDES
+from kvq.transforms.frame import Frame
 
 # Numbers unpacked at once, and scores held at once: a tile fits a core's cache, never the whole past.
 TILE_NUMBERS = 1 << 21
@@ -258,11 +259,25 @@ class _Segments:
         )
 
     def _packed_scores(self, start: int, stop: int) -> torch.Tensor:
-        if self.store.group.rope is not None:
+        frame = self.store.group.frame
+        if isinstance(frame, Frame) and self.q.shape[2] < frame.block:
+            return self._framed_scores(frame, start, stop)
+        if frame is not None:
             keys = self.store.decoded("key", self.rows, start, stop, self.q.dtype)
             return self.q @ keys.transpose(-1, -2)
         pages, first = self.store.pages(self.rows, start, stop)
         return self.store.group.codecs["key"].scores(pages, "key", self.q)[..., start - first : stop - first]
+
+    def _framed_scores(self, frame: Frame, start: int, stop: int) -> torch.Tensor:
+        """Few queries are turned for every block, instead of every key of it."""
+        pages, first = self.store.pages(self.rows, start, stop)
+        low = start // frame.block * frame.block
+        keys = self.store.group.codecs["key"].dequantized(pages, "key", self.q.dtype)[:, :, low - first : stop - first]
+        queries, bias = frame.queries(self.q, self.store.origins(self.rows, start, stop))
+        missing = -keys.shape[2] % frame.block
+        keys = torch.nn.functional.pad(keys, (0, 0, 0, missing)).unflatten(2, (-1, frame.block))
+        scores = (queries.to(keys.dtype) @ keys.transpose(-1, -2) + bias.to(keys.dtype).unsqueeze(-1)).transpose(2, 3)
+        return scores.flatten(3)[..., start - low : stop - low]
 
     def _exact_sinks(self, count: int) -> Partial:
         keys, values = (self.store.sinks[side][self.rows][:, :, :count].to(self.q.dtype) for side in SIDES)

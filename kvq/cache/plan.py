@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -17,7 +17,8 @@ from kvq.models.rope import Rope, rope_of
 from kvq.pages.flush import FlushRule
 from kvq.pages.layout import SIDES, PageLayout
 from kvq.recipe import Recipe
-from kvq.transforms import Chain, Transforms, build_chain
+from kvq.transforms import Chain, Transforms, TransformSpec, build_chain
+from kvq.transforms.frame import Frame
 from kvq.transforms.rope_bias import RopeOffset
 
 
@@ -26,8 +27,9 @@ class HeadGroup:
     """KV heads of one layer that are stored alike: their indices, codecs, rules and page layout.
 
     chains   transforms of keys and values; everything that is stored, exact tokens included, is in their basis.
-    rope     set if the codec sees keys elsewhere than where exact ones are stored: before the rotary embedding, or
-             without the rotated bias of their projection. ``undo`` leads to the codec, ``rotate`` back from it.
+    frame    set if the codec sees keys elsewhere than where exact ones are stored: relative to their block, before the
+             rotary embedding, or without the rotated bias of their projection. ``enter`` leads to the codec, ``leave``
+             back from it.
     by_head  every head has page tables and lengths of its own, and pages hold one head: heads may then keep different
              tokens. Raises RecipeError where heads share numbers, or where their numbers depend on the head.
     """
@@ -39,11 +41,12 @@ class HeadGroup:
     rules: Mapping[str, FlushRule]
     layout: PageLayout
     chains: Mapping[str, Chain]
-    rope: Rope | RopeOffset | None = None
+    frame: Frame | RopeOffset | None = None
     by_head: bool = False
 
     def __post_init__(self):
-        names_heads = any(codec.names_heads for codec in self.codecs.values()) or isinstance(self.rope, RopeOffset)
+        own = isinstance(self.frame, RopeOffset) or (self.frame is not None and bool(self.frame.chain))
+        names_heads = own or any(codec.names_heads for codec in self.codecs.values())
         if self.by_head and len(self.heads) > 1 and (names_heads or self.layout.shared_bytes):
             raise RecipeError(
                 f"heads {self.heads} share numbers, or each has static ones of its own, so they cannot be stored by "
@@ -74,7 +77,8 @@ class HeadGroup:
 class CachePlan:
     """What a recipe does to a model: head groups by layer index; a layer that is absent keeps its plain cache.
 
-    chains   by layer and side, the transforms of all KV heads of the layer.
+    chains   by layer and side, the transforms of all KV heads of the layer, those in a frame of keys left out.
+    framed   by layer, how many of the last key transforms act in the frame.
     folded   likewise, how many of the first transforms the model's weights have taken over; what is absent is 0.
     """
 
@@ -83,6 +87,7 @@ class CachePlan:
     layers: Mapping[int, tuple[HeadGroup, ...]]
     chains: Mapping[int, Mapping[str, Chain]] = field(default_factory=dict)
     folded: Mapping[int, Mapping[str, int]] = field(default_factory=dict)
+    framed: Mapping[int, int] = field(default_factory=dict)
 
     def predicted_bytes(self, tokens: int, itemsize: int | None = None) -> int:
         """Cache bytes of one sequence of ``tokens`` tokens over all layers, plain and sliding ones included."""
@@ -102,8 +107,16 @@ class CachePlan:
 
     @property
     def needs_positions(self) -> bool:
-        """True if some keys are stored before the rotary embedding."""
-        return any(group.rope is not None for groups in self.layers.values() for group in groups)
+        """True if some keys are stored in a frame that positions decide."""
+        return any(group.frame is not None for groups in self.layers.values() for group in groups)
+
+    def transforms_of(self, layer: int, side: str) -> tuple[TransformSpec, ...]:
+        """Of a layer that is quantized, folded ones and those in a frame included."""
+        return getattr(self.recipe.for_head(layer, 0, len(self.model.layers)).transforms, side)
+
+    @property
+    def has_transforms(self) -> bool:
+        return any(self.transforms_of(layer, side) for layer in self.layers for side in SIDES)
 
     @property
     def bits_per_element(self) -> float:
@@ -140,7 +153,7 @@ def make_plan(
 def _make_plan(recipe: Recipe, model: ModelSpec, artefacts, folded) -> CachePlan:
     count = len(model.layers)
     recipe.check_patterns(count, {layer.index: layer.kv_heads for layer in model.full_layers})
-    layers, chains = {}, {}
+    layers, chains, framed = {}, {}, {}
     ropes = _ropes(model)
     for layer in model.full_layers:
         groups = recipe.head_groups(layer.index, layer.kv_heads, count)
@@ -153,7 +166,7 @@ def _make_plan(recipe: Recipe, model: ModelSpec, artefacts, folded) -> CachePlan
             # The heads of a layer share their transforms.
             transforms = groups[0][0].transforms
             _refuse_inexact(transforms, model, layer.index)
-            chains[layer.index] = {
+            whole = {
                 side: build_chain(
                     getattr(transforms, side),
                     layer.head_dim,
@@ -162,12 +175,16 @@ def _make_plan(recipe: Recipe, model: ModelSpec, artefacts, folded) -> CachePlan
                 )
                 for side in SIDES
             }
+            framed[layer.index] = groups[0][0].framed_steps
+            outside = len(whole["key"].steps) - framed[layer.index]
+            inside = Chain(whole["key"].steps[outside:])
+            chains[layer.index] = whole | {"key": replace(whole["key"], steps=whole["key"].steps[:outside])}
             layers[layer.index] = tuple(
-                _head_group(spec, heads, layer, codecs, chains[layer.index], ropes)
+                _head_group(spec, heads, layer, codecs, chains[layer.index], inside, ropes)
                 for number, (spec, alike) in enumerate(groups)
                 for heads, codecs in _stored_alike(spec, alike, layer, number, artefacts)
             )
-    return CachePlan(recipe=recipe, model=model, layers=layers, chains=chains, folded=folded)
+    return CachePlan(recipe=recipe, model=model, layers=layers, chains=chains, folded=folded, framed=framed)
 
 
 def check_transforms(recipe: Recipe, model: ModelSpec) -> None:
@@ -189,7 +206,9 @@ def check_transforms(recipe: Recipe, model: ModelSpec) -> None:
 
 def _refuse_inexact(transforms: Transforms, model: ModelSpec, index: int) -> None:
     """Refuse a step where attention does not undo it."""
-    steps = [(side, step) for side in SIDES for step in getattr(transforms, side)]
+    # Readers add again what a step in a frame of keys has taken away.
+    outside = {"key": transforms.key[: len(transforms.key) - transforms.framed_steps], "value": transforms.value}
+    steps = [(side, step) for side, own in outside.items() for step in own]
     if not steps:
         return
     layer = describe_attention(model.config).get(index) or Attention(index=index)
@@ -237,7 +256,9 @@ def _codec_artefacts(spec: CodecSpec, needed, side: str, layer: LayerSpec, numbe
     return found
 
 
-def _head_group(spec: HeadSpec, heads: tuple[int, ...], layer: LayerSpec, codecs, chains, ropes) -> HeadGroup:
+def _head_group(
+    spec: HeadSpec, heads: tuple[int, ...], layer: LayerSpec, codecs, chains, inside: Chain, ropes
+) -> HeadGroup:
     chains = {side: chain.of_heads(heads) for side, chain in chains.items()}
     page_tokens = max(codec.page_tokens for codec in codecs.values())
     return HeadGroup(
@@ -248,7 +269,7 @@ def _head_group(spec: HeadSpec, heads: tuple[int, ...], layer: LayerSpec, codecs
         rules={side: flush_rule(getattr(spec, side), spec.tokens) for side in SIDES},
         layout=PageLayout(key=codecs["key"].layout(page_tokens), value=codecs["value"].layout(page_tokens)),
         chains=chains,
-        rope=_key_rope(spec, chains["key"], ropes, layer.index),
+        frame=_frame(spec, chains["key"], inside, ropes, layer, heads),
     )
 
 
@@ -266,11 +287,14 @@ def _ropes(model: ModelSpec) -> Callable[[int], Rope | None]:
     return of
 
 
-def _key_rope(spec: HeadSpec, chain: Chain, ropes, layer: int) -> Rope | RopeOffset | None:
-    if spec.key.is_before_rope:
-        return ropes(layer)
+def _frame(spec: HeadSpec, chain: Chain, inside: Chain, ropes, layer: LayerSpec, heads) -> Frame | RopeOffset | None:
+    """chain: the steps of exact keys; inside: those in the frame."""
+    if spec.frame_tokens is not None:
+        rope = ropes(layer.index)
+        own = {"heads": len(heads), "head_dim": layer.head_dim, "chain": inside.of_heads(heads)}
+        return Frame(rope=rope, block=spec.frame_tokens, **own) if rope or inside else None
     biases = [step.offset for step in chain.steps if step.offset is not None]
-    rope = ropes(layer) if biases else None
+    rope = ropes(layer.index) if biases else None
     return RopeOffset(rope, chain, biases[0]) if rope else None
 
 

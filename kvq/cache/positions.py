@@ -4,7 +4,7 @@ import torch
 
 
 class Positions:
-    """Positions of every row's stored tokens, for keys that are stored before RoPE.
+    """Positions of every row's stored tokens, for keys that are stored in a frame.
 
     A row is a list of runs (index of the first token, its position); positions go up by one within a run. So left pads,
     packed sequences and gaps are exact, and a row without any costs one pair.

@@ -101,8 +101,8 @@ def _say(found: Serving) -> None:
 
 def why_two_passes(group: HeadGroup) -> str | None:
     """Why pages of this group are decoded before the kernels attend, or None if they are read as they are."""
-    if group.rope is not None:
-        return "keys are stored before RoPE"
+    if group.frame is not None:
+        return "keys are stored before RoPE" if group.frame.block == 1 else "keys are stored relative to their block"
     for side in SIDES:
         numbers = group.codecs[side].static_numbers()
         if isinstance(numbers, str):
@@ -118,6 +118,6 @@ def _why_no_pack(group: HeadGroup, side: str) -> str | None:
 
 def _why_not_compiled(group: HeadGroup, sides: Mapping[str, CppSide | str]) -> str | None:
     """Why the C++ kernel cannot attend, or None."""
-    if group.rope is not None:
+    if group.frame is not None:
         return "keys are stored elsewhere than they are read"
     return build.unavailable() or next((side for side in sides.values() if isinstance(side, str)), None)

@@ -58,7 +58,7 @@ class HeadStore:
         self.sinks: dict[str, torch.Tensor] = {}
         self.tails = {side: Tail(rows) for side in SIDES}
         # Those of the sequences: heads of one differ in what they store, and not in where it stood.
-        self.positions = Positions(batch) if group.rope else None
+        self.positions = Positions(batch) if group.frame else None
         self.recording = False
         # While whoever drops tokens has not decided: nothing is packed.
         self.holding = False
@@ -137,7 +137,7 @@ class HeadStore:
         CPU, or None.
 
         ``positions`` [B or 1, L]: rotary positions; None: every row counts its own tokens. They matter only where keys
-        are stored before the rotary embedding. Returns the exact tokens as they were before packing: KIVI packs after
+        are stored in a frame. Returns the exact tokens as they were before packing: KIVI packs after
         the step's attention.
         """
         self.settle()
@@ -243,8 +243,8 @@ class HeadStore:
         """Encode tokens [len(rows), kv_heads, t, head_dim] of the body from ``start`` and write them to pages."""
         size = self.group.layout.page_tokens
         stop = start + tokens.shape[2]
-        if side == "key" and self.group.rope is not None:
-            tokens = self.group.rope.undo(tokens, self._positions(rows, start, stop))
+        if side == "key" and self.group.frame is not None:
+            tokens = self.group.frame.enter(tokens, self._origins(rows, start, stop))
         self.tables.grow(rows, -(-stop // size))
         serving = self.serving(tokens.dtype)
         if serving.no_pack[side] is None:
@@ -265,11 +265,23 @@ class HeadStore:
         every = [self.positions.of([b], 0, self.seen[row])[0] for b, row in zip(sequences, rows)]
         return torch.stack([own[self.kept.seen(row, start, stop)] for own, row in zip(every, rows)])
 
-    def roped(self, keys: torch.Tensor, rows: list[int], start: int, stop: int) -> torch.Tensor:
-        """Decoded keys of body tokens [start, stop), [rows, kv_heads, tokens, head_dim], after the rotary embedding."""
-        if self.group.rope is None:
+    def origins(self, rows: list[int], start: int, stop: int) -> torch.Tensor:
+        """Rotary positions of the first token of every block of the frame that body tokens [start, stop) lie in, int64
+        [rows, blocks]."""
+        block = self.group.frame.block
+        return self._positions(rows, start // block * block, stop)[:, ::block]
+
+    def _origins(self, rows: list[int], start: int, stop: int) -> torch.Tensor:
+        """Origins by token, [rows, stop - start]."""
+        block = self.group.frame.block
+        skipped = start % block
+        return self.origins(rows, start, stop).repeat_interleave(block, dim=1)[:, skipped : skipped + stop - start]
+
+    def left(self, keys: torch.Tensor, rows: list[int], start: int, stop: int) -> torch.Tensor:
+        """Decoded keys of body tokens [start, stop), [rows, kv_heads, tokens, head_dim], where exact ones stand."""
+        if self.group.frame is None:
             return keys
-        return self.group.rope.rotate(keys, self._positions(rows, start, stop))
+        return self.group.frame.leave(keys, self._origins(rows, start, stop))
 
     def ensure_pages(self, needed: Sequence[int]) -> None:
         """Take pages until every row has as many as ``needed`` says."""
@@ -377,7 +389,7 @@ class HeadStore:
         in the basis of the group's transforms, keys after the rotary embedding."""
         pages, first = self.pages(rows, start, stop)
         numbers = self.group.codecs[side].dequantized(pages, side, dtype)[:, :, start - first : stop - first]
-        return self.roped(numbers, rows, start, stop) if side == "key" else numbers
+        return self.left(numbers, rows, start, stop) if side == "key" else numbers
 
     def pages(self, rows: list[int], start: int, stop: int) -> tuple[Pages, int]:
         """The pages that hold body tokens [start, stop) of rows, and the first body token in them."""

@@ -101,7 +101,7 @@ def fit_artefacts(
         codec = getattr(spec, side).stand_in(layer.head_dim, layer.kv_heads)
         evidence = source.evidence(layer, side, spec, codec)
         learned = partial(find_learned, stats, recipe, spec, layer.index, side)
-        numbers, fitted[layer.index, side] = fit_steps(specs, evidence, learned)
+        numbers, fitted[layer.index, side] = fit_steps(specs, evidence, learned, **spec.framing(side))
         found |= {artefact_name(layer.index, side, what): tensor for what, tensor in numbers.items()}
     for use in _uses(recipe, model):
         after = fitted.get((use.layer.index, use.side))

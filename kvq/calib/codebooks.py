@@ -36,6 +36,7 @@ from kvq.models.describe import ModelSpec, describe
 from kvq.models.rope import Rope
 from kvq.pages.affine import wide
 from kvq.recipe import Recipe
+from kvq.transforms.frame import FRAME_TOKENS
 
 FIT = "codebooks"
 # Gradients of one window are held at a time.
@@ -256,9 +257,10 @@ def _bins(
     x, slope = seen[book.side].detach(), seen[book.side].grad
     heads = list(book.heads)
     x, slope = wide(x[:, heads]), None if slope is None else wide(slope[:, heads])
-    if book.tensor == "key_pre" and rope is not None:
+    if book.tensor != book.side and rope is not None:
         positions = batch.positions.to(x.device)
-        x, slope = rope.undo(x, positions), None if slope is None else _pulled_back(slope, rope, positions)
+        positions = positions if book.tensor == "key_pre" else positions - positions % FRAME_TOKENS
+        x, slope = rope.undo(x, positions), None if slope is None else rope.transposed(slope, positions)
     found = []
     for row in range(len(x)):
         real = slice(None) if batch.valid is None else batch.valid[row].to(x.device)
@@ -278,11 +280,3 @@ def _bins(
             "bfloat16 or float32."
         )
     return Bins(counts=total.counts.cpu(), weights=total.weights.cpu())
-
-
-def _pulled_back(slope: torch.Tensor, rope: Rope, positions: torch.Tensor) -> torch.Tensor:
-    """Gradients at keys before RoPE from those after it: the rotation transposed, its inverse up to a length."""
-    out = rope.undo(slope, positions)
-    if rope.factor == 1:
-        return out
-    return torch.cat([out[..., : rope.channels] * rope.factor, out[..., rope.channels :]], dim=-1)

@@ -26,10 +26,12 @@ from kvq.codecs import Codec
 from kvq.errors import CheckpointError, DataError
 from kvq.heads import HeadSpec
 from kvq.models.describe import describe
+from kvq.models.rope import Rope
 from kvq.pages.layout import SIDES
 from kvq.recipe import Recipe
 from kvq.transforms import Chain, Step, build_chain
 from kvq.transforms.fit import fit_steps
+from kvq.transforms.frame import Frame, block_origins
 from kvq.transforms.learned import Learnable, composed, cosine
 
 NAME = "kvq_end_to_end"
@@ -50,6 +52,7 @@ class _Layer:
 
     spec: HeadSpec
     codecs: dict[str, Codec]
+    rope: Rope | None = None
     fixed: dict[str, Sequence[Step]] = field(default_factory=dict)
     learnables: dict[tuple[str, int], Learnable] = field(default_factory=dict)
     begun: dict[tuple[str, int], dict[str, torch.Tensor]] = field(default_factory=dict)
@@ -139,6 +142,7 @@ def _layers(recipe: Recipe, spec, stats: Stats, folder: Path) -> dict[int, _Laye
         for side in SIDES:
             specs = getattr(head.transforms, side)
             evidence = source.evidence(layer, side, head, codecs[side])
+            own.rope = evidence.rope
 
             def begin(place, seen, side=side, specs=specs, own=own, index=layer.index):
                 learnable = specs[place].learnable(seen)
@@ -151,7 +155,7 @@ def _layers(recipe: Recipe, spec, stats: Stats, folder: Path) -> dict[int, _Laye
                 own.begun[side, place] = held or {n: t.detach() for n, t in learnable.numbers().items()}
                 return own.begun[side, place]
 
-            tensors, _ = fit_steps(specs, evidence, begin)
+            tensors, _ = fit_steps(specs, evidence, begin, **head.framing(side))
             own.fixed[side] = build_chain(specs, layer.head_dim, tensors).steps
         found[layer.index] = own
     return found
@@ -224,7 +228,14 @@ def _stored(layer: _Layer, side: str, x: torch.Tensor) -> torch.Tensor:
     codec, chain = layer.codecs[side], layer.chain(side)
     first = min(layer.spec.tokens.sinks, x.shape[2])
     whole = first + (x.shape[2] - first) // codec.block_tokens * codec.block_tokens
-    decoded = chain.undo(codec.fake_quantized(chain.write(x[:, :, first:whole])))
+    body, block = x[:, :, first:whole], layer.spec.frame_tokens if side == "key" and layer.spec.framed_steps else None
+    if block is None:
+        decoded = chain.undo(codec.fake_quantized(chain.write(body)))
+    else:
+        # Steps before those of the frame commute with RoPE.
+        origins = block_origins(torch.arange(first, whole).unsqueeze(0), block)
+        frame = Frame(rope=layer.rope, block=block, heads=x.shape[1], head_dim=x.shape[3], chain=chain)
+        decoded = frame.leave(codec.fake_quantized(frame.enter(body, origins)), origins)
     return torch.cat([x[:, :, :first], decoded, x[:, :, whole:]], dim=2)
 
 

@@ -13,7 +13,7 @@ from kvq.models.architecture import Attention, Projection, describe_attention
 from kvq.models.describe import LayerSpec, ModelSpec
 from kvq.models.rope import rope_of
 from kvq.models.weights import Weights
-from kvq.transforms.evidence import Evidence, Measured, Window
+from kvq.transforms.evidence import LONGEST_DISTANCE, Evidence, Measured, Window
 
 
 class Source:
@@ -53,7 +53,9 @@ class Source:
             softcap=attention.softcap,
             partner=partner,
             second=second,
-            given={name: given_of(measured, name) for name in ("query", "key", "value")},
+            given={name: given_of(measured, name) for name in ("query", "key", "value", "query_pre", "key_pre")},
+            rope=self.rope if attention.rotary else None,
+            longest=getattr(self.model.config, "max_position_embeddings", None) or LONGEST_DISTANCE,
             output=self._output(attention, layer) if reads else None,
             bias=self._bias(attention, layer) if side == "key" else None,
             shared=side == "key" and attention.key_norm is not None and attention.key_norm.shared,
@@ -90,14 +92,17 @@ def _plain(x: torch.Tensor) -> torch.Tensor:
 
 
 def given_of(measured: LayerStats, name: str) -> Measured:
-    """What a layer's statistics say of ``query``, ``key`` or ``value`` over all calibration text."""
+    """What a layer's statistics say of a tensor over all calibration text."""
     found: dict[str, torch.Tensor] = {}
     if f"{name}.range" in measured:
         spread = measured[f"{name}.range"]
         found |= {"absmax": spread.absmax.double(), "mean": spread.sum / spread.count}
-    if f"{name}.moments" in measured and "mean" in found:
-        mean = found["mean"]
-        found["covariance"] = measured[f"{name}.moments"].second - mean.unsqueeze(-1) * mean.unsqueeze(-2)
+    if f"{name}.moments" in measured:
+        second = measured[f"{name}.moments"].second
+        # Of what reads keys only the second moment counts, about zero.
+        mean = found.setdefault("mean", torch.zeros_like(second[..., 0])) if name == "query_pre" else found.get("mean")
+        if mean is not None:
+            found["covariance"] = second - mean.unsqueeze(-1) * mean.unsqueeze(-2)
     refuse_infinite(found, name)
     return found
 

@@ -19,6 +19,7 @@ from kvq.models.rope import Rope, rope_of
 
 # Keys at these positions tell whether and how keys are rotated.
 LOOK_POSITIONS = (0, 7)
+_TURNED = ("key_pre.", "key_page.", "query_pre.")
 _WEIGHTED = ("value.weighted_moments", "sinks")
 
 
@@ -107,9 +108,10 @@ def plan_layers(
                 plans[index] = LayerPlan(needs=needs & WINDOW_NEEDS)
             continue
         rope, missing = None, _unseen(near, index)
-        if any(need.startswith("key_pre.") for need in needs):
+        if any(need.startswith(_TURNED) for need in needs):
             rope, why = _rotation(spec, near.keys[index], far.keys[index], ropes)
-            missing |= {"key_pre.": why} if why else {}
+            # Why queries are not seen at all is said first.
+            missing = missing | dict.fromkeys(_TURNED, why) | missing if why else missing
         plans[index] = LayerPlan(
             needs=frozenset(need for need in needs if not _reason(missing, need)),
             rope=rope,
@@ -146,7 +148,7 @@ def _unseen(near: Look, index: int) -> dict[str, str]:
         missing["massive"] = "the decoder layers of this model do not take plain hidden states."
     if index not in near.options:
         why = "the attention of this model does not go through the attention interface of transformers."
-        return missing | dict.fromkeys(("query.", "reservoir", *_WEIGHTED), why)
+        return missing | dict.fromkeys(("query.", "query_pre.", "reservoir", *_WEIGHTED), why)
     if near.options[index].unknown:
         why = f"the attention of this model takes {near.options[index].unknown[0]!r}, which changes its weights."
         missing |= dict.fromkeys(_WEIGHTED, why)

@@ -101,7 +101,7 @@ def learn_fits(
         codec = getattr(spec, side).stand_in(layer.head_dim, layer.kv_heads)
         evidence = source.evidence(layer, side, spec, codec)
         step = partial(_learn_one, spec, layer.index, side, state_folder, _run(stats), done)
-        fit_steps(getattr(spec.transforms, side), evidence, step)
+        fit_steps(getattr(spec.transforms, side), evidence, step, **spec.framing(side))
         if progress:
             progress(len(done), len(jobs))
     return _joined(stats, jobs, done)

@@ -3,7 +3,9 @@
 A need is ``tensor.kind``, or ``kind`` alone for what is measured on a layer as a whole:
 
     tensors   ``key`` after RoPE, as cached; ``key_pre`` before RoPE; ``value``; ``query`` after RoPE, the heads of a
-              group counted as tokens of the KV head that they read.
+              group counted as tokens of the KV head that they read; ``query_pre`` before RoPE, moments alone, from
+              which those at any distance follow; ``key_page`` relative to the first token of every 64, ranges and
+              histograms alone, which do not follow.
     kinds     ``kvq/calib/observers``: range, histogram, moments, and ``value.weighted_moments`` (weights: the attention
               that a token gets); reservoir, massive, sinks.
 
@@ -22,8 +24,16 @@ TENSORS = ("key", "key_pre", "value", "query")
 
 ALL_NEEDS = frozenset(
     [f"{tensor}.{kind}" for tensor in TENSORS for kind in ("range", "histogram", "moments")]
+    + ["query_pre.moments", "key_page.range", "key_page.histogram"]
     + ["value.weighted_moments", "reservoir", "massive", "sinks"]
 )
+# What a step reads that stands relative to the page or before RoPE.
+_FRAMED = {
+    "key.range": "key_pre.range",
+    "key.moments": "key_pre.moments",
+    "query.range": "query_pre.moments",
+    "query.moments": "query_pre.moments",
+}
 # What costs a seventh of a plain forward (``benchmarks/calibrate.py``): enough for a diagnosis and every recipe without
 # moments.
 DEFAULT_NEEDS = frozenset(
@@ -59,7 +69,9 @@ def _head_needs(head: HeadSpec) -> set[str]:
     found: set[str] = set()
     for side in SIDES:
         codec, steps = getattr(head, side), getattr(head.transforms, side)
-        found |= codec.needs(side).union(*(step.needs(side) for step in steps))
+        framed = len(steps) - (head.framed_steps if side == "key" else 0)
+        found |= codec.needs(side).union(*(step.needs(side) for step in steps[:framed]))
+        found |= {_FRAMED.get(need, need) for step in steps[framed:] for need in step.needs(side)}
         # What a step has turned, or will move, is measured again on token vectors.
         moves = [step for step in steps if not step.keeps_magnitudes]
         reads = any(step.reads_magnitudes for step in steps) and any(step.tensors for step in moves)

@@ -12,6 +12,7 @@ from kvq.calib.observers.tokens import real_tokens
 from kvq.calib.stats import LayerStats
 from kvq.errors import DataError
 from kvq.models.rope import Rope
+from kvq.transforms.frame import FRAME_TOKENS
 
 _ON_TENSORS = {"range": Range, "histogram": Histogram, "moments": Moments}
 
@@ -108,10 +109,11 @@ class Observer:
         self._sides[index] = key, value
         self._measure(index, "key", "keys", key)
         self._measure(index, "value", "values", value)
-        plan = self.layers[index]
-        if plan.on("key_pre"):
-            before = key if plan.rope is None else _before_rope(key, plan.rope, self.batch.positions.to(key.device))
-            self._measure(index, "key_pre", "keys", before)
+        plan, positions = self.layers[index], self.batch.positions
+        origins = {"key_pre": positions, "key_page": positions - positions % FRAME_TOKENS}
+        for tensor, own in origins.items():
+            if plan.on(tensor):
+                self._measure(index, tensor, "keys", _turned_back(key, plan.rope, own))
 
     def _attention(self, index: int, query: torch.Tensor, options: AttentionOptions) -> None:
         plan, batch = self.layers[index], self.batch
@@ -119,6 +121,9 @@ class Observer:
         valid = self._valid(query)
         if plan.on("query"):
             self._measure(index, "query", "queries", query, kv_heads=key.shape[1])
+        if plan.on("query_pre"):
+            before = _turned_back(query, plan.rope, batch.positions)
+            self._measure(index, "query_pre", "queries", before, kv_heads=key.shape[1])
         if "value.weighted_moments" in plan.needs:
             weights = received_weights(query, key, valid, options)
             clean = value if valid is None else torch.where(valid[:, None, :, None], value, 0.0)
@@ -162,8 +167,11 @@ class Observer:
         return None if self.batch.valid is None else self.batch.valid.to(x.device)
 
 
-def _before_rope(key: torch.Tensor, rope: Rope, positions: torch.Tensor) -> torch.Tensor:
-    """Keys [B, K, T, D] as the projection gave them, in float32 or wider."""
+def _turned_back(key: torch.Tensor, rope: Rope | None, positions: torch.Tensor) -> torch.Tensor:
+    """Keys or queries [B, K, T, D] turned back by ``positions`` [B or 1, T], in float32 or wider."""
+    if rope is None:
+        return key
+    positions = positions.to(key.device)
     if key.device.type != "cpu":
         return rope.undo(key, positions)
     # Row by row, so that what the model's function makes on the way stays in the CPU's cache.

@@ -21,6 +21,9 @@ CODECS = Registry("codec", "kvq.codecs", "kvq.codecs")
 PARTS = Registry("part of a codec", "kvq.codecs", "kvq.codecs")
 # Tokens that a block may have: a page of 64 tokens holds whole blocks, or a block is a whole page.
 BLOCK_TOKENS = (16, 32, 64, 128, 256)
+# Where keys may be quantized but after RoPE, and what statistics call them there.
+_TENSORS = {"pre_rope": "key_pre", "page": "key_page"}
+_PLACING = ("placement", "frame")
 _SHARED = {"shared": True}
 
 
@@ -122,7 +125,9 @@ class CodecSpec(ABC):
     """Settings of how one tensor (keys or values) is stored; ``codec_spec`` makes one of plain data.
 
     placement   keys only: ``pre_rope`` quantizes keys as they are before the rotary embedding, and rotates them again
-                as they are read (KVQuant, arXiv 2401.18079).
+                as they are read (KVQuant, arXiv 2401.18079); ``page`` as they are relative to the first token of
+                their block (``kvq/transforms/frame.py``).
+    frame       tokens of such a block, 64 if not given.
     parts       what wraps the codec, from the inside.
 
     A codec's own settings are fields that default to None where they may be left out; ``check`` refuses what cannot
@@ -130,13 +135,14 @@ class CodecSpec(ABC):
 
     codec             its name in recipes, from ``register_codec``.
     is_exact          nothing is quantized.
-    is_placeable      ``placement`` may be given.
+    is_placeable      ``placement`` and ``frame`` may be given.
     is_wrappable      parts may be given.
     keys_only         why it does not store values, to be read after its name; None if it does.
     fits_transformed  what calibration makes for it is made of numbers after transforms, from their largest magnitudes.
     """
 
     placement: str | None = field(default=None, metadata=_SHARED)
+    frame: int | None = field(default=None, metadata=_SHARED)
     parts: tuple[PartSpec, ...] = field(default=(), metadata=_SHARED)
 
     codec: ClassVar[str]
@@ -147,7 +153,8 @@ class CodecSpec(ABC):
     fits_transformed: ClassVar[bool] = False
 
     def __post_init__(self):
-        check_choice("placement", self.placement, ("pre_rope",), "a placement")
+        check_choice("placement", self.placement, tuple(_TENSORS), "a placement")
+        check_choice("frame", self.frame, BLOCK_TOKENS, "a block of tokens")
         object.__setattr__(self, "parts", tuple(sorted(self.parts, key=lambda part: part.order)))
         self.check()
         for part in self.parts:
@@ -271,13 +278,14 @@ class CodecSpec(ABC):
         return {*self.own_needs(tensor), *(need for part in self.parts for need in part.needs(tensor))}
 
     def tensor(self, side: str) -> str:
-        """What statistics call the numbers that the codec sees: ``key``, ``key_pre`` or ``value``."""
-        return "key_pre" if self.is_before_rope else side
+        """What statistics call the numbers that the codec sees: ``key``, ``key_pre``, ``key_page`` or ``value``."""
+        return _TENSORS[self.placement] if self.placement else side
 
     @property
-    def is_before_rope(self) -> bool:
-        """True if keys are quantized as they are before the rotary embedding."""
-        return self.placement == "pre_rope"
+    def has_channel_numbers(self) -> bool:
+        """True if calibration makes numbers for its channels, of which rotary positions change what they see."""
+        head_dim, heads = 97, 89
+        return any(own.shape[-1:] == (head_dim,) for own in self.artefacts(head_dim, heads).values())
 
     def fit(self, measured: Measured) -> dict[str, torch.Tensor]:
         """The tensors of ``artefacts``."""
@@ -307,7 +315,8 @@ class CodecSpec(ABC):
     def to_dict(self) -> dict[str, Any]:
         """The settings that were given, as plain data: required ones first."""
         own = {f.name: getattr(self, f.name) for f in own_fields(type(self))}
-        found = {"codec": self.codec} | own | {"placement": self.placement} | {part.name: part for part in self.parts}
+        found = {"codec": self.codec} | own | {name: getattr(self, name) for name in _PLACING}
+        found |= {part.name: part for part in self.parts}
         return {name: plain(value) for name, value in found.items() if value is not None}
 
 
@@ -319,18 +328,18 @@ def codec_spec(codec: str, **settings: Any) -> CodecSpec:
     made = {name: _part(part, name, given[name]) for name, part in parts.items() if part is not None}
     foreign = [name for name in given if name not in _own_names(cls) and not (name in made and cls.is_wrappable)]
     # Names of all parts are only for the message: they are asked of every plug-in.
-    more = _shared_names(cls) if foreign else ("placement", *made)
+    more = _shared_names(cls) if foreign else (*_PLACING, *made)
     check_settings(cls, given, f"codec {codec!r}", more)
     return cls(**{name: value for name, value in given.items() if name not in made}, parts=tuple(made.values()))
 
 
 def _own_names(cls: type) -> set[str]:
-    return {field.name for field in own_fields(cls)} | ({"placement"} if cls.is_placeable else set())
+    return {field.name for field in own_fields(cls)} | set(_PLACING if cls.is_placeable else ())
 
 
 def _shared_names(cls: type) -> tuple[str, ...]:
     parts = sorted(PARTS.classes(), key=lambda part: part.order) if cls.is_wrappable else ()
-    return (*(("placement",) if cls.is_placeable else ()), *(part.name for part in parts))
+    return (*(_PLACING if cls.is_placeable else ()), *(part.name for part in parts))
 
 
 def _part(cls: type, name: str, value: Any) -> PartSpec:
@@ -360,7 +369,7 @@ def parse_codec(data: Any, where: str) -> CodecSpec:
 def known_settings() -> tuple[str, ...]:
     """Every setting that some codec takes."""
     own = dict.fromkeys(field.name for cls in CODECS.classes() for field in own_fields(cls))
-    return ("codec", *own, "placement", *(part.name for part in PARTS.classes()))
+    return ("codec", *own, *_PLACING, *(part.name for part in PARTS.classes()))
 
 
 def merge_codec(base: CodecSpec, override: Any, where: str) -> CodecSpec:

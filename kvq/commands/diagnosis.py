@@ -97,7 +97,7 @@ def _shown_plan(stats, found, recipe, folder):
     for name in (best, *_SHOWN):
         if name is not None and name in fitted:
             plan = plan_of(load_recipe(name), stats, folder)
-            if any(chain for chains in plan.chains.values() for chain in chains.values()):
+            if plan.has_transforms:
                 return plan
     return None
 

@@ -20,6 +20,7 @@ import torch
 from kvq.cache.plan import HeadGroup
 from kvq.diagnosis.sample_tokens import LayerTokens
 from kvq.pages.layout import SIDES
+from kvq.transforms.frame import block_origins
 
 KEY_WEIGHT = 0.25
 VALUE_WEIGHT = 0.52
@@ -66,10 +67,11 @@ def stored(group: HeadGroup, side: str, x: torch.Tensor, positions: torch.Tensor
     if not body.shape[2]:
         return x.clone()
     # A window at a time, as the cache stores it.
-    if group.rope is not None and side == "key":
-        before = group.rope.undo(body, positions[:, place])
-        decoded = torch.cat([codec.decode(codec.encode(row), x.dtype) for row in before.split(1)])
-        decoded = group.rope.rotate(decoded, positions[:, place])
+    if group.frame is not None and side == "key":
+        origins = block_origins(positions[:, place], group.frame.block)
+        entered = group.frame.enter(body, origins)
+        decoded = torch.cat([codec.decode(codec.encode(row), x.dtype) for row in entered.split(1)])
+        decoded = group.frame.leave(decoded, origins)
     else:
         decoded = torch.cat([codec.decode(codec.encode(row), x.dtype) for row in body.split(1)])
     found = written.clone()

@@ -24,9 +24,10 @@ from kvq.errors import DataError, suggest
 from kvq.eval.branches import Branches
 from kvq.kernels.decode_attention.exact_partial import exact_partial
 from kvq.kernels.decode_attention.products import Partial, merge_partials
-from kvq.models.rope import Rope
 from kvq.pages.flush import FlushRule
 from kvq.pages.layout import SIDES
+from kvq.transforms.frame import Frame, block_origins
+from kvq.transforms.rope_bias import RopeOffset
 
 MODES = ("stream", "prefill", "chunked", "simulate")
 # Scores held at once: on a CPU they fit its cache, a GPU wants large products.
@@ -92,7 +93,9 @@ def can_share(plan: CachePlan, schedule: Schedule, context: int, longest: int) -
     for groups in plan.layers.values():
         for group in groups:
             for side in SIDES:
-                if group.codecs[side].block_tokens == 1:
+                # Blocks of a frame begin where they would with one branch alone.
+                framed = side == "key" and group.frame is not None and group.frame.block > 1
+                if group.codecs[side].block_tokens == 1 and not framed:
                     continue
                 last = int(schedule.packed(group.rules[side], context + longest).max()) + group.sinks
                 if schedule.mode == "simulate" or last > context:
@@ -116,7 +119,7 @@ def two_view_attend(
 
     mask        [B or 1, 1, T, T], bool (True = attend) or additive: hides further keys; causality is always applied.
     lengths     [B] real tokens a row, the rest of the row being pads on the right; None: all. Pads touch no scale.
-    positions   [B or 1, T] rotary positions; None: 0, 1, 2, ... They matter for keys that are stored before RoPE.
+    positions   [B or 1, T] rotary positions; None: 0, 1, 2, ... They matter for keys that are stored in a frame.
     branches    how the rows fork into several continuations of one context; None: they do not.
 
     Keys that all queries of a tile read alike need no scores of their own; the others' are held for a tile at a time.
@@ -133,7 +136,7 @@ def two_view_attend(
     for side, exact in zip(SIDES, (keys, values)):
         bounds = schedule.packed(group.rules[side], T) + sinks
         bounds = (bounds if branches is None else branches.columns(bounds)).clamp(max=T)
-        codec = _Placed(group.codecs[side], group.rope if side == "key" else None, positions)
+        codec = _Placed(group.codecs[side], group.frame if side == "key" else None, positions)
         stored = _stored(exact, codec, sinks, bounds, schedule, lengths, dtype)
         views[side] = _Views(exact=exact.to(dtype), stored=stored, bounds=bounds)
     plain = mask is None and options.softcap is None
@@ -260,22 +263,24 @@ def _times(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class _Placed:
-    """A codec where the recipe places it: after the rotary embedding, or before it."""
+    """A codec where the recipe places it: after the rotary embedding, or in a frame."""
 
     codec: Codec
-    rope: Rope | None
+    frame: Frame | RopeOffset | None
     positions: torch.Tensor
 
     def round_trip(self, x: torch.Tensor, dtype: torch.dtype, start: int = 0, index=None) -> torch.Tensor:
-        """What the cache gives back for x [B, K, t, D], the tokens from ``start``, or those of ``index`` [B, t]."""
-        if self.rope is None:
+        """What the cache gives back for x [B, K, t, D], the tokens from ``start``, or those of ``index`` [B, t]; the
+        first of them is the body's first."""
+        if self.frame is None:
             return self.codec.decode(self.codec.encode(x), dtype)
         if index is None:
             positions = self.positions[:, start : start + x.shape[2]]
         else:
             positions = self.positions.expand(len(index), -1).gather(1, index)
-        decoded = self.codec.decode(self.codec.encode(self.rope.undo(x, positions)), dtype)
-        return self.rope.rotate(decoded, positions)
+        origins = block_origins(positions, self.frame.block)
+        decoded = self.codec.decode(self.codec.encode(self.frame.enter(x, origins)), dtype)
+        return self.frame.leave(decoded, origins)
 
 
 def _stored(

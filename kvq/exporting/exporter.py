@@ -250,7 +250,7 @@ def _folds(plan: CachePlan, source: Path, config: Mapping[str, Any]) -> FoldPlan
     if not quantization_of(config):
         return plan_of_folds(plan, source)
     reason = "quantized weights would be rounded again"
-    return FoldPlan(left={i: {s: reason for s, chain in own.items() if chain.steps} for i, own in plan.chains.items()})
+    return FoldPlan(left={i: {s: reason for s in own if plan.transforms_of(i, s)} for i, own in plan.chains.items()})
 
 
 def _refused_weights(source: Path, method: str, target: Target) -> str:

@@ -1,6 +1,7 @@
 """Transforms on their way into a checkpoint's weights: the plan of a model folder, and its record."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +16,21 @@ from kvq.transforms.fold_plan import FoldPlan, plan_folds
 
 # Field of config.json that says which transforms the weights have taken over.
 FOLDED = "kvq_folded"
+FRAMED = "it acts on keys relative to their block, which weights do not know"
 
 
 def plan_of_folds(plan: CachePlan, source: Path) -> FoldPlan:
     """What of a recipe's transforms the weights in ``source`` can take over."""
-    if not any(chain.steps for sides in plan.chains.values() for chain in sides.values()):
+    if not plan.has_transforms:
         return FoldPlan()
     try:
         rope = rope_of(plan.model.config)
     except UnsupportedModelError:
         rope = "the rotary embedding is of an unusual form"
     head_dims = {layer.index: layer.head_dim for layer in plan.model.full_layers}
-    return plan_folds(plan.chains, head_dims, describe_attention(plan.model.config), rope, tensor_names(source))
+    folds = plan_folds(plan.chains, head_dims, describe_attention(plan.model.config), rope, tensor_names(source))
+    framed = {index: {"key": FRAMED} for index, count in plan.framed.items() if count}
+    return replace(folds, left={i: {**framed.get(i, {}), **folds.left.get(i, {})} for i in {**framed, **folds.left}})
 
 
 def folded_field(job) -> dict[str, Any]:
@@ -68,9 +72,8 @@ def fold_lines(plan: CachePlan, folds: FoldPlan) -> Iterator[str]:
     """What became of the transforms, one line for each side of layers that are alike."""
     alike: dict[tuple, list[int]] = {}
     for index, sides in plan.chains.items():
-        spec = plan.recipe.for_head(index, 0, len(plan.model.layers)).transforms
         for side in sides:
-            kinds = tuple(step.kind for step in getattr(spec, side))
+            kinds = tuple(step.kind for step in plan.transforms_of(index, side))
             if kinds:
                 count = folds.folded.get(index, {}).get(side, 0)
                 reason = folds.left.get(index, {}).get(side)

@@ -48,12 +48,16 @@ class Rope:
 
     def undo(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Inverse of ``rotate``."""
-        x = wide(x)
-        cos, sin = self._cos_sin(positions, x)
-        out = self._applied(x, cos, -sin)
+        out = self.transposed(x, positions)
         if self.factor != 1:
             out = torch.cat([out[..., : self.channels] / self.factor, out[..., self.channels :]], dim=-1)
         return out
+
+    def transposed(self, q: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """What reads keys from before RoPE: q . rotate(k) = transposed(q) . k; the inverse up to ``factor``."""
+        q = wide(q)
+        cos, sin = self._cos_sin(positions, q)
+        return self._applied(q, cos, -sin)
 
     def partners(self, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The rotary pairs, as the model's code turns them: (other channel of the pair [D] int64, the channel itself if

@@ -12,6 +12,7 @@ from kvq.diagnosis import Diagnosis, LayerTokens
 from kvq.diagnosis.predict import COLLAPSE, GOOD
 from kvq.pages.layout import SIDES
 from kvq.report.drawing import COLOURS, new_figure, styled
+from kvq.transforms.frame import block_origins
 
 _BEFORE = "as the model makes them"
 _NAMES = {"key": "keys", "value": "values"}
@@ -186,7 +187,13 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
 def _written(plan: CachePlan, index: int, side: str, x: torch.Tensor) -> torch.Tensor:
     """x after the transforms of a recipe; as it is in layers that stay exact."""
     chain = plan.chains.get(index, {}).get(side)
-    return x if chain is None else chain.whole.write(x)
+    if chain is None:
+        return x
+    x = chain.whole.write(x)
+    for group in plan.layers[index] if side == "key" and plan.framed[index] else ():
+        own = list(group.heads)
+        x[:, own] = group.frame.enter(x[:, own], block_origins(torch.arange(x.shape[2])[None], group.frame.block)).to(x)
+    return x
 
 
 def _chosen(layers: Mapping[int, LayerTokens], diagnosis: Diagnosis) -> list[int]:

@@ -11,7 +11,9 @@ import torch
 
 from kvq.codecs import Codec
 from kvq.errors import DataError
+from kvq.models.rope import Rope
 from kvq.transforms.chain import Chain
+from kvq.transforms.frame import Frame, block_origins, turned_moments
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +34,9 @@ class Window:
         changed = {name: function(self.grouped(name)) for name, function in functions.items()}
         return replace(self, **{name: x.unflatten(1, (-1, tokens)).flatten(0, 1) for name, x in changed.items()})
 
+
+# Queries that read a block stand at such distances from its origin: all that a long context has, evenly.
+LONGEST_DISTANCE, DISTANCES = 4096, 128
 
 # Measurements of one tensor by KV head, float64: absmax, absmean, mean [K, D]; covariance [K, D, D], about the mean.
 Measured = Mapping[str, torch.Tensor]
@@ -54,8 +59,8 @@ class Evidence:
 
     heads      KV heads.
     windows    of text, with the steps before the one in question applied.
-    given      measurements over more text than the windows, of ``query``, ``key`` and ``value``; what is missing is
-               measured on the windows.
+    given      measurements over more text than the windows, of ``query``, ``key`` and ``value``, and of ``query_pre``
+               and ``key_pre``, which are before RoPE; what is missing is measured on the windows.
     codec      the side's codec, with which candidates are tried.
     scaling    what the model multiplies logits with; softcap: its logit softcap.
     partner    [D]: the other channel of a rotary pair, the channel itself where there is none; second [D] bool: the
@@ -66,6 +71,9 @@ class Evidence:
     after      later steps that need no numbers (Hadamard), for trying candidates.
     centred    a later step takes the mean away, so that only what varies costs range.
     exact      first tokens that the recipe keeps exact; window: last ones.
+    rope       the model's rotary embedding, None where it leaves the layer's keys alone; longest: positions it has.
+    frame      where the step in question and the steps before it act, with these as its chain; None: after RoPE. The
+               windows are after RoPE all the same.
     """
 
     side: str
@@ -84,15 +92,38 @@ class Evidence:
     centred: bool = False
     exact: int = 0
     window: int = 0
+    rope: Rope | None = None
+    longest: int = LONGEST_DISTANCE
+    frame: Frame | None = None
 
     def tokens(self, name: str) -> torch.Tensor:
         """All tokens of the windows by KV head, [K, n, D] float64. Raises DataError if there are no windows."""
+        if self.frame is not None and name == "query":
+            raise DataError(
+                "the statistics hold no 'query_pre.moments', of queries before RoPE: run 'kvq calibrate' again with "
+                "--for RECIPE, or with --full."
+            )
         if not self.windows:
             raise DataError(
                 "the statistics hold no token vectors ('reservoir'): run 'kvq calibrate' again with --for RECIPE, or "
                 "with --full."
             )
-        return torch.cat([window.grouped(name) for window in self.windows], dim=1).double()
+        found = [window.grouped(name) for window in self.windows]
+        if self.frame is not None and name == "key":
+            found = [self.entered(key[:, self.exact :]) for key in found]
+        return torch.cat(found, dim=1).double()
+
+    def entered(self, keys: torch.Tensor) -> torch.Tensor:
+        """Keys after RoPE of one text, the first being that after the exact ones, [K, T, D], as the step sees them."""
+        return self.frame.enter(keys.unsqueeze(0), self._origins(keys)).squeeze(0)
+
+    def left(self, keys: torch.Tensor) -> torch.Tensor:
+        """Inverse of ``entered``."""
+        return self.frame.leave(keys.unsqueeze(0), self._origins(keys)).squeeze(0)
+
+    def _origins(self, keys: torch.Tensor) -> torch.Tensor:
+        positions = torch.arange(self.exact, self.exact + keys.shape[1]).unsqueeze(0)
+        return block_origins(positions, self.frame.block)
 
     def absmax(self, name: str) -> torch.Tensor:
         """Largest magnitude of ``query``, ``key`` or ``value``, [K, D]."""
@@ -117,20 +148,51 @@ class Evidence:
 
     def _of(self, name: str, what: str) -> torch.Tensor:
         given = self.given.get(name, {})
-        return given[what] if what in given else self._measured[name][what]
+        if what in given:
+            return given[what]
+        if name not in self._measured:
+            self._measured[name] = measure(self.tokens(name))
+        return self._measured[name][what]
 
     @cached_property
     def _measured(self) -> dict[str, Measured]:
-        return {name: measure(self.tokens(name)) for name in ("query", "key", "value")}
+        return {}
+
+    def framed(self, block: int) -> "Evidence":
+        """The same where keys stand relative to blocks of so many tokens, from what is given of keys and queries before
+        RoPE: a key at every offset in its block alike, a query at every distance that attention has."""
+        far = min(LONGEST_DISTANCE, self.longest)
+        offsets = {"key": torch.arange(block), "query": torch.arange(0, far, max(1, far // DISTANCES))}
+        given = dict(self.given)
+        for name, own in offsets.items():
+            held = self.given.get(f"{name}_pre", {})
+            given[name] = {}
+            if "mean" in held:
+                outer = held["mean"].unsqueeze(-1) * held["mean"].unsqueeze(-2)
+                second = held.get("covariance", 0) + outer
+                mean, second = turned_moments(self.rope, held["mean"], second, own, reads=name == "query")
+                given[name] = {"mean": mean}
+                if "covariance" in held:
+                    given[name]["covariance"] = second - mean.unsqueeze(-1) * mean.unsqueeze(-2)
+        size = len(self.partner)
+        frame = Frame(rope=self.rope, block=block, heads=self.heads, head_dim=size, chain=Chain())
+        return replace(self, given=given, frame=frame)
 
     def through(self, step) -> "Evidence":
         """What the next step sees."""
         chain = Chain((step,))
         functions = {"key": chain.write, "query": chain.dual} if self.side == "key" else {"value": chain.write}
+        # What comes before a frame commutes with RoPE.
+        if self.frame is None:
+            functions |= {f"{name}_pre": function for name, function in functions.items() if name != "value"}
         given = {
             name: _moved(held, functions[name]) if name in functions else held for name, held in self.given.items()
         }
-        return replace(self, windows=tuple(window.moved(functions) for window in self.windows), given=given)
+        if self.frame is not None:
+            frame = replace(self.frame, chain=Chain((*self.frame.chain.steps, step)))
+            return replace(self, frame=frame, given=given)
+        moves = {name: function for name, function in functions.items() if not name.endswith("_pre")}
+        return replace(self, windows=tuple(window.moved(moves) for window in self.windows), given=given)
 
 
 def _moved(held: Measured, function: Callable) -> Measured:

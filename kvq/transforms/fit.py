@@ -13,14 +13,21 @@ Learner = Callable[[int, Evidence], dict[str, torch.Tensor]]
 
 
 def fit_steps(
-    specs: Sequence[TransformSpec], evidence: Evidence, learn: Learner | None = None
+    specs: Sequence[TransformSpec],
+    evidence: Evidence,
+    learn: Learner | None = None,
+    framed: int = 0,
+    block: int | None = None,
 ) -> tuple[dict[str, torch.Tensor], Evidence]:
     """Tensors of all steps, by the names of ``kvq.transforms.needed_tensors``, and what the codec sees after them.
 
     learn   gives the tensors of learned steps; without it there must be none.
+    framed  how many of the last steps act on keys relative to blocks of ``block`` tokens.
     """
     size, found = len(evidence.partner), {}
     for i, spec in enumerate(specs):
+        if framed and i == len(specs) - framed:
+            evidence = evidence.framed(block)
         numbers = {}
         if spec.tensors:
             after = build_chain([later for later in specs[i + 1 :] if not later.tensors], size)

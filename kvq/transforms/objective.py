@@ -114,6 +114,9 @@ def probes_error(evidence: Evidence, probes: list[Probe], step, quantize: Callab
 def stored(evidence: Evidence, probe: Probe, step, quantize: Callable) -> torch.Tensor:
     """What packed tokens of a probe are read as, in the model's basis, [K, packed, D]."""
     x = (probe.key if evidence.side == "key" else probe.value)[:, probe.packed]
+    framed = evidence.frame is not None
+    x = evidence.entered(x) if framed else x
     written = step.write(x)
     mean = step.write(evidence.mean(evidence.side).to(x).unsqueeze(-2)) if evidence.centred else 0
-    return step.undo(evidence.after.undo(quantize(evidence.after.write(written - mean))) + mean)
+    found = step.undo(evidence.after.undo(quantize(evidence.after.write(written - mean))) + mean)
+    return evidence.left(found) if framed else found

@@ -47,7 +47,7 @@ class RopeBias(Step):
 
 @dataclass(frozen=True, eq=False)
 class RopeOffset:
-    """Stands where ``Rope`` does for keys that are quantized before RoPE: ``undo`` before the codec, ``rotate`` after.
+    """Stands where ``Frame`` does: the codec sees keys after RoPE, less what the bias adds to them there.
 
     rope    the model's rotary embedding; chain: all steps of the keys, folded or not; bias [K, D].
     """
@@ -56,13 +56,16 @@ class RopeOffset:
     chain: Chain
     bias: torch.Tensor
 
-    def undo(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Stored keys [B, K, T, D] at ``positions`` [B or 1, T] to what the codec sees."""
-        return x - self._offset(x, positions)
+    # Every token has an offset of its own.
+    block: ClassVar[int] = 1
 
-    def rotate(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Inverse of ``undo``."""
-        return x + self._offset(x, positions)
+    def enter(self, x: torch.Tensor, origins: torch.Tensor) -> torch.Tensor:
+        """Stored keys [B, K, T, D] at positions ``origins`` [B or 1, T] to what the codec sees."""
+        return x - self._offset(x, origins)
+
+    def leave(self, x: torch.Tensor, origins: torch.Tensor) -> torch.Tensor:
+        """Inverse of ``enter``."""
+        return x + self._offset(x, origins)
 
     def _offset(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """RoPE_t(b) in the basis of the stored keys, [B or 1, K, T, D]."""
@@ -80,6 +83,9 @@ class RopeBiasSpec(TransformSpec):
     tensors: ClassVar = {"bias": "KD"}
     # As a step of the chain it changes nothing.
     keeps_magnitudes = True
+    why_not_framed = "takes away what is rotated already (before RoPE, 'shift' does the same)"
+    # The bias is the model's own.
+    is_fitted_to_positions = False
 
     def check_chain(self, side, before, after) -> None:
         for spec in after:

@@ -44,6 +44,9 @@ class SmoothSpec(TransformSpec):
 
     tensors = SCALE
     commutes_with_rope = works_on_channels = reads_magnitudes = keeps_magnitudes = True
+    why_not_framed = "scales rotary pairs, which is the same everywhere"
+    # Magnitudes of pairs do not turn.
+    is_fitted_to_positions = False
 
     def check(self) -> None:
         for name in ("alpha", "beta"):

@@ -7,7 +7,7 @@ in which order it makes sense, which statistics and tensors it needs, how these 
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -18,7 +18,7 @@ from kvq.errors import RecipeError
 from kvq.models.architecture import Attention
 from kvq.pages.layout import SIDES
 from kvq.registry import Registry
-from kvq.settings import check_settings, own_fields, plain, refuse_unknown
+from kvq.settings import check_choice, check_settings, own_fields, plain, refuse_unknown
 from kvq.transforms.chain import Chain, Step
 from kvq.transforms.evidence import Evidence
 
@@ -27,6 +27,8 @@ TRANSFORMS = Registry("transform", "kvq.transforms", "kvq.transforms")
 SCALE = {"scale": "KD"}
 PAIRS = {"real": "KD", "imaginary": "KD", "partner": "D"}
 MATRIX = {"matrix": "KDD"}
+# Where a step of keys, or their codec, may stand: after RoPE, relative to the first token of a block, or before RoPE.
+PLACES = ("post_rope", "page", "pre_rope")
 
 
 def register_transform(kind: str) -> Callable[[type], type]:
@@ -37,6 +39,9 @@ def register_transform(kind: str) -> Callable[[type], type]:
 @dataclass(frozen=True, kw_only=True)
 class TransformSpec(ABC):
     """Settings of one step that keys or values go through before their codec, and that attention undoes exactly.
+
+    at   keys only, one of ``PLACES``: where the step acts (``frame.py``); None: where the step before it does, and
+         the first of all after RoPE. What is fitted to keys after RoPE holds at the positions that it was fitted at.
 
     Settings are fields that default to None where they may be left out; ``check`` refuses what cannot work. The class
     says
@@ -51,7 +56,10 @@ class TransformSpec(ABC):
     takes_mean           later codecs see numbers without their mean.
     reads_magnitudes     it is fitted on magnitudes of what it sees.
     keeps_magnitudes     magnitudes after it follow from those before it, without tokens to measure again.
+    why_not_framed       why it stands after RoPE and nowhere else, to be read after "because it"; None if it may.
     """
+
+    at: str | None = field(default=None, metadata={"shared": True})
 
     kind: ClassVar[str]
     sides: ClassVar[tuple[str, ...]] = SIDES
@@ -63,8 +71,10 @@ class TransformSpec(ABC):
     takes_mean: ClassVar[bool] = False
     reads_magnitudes: ClassVar[bool] = False
     keeps_magnitudes: ClassVar[bool] = False
+    why_not_framed: ClassVar[str | None] = None
 
     def __post_init__(self):
+        check_choice("at", self.at, PLACES, "a place of keys")
         self.check()
 
     def check(self) -> None:
@@ -80,6 +90,11 @@ class TransformSpec(ABC):
     def lacking(self, attention: Attention) -> str | None:
         """Why a layer has nothing for the step to do, as a sentence; None if it has."""
         return None
+
+    @property
+    def is_fitted_to_positions(self) -> bool:
+        """True if its tensors, fitted to keys after RoPE, suit the positions of the calibration text alone."""
+        return bool(self.tensors)
 
     def needs(self, side: str) -> Iterable[str]:
         """Statistics that it is fitted on (``kvq.calib.needs``)."""
@@ -113,7 +128,7 @@ class TransformSpec(ABC):
 
     def to_dict(self) -> dict[str, Any]:
         """The settings that were given, as plain data."""
-        own = {field.name: getattr(self, field.name) for field in own_fields(type(self))}
+        own = {part.name: getattr(self, part.name) for part in own_fields(type(self))} | {"at": self.at}
         return {"kind": self.kind} | {name: plain(value) for name, value in own.items() if value is not None}
 
 
@@ -121,7 +136,7 @@ def transform_spec(kind: str, **settings: Any) -> TransformSpec:
     """The settings of a transform from plain data, as in a recipe; what is None is left out. Raises RecipeError."""
     cls = TRANSFORMS.get(kind)
     given = {name: value for name, value in settings.items() if value is not None}
-    check_settings(cls, given, f"transform {kind!r}")
+    check_settings(cls, given, f"transform {kind!r}", ("at",))
     return cls(**given)
 
 
@@ -129,9 +144,9 @@ def _parsed(data: Any, where: str) -> TransformSpec:
     if not isinstance(data, Mapping):
         raise RecipeError(f"{where} is {data!r}, not a mapping: write it as '{{name: value}}'.")
     cls = TRANSFORMS.find(data.get("kind"))
-    if "kind" not in data or (cls and not set(data) <= {"kind", *(field.name for field in own_fields(cls))}):
-        every = dict.fromkeys(field.name for cls in TRANSFORMS.classes() for field in own_fields(cls))
-        refuse_unknown(data, ("kind", *every), where)
+    if "kind" not in data or (cls and not set(data) <= {"kind", "at", *(part.name for part in own_fields(cls))}):
+        every = dict.fromkeys(part.name for cls in TRANSFORMS.classes() for part in own_fields(cls))
+        refuse_unknown(data, ("kind", "at", *every), where)
     if "kind" not in data:
         raise RecipeError(f"{where} is incomplete: {data!r} lacks a required setting.")
     try:
@@ -164,6 +179,45 @@ class Transforms:
                     )
             for i, spec in enumerate(chain):
                 spec.check_chain(side, chain[:i], chain[i + 1 :])
+        self._check_places()
+
+    def _check_places(self) -> None:
+        for spec in self.value:
+            if spec.at is not None:
+                raise RecipeError(
+                    f"value transform {spec.kind!r} has at={spec.at!r}, and values have no rotary embedding: remove it."
+                )
+        place, first = PLACES[0], None
+        for spec in self.key:
+            own = spec.at or place
+            if first is not None and own != place:
+                raise RecipeError(
+                    f"key transform {spec.kind!r} at {own} comes after {first.kind!r} at {place}: what follows a step "
+                    f"acts where it does, so list it before, or leave its 'at' out."
+                )
+            if own != PLACES[0] and spec.why_not_framed:
+                raise RecipeError(
+                    f"key transform {spec.kind!r} stands after RoPE, because it {spec.why_not_framed}: list it before "
+                    f"the steps at {own}."
+                )
+            if first is None and own != PLACES[0]:
+                place, first = own, spec
+        for spec in self.key[: len(self.key) - self.framed_steps] if first else ():
+            if not spec.commutes_with_rope:
+                raise RecipeError(
+                    f"key transform {spec.kind!r} after RoPE and {first.kind!r} at {place} exclude each other, because "
+                    f"it does not commute with the rotary embedding: give it 'at: {place}' too."
+                )
+
+    @property
+    def framed_steps(self) -> int:
+        """How many of the last steps of keys do not act after RoPE."""
+        return next((len(self.key) - i for i, spec in enumerate(self.key) if spec.at not in (None, PLACES[0])), 0)
+
+    @property
+    def key_place(self) -> str:
+        """Where the last step of keys acts."""
+        return self.key[-self.framed_steps].at if self.framed_steps else PLACES[0]
 
     def to_dict(self) -> dict[str, list[dict[str, Any]]]:
         sides = {side: [spec.to_dict() for spec in getattr(self, side)] for side in SIDES}

@@ -72,7 +72,7 @@ def steps(store, seed: int, impl: str) -> list[torch.Tensor]:
 def test_a_cache_in_lent_pages_is_one_in_its_own(group, impl):
     if impl == "triton":
         pytest.importorskip("triton")
-        if group.rules["key"].unit == 1 or group.rope is not None or group.layout.shared_bytes:
+        if group.rules["key"].unit == 1 or group.frame is not None or group.layout.shared_bytes:
             pytest.skip("one recipe shows it: the interpreter takes its time")
     users, memory, used = stores(group)
     for seed, store in enumerate(users):

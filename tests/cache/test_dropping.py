@@ -20,6 +20,7 @@ from kvq.kernels.dispatch import why_no_triton
 from kvq.models.describe import describe
 from kvq.pages.layout import SIDES
 from kvq.recipe import load_recipe
+from kvq.transforms.frame import block_origins
 
 KV_HEADS, GROUP, HEAD_DIM, BATCH, PADS = 2, 2, 32, 2, 4
 SCALING = 0.3
@@ -99,12 +100,13 @@ class Reference:
         x, where = x[kept].clone(), (torch.arange(end) if positions is None else positions)[kept]
         packed = x[sinks : sinks + count][None, None]
         where = where[None, sinks : sinks + count]
-        if count and side == "key" and self.group.rope is not None:
-            packed = self.group.rope.undo(packed, where)
+        origins = block_origins(where, self.group.frame.block) if self.group.frame else where
+        if count and side == "key" and self.group.frame is not None:
+            packed = self.group.frame.enter(packed, origins)
         if count:
             packed = codec.decode(codec.encode(packed), torch.float64)
-        if count and side == "key" and self.group.rope is not None:
-            packed = self.group.rope.rotate(packed, where)
+        if count and side == "key" and self.group.frame is not None:
+            packed = self.group.frame.leave(packed, origins)
         x = x.double()
         x[sinks : sinks + count] = packed[0, 0]
         return x

@@ -26,6 +26,10 @@ RECIPES = {
     "blocks of keys": ("kivi2", {"tokens.window": 32}),
     "means of keys taken away": ("osplus4", {"tokens.window": 5}),
     "keys before RoPE": ("kivi4", {"key.placement": "pre_rope", "tokens.window": 32}),
+    "means of keys taken away relative to the page": (
+        "osplus4",
+        {"transforms.key": [{"kind": "shift", "at": "page"}], "tokens.window": 5},
+    ),
     "heads of their own": ("int4", {"tokens.window": 5, "layers.0/1.key.bits": 8}),
 }
 MODELS = {"plain": {}, "softcap": {"softcap": 2.0}, "learned sinks": {"s_aux": torch.tensor([0.5, -1.0, 3.0, 1.5])}}

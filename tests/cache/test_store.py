@@ -318,20 +318,20 @@ def test_keys_before_rope_keep_the_positions_they_were_given(tiny_config):
     x, count, start = tokens(2, 150), 150, group.sinks
     gaps = torch.randint(1, 9, (2, count), generator=torch.Generator().manual_seed(5))
     positions = gaps.cumsum(1)
-    given = {"key": group.rope.rotate(x["key"], positions), "value": x["value"]}
+    given = {"key": group.frame.leave(x["key"], positions), "value": x["value"]}
     store = HeadStore(group, 2, torch.device("cpu"))
     for a, b in itertools.pairwise([0, 70, 71, 130, count]):
         store.append({name: t[:, :, a:b] for name, t in given.items()}, None, None, positions[:, a:b])
     packed = store.packed["key"][0]
     codec = group.codecs["key"]
     decoded = codec.decode(codec.encode(x["key"][:, :, start : start + packed]), torch.float32)
-    expected = group.rope.rotate(decoded, positions[:, start : start + packed])
+    expected = group.frame.leave(decoded, positions[:, start : start + packed])
     found = store.dequantized("key", [0, 1])[:, :, start : start + packed]
     # Taking a key back from its position rounds, so a number at the edge of two codes may change its code.
     gap = (found - expected).abs().amax(-1)
     assert (gap < 1e-4).double().mean() > 0.97
     # Negative control: the same keys at positions without gaps are others.
-    counted = group.rope.rotate(decoded, torch.arange(start, start + packed).unsqueeze(0))
+    counted = group.frame.leave(decoded, torch.arange(start, start + packed).unsqueeze(0))
     assert ((found - counted).abs().amax(-1) < 1e-4).double().mean() < 0.1
 
 

@@ -17,6 +17,7 @@ from kvq.calib.observers.tokens import window_priorities
 from kvq.calib.stats import LayerStats, Stats
 from kvq.errors import DataError, UnsupportedModelError
 from kvq.models.describe import describe
+from kvq.models.rope import rope_of
 
 SMALL = {
     "vocab_size": 128,
@@ -124,7 +125,21 @@ class Reference:
             .masked_fill(torch.ones(x.shape[1], x.shape[1]).triu(1).bool(), float("-inf"))
             .softmax(-1)
         )
-        self.parts.append({"query": query[0], "key_pre": k[0], "key": key[0], "value": v[0], "weights": weights[0]})
+        found = {"query_pre": q, "query": query, "key_pre": k, "key": key, "value": v, "weights": weights}
+        self.parts.append({name: x[0] for name, x in found.items()})
+
+
+def test_keys_relative_to_64_tokens_are_measured_as_the_definition_says(tiny_model):
+    """The range of R_(j - o) k, o the last multiple of 64 up to j."""
+    model, windows = tiny_model(dtype=torch.float64), draw_windows(1, 150)
+    stats = collect(model, windows, needs=frozenset(["key_page.range", "key_page.histogram"]))
+    seen, rope = Reference(model, windows[0]), rope_of(model.config)
+    positions = torch.arange(150).unsqueeze(0)
+    for index, layer in stats.layers.items():
+        turned = rope.rotate(seen.parts[index]["key_pre"][None], positions % 64)[0]
+        found = layer["key_page.range"]
+        torch.testing.assert_close(found.max.double(), turned.amax(1), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(found.min.double(), turned.amin(1), rtol=1e-5, atol=1e-5)
 
 
 def test_every_statistic_is_its_definition_on_the_models_own_tensors(tiny_model):
@@ -142,6 +157,10 @@ def test_every_statistic_is_its_definition_on_the_models_own_tensors(tiny_model)
             torch.testing.assert_close(products, x.transpose(1, 2) @ x, rtol=error, atol=error)
             median = layer[f"{tensor}.histogram"].quantile(0.5)
             assert ((median - x.median(1).values).abs() <= x.abs().median(1).values / 2).all()
+        before = torch.cat([window.parts[index]["query_pre"].reshape(2, -1, 16) for window in seen], dim=1)
+        torch.testing.assert_close(
+            layer["query_pre.moments"].products, before.transpose(1, 2) @ before, rtol=1e-5, atol=1e-5
+        )
         weighted = torch.zeros(2, 16, 16, dtype=torch.float64)
         mass = torch.zeros(4, 16, dtype=torch.float64)
         probes = [-(-17 * (j + 1) // 8) - 1 for j in range(8)]

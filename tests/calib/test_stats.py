@@ -31,6 +31,8 @@ def make_layer(seed: int) -> LayerStats:
         for name in x
         for kind in (Range, Histogram, Moments)
     }
+    parts["query_pre.moments"] = Moments.observe(x["query"]).grouped(2)
+    parts |= {"key_page.range": Range.observe(x["key"]), "key_page.histogram": Histogram.observe(x["key"])}
     parts["value.weighted_moments"] = Moments.observe(x["value"], torch.rand(2, 2, 9, generator=g))
     parts["reservoir"] = Reservoir.observe(
         x["query"], x["key"], x["value"], None, rows=[0, 1], priority=priority, scaling=0.25, capacity=10**6

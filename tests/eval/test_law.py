@@ -22,6 +22,7 @@ RECIPES = {
     "int4": load_recipe("int4"),
     "rotated": load_recipe("int4").override(ROTATED | {"tokens.sinks": 3}),
     "pre-RoPE": load_recipe("kivi2").override({"key.placement": "pre_rope", "tokens.window": 32}),
+    "page": load_recipe("kivi2").override({"key.placement": "page", "tokens.window": 64, "tokens.sinks": 3}),
     "turboquant3": load_recipe("turboquant3"),
 }
 

@@ -52,6 +52,9 @@ RECIPES = {
     "pre-RoPE, rotated values": recipe(
         TOKEN2 | {"placement": "pre_rope"}, TOKEN2, transforms={"value": [{"kind": "hadamard"}]}
     ),
+    "page": recipe(CHANNEL2 | {"placement": "page", "frame": 32}, TOKEN2, window=32, sinks=3),
+    "page, by token": recipe(TOKEN2 | {"placement": "page"}, CHANNEL2, window=32, sinks=2),
+    "page, rotated": recipe(TOKEN2, TOKEN2, window=9, transforms={"key": [{"kind": "hadamard", "at": "page"}]}),
     "turboquant": load_recipe("turboquant3").override({"tokens.sinks": 2}),
     "turboquant, signs": load_recipe("turboquant2").override({"key.signs": {"seed": 1}, "tokens.window": 9}),
     "qjl": load_recipe("qjl").override({"tokens.window": 32, "value.group": 16}),
@@ -246,7 +249,7 @@ def test_keys_before_rope_where_only_some_layers_rotate(tiny_model):
     sizes |= {"num_key_value_heads": 2, "num_hidden_layers": 2, "initializer_range": 0.15, "no_rope_layers": [1, 0]}
     model = tiny_model(SmolLM3Config(**sizes, pad_token_id=0), dtype=torch.float64)
     plan, tokens = plan_of(model, "pre-RoPE"), tokens_of(length=77)
-    assert [plan.layers[i][0].rope is None for i in (0, 1)] == [False, True]
+    assert [plan.layers[i][0].frame is None for i in (0, 1)] == [False, True]
     expected = through_cache(model, plan, tokens, range(1, 77))
     assert gap(one_forward(model, plan, tokens, "stream"), expected) < TOLERANCE
     assert gap(one_forward(model, plan, tokens, "chunked", chunk=33), expected) > DIFFERENT
@@ -256,12 +259,12 @@ def test_sixteen_bit_keys_go_back_through_rope_in_float32(tiny_model):
     """The codec gets keys that were rotated back without rounding angles or results to 16 bits."""
     model = tiny_model(dtype=torch.bfloat16)
     plan = plan_of(model, "nf4, pre-RoPE")
-    rope, codec = plan.layers[0][0].rope, plan.layers[0][0].codecs["key"]
+    frame, codec = plan.layers[0][0].frame, plan.layers[0][0].codecs["key"]
     keys = torch.randn(1, 2, 300, 16, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
     positions = torch.arange(300).unsqueeze(0)
-    back = rope.undo(keys, positions)
+    back = frame.enter(keys, positions)
     assert back.dtype == torch.float32
-    exact = rope.undo(keys.double(), positions)
+    exact = frame.enter(keys.double(), positions)
     assert (back - exact).abs().max() < 1e-5
     assert torch.equal(codec.encode(back).codes, codec.encode(exact.float()).codes)
 

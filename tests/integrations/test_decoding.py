@@ -24,6 +24,9 @@ RECIPES = {
         {"transforms.key": [{"kind": "hadamard"}], "transforms.value": [{"kind": "hadamard", "seed": 2}]}
     ),
     "pre-RoPE": load_recipe("kivi2").override({"key.placement": "pre_rope", "tokens.sinks": 2}),
+    "page": load_recipe("int4").override(
+        {"transforms.key": [{"kind": "hadamard", "at": "page"}], "key.frame": 32, "tokens.sinks": 2}
+    ),
     "gear keys before RoPE, NVFP4 values": parse_recipe(
         {
             "name": "test",

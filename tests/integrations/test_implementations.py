@@ -24,6 +24,7 @@ RECIPES = {
     "nvfp4": load_recipe("nvfp4"),
     "rotated": load_recipe("turboquant4"),
     "pre-RoPE": load_recipe("kivi4").override({"key.placement": "pre_rope", "tokens.window": 32}),
+    "page": load_recipe("kivi4").override({"key.placement": "page", "tokens.window": 64, "tokens.sinks": 1}),
     "outliers": load_recipe("gear4").override({"tokens.window": 64}),
 }
 # What the kernels read as it lies in pages; the others are decoded to fp16 pages first.

@@ -30,6 +30,15 @@ RECIPES = {
     "smooth and rotated": recipe([{"kind": "align"}, {"kind": "smooth"}, HADAMARD], [HADAMARD], sinks=2, window=16),
     "shifted and balanced": recipe([{"kind": "shift"}, {"kind": "balance"}], [{"kind": "balance"}]),
     "balanced by channel": recipe([{"kind": "balance"}], [HADAMARD, {"kind": "shift"}], key=CHANNEL2, window=32),
+    "relative to the page": recipe(
+        [{"kind": "smooth"}, {"kind": "shift", "at": "page"}, {"kind": "principal"}],
+        [],
+        key=CHANNEL2,
+        sinks=3,
+        window=32,
+    ),
+    "relative to the page, by token": recipe([{"kind": "shift", "at": "page"}, HADAMARD], [HADAMARD], sinks=1),
+    "before RoPE": recipe([{"kind": "shift", "at": "pre_rope"}, {"kind": "balance"}], [HADAMARD], sinks=1, window=7),
     "without bias": recipe([{"kind": "smooth"}, {"kind": "rope_bias"}, HADAMARD], [HADAMARD], sinks=1),
     "without bias by channel": recipe([{"kind": "rope_bias"}], [], key=CHANNEL2),
 }
@@ -161,5 +170,5 @@ def test_what_the_codec_sees_is_the_key_without_its_rotated_bias(model, planned)
     positions = torch.tensor([[0, 1, 2, 3, 70, 71, 72, 5, 6]])
     with_bias = rope.rotate(keys + bias[None, :, None], positions)
     # Artefacts are stored in float32.
-    assert gap(group.rope.undo(with_bias, positions), rope.rotate(keys, positions)) < 1e-5
-    assert gap(group.rope.rotate(group.rope.undo(with_bias, positions), positions), with_bias) < 1e-12
+    assert gap(group.frame.enter(with_bias, positions), rope.rotate(keys, positions)) < 1e-5
+    assert gap(group.frame.leave(group.frame.enter(with_bias, positions), positions), with_bias) < 1e-12

@@ -39,17 +39,17 @@ def _serve(target: Target, job: Job) -> str:
 def refuse_not_folded(plan: CachePlan, folds: FoldPlan, target: str) -> None:
     """Refuse a recipe whose transforms do not all fold, with the first reason."""
     name = plan.recipe.name
-    if not any(chain.steps for sides in plan.chains.values() for chain in sides.values()):
+    if not plan.has_transforms:
         raise RecipeError(
             f"recipe {name!r} has no transforms, so --target {target} would write the model itself: use a recipe that "
             "folds, such as qoq4, or --target kvq."
         )
     for index, sides in plan.chains.items():
-        for side, chain in sides.items():
-            count = folds.folded.get(index, {}).get(side, 0)
-            if count == len(chain.steps):
+        for side in sides:
+            count, steps = folds.folded.get(index, {}).get(side, 0), plan.transforms_of(index, side)
+            if count == len(steps):
                 continue
-            kind = getattr(plan.recipe.for_head(index, 0, len(plan.model.layers)).transforms, side)[count].kind
+            kind = steps[count].kind
             reason = folds.left.get(index, {}).get(side, "--no-fold forbids it")
             raise RecipeError(
                 f"recipe {name!r} does not fold into this model: {side} transform {kind!r} of layer {index} stays, "

@@ -1,0 +1,136 @@
+"""Keys relative to their block: where a codec may stand so that what is fitted to keys holds at every position.
+
+A key after RoPE is R_j k, j its position. With o the position of the first token of the key's block of u tokens,
+
+    stored     enter(R_j k) = write(R_(j-o) k)                      angles of 0 to u - 1, whatever the text's length
+    read       (R_i q) . (R_j k) = q'' . stored + bias              one rotation of the query for each block
+               q'' = dual(R_-o R_i q),  bias = (R_-o R_i q) . undo(0)
+
+u = 1 is before RoPE. Statistics of such keys follow from those before RoPE: the second moment is the mean over r < u of
+R_r S R_r^T, the mean likewise. Exact tokens stay as the model gives them. YaRN scales rotated keys and queries: what is
+stored is without that factor, and queries carry it twice.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from kvq.models.rope import Rope
+from kvq.transforms.chain import Chain
+
+# Tokens of a block that share an origin, where a recipe says no more.
+FRAME_TOKENS = 64
+# Offsets that are averaged over at a time.
+_OFFSETS = 16
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Frame:
+    """Where the codec of ``heads`` KV heads sees keys.
+
+    rope    the model's rotary embedding; None: this layer's keys are not rotated.
+    block   tokens that share an origin, the position of the first of them; 1: keys stand before RoPE.
+    chain   steps in these coordinates.
+    """
+
+    rope: Rope | None
+    block: int
+    heads: int
+    head_dim: int
+    chain: Chain
+
+    def enter(self, keys: torch.Tensor, origins: torch.Tensor) -> torch.Tensor:
+        """Keys [B, K, T, D] after RoPE to what the codec sees; ``origins`` [B or 1, T]: of their blocks.
+
+        16-bit keys come out in float32.
+        """
+        turned = keys if self.rope is None else self.rope.undo(keys, origins)
+        return self._chain(turned).write(turned)
+
+    def leave(self, stored: torch.Tensor, origins: torch.Tensor) -> torch.Tensor:
+        """Inverse of ``enter``."""
+        turned = self._chain(stored).undo(stored)
+        return turned if self.rope is None else self.rope.rotate(turned, origins)
+
+    def queries(self, q: torch.Tensor, origins: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(q'' [B, K, N, M, D], bias [B, K, N, M]) of queries [B, K, M, D] at their positions, for N blocks with
+        ``origins`` [B or 1, N]: q . leave(stored) = q'' . stored + bias."""
+        B, K, M, D = q.shape
+        blocks = origins.shape[1]
+        turned = q.unsqueeze(2).expand(B, K, blocks, M, D).reshape(B, K, blocks * M, D)
+        if self.rope is not None:
+            turned = self.rope.transposed(turned, origins.repeat_interleave(M, dim=1))
+        chain = self._chain(turned)
+        mean = chain.undo(turned.new_zeros(K, 1, D))
+        shape = (B, K, blocks, M)
+        return chain.dual(turned).view(*shape, D), (turned * mean).sum(-1).view(shape)
+
+    def reader(self, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
+        """(matrix [K, D, D], mean [K, D]) with q'' = t matrix and bias = t . mean for t = R_-o q: what kernels take."""
+        key = device, dtype
+        if key not in self._readers:
+            unit = torch.eye(self.head_dim, dtype=torch.float64).expand(self.heads, -1, -1)
+            mean = self.chain.undo(torch.zeros_like(unit[:, :1]))[:, 0]
+            self._readers[key] = self.chain.dual(unit).to(*key).contiguous(), mean.to(*key).contiguous()
+        return self._readers[key]
+
+    def turns(self, origins: torch.Tensor, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
+        """(cos, sin), each [*origins, D], of t = R_-o q in whatever layout the model has its pairs:
+        t[c] = cos[c] q[c] + sin[c] q[partner[c]], with ``partner`` of this frame."""
+        if self.rope is None:
+            return torch.ones(*origins.shape, self.head_dim, dtype=dtype), torch.zeros(*origins.shape, self.head_dim)
+        flat, second = origins.reshape(1, -1), self._second
+        ones = second.to(dtype).expand(1, 1, flat.shape[1], -1)
+        by_second = self.rope.transposed(ones, flat)[0, 0]
+        by_first = self.rope.transposed(1 - ones, flat)[0, 0]
+        cos, sin = torch.where(second, by_second, by_first), torch.where(second, by_first, by_second)
+        return cos.view(*origins.shape, -1), sin.view(*origins.shape, -1)
+
+    @property
+    def partner(self) -> torch.Tensor:
+        """[D] int64: the other channel of every rotary pair, the channel itself where there is none."""
+        return self._pairs[0]
+
+    @property
+    def _second(self) -> torch.Tensor:
+        return self._pairs[1]
+
+    @cached_property
+    def _pairs(self) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.rope is None:
+            return torch.arange(self.head_dim), torch.zeros(self.head_dim, dtype=torch.bool)
+        return self.rope.partners(self.head_dim)
+
+    @cached_property
+    def _readers(self) -> dict[tuple[torch.device, torch.dtype], tuple[torch.Tensor, torch.Tensor]]:
+        return {}
+
+    def _chain(self, x: torch.Tensor) -> Chain:
+        return self.chain.to(x.device, x.dtype)
+
+
+def turned_moments(
+    rope: Rope | None, mean: torch.Tensor, second: torch.Tensor, offsets: torch.Tensor, *, reads: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean [K, D] and second moment [K, D, D] of keys in a frame, from those before RoPE: averages over the ``offsets``
+    [n] at which they stand in their block. ``reads``: of queries instead, at offsets from the block's origin."""
+    if rope is None:
+        return mean, second
+    found = [torch.zeros_like(mean), torch.zeros_like(second)]
+    for part in offsets.split(_OFFSETS):
+
+        def turned(x: torch.Tensor, part=part) -> torch.Tensor:
+            x = x.expand(len(part), *x.shape[-3:])
+            places = part.unsqueeze(1).expand(-1, x.shape[2])
+            back = rope.transposed if reads else rope.undo
+            return back(rope.rotate(x, places), torch.zeros_like(places))
+
+        found[0] += turned(mean.unsqueeze(-2)).sum(0).squeeze(-2)
+        found[1] += turned(turned(second).transpose(-1, -2)).sum(0)
+    return found[0] / len(offsets), found[1] / len(offsets)
+
+
+def block_origins(positions: torch.Tensor, block: int) -> torch.Tensor:
+    """Origins [B, T] of tokens at ``positions`` [B, T], the first of which begins a block."""
+    return positions[:, ::block].repeat_interleave(block, dim=1)[:, : positions.shape[1]]
