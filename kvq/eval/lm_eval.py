@@ -64,7 +64,7 @@ class KvqLM(HFLM):
         progress: Callable[[int, int], None] | None = None,
         **kwargs,
     ):
-        Schedule(mode=mode, chunk=chunk, contexts=torch.zeros(1) if mode == "prefill" else None)
+        Schedule.check(mode, chunk)
         if not isinstance(pretrained, PreTrainedModel):
             evaluated = load_evaluated(pretrained, recipe, stats=stats, dtype=dtype)
             pretrained, plan = evaluated.model, evaluated.plan

@@ -11,10 +11,13 @@ from dataclasses import dataclass, replace
 from statistics import NormalDist, fmean
 from typing import Any
 
+import numpy as np
+
 # Two-sided, for wording; and one-sided, for a gate.
 CONFIDENCE = 0.95
 # Units left out together when a statistic is jackknifed: more blocks cost time and change little.
 BLOCKS = 200
+_NODES, _WEIGHTS = np.polynomial.legendre.leggauss(100)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,16 +136,11 @@ def student_quantile(probability: float, freedom: int) -> float:
 
 
 def _student_tail(t: float, freedom: int) -> float:
-    """P(T > t): with t = sqrt(freedom) * tan(a) the density becomes c * cos(a)**(freedom - 1), which Simpson's rule
-    integrates from a to a right angle."""
-    start = math.atan(t / math.sqrt(freedom))
-    steps = 400
-    width = (math.pi / 2 - start) / steps
+    """P(T > t): with t = sqrt(freedom) * tan(a) the density becomes c * cos(a)**(freedom - 1), integrated from a to a
+    right angle by Gauss and Legendre's rule."""
+    half = (math.pi / 2 - math.atan(t / math.sqrt(freedom))) / 2
     scale = math.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)) / math.sqrt(math.pi)
-    # cos of a right angle is a rounding error away from 0, of either sign.
-    heights = [max(0.0, math.cos(start + i * width)) ** (freedom - 1) for i in range(steps + 1)]
-    inner = 4 * math.fsum(heights[1:-1:2]) + 2 * math.fsum(heights[2:-1:2])
-    return scale * width / 3 * (heights[0] + inner + heights[-1])
+    return scale * half * float(_WEIGHTS @ (np.sin(half * (1 + _NODES)) ** (freedom - 1)))
 
 
 # What a difference is called; ``worse`` and ``better`` only where the interval excludes 0.

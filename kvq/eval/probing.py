@@ -1,6 +1,6 @@
 """Run kvq's own tasks with questions: the same passages under the baseline and every plan, paired by passage."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from statistics import fmean
 
@@ -16,20 +16,9 @@ HIGHER_IS_BETTER = {"choice": True, "exact": True, "copied": True, "tokens": Tru
 _SHARES = ("choice", "exact")
 
 
-def ask(
-    model,
-    plan: CachePlan | None,
-    passages: Sequence[Passage],
-    answers: Answers,
-    *,
-    mode: str,
-    chunk: int,
-    progress: Callable[[int, int], None] | None = None,
-) -> list[list[Outcome]]:
-    """Outcomes of every passage's questions, a passage a forward."""
-    scores = score_continuations(
-        model, plan, [passage.question for passage in passages], mode, chunk=chunk, answers=answers, progress=progress
-    )
+def ask(model, plan: CachePlan | None, passages: Sequence[Passage], answers: Answers, **how) -> list[list[Outcome]]:
+    """Outcomes of every passage's questions, a passage a forward. ``how``: as for ``score_continuations``."""
+    scores = score_continuations(model, plan, [passage.question for passage in passages], answers=answers, **how)
     return [outcomes(passage, own) for passage, own in zip(passages, scores)]
 
 

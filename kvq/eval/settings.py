@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from kvq.errors import DataError, suggest
+from kvq.errors import DataError
 from kvq.eval.probes import PROBES
 from kvq.eval.task_files import task_names
-from kvq.eval.two_view_attention import MODES
+from kvq.eval.two_view_attention import Schedule
 from kvq.models.builtin import cache_root
 
 TEXT_TASKS, SPEED = ("perplexity", "divergence"), "speed"
@@ -62,13 +62,8 @@ class Settings:
         if isinstance(self.tasks, str) or not self.tasks:
             raise DataError(f"tasks={self.tasks!r} is not a list of tasks: give for example ('perplexity', 'needle').")
         self._find_task_files()
-        if self.mode not in MODES:
-            raise DataError(f"unknown mode {self.mode!r}.{suggest(str(self.mode), MODES)}")
-        for name, what in (
-            ("batch_size", "is not a number of windows"),
-            ("limit", "leaves nothing to score"),
-            ("chunk", "is not a number of tokens"),
-        ):
+        Schedule.check(self.mode, self.chunk)
+        for name, what in (("batch_size", "is not a number of windows"), ("limit", "leaves nothing to score")):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise DataError(f"{name}={value} {what}: use 1 or more.")

@@ -54,6 +54,11 @@ class Schedule:
         if self.mode != "prefill" and self.contexts is not None:
             raise DataError(f"contexts belong to mode 'prefill', not {self.mode!r}: leave them out.")
 
+    @classmethod
+    def check(cls, mode: str, chunk: int) -> None:
+        """Raise DataError for an unknown mode, or a chunk that is no number of tokens."""
+        cls(mode=mode, chunk=chunk, contexts=torch.zeros(1) if mode == "prefill" else None)
+
     def packed(self, rule: FlushRule, tokens: int) -> torch.Tensor:
         """b(p) of every query position, int64 [B or 1, tokens] on the CPU."""
         if self.mode == "simulate":

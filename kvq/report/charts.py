@@ -20,7 +20,6 @@ class Chart:
     title: str
     svg: Markup
     caption: str = ""
-    legend: bool = True
 
 
 def charts_of(names: Sequence[str], results: Sequence[Result]) -> list[Chart]:
@@ -54,7 +53,6 @@ def bits_against_kl(names: Sequence[str], results: Sequence[Result]) -> Chart | 
         title="Size against error",
         svg=svg(figure, "Bits per element against KL from the baseline"),
         caption="Lower and further left is better. The dashed line joins what nothing else beats in both.",
-        legend=False,
     )
 
 
@@ -102,7 +100,6 @@ def bits_against_score(names: Sequence[str], results: Sequence[Result]) -> Chart
         title="Size against score",
         svg=svg(figure, "Bits per element against the mean score"),
         caption=f"Mean of the main scores of {tasks}. The line is the baseline's. Errors are in the table.",
-        legend=False,
     )
 
 
@@ -195,7 +192,7 @@ def _needle_map(name: str, found: Mapping[str, Any], side: int) -> Chart:
     )
     questions = max(cell["questions"] for cell in found["cells"])
     caption = f"{LABELS['choice'].capitalize()}; {questions} asked a cell."
-    return Chart(title=name, svg=drawn, caption=caption, legend=False)
+    return Chart(title=name, svg=drawn, caption=caption)
 
 
 def head_maps(names: Sequence[str], results: Sequence[Result]) -> list[Chart]:
@@ -218,4 +215,4 @@ def _head_map(name: str, layers: Sequence[Mapping[str, Any]], worst: float) -> C
         hints=lambda r, c: f"layer {layers[r]['layer']}, head {c}: {layers[r]['heads'][c]:.1%}",
         cell=(26 if heads <= 16 else 14, 15),
     )
-    return Chart(title=name, svg=drawn, caption=f"Red is the worst of all: {worst:.0%}.", legend=False)
+    return Chart(title=name, svg=drawn, caption=f"Red is the worst of all: {worst:.0%}.")
