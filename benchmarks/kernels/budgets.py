@@ -122,7 +122,8 @@ def measure(instance: Instance, sm: int, **changes) -> Measured:
     loop = binary.loop_with(r"\S*MMA")
     warps = geometry.parameters.warps
     numbers = 2 * instance.head_dim * geometry.tile.round
-    page_bytes = sum(side.row_words * 2 * side.rows for side in (geometry.key, geometry.value))
+    pieces = [own for side in (geometry.key, geometry.value) for own in side.slices if own.kind != "none"]
+    page_bytes = sum(own.row_words * 2 * own.rows for own in pieces)
     return Measured(
         registers=binary.registers,
         stack=binary.stack,

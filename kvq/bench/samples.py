@@ -1,11 +1,14 @@
 """Made-up pages for checks and benchmarks: each byte that a kernel could read is set, what it must not is poison."""
 
+import re
 from dataclasses import replace
 
 import torch
 
+from kvq.codecs.affine import AffineCodec
+from kvq.codecs.tiers import TiersCodec
 from kvq.pages.layout import PageLayout, Section, SideLayout
-from kvq.pages.meta import largest_scales
+from kvq.pages.meta import largest_scales, to_e4m3, to_ue5m3
 from kvq.pages.pages import Pages
 from kvq.pages.pool import Pool
 
@@ -19,7 +22,10 @@ def side_of(width: str, head_dim: int, page_tokens: int) -> SideLayout:
     4/32    the same for groups of 32 channels                  4s      a scale and no minimum
     e4m3    fp8                                                 book4   levels of a book times a norm a token
     nf4     levels of a book times a scale a token              mx4     levels times a power of two for 32 channels
-    dense   fp16 numbers
+    dense   fp16 numbers                                        4.2.0.2c64  tiers of channels, 0: not stored
+
+    Letters at the end: r metadata in the format range8, z zero8, f e4m3; t one scale for all heads of a token, n norms
+    of tokens over all heads.
     """
     common = {"head_dim": head_dim, "page_tokens": page_tokens}
     if width == "dense":
@@ -33,12 +39,16 @@ def side_of(width: str, head_dim: int, page_tokens: int) -> SideLayout:
         return SideLayout(format="book", bits=4, meta_terms=1, group=head_dim, **common)
     if width == "mx4":
         return SideLayout(format="book", bits=4, meta_terms=1, meta_format="e8m0", group=min(32, head_dim), **common)
-    terms = 1 if width.endswith("s") else 2
-    axis = "channel" if "c" in width else "token"
-    bits, _, group = width.rstrip("s").replace("c", "/").partition("/")
-    return SideLayout(
-        format="affine", bits=int(bits), axis=axis, group=int(group or head_dim), meta_terms=terms, **common
-    )
+    bits, axis, group, marks = re.fullmatch(r"([\d.]+)([c/]?)(\d*)([a-z]*)", width).groups()
+    form = next((name for mark, name in (("r", "range8"), ("z", "zero8"), ("f", "e4m3")) if mark in marks), "float16")
+    if "." in bits:
+        widths = tuple(map(int, bits.split(".")))
+        return TiersCodec(bits=widths, group=int(group), head_dim=head_dim, meta=form).layout(page_tokens)
+    settings = {"axis": "channel" if axis == "c" else "token", "group": int(group or head_dim), "meta": form}
+    codec = AffineCodec(bits=int(bits), symmetric="s" in marks, shared="t" in marks, head_dim=head_dim, **settings)
+    layout = codec.layout(page_tokens)
+    norm = Section(name="norm", shape=(), shared=True)
+    return replace(layout, extras=(*layout.extras, norm)) if "n" in marks else layout
 
 
 def layout_of(key: str, value: str, head_dim: int = 128, page_tokens: int = 64) -> PageLayout:
@@ -72,17 +82,16 @@ def random_pages(
     size = layout.page_tokens
     counts = [-(-length // size) for length in lengths]
     total = sum(counts) + 1
-    pool = torch.randint(0, 256, (total, heads, layout.record_bytes), generator=generator, dtype=torch.uint8)
+    pool = torch.randint(0, 256, (total, layout.page_bytes(heads)), generator=generator, dtype=torch.uint8)
     order = torch.randperm(total, generator=generator)
     table = torch.full((len(lengths), max([1, *counts])), int(order[-1]), dtype=torch.int32)
     at = 0
     for b, count in enumerate(counts):
         table[b, :count] = order[at : at + count].int()
         at += count
-    pages = Pages.of(
-        layout,
-        pool,
-        table,
+    pages = Pages(
+        pool=Pool.borrow(pool, layout, heads),
+        numbers=table,
         key_scale=0.02 if layout.key.format == "e4m3" else 1.0,
         value_scale=0.03 if layout.value.format == "e4m3" else 1.0,
         key_levels=levels_of(layout.key),
@@ -114,6 +123,8 @@ def _fill(pages: Pages, side: str, lengths: list[int], spread: float, generator:
         for page, used in _used(pages, lengths):
             words[page, :, :used] = numbers[page, :, :used]
     for section in layout.sections:
+        if section.dtype == "int16":
+            continue
         target = pages.pool.all(pages.layout.places[side, section.name])
         target.fill_(NAN_BYTE if target.dtype == torch.uint8 else torch.nan)
         drawn = _numbers(section, layout, target.shape, spread, generator)
@@ -131,16 +142,21 @@ def _used(pages: Pages, lengths: list[int]):
 
 
 def _numbers(section: Section, layout: SideLayout, shape, spread: float, generator) -> torch.Tensor:
+    if layout.tiers:
+        layout = layout.tiers[int(section.name[len("tier") : section.name.index("_")])]
+    if section.name.endswith("meta_range"):
+        return torch.rand(shape, generator=generator).half() * torch.tensor([-3.0, 0.01]).half()
     if section.name == "norm":
         return torch.exp(spread * torch.randn(shape, generator=generator)).half()
     if layout.meta_format == "e8m0":
         return torch.randint(124, 130, shape, generator=generator).to(torch.uint8)
     unit = 1.0 if layout.format == "book" else 2.0 / 2**layout.bits
     scale = unit * torch.exp(spread * torch.randn(shape[:-1], generator=generator))
-    if layout.meta_format == "e4m3":
-        return scale.unsqueeze(-1).to(torch.float8_e4m3fn).view(torch.uint8)
+    if layout.meta_format in ("zero8", "range8"):
+        return torch.stack([to_ue5m3(scale), torch.randint(0, 256, scale.shape, generator=generator)], -1).byte()
     terms = [scale, -scale * (2**layout.bits - 1) * torch.rand(scale.shape, generator=generator)]
-    return torch.stack(terms[: layout.meta_terms], dim=-1).half()
+    terms = torch.stack(terms[: layout.meta_terms], dim=-1)
+    return to_e4m3(terms) if layout.meta_format == "e4m3" else terms.half()
 
 
 def _largest_scale(pages: Pages, lengths: list[int]) -> torch.Tensor:

@@ -9,7 +9,7 @@ from transformers.utils import logging
 from kvq.cache.plan import HeadGroup
 from kvq.kernels.cpp import build
 from kvq.kernels.cpp.sides import CppSide, sides_of
-from kvq.kernels.dispatch import LARGEST_HEAD, Choice, choose, why_no_layout, why_no_triton
+from kvq.kernels.dispatch import LARGEST_HEAD, Choice, choose, why_no_attention, why_no_layout, why_no_triton
 from kvq.pages.layout import SIDES
 
 logger = logging.get_logger(__name__)
@@ -107,7 +107,7 @@ def why_two_passes(group: HeadGroup) -> str | None:
         numbers = group.codecs[side].static_numbers()
         if isinstance(numbers, str):
             return f"{side}: {numbers}"
-    return why_no_layout(group.layout)
+    return why_no_attention(group.layout)
 
 
 def _why_no_pack(group: HeadGroup, side: str) -> str | None:

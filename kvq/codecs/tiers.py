@@ -6,18 +6,18 @@ sorted the channels by how much their error costs (``principal`` in ``kvq/transf
 reads the channel) and errors that fall as v_c 4^-bits, equal bits waste what the small channels do not need.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 
 from kvq.codecs.affine import BITS, METADATA, AffineCodec, check_clip
-from kvq.codecs.base import Codec
+from kvq.codecs.base import Codec, StaticNumbers
 from kvq.codecs.spec import BLOCK_TOKENS, CodecSpec, register_codec
 from kvq.codecs.view import Slice, View
 from kvq.errors import RecipeError
-from kvq.pages.bits import pack_codes, unpack_codes
+from kvq.pages.affine import tiered
+from kvq.pages.bits import pack_codes
 from kvq.pages.layout import ATOM, Section, SideLayout
 from kvq.pages.pages import Encoded
 from kvq.settings import check_choice
@@ -94,12 +94,7 @@ class TiersCodec(Codec):
 
     def decode(self, encoded: Encoded, dtype: torch.dtype) -> torch.Tensor:
         """Return the numbers that the tiers stand for, [..., K, T, head_dim]."""
-        out = torch.zeros(*encoded.codes.shape[:-1], self.head_dim, dtype=dtype, device=encoded.codes.device)
-        for name, channels, codec in self.tiers:
-            codes = unpack_codes(encoded.sections[f"{name}_words"], codec.layout(self.group))
-            own = Encoded(codes=codes, sections=_own(encoded.sections, name))
-            out[..., channels] = codec.decode(own, dtype)
-        return out
+        return tiered(encoded.sections, self.layout(self.group), dtype)
 
     def view(self, page_tokens: int) -> View:
         parts = (
@@ -108,10 +103,8 @@ class TiersCodec(Codec):
         )
         return View(slices=tuple(parts), encoding="minmax")
 
-
-def _own(sections: Mapping[str, torch.Tensor], name: str) -> dict[str, torch.Tensor]:
-    """One tier's sections, by the names that its codec gave them."""
-    return {part.removeprefix(f"{name}_"): numbers for part, numbers in sections.items() if part.startswith(f"{name}_")}
+    def static_numbers(self) -> StaticNumbers:
+        return StaticNumbers()
 
 
 @register_codec("tiers")

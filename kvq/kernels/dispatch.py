@@ -21,6 +21,8 @@ IMPLEMENTATIONS = ("auto", "triton", "cpp", "reference")
 TESTED_TRITON = ("3.6", "3.9")
 LARGEST_HEAD = 256
 LARGEST_QUERIES = 16
+# Tokens of a matrix product.
+SMALLEST_BLOCK = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,22 +89,41 @@ def why_no_layout(layout: PageLayout) -> str | None:
     return None
 
 
+def why_no_attention(layout: PageLayout) -> str | None:
+    """Why the decode kernel does not read a page layout, or None."""
+    reason = why_no_layout(layout)
+    for name in ("key", "value"):
+        for side in layout.side(name).tiers or (layout.side(name),):
+            if side is not None and side.meta is not None and side.axis == "channel":
+                block = min(side.rows, side.group)
+                if block < SMALLEST_BLOCK:
+                    reason = (
+                        reason or f"{name}: {block} tokens in a run that shares scales, fewer than {SMALLEST_BLOCK}"
+                    )
+    return reason
+
+
 def _why_no_side(side: SideLayout) -> str | None:
-    if side.format not in ("affine", "book", "e4m3", "dense"):
+    if side.format not in ("affine", "book", "e4m3", "dense") and not side.tiers:
         return f"format {side.format!r}"
     for section in side.extras:
-        if section.name != "norm" or section.shared:
-            return f"section {section.name!r}" + (" that heads share" if section.shared else "")
+        if section.name not in ("norm", "meta_range") and not side.tiers:
+            return f"section {section.name!r}"
     if side.permuted:
         return "permuted channels"
     if side.head_dim > LARGEST_HEAD:
         return f"head_dim {side.head_dim}, more than {LARGEST_HEAD}"
+    for piece in (tier for tier in side.tiers or (side,) if tier is not None):
+        reason = _why_no_groups(piece)
+        if reason is not None:
+            return reason
+    return None
+
+
+def _why_no_groups(side: SideLayout) -> str | None:
+    """What a side in one piece, or a tier, has against the kernels in its metadata."""
     if side.meta is None:
         return None
-    if side.meta_shared:
-        return "metadata that heads share"
-    if side.meta_format not in ("float16", "e4m3", "e8m0") or (side.meta_format != "float16" and side.meta_terms == 2):
-        return f"metadata in the format {side.meta_format!r}"
     if side.axis == "token" and side.group % 16:
         return f"groups of {side.group} channels, not a multiple of 16"
     if side.axis == "channel" and side.group & (side.group - 1):

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 import torch
 
 from kvq.errors import DataError
+from kvq.pages.bits import unpack_codes
 from kvq.pages.grouping import grouping_of
 from kvq.pages.layout import E4M3_MAX, SideLayout
 from kvq.pages.meta import load_pair, load_scale, store_range, store_scale
@@ -82,3 +83,17 @@ def scaled(
     grouping = grouping_of(layout)
     scale, minimum = (grouping.spread(part) for part in pair(sections, layout, dtype))
     return grouping.join(torch.addcmul(minimum, grouping.split(numbers).to(dtype), scale))
+
+
+def tiered(sections: Mapping[str, torch.Tensor], layout: SideLayout, dtype: torch.dtype) -> torch.Tensor:
+    """The numbers [..., K, T, head_dim] of slices of channels, which lie in sections (``SideLayout.tiers``).
+
+    A slice that is not stored is zero.
+    """
+    found = {}
+    for i, tier in enumerate(layout.tiers):
+        if tier is not None:
+            own = {name: sections[f"tier{i}_{name}"] for name in ("words", *(part.name for part in tier.sections))}
+            found[i] = scaled(unpack_codes(own["words"], tier), own, tier, dtype)
+    empty = torch.zeros_like(next(iter(found.values())))
+    return torch.cat([found.get(i, empty) for i in range(len(layout.tiers))], dim=-1)

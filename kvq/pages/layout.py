@@ -186,9 +186,9 @@ class SideLayout:
 
     @property
     def scaled_by_token(self) -> bool:
-        """Whether every token has scales of its own (metadata or a norm) that no other token or head shares."""
+        """Whether every token has scales of its own (metadata or a norm) that no other token shares."""
         if self.meta:
-            return self.axis == "token" and not self.meta_shared
+            return self.axis == "token"
         return any(section.name == "norm" for section in self.extras)
 
     @property

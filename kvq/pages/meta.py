@@ -118,15 +118,19 @@ def load_pair(
 
 
 def largest_scales(sections: Mapping[str, torch.Tensor], layout: SideLayout) -> torch.Tensor:
-    """The largest scale of every head's tokens, norms included, float32 [K]; sections [n, K, rows, *shape].
+    """A bound of the scales of every head's tokens, norms included, float32 [K], or [1] if heads share all of them.
 
-    Of layouts that are ``scaled_by_token``.
+    sections [n, K, rows, *shape], a shared one with or without K = 1. Of layouts that are ``scaled_by_token``. The
+    bound is the largest scale but where heads share one factor of it: then it is the product of the largest of both.
     """
-    scale = torch.ones((), device=next(iter(sections.values())).device)
+    scale = torch.ones(1, 1, 1, 1, device=next(iter(sections.values())).device)
     if layout.meta is not None:
         stored, form = sections["meta"][..., 0], layout.meta_format
         ue5m3 = form in ("zero8", "range8")
         scale = from_ue5m3(stored, torch.float32) if ue5m3 else load_scale(stored, form, torch.float32)
+        scale = scale.amax().view(1, 1, 1, 1) if layout.meta_shared else scale
     if "norm" in sections:
-        scale = scale * sections["norm"].float().unsqueeze(-1)
+        norm = sections["norm"].float()
+        shared = any(section.name == "norm" and section.shared for section in layout.extras)
+        scale = scale * (norm.amax() if shared else norm.unsqueeze(-1))
     return scale.transpose(0, 1).flatten(1).amax(1)

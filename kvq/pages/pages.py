@@ -11,7 +11,7 @@ from functools import cached_property
 
 import torch
 
-from kvq.pages.affine import scaled
+from kvq.pages.affine import scaled, tiered
 from kvq.pages.bits import merge_codes, pack_codes, unpack_codes
 from kvq.pages.layout import PLANE_FORMATS, PageLayout, Section, SideLayout
 from kvq.pages.meta import from_e4m3
@@ -193,6 +193,8 @@ class Pages:
         Of layouts that say, with the static numbers, all that codes mean.
         """
         layout, encoded = self.layout.side(side), self.encoded(side)
+        if layout.tiers:
+            return tiered(encoded.sections, layout, dtype)
         levels = self.key_levels if side == "key" else self.value_levels
         if layout.format == "e4m3":
             x = from_e4m3(encoded.codes, dtype)
@@ -203,7 +205,8 @@ class Pages:
         if layout.meta is not None:
             x = scaled(x, encoded.sections, layout, dtype)
         if "norm" in encoded.sections:
-            x = x * encoded.sections["norm"].to(dtype).unsqueeze(-1)
+            norm = encoded.sections["norm"].to(dtype).unsqueeze(-1)
+            x = x * (norm if norm.ndim == x.ndim else norm.unsqueeze(1))
         x = x * (self.key_scale if side == "key" else self.value_scale)
         return x
 

@@ -9,7 +9,7 @@ import torch
 
 from kvq.kernels.decode_attention.decode_plan import DecodePlan
 from kvq.kernels.decode_attention.reference import dense_attention
-from kvq.kernels.dispatch import LARGEST_QUERIES, choose, why_no_layout, why_no_strides
+from kvq.kernels.dispatch import LARGEST_QUERIES, choose, why_no_attention, why_no_strides
 from kvq.kernels.types import Attention, Exact, Query
 from kvq.pages.pages import Pages
 
@@ -62,4 +62,4 @@ def why_not(query: Query, pages: Pages, plan: DecodePlan) -> str | None:
         return f"{q.shape[2]} query tokens, more than {LARGEST_QUERIES}"
     if plan.ran.impl == "reference":
         return f"the plan was made for the reference ({plan.ran.reason})"
-    return why_no_layout(pages.layout)
+    return why_no_attention(pages.layout)

@@ -15,7 +15,7 @@ from functools import cache
 
 import torch
 
-from kvq.kernels.dispatch import Choice, capability, choose, why_no_layout
+from kvq.kernels.dispatch import Choice, capability, choose, why_no_attention
 from kvq.kernels.geometry import MAX_SPLITS, OVERHEAD, Side, Tile, sides_of, tile_of
 from kvq.kernels.tables import Parameters, decode_parameters
 from kvq.pages.layout import PageLayout
@@ -90,7 +90,7 @@ class DecodePlan:
         impl: str = "auto",
     ):
         self.device = torch.device(device)
-        self.ran: Choice = choose(impl, self.device, why_no_layout(layout))
+        self.ran: Choice = choose(impl, self.device, why_no_attention(layout))
         self.layout, self.batch, self.heads, self.group, self.queries = layout, batch, heads, group, queries
         if self.ran.impl == "reference":
             return

@@ -17,7 +17,7 @@ from kvq.kernels.decode_attention.split import (
     store_partial,
 )
 from kvq.kernels.decode_attention.tile import add_packed_values, packed_scores, scaled, softmax_step
-from kvq.kernels.device.sections import channels_of
+from kvq.kernels.device.sections import head_channels, operands, slice_at
 from kvq.kernels.device.words import known
 
 
@@ -50,29 +50,25 @@ def _weighted(values, weights, shift, ASM: tl.constexpr):
 @triton.jit
 def _load_exact_query(at, real, dtype: tl.constexpr, K: tl.constexpr, W: tl.constexpr):
     """The query vectors as they are, operands [W, C, H] in the dtype of the exact keys."""
-    operands = ()
-    for chunk in tl.static_range(known(K.chunks)):
-        for c in tl.static_range(known(K.blocks)):
-            channel = channels_of(chunk, c, K)[:, None]
-            x = tl.load(at[None, :] + channel, mask=real[None, :] & (channel < K.head_dim), other=0.0).to(dtype)
-            operands = operands + (tl.broadcast_to(x[None, :, :], [W, K.block, x.shape[1]]),)
-    return operands
+    vectors = ()
+    for n in tl.static_range(operands(K)):
+        channel = head_channels(n, K)[:, None]
+        x = tl.load(at[None, :] + channel, mask=real[None, :] & (channel < K.head_dim), other=0.0).to(dtype)
+        vectors = vectors + (tl.broadcast_to(x[None, :, :], [W, slice_at(K, n).block, x.shape[1]]),)
+    return vectors
 
 
 @triton.jit
-def _exact_scores(
-    base, slot, token_stride, keep, operands, factor, K: tl.constexpr, T: tl.constexpr, ASM: tl.constexpr
-):
+def _exact_scores(base, slot, token_stride, keep, vectors, factor, K: tl.constexpr, T: tl.constexpr, ASM: tl.constexpr):
     """Scores of exact keys by block, [W, R, H], times factor. slot, keep: by block, [W, R]."""
     scores = ()
     for b in tl.static_range(known(T.blocks)):
-        total = tl.full([T.warps, T.rows, operands[0].shape[2]], 0.0, tl.float32)
-        for chunk in tl.static_range(known(K.chunks)):
-            for c in tl.static_range(known(K.blocks)):
-                channel = channels_of(chunk, c, K)[None, None, :]
-                at = base + slot[b].to(tl.int64)[:, :, None] * token_stride + channel
-                keys = tl.load(at, mask=keep[b][:, :, None] & (channel < K.head_dim), other=0.0)
-                total += _product(keys, operands[chunk * K.blocks + c], ASM)
+        total = tl.full([T.warps, T.rows, vectors[0].shape[2]], 0.0, tl.float32)
+        for n in tl.static_range(operands(K)):
+            channel = head_channels(n, K)[None, None, :]
+            at = base + slot[b].to(tl.int64)[:, :, None] * token_stride + channel
+            keys = tl.load(at, mask=keep[b][:, :, None] & (channel < K.head_dim), other=0.0)
+            total += _product(keys, vectors[n], ASM)
         scores = scores + (total * factor,)
     return scores
 
@@ -99,15 +95,14 @@ def _add_exact_values(
     if V.kind == "affine" and not V.by_channel:
         biases = scaled(biases, shrink)
     added = ()
-    for chunk in tl.static_range(known(V.chunks)):
-        for c in tl.static_range(known(V.blocks)):
-            channel = channels_of(chunk, c, V)[None, :, None]
-            total = sums[chunk * V.blocks + c] * shrink
-            for b in tl.static_range(known(T.blocks)):
-                at = base + slot[b].to(tl.int64)[:, None, :] * token_stride + channel
-                values = tl.load(at, mask=keep[b][:, None, :] & (channel < V.head_dim), other=0.0)
-                total += _weighted(values, weights[b], shift, ASM) * factor
-            added = added + (total,)
+    for n in tl.static_range(operands(V)):
+        channel = head_channels(n, V)[None, :, None]
+        total = sums[n] * shrink
+        for b in tl.static_range(known(T.blocks)):
+            at = base + slot[b].to(tl.int64)[:, None, :] * token_stride + channel
+            values = tl.load(at, mask=keep[b][:, None, :] & (channel < V.head_dim), other=0.0)
+            total += _weighted(values, weights[b], shift, ASM) * factor
+        added = added + (total,)
     return offsets, biases, added
 
 
@@ -265,15 +260,16 @@ def decode_exact(
     if MIXED_KEY or MIXED_VALUE:
         high = tl.maximum(key_end, value_end)
         base = pool + head * RECORD
+        shared = (tl.num_programs(1) - head) * RECORD
         table_at = table + wide * table_stride
         last_page = (high - 1) // K.page_tokens
         for i in tl.range(low // T.round, tl.cdiv(high, T.round), num_stages=1):
-            record, row, _ = locate(i, base, table_at, page_stride, tl.maximum(last_page, 0), K, T, True)
+            records, row, _ = locate(i, base, shared, table_at, page_stride, tl.maximum(last_page, 0), K, T, True)
             packed_key = MIXED_KEY and (not MIXED_VALUE or key_end > value_end)
             token, key_slot, keep = _tokens_of(i, low, high, key_offset, key_capacity, K, T)
             token, value_slot, keep = _tokens_of(i, low, high, value_offset, value_capacity, K, T)
             if packed_key:
-                scores = packed_scores(record, row, keep, query, key_book, K, T, True, ASM)
+                scores = packed_scores(records, row, keep, query, key_book, K, T, True, ASM)
             else:
                 scores = _exact_scores(key_at, key_slot, key_token_stride, keep, exact_query, key_factor, K, T, ASM)
             if SOFTCAP:
@@ -296,7 +292,7 @@ def decode_exact(
                     ASM,
                 )
             else:
-                total = add_packed_values(total, record, row, keep, shrink, weights, value_book, V, T, True, ASM)
+                total = add_packed_values(total, records, row, keep, shrink, weights, value_book, V, T, True, ASM)
     for i in tl.range(high // T.round, tl.cdiv(end, T.round), num_stages=1):
         token, key_slot, keep = _tokens_of(i, high, end, key_offset, key_capacity, K, T)
         token, value_slot, keep = _tokens_of(i, high, end, value_offset, value_capacity, K, T)

@@ -4,7 +4,16 @@ import triton
 import triton.language as tl
 
 from kvq.kernels.decode_attention.tile import add, add_packed_values, packed_scores, softmax_step
-from kvq.kernels.device.sections import channels_of, group_of
+from kvq.kernels.device.sections import (
+    block_at,
+    chunk_at,
+    group_of,
+    head_channels,
+    operands,
+    slice_at,
+    slice_number,
+    slices,
+)
 from kvq.kernels.device.words import bias_of, exp2, known
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -52,33 +61,33 @@ def load_query(at, real, K: tl.constexpr, W: tl.constexpr):
     H: tl.constexpr = real.shape[0]
     vectors = ()
     largest = 0.0
-    for chunk in tl.static_range(known(K.chunks)):
-        for c in tl.static_range(known(K.blocks)):
-            channel = channels_of(chunk, c, K)[:, None]
-            x = tl.load(at[None, :] + channel, mask=real[None, :] & (channel < K.head_dim), other=0.0).to(tl.float32)
+    for n in tl.static_range(operands(K)):
+        channel = head_channels(n, K)[:, None]
+        x = tl.load(at[None, :] + channel, mask=real[None, :] & (channel < K.head_dim), other=0.0).to(tl.float32)
+        if slice_at(K, n).kind != "none":
             largest = tl.maximum(largest, tl.max(tl.abs(x)))
-            vectors = vectors + (x,)
+        vectors = vectors + (x,)
     exponent = _query_exponent(K) - 1 - ((largest.to(tl.int32, bitcast=True) >> 23) - 127)
     exponent = tl.minimum(tl.maximum(exponent, -100), 100)
     up = ((127 + exponent) << 23).to(tl.float32, bitcast=True)
     down = ((127 - exponent) << 23).to(tl.float32, bitcast=True)
-    operands = ()
+    factors = ()
     sums = ()
     negative = ()
-    for g in tl.static_range(known(K.groups)):
+    for g in tl.static_range(known(slices(K) * K.groups)):
         sums = sums + (tl.full([1, 1, H], 0.0, tl.float32),)
-    for i in tl.static_range(known(K.parts * K.groups)):
+    for g in tl.static_range(known(0 if K.by_channel else K.parts * K.groups)):
         negative = negative + (tl.full([1, 1, H], 0.0, tl.float32),)
-    for chunk in tl.static_range(known(K.chunks)):
-        for c in tl.static_range(known(K.blocks)):
-            x = (vectors[chunk * K.blocks + c] * up).to(tl.float16)
-            total = tl.sum(x.to(tl.float32), 0)[None, None, :]
-            sums = add(sums, group_of(K, chunk, c), total)
+    for n in tl.static_range(operands(K)):
+        x = (vectors[n] * up).to(tl.float16)
+        total = tl.sum(x.to(tl.float32), 0)[None, None, :]
+        sums = add(sums, slice_number(K, n) * K.groups + group_of(K, chunk_at(K, n), block_at(K, n)), total)
+        if not K.by_channel:
             for part in tl.static_range(known(K.parts)):
-                bias = bias_of(K, part * K.chunks + chunk)
-                negative = add(negative, part * K.groups + group_of(K, chunk, c), total * -bias)
-            operands = operands + (tl.broadcast_to(x[None, :, :], [W, K.block, H]),)
-    return (operands, sums, negative), down
+                bias = bias_of(K, part * K.chunks + chunk_at(K, n))
+                negative = add(negative, part * K.groups + group_of(K, chunk_at(K, n), block_at(K, n)), total * -bias)
+        factors = factors + (tl.broadcast_to(x[None, :, :], [W, slice_at(K, n).block, H]),)
+    return (factors, sums, negative), down
 
 
 @triton.jit
@@ -91,14 +100,17 @@ def empty_state(V: tl.constexpr, T: tl.constexpr, H: tl.constexpr):
         offsets = offsets + (tl.full([T.warps, T.fold, H], 0.0, tl.float32),)
         biases = biases + (tl.full([T.warps, 16, H], 0.0, tl.float32),)
     sums = ()
-    for i in tl.static_range(known(V.chunks * V.blocks)):
-        sums = sums + (tl.full([T.warps, V.block, H], 0.0, tl.float32),)
+    for n in tl.static_range(operands(V)):
+        sums = sums + (tl.full([T.warps, slice_at(V, n).block, H], 0.0, tl.float32),)
     return softmax, (offsets, biases, sums)
 
 
 @triton.jit
-def locate(i, base, table_at, page_stride, last_page, K: tl.constexpr, T: tl.constexpr, MASKED: tl.constexpr):
-    """Round i, for each warp: (record pointers [W, 1 or R], row of block 0 within the page, the page's first token)."""
+def locate(i, base, shared, table_at, page_stride, last_page, K: tl.constexpr, T: tl.constexpr, MASKED: tl.constexpr):
+    """Round i, for each warp: (records, row of block 0 within the page, the page's first token).
+
+    records   pointers [W, 1 or R] to the head's record, and to that of all heads, ``shared`` bytes after it.
+    """
     tile = (i * T.warps + tl.arange(0, T.warps))[:, None]
     r = tl.arange(0, T.rows)[None, :]
     if T.pages == 1:
@@ -109,7 +121,8 @@ def locate(i, base, table_at, page_stride, last_page, K: tl.constexpr, T: tl.con
         row = r % T.stride
     # Beyond the end any page will do: what is read from it is masked.
     number = tl.load(table_at + (tl.minimum(page, last_page) if MASKED else page)).to(tl.int64)
-    return base + number * page_stride, row, page * K.page_tokens
+    record = base + number * page_stride
+    return (record, record + shared), row, page * K.page_tokens
 
 
 @triton.jit
@@ -147,6 +160,7 @@ def _round(
     cap_scale,
     softcap,
     base,
+    shared,
     table_at,
     page_stride,
     length,
@@ -165,17 +179,17 @@ def _round(
     """Attend to round i, one tile a warp."""
     softmax, values = state
     last_page = (length - 1) // K.page_tokens
-    record, row, start = locate(i, base, table_at, page_stride, last_page, K, T, MASKED)
+    records, row, start = locate(i, base, shared, table_at, page_stride, last_page, K, T, MASKED)
     keep = ()
     for b in tl.static_range(known(T.blocks)):
         keep = keep + (start + row + b * T.stride < length,)
-    scores = packed_scores(record, row, keep, query, key_book, K, T, MASKED, ASM)
+    scores = packed_scores(records, row, keep, query, key_book, K, T, MASKED, ASM)
     if SOFTCAP:
         scores = bounded(scores, softcap, cap_scale, T, ASM)
     if MASKED:
         scores = hidden(scores, keep, start + row, position, window, T, False, WINDOW)
     softmax, shrink, weights = softmax_step(softmax, scores, kappa, shift, T, ASM)
-    return softmax, add_packed_values(values, record, row, keep, shrink, weights, value_book, V, T, MASKED, ASM)
+    return softmax, add_packed_values(values, records, row, keep, shrink, weights, value_book, V, T, MASKED, ASM)
 
 
 @triton.jit
@@ -197,21 +211,21 @@ def store_partial(
         tl.where(seen, tl.sum(highest, 0) * kappa - shift + tl.log2(tl.where(seen, total, 1.0)), float("-inf")),
         mask=real,
     )
-    for chunk in tl.static_range(known(V.chunks)):
-        for c in tl.static_range(known(V.blocks)):
-            x = sums[chunk * V.blocks + c]
-            if V.terms == 2 and not V.by_channel:
-                x += tl.sum(offsets[group_of(V, chunk, c)], 1, keep_dims=True)
-            if V.kind == "affine" and not V.by_channel:
-                bias = biases[group_of(V, chunk, c)]
-                if V.parts == 1:
-                    bias = tl.max(bias, 1, keep_dims=True) * bias_of(V, chunk)
-                else:
-                    bias = tl.sum(tl.where(tl.arange(0, 16)[None, :, None] == chunk, bias, 0.0), 1, keep_dims=True)
-                x -= bias
-            x = tl.sum(x * share, 0) * (inverse * value_scale)[None, :]
-            channel = channels_of(chunk, c, V)[:, None]
-            tl.store(out_at + column[None, :] * V.head_dim + channel, x, mask=real[None, :] & (channel < V.head_dim))
+    for n in tl.static_range(operands(V)):
+        x = sums[n]
+        if V.terms == 2 and not V.by_channel:
+            x += tl.sum(offsets[group_of(V, chunk_at(V, n), block_at(V, n))], 1, keep_dims=True)
+        if V.kind == "affine" and not V.by_channel:
+            bias = biases[group_of(V, chunk_at(V, n), block_at(V, n))]
+            if V.parts == 1:
+                bias = tl.max(bias, 1, keep_dims=True) * bias_of(V, chunk_at(V, n))
+            else:
+                row = tl.arange(0, 16)[None, :, None]
+                bias = tl.sum(tl.where(row == chunk_at(V, n), bias, 0.0), 1, keep_dims=True)
+            x -= bias
+        x = tl.sum(x * share, 0) * (inverse * value_scale)[None, :]
+        channel = head_channels(n, V)[:, None]
+        tl.store(out_at + column[None, :] * V.head_dim + channel, x, mask=real[None, :] & (channel < V.head_dim))
 
 
 @triton.jit(do_not_specialize=["table_stride", "window", "first_token", "key_book", "value_book"])
@@ -289,6 +303,7 @@ def decode_split(
 
     state = empty_state(V, T, H)
     base = pool + head * RECORD
+    shared = (tl.num_programs(1) - head) * RECORD
     table_at = table + sequence.to(tl.int64) * table_stride
     full_first = tl.minimum(full_first, end)
     full_end = tl.maximum(tl.minimum(full_end, end), full_first)
@@ -302,6 +317,7 @@ def decode_split(
             cap_scale,
             softcap,
             base,
+            shared,
             table_at,
             page_stride,
             length,
@@ -329,6 +345,7 @@ def decode_split(
             cap_scale,
             softcap,
             base,
+            shared,
             table_at,
             page_stride,
             length,

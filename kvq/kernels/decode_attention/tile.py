@@ -21,7 +21,21 @@ largest scale nearly fills fp16: small weights and small scales keep their preci
 import triton
 import triton.language as tl
 
-from kvq.kernels.device.sections import channels_of, group_of, load_meta, load_norm
+from kvq.kernels.device.sections import (
+    block_at,
+    chunk_at,
+    first_operand,
+    group_of,
+    load_meta,
+    load_norm,
+    load_pair,
+    load_range,
+    local_channels,
+    operands,
+    slice_at,
+    slice_of,
+    slices,
+)
 from kvq.kernels.device.words import bias_of, exp2, known, unpack
 
 
@@ -55,7 +69,14 @@ def _row_blocks(S, T):
 @triton.constexpr_function
 def _block_of(S, T, f, s):
     """Block of the tile that field f of row block s belongs to."""
-    return f // S.chunks * (S.rows // T.stride) + s
+    unit, row = divmod(s * T.stride, S.unit_rows)
+    return (unit * S.unit + f // S.chunks * S.unit_rows + row) // T.stride
+
+
+@triton.constexpr_function
+def _part_of(S, T, b):
+    """Part of a row of containers that block b lies in."""
+    return b * T.stride % S.unit // S.unit_rows
 
 
 @triton.constexpr_function
@@ -67,6 +88,31 @@ def _token_group(S, T, b):
 @triton.constexpr_function
 def _opens_group(S, T, b):
     return b * T.stride % S.group == 0
+
+
+@triton.constexpr_function
+def _offset_key(K, T, b):
+    """What the constant terms of a block's scores depend on: token group, and part of every slice (axis channel)."""
+    return b * T.stride // K.group, *(b * T.stride % S.unit // S.unit_rows for S in K.slices if S.kind != "none")
+
+
+@triton.constexpr_function
+def _opens_offset(K, T, b):
+    return all(_offset_key(K, T, b) != _offset_key(K, T, a) for a in range(b))
+
+
+@triton.constexpr_function
+def _offset_of(K, T, b):
+    """Which of the different constant terms is block b's."""
+    kinds = list(dict.fromkeys(_offset_key(K, T, a) for a in range(T.blocks)))
+    return kinds.index(_offset_key(K, T, b))
+
+
+@triton.constexpr_function
+def _less_bias(K, T, b, n):
+    """Minus the bias of operand n's codes in block b."""
+    S = slice_at(K, n)
+    return -bias_of(S, b * T.stride % S.unit // S.unit_rows * S.chunks + chunk_at(K, n))
 
 
 @triton.constexpr_function
@@ -125,61 +171,70 @@ def _load_planes(
 
 
 @triton.jit
-def _token_meta(record, token, g: tl.constexpr, keep, S: tl.constexpr, MASKED: tl.constexpr, ASM: tl.constexpr):
+def _token_meta(records, token, g: tl.constexpr, keep, S: tl.constexpr, MASKED: tl.constexpr, ASM: tl.constexpr):
     """Scale and minimum of tokens in channel group g, fp32 [W, R, 1]; axis token, ``S.scaled``."""
     if S.terms == 0:
-        scale = load_norm(record, token, keep, S, MASKED)
+        scale = load_norm(records, token, keep, S, MASKED)
         minimum = scale
     else:
-        scale, minimum = load_meta(record, token * S.groups + g, keep, S, MASKED, ASM)
+        scale, minimum = load_meta(records, token * S.groups + g, 0, keep, S, MASKED, ASM)
         scale, minimum = scale.to(tl.float32), minimum.to(tl.float32)
         if S.norm_offset >= 0:
-            norm = load_norm(record, token, keep, S, MASKED)
+            norm = load_norm(records, token, keep, S, MASKED)
             scale, minimum = scale * norm, minimum * norm
     return scale[:, :, None], minimum[:, :, None]
 
 
 @triton.jit
 def packed_scores(
-    record, row, keep, query, book, K: tl.constexpr, T: tl.constexpr, MASKED: tl.constexpr, ASM: tl.constexpr
+    records, row, keep, query, book, K: tl.constexpr, T: tl.constexpr, MASKED: tl.constexpr, ASM: tl.constexpr
 ):
     """Scores of one tile, before the softmax scale: a tuple of T.blocks tensors [W, R, H].
 
+    records (a head's record, that of all heads), pointers [W, 1 or R].
     row     [1 or W, R]: token of row r within its page, for block 0. keep: by block, [W, R], tokens that exist.
-    query   (operands [W, C, H] fp16, their sums by channel group, minus their bias sums by part and channel group).
+    query   (operands [W, C, H] fp16, their sums by slice or channel group, minus their bias sums by part and channel
+            group).
     """
     if K.by_channel:
-        return _scores_by_channel(record, row, keep, query[0], book, K, T, MASKED, ASM)
+        scores = _scores_by_channel(records, row, query, book, K, T, ASM)
+        if K.norm_offset < 0:
+            return scores
+        lengths = ()
+        for b in tl.static_range(known(T.blocks)):
+            norm = load_norm(records, row + b * T.stride, keep[b], K, MASKED)
+            lengths = lengths + (scores[b] * norm[:, :, None],)
+        return lengths
     else:
-        operands, sums, negative = query
+        vectors, sums, negative = query
         raw = ()
         for b in tl.static_range(known(T.blocks)):
             for g in tl.static_range(known(K.groups)):
-                start = negative[b // _row_blocks(K, T) * K.groups + g]
+                start = negative[_part_of(K, T, b) * K.groups + g]
                 raw = raw + (tl.broadcast_to(start, [T.warps, T.rows, start.shape[2]]),)
         for s in tl.static_range(_row_blocks(K, T)):
             for c in tl.static_range(known(K.blocks)):
                 planes = _load_planes(
-                    record, row + s * T.stride, c * K.block, keep[s], book, K, _reads_masked(K, MASKED), False, ASM
+                    records[0], row + s * T.stride, c * K.block, keep[s], book, K, _reads_masked(K, MASKED), False, ASM
                 )
                 for f in tl.static_range(known(K.fields)):
                     raw = _dot_into(
                         raw,
                         _block_of(K, T, f, s) * K.groups + group_of(K, f % K.chunks, c),
                         planes[f],
-                        operands[f % K.chunks * K.blocks + c],
+                        vectors[f % K.chunks * K.blocks + c],
                     )
         if not K.scaled:
             return raw
         scores = ()
         for b in tl.static_range(known(T.blocks)):
-            scores = scores + (_scaled_scores(record, row, keep[b], raw, sums, b, K, T, MASKED, ASM),)
+            scores = scores + (_scaled_scores(records, row, keep[b], raw, sums, b, K, T, MASKED, ASM),)
         return scores
 
 
 @triton.jit
 def _scaled_scores(
-    record,
+    records,
     row,
     keep,
     raw,
@@ -191,12 +246,12 @@ def _scaled_scores(
     ASM: tl.constexpr,
 ):
     """Scale and minimum of block b's tokens, axis token."""
-    scale, minimum = _token_meta(record, row + b * T.stride, 0, keep, K, MASKED, ASM)
+    scale, minimum = _token_meta(records, row + b * T.stride, 0, keep, K, MASKED, ASM)
     total = raw[b * K.groups] * scale
     if K.terms == 2:
         total += minimum * sums[0]
     for g in tl.static_range(1, known(K.groups)):
-        scale, minimum = _token_meta(record, row + b * T.stride, g, keep, K, MASKED, ASM)
+        scale, minimum = _token_meta(records, row + b * T.stride, g, keep, K, MASKED, ASM)
         total += raw[b * K.groups + g] * scale
         if K.terms == 2:
             total += minimum * sums[g]
@@ -204,63 +259,92 @@ def _scaled_scores(
 
 
 @triton.jit
-def _scores_by_channel(
-    record, row, keep, operands, book, K: tl.constexpr, T: tl.constexpr, MASKED: tl.constexpr, ASM: tl.constexpr
-):
+def _scores_by_channel(records, row, query, book, K: tl.constexpr, T: tl.constexpr, ASM: tl.constexpr):
     """Axis channel: every token group of the tile has its own scaled query."""
     scaled = ()
-    start = ()
+    scores = ()
+    minima = ()
+    offsets = ()
     for b in tl.static_range(known(T.blocks)):
         if _opens_group(K, T, b):
-            own, offset = _scaled_query(record, operands, _token_group(K, T, b), K, T, ASM)
+            own, minimum = _scaled_query(records, query, _token_group(K, T, b), K, T, ASM)
             scaled = scaled + (own,)
-            for part in tl.static_range(known(K.parts)):
-                start = start + (_less_biases(offset, own, part, K, T),)
-    scores = ()
-    for b in tl.static_range(known(T.blocks)):
-        scores = scores + (start[_token_group(K, T, b) * K.parts + b // _row_blocks(K, T)],)
-    for s in tl.static_range(_row_blocks(K, T)):
-        for c in tl.static_range(known(K.blocks)):
-            planes = _load_planes(record, row + s * T.stride, c * K.block, keep[s], book, K, False, False, ASM)
-            for f in tl.static_range(known(K.fields)):
-                own = scaled[_token_group(K, T, _block_of(K, T, f, s))]
-                scores = _dot_into(scores, _block_of(K, T, f, s), planes[f], own[f % K.chunks * K.blocks + c])
-    if K.norm_offset >= 0:
-        lengths = ()
-        for b in tl.static_range(known(T.blocks)):
-            norm = load_norm(record, row + b * T.stride, keep[b], K, MASKED)
-            lengths = lengths + (scores[b] * norm[:, :, None],)
-        return lengths
+            minima = minima + (minimum,)
+        if _opens_offset(K, T, b):
+            offsets = offsets + (_less_biases(minima[_token_group(K, T, b)], scaled[_token_group(K, T, b)], b, K, T),)
+        scores = scores + (offsets[_offset_of(K, T, b)],)
+    for i in tl.static_range(slices(K)):
+        if slice_of(K, i).kind != "none":
+            scores = _add_slice(scores, records, row, scaled, book, first_operand(K, i), slice_of(K, i), K, T, ASM)
     return scores
 
 
 @triton.jit
-def _scaled_query(record, operands, group: tl.constexpr, K: tl.constexpr, T: tl.constexpr, ASM: tl.constexpr):
-    """Query operands times the scales of a token group, and q . minimum in every row, [W, R, H]."""
-    own = ()
-    ones = tl.full([T.warps, T.rows, K.block], 1.0, tl.float16)
-    offset = tl.full([T.warps, T.rows, operands[0].shape[2]], 0.0, tl.float32)
-    for chunk in tl.static_range(known(K.chunks)):
-        for c in tl.static_range(known(K.blocks)):
-            channel = channels_of(chunk, c, K)[None, :]
-            scale, minimum = load_meta(record, group * K.head_dim + channel, channel, K, False, ASM)
-            q = operands[chunk * K.blocks + c]
-            own = own + ((q * scale[:, :, None]).to(tl.float16),)
-            if K.terms == 2:
-                # Summed by a product, so that scale and minimum are wanted in one arrangement and loaded once.
-                offset = tl.dot(ones, q * minimum[:, :, None], offset)
-    return own, offset
+def _add_slice(
+    scores,
+    records,
+    row,
+    scaled,
+    book,
+    first: tl.constexpr,
+    S: tl.constexpr,
+    K: tl.constexpr,
+    T: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    """Scores with the products of one slice's codes; its operands begin at ``first`` of every group's in ``scaled``."""
+    for s in tl.static_range(_row_blocks(S, T)):
+        for c in tl.static_range(known(S.blocks)):
+            planes = _load_planes(records[0], row + s * T.stride, c * S.block, row, book, S, False, False, ASM)
+            for f in tl.static_range(known(S.fields)):
+                own = scaled[_token_group(K, T, _block_of(S, T, f, s))]
+                scores = _dot_into(scores, _block_of(S, T, f, s), planes[f], own[first + f % S.chunks * S.blocks + c])
+    return scores
 
 
 @triton.jit
-def _less_biases(offset, own, part: tl.constexpr, K: tl.constexpr, T: tl.constexpr):
-    """The offset minus the bias sums of one part's fields, [W, R, H]."""
-    if K.kind == "book":
-        return offset
-    for chunk in tl.static_range(known(K.chunks)):
-        bias = tl.full([T.warps, T.rows, K.block], -bias_of(K, part * K.chunks + chunk), tl.float16)
-        for c in tl.static_range(known(K.blocks)):
-            offset = tl.dot(bias, own[chunk * K.blocks + c], offset)
+def _scaled_query(records, query, group: tl.constexpr, K: tl.constexpr, T: tl.constexpr, ASM: tl.constexpr):
+    """Query operands times the scales of a token group, and q . minimum in every row, [W, R, H]."""
+    vectors, sums, _ = query
+    own = ()
+    total = tl.full([T.warps, T.rows, vectors[0].shape[2]], 0.0, tl.float32)
+    for i in tl.static_range(slices(K)):
+        offset = tl.full([T.warps, T.rows, vectors[0].shape[2]], 0.0, tl.float32)
+        for n in tl.static_range(first_operand(K, i), first_operand(K, i + 1)):
+            if slice_of(K, i).kind == "none":
+                own = own + (vectors[n],)
+            else:
+                scale, minimum = _channel_meta(records, n, group, slice_of(K, i), K, ASM)
+                own = own + ((vectors[n] * scale[:, :, None]).to(tl.float16),)
+                if slice_of(K, i).terms == 2:
+                    # Summed by a product, so that scale and minimum are wanted in one arrangement and loaded once.
+                    ones = tl.full([T.warps, T.rows, minimum.shape[1]], 1.0, tl.float16)
+                    offset = tl.dot(ones, vectors[n] * minimum.to(tl.float16)[:, :, None], offset)
+        if slice_of(K, i).range_offset >= 0:
+            low, step = load_range(records, group, group, slice_of(K, i), False, ASM)
+            total += offset * step[:, :, None] + low[:, :, None] * sums[i]
+        else:
+            total += offset
+    return own, total
+
+
+@triton.jit
+def _channel_meta(records, n: tl.constexpr, group: tl.constexpr, S: tl.constexpr, K: tl.constexpr, ASM: tl.constexpr):
+    """Scale and minimum [W, C] of operand n's channels; a minimum relative to others as the byte that is stored."""
+    index = group * S.head_dim + local_channels(chunk_at(K, n), block_at(K, n), S)[None, :]
+    if S.range_offset >= 0:
+        return load_pair(records, index, index, S, False, ASM)
+    else:
+        return load_meta(records, index, 0, index, S, False, ASM)
+
+
+@triton.jit
+def _less_biases(offset, own, b: tl.constexpr, K: tl.constexpr, T: tl.constexpr):
+    """The offset minus the bias sums of the fields that block b's tokens lie in, [W, R, H]."""
+    for n in tl.static_range(operands(K)):
+        if slice_at(K, n).kind == "affine":
+            bias = tl.full([T.warps, T.rows, slice_at(K, n).block], _less_bias(K, T, b, n), tl.float16)
+            offset = tl.dot(bias, own[n], offset)
     return offset
 
 
@@ -288,7 +372,7 @@ def softmax_step(state, scores, kappa, shift, T: tl.constexpr, ASM: tl.constexpr
 @triton.jit
 def add_packed_values(
     state,
-    record,
+    records,
     row,
     keep,
     shrink,
@@ -308,7 +392,7 @@ def add_packed_values(
     offsets, biases, sums = state
     sums = scaled(sums, shrink)
     if V.by_channel:
-        return offsets, biases, _values_by_channel(sums, record, row, keep, weights, book, V, T, MASKED, ASM)
+        return offsets, biases, _values_by_channel(sums, records, row, keep, weights, book, V, T, MASKED, ASM)
     else:
         rounded = ()
         if V.terms == 2:
@@ -316,11 +400,11 @@ def add_packed_values(
         if V.kind == "affine":
             biases = scaled(biases, shrink)
         for b in tl.static_range(known(T.blocks)):
-            rows = _bias_rows(V, b // _row_blocks(V, T), T)
+            rows = _bias_rows(V, _part_of(V, T, b), T)
             for g in tl.static_range(known(V.groups)):
                 p = weights[b]
                 if V.scaled:
-                    scale, minimum = _token_meta(record, row + b * T.stride, g, keep[b], V, MASKED, ASM)
+                    scale, minimum = _token_meta(records, row + b * T.stride, g, keep[b], V, MASKED, ASM)
                     if V.terms == 2:
                         offsets = add(offsets, g, _token_sum(p * minimum))
                     p = p * scale
@@ -330,7 +414,7 @@ def add_packed_values(
         for s in tl.static_range(_row_blocks(V, T)):
             for c in tl.static_range(known(V.blocks)):
                 planes = _load_planes(
-                    record, row + s * T.stride, c * V.block, keep[s], book, V, _reads_masked(V, MASKED), True, ASM
+                    records[0], row + s * T.stride, c * V.block, keep[s], book, V, _reads_masked(V, MASKED), True, ASM
                 )
                 for f in tl.static_range(known(V.fields)):
                     p = rounded[_block_of(V, T, f, s) * V.groups + group_of(V, f % V.chunks, c)]
@@ -356,7 +440,7 @@ def _bias_rows(V: tl.constexpr, part: tl.constexpr, T: tl.constexpr):
 
 @triton.jit
 def _values_by_channel(
-    sums, record, row, keep, weights, book, V: tl.constexpr, T: tl.constexpr, MASKED: tl.constexpr, ASM: tl.constexpr
+    sums, records, row, keep, weights, book, V: tl.constexpr, T: tl.constexpr, MASKED: tl.constexpr, ASM: tl.constexpr
 ):
     """Axis channel: a block's product is finished with its own scales before it is added."""
     rounded = ()
@@ -364,38 +448,78 @@ def _values_by_channel(
     for b in tl.static_range(known(T.blocks)):
         p = weights[b]
         if V.norm_offset >= 0:
-            p = p * load_norm(record, row + b * T.stride, keep[b], V, MASKED)[:, :, None]
+            p = p * load_norm(records, row + b * T.stride, keep[b], V, MASKED)[:, :, None]
         p = p.to(tl.float16)
         rounded = rounded + (p,)
         totals = totals + (tl.sum(p.to(tl.float32), 1, keep_dims=True),)
+    for i in tl.static_range(slices(V)):
+        if slice_of(V, i).kind != "none":
+            sums = _add_value_slice(
+                sums, records, row, keep, rounded, totals, book, first_operand(V, i), slice_of(V, i), T, MASKED, ASM
+            )
+    return sums
+
+
+@triton.jit
+def _add_value_slice(
+    sums,
+    records,
+    row,
+    keep,
+    rounded,
+    totals,
+    book,
+    first: tl.constexpr,
+    V: tl.constexpr,
+    T: tl.constexpr,
+    MASKED: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    """Sums with the weighted values of one slice, whose operands begin at ``first``, axis channel."""
     for s in tl.static_range(_row_blocks(V, T)):
         for c in tl.static_range(known(V.blocks)):
-            planes = _load_planes(record, row + s * T.stride, c * V.block, keep[s], book, V, False, True, ASM)
+            planes = _load_planes(records[0], row + s * T.stride, c * V.block, row, book, V, False, True, ASM)
             for f in tl.static_range(known(V.fields)):
-                own = _scaled_product(record, planes[f], rounded, totals, _block_of(V, T, f, s), f, c, V, T, ASM)
-                sums = add(sums, f % V.chunks * V.blocks + c, own)
+                own = _scaled_product(
+                    records,
+                    planes[f],
+                    keep[_block_of(V, T, f, s)],
+                    rounded[_block_of(V, T, f, s)],
+                    totals[_block_of(V, T, f, s)],
+                    _block_of(V, T, f, s),
+                    f,
+                    c,
+                    V,
+                    T,
+                    MASKED,
+                    ASM,
+                )
+                sums = add(sums, first + f % V.chunks * V.blocks + c, own)
     return sums
 
 
 @triton.jit
 def _scaled_product(
-    record,
+    records,
     plane,
+    keep,
     rounded,
-    totals,
+    total,
     b: tl.constexpr,
     f: tl.constexpr,
     c: tl.constexpr,
     V: tl.constexpr,
     T: tl.constexpr,
+    MASKED: tl.constexpr,
     ASM: tl.constexpr,
 ):
-    """Weighted sum of one plane's values, [W, C, H], axis channel."""
-    channel = channels_of(f % V.chunks, c, V)[None, :]
-    index = _token_group(V, T, b) * V.head_dim + channel
-    scale, minimum = load_meta(record, index, channel, V, False, ASM)
-    start = tl.broadcast_to(totals[b] * -bias_of(V, f), [T.warps, V.block, totals[b].shape[2]])
-    product = tl.dot(plane, rounded[b], start) * scale.to(tl.float32)[:, :, None]
+    """Weighted sum of one plane's values of block b, [W, C, H], axis channel."""
+    index = _token_group(V, T, b) * V.head_dim + local_channels(f % V.chunks, c, V)[None, :]
+    # The numbers of a group that has not begun may be anything.
+    begun = tl.max(keep.to(tl.int32), 1, keep_dims=True) > 0 if MASKED else keep
+    scale, minimum = load_meta(records, index, _token_group(V, T, b), begun, V, MASKED, ASM)
+    start = tl.broadcast_to(total * -bias_of(V, f), [T.warps, V.block, total.shape[2]])
+    product = tl.dot(plane, rounded, start) * scale.to(tl.float32)[:, :, None]
     if V.terms == 2:
-        product += totals[b] * minimum.to(tl.float32)[:, :, None]
+        product += total * minimum.to(tl.float32)[:, :, None]
     return product

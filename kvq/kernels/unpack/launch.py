@@ -10,13 +10,14 @@ from kvq.kernels.unpack.kernel import unpack_pages
 from kvq.pages.pages import Pages
 
 
-def unpack(pages: Pages, side: str, lengths: torch.Tensor, out: torch.Tensor) -> Launch:
+def unpack(pages: Pages, side: str, lengths: torch.Tensor, out: torch.Tensor, first_page: int = 0) -> Launch:
     sm = dispatch.capability(out.device)
     own = sides_of(pages.layout)[0 if side == "key" else 1]
     count = -(-out.shape[2] // own.page_tokens)
+    blocks = -(-max(piece.rows for piece in own.slices) // PACK_ROWS.value)
     return Launch(
         kernel=unpack_pages,
-        grid=(count * -(-own.rows // PACK_ROWS.value), out.shape[0], pages.heads),
+        grid=(count * blocks, out.shape[0], pages.heads),
         args=(
             pages.pool.base,
             pages.table,
@@ -27,9 +28,10 @@ def unpack(pages: Pages, side: str, lengths: torch.Tensor, out: torch.Tensor) ->
             out.stride(2),
             pages.table.stride(0),
             pages.pool.unit,
+            first_page,
             float(pages.key_scale if side == "key" else pages.value_scale),
             books(pages)[0 if side == "key" else 1],
         ),
-        constants={"S": own, "RECORD": pages.layout.record_bytes, "ASM": sm},
+        constants={"S": own, "BLOCKS": blocks, "RECORD": pages.layout.record_bytes, "ASM": sm},
         options=exactly(),
     )

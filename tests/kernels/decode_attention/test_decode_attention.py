@@ -50,6 +50,23 @@ CASES = [
     Case(key="3c64", value="3", counts=((64, 70, 75), (64, 64, 65), (192, 130, 195))),
     Case(key="4c64", value="4c64", counts=((64, 64, 70), (0, 0, 3), (192, 192, 195))),
     Case(key="4", value="8c32", counts=((70, 64, 75), (1, 0, 1), (192, 192, 195))),
+    # Tiers of channels, 0 bits among them; metadata as bytes, with one term, and shared by heads.
+    Case(key="4.2.2.2c128r", value="book2", counts=((128, 64, 129), (0, 0, 0), (256, 190, 258)), page_tokens=128),
+    Case(key="8.4.3.3c128r", value="book4", counts=((128, 70, 134), (0, 0, 9)), page_tokens=128, head_dim=128),
+    Case(
+        key="4.2.0.2c64z",
+        value="4.0c32",
+        counts=((192, 192, 200), (64, 32, 70)),
+        page_tokens=128,
+        head_dim=128,
+        sinks=2,
+    ),
+    Case(key="2c16r", value="book2", counts=((80, 70, 84), (0, 0, 9), (192, 192, 200))),
+    Case(key="4.2c64f", value="4f", counts=((64, 70, 75), (64, 64, 65))),
+    Case(key="2c32n", value="2/32z", counts=((64, 70, 75), (0, 0, 9), (192, 192, 200))),
+    Case(key="4c32s", value="4/32sf", counts=((64, 70, 75), (0, 0, 9), (192, 192, 200))),
+    Case(key="8st", value="2tn"),
+    Case(key="4tn", value="8st"),
     # Head sizes.
     *(Case(key="4", value="4", head_dim=d) for d in (80, 128)),
     *(Case(key="2", value="3", head_dim=d) for d in (96, 256)),
