@@ -1,8 +1,9 @@
 """Attention over a store's segments through the Triton kernels.
 
-What the kernels read as it lies in pages: uniform codes, levels of a book, norms, fp8 and fp4, of every width. What
-they do not (keys before RoPE, sparse outliers, low-rank factors, tiers) is decoded a step at a time into fp16 pages
-that are thrown away after the layer, and attended to by the same kernels: two passes. docs/kernels.md has the reasons.
+What the kernels read as it lies in pages: uniform codes, tiers of them, levels of a book, norms, fp8 and fp4, of every
+width. What they do not (keys before RoPE, sparse outliers, low-rank factors) is decoded a step at a time into fp16
+pages that are thrown away after the layer, and attended to by the same kernels: two passes. docs/kernels.md has the
+reasons.
 """
 
 from dataclasses import dataclass

@@ -63,7 +63,7 @@ CASES = [
     ),
     Case(key="2c16r", value="book2", counts=((80, 70, 84), (0, 0, 9), (192, 192, 200))),
     Case(key="4.2c64f", value="4f", counts=((64, 70, 75), (64, 64, 65))),
-    Case(key="2c32n", value="2/32z", counts=((64, 70, 75), (0, 0, 9), (192, 192, 200))),
+    Case(key="2c32n", value="2/32z", counts=((64, 70, 75), (0, 0, 9), (192, 192, 200)), spread=0.5),
     Case(key="4c32s", value="4/32sf", counts=((64, 70, 75), (0, 0, 9), (192, 192, 200))),
     Case(key="8st", value="2tn"),
     Case(key="4tn", value="8st"),
