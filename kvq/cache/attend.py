@@ -19,11 +19,11 @@ TILE_SCORES = 1 << 22
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What a model adds to plain attention: logit softcap, and learned sinks (one extra logit a query head)."""
+    """What a model adds to plain attention: logit softcap, and learned sink logits, one more a query head."""
 
     scaling: float
     softcap: float | None = None
-    sinks: torch.Tensor | None = None
+    sink_logits: torch.Tensor | None = None
 
 
 def attend(
@@ -79,16 +79,16 @@ def _attend_by_head(store, snapshot, q, mask, valid, options: Options, steps, ls
     B, K = q.shape[:2]
     mask = None if mask is None else [own for own in mask for _ in range(K)]
     valid = None if valid is None else valid.repeat_interleave(K, dim=0)
-    if lse is None and options.sinks is not None:
+    if lse is None and options.sink_logits is not None:
         lse = q.new_full(q.shape[:-1], -torch.inf, dtype=_score_dtype(q))
     rows = None if lse is None else lse.view(B * K, 1, *lse.shape[2:])
     plain = Options(scaling=options.scaling, softcap=options.softcap)
     out = attend(store, snapshot, q.flatten(0, 1).unsqueeze(1), mask, valid, plain, steps, rows)
     out = out.squeeze(1).unflatten(0, (B, K))
-    if options.sinks is None:
+    if options.sink_logits is None:
         return out
-    # A learned sink is one more logit without a value.
-    whole = torch.logaddexp(lse, options.sinks.to(lse.dtype).view(1, K, -1, 1))
+    # One more logit without a value.
+    whole = torch.logaddexp(lse, options.sink_logits.to(lse.dtype).view(1, K, -1, 1))
     out = (out * (lse - whole).exp().unsqueeze(-1)).to(q.dtype)
     lse.copy_(whole.masked_fill(lse == -torch.inf, -torch.inf))
     return out
@@ -171,7 +171,7 @@ def _attend_compiled(store, snapshot, rows, index: int, options: Options, q, bia
         exact,
         [store.sinks[side] if everyone else store.sinks[side][rows] for side in SIDES] if store.sinks else None,
         softcap=options.softcap,
-        learned=None if options.sinks is None else options.sinks.view(queries.shape[1:3]),
+        sink_logits=None if options.sink_logits is None else options.sink_logits.view(queries.shape[1:3]),
         bias=None if bias is None else bias.flatten(1),
     )
 
@@ -226,8 +226,8 @@ class _Segments:
             found.append(self._segment(low, high, {side for side in SIDES if packed[side] > low}))
         if visible > high:
             found.append(self._segment(high, visible, set()))
-        if self.options.sinks is not None:
-            found.append(self._learned_sinks())
+        if self.options.sink_logits is not None:
+            found.append(self._sink_logits())
         return found
 
     def _tiles(self, stop: int):
@@ -284,9 +284,9 @@ class _Segments:
         scores = self._finish(self.q @ keys.transpose(-1, -2), 0, count)
         return partial_attention(scores, lambda weights: weights @ values)
 
-    def _learned_sinks(self) -> Partial:
+    def _sink_logits(self) -> Partial:
         b, K, G, L = self.shape
-        logit = self.options.sinks.to(self.q.dtype).view(1, K, G, 1).expand(b, K, G, L).reshape(b, K, G * L)
+        logit = self.options.sink_logits.to(self.q.dtype).view(1, K, G, 1).expand(b, K, G, L).reshape(b, K, G * L)
         return torch.zeros_like(self.q), logit
 
     def _finish(self, scores: torch.Tensor, start: int, stop: int) -> torch.Tensor:

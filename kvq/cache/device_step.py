@@ -151,7 +151,7 @@ class DeviceStep:
             scale=options.scaling,
             positions=self.counters.state.positions,
             softcap=options.softcap,
-            sinks=options.sinks,
+            sink_logits=options.sink_logits,
         )
         key = query.q.stride(), options.scaling, options.softcap
         if key not in self._attends:

@@ -131,7 +131,7 @@ def attend(
             scale=options.scaling,
             positions=step.positions,
             softcap=options.softcap,
-            sinks=options.sinks,
+            sink_logits=options.sink_logits,
         )
         exact = _exact(store, snapshot, step)
         found = decode_attention(query, pages, step.lengths, step.plan, exact, impl="triton")

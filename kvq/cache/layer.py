@@ -77,8 +77,8 @@ class Handle:
             out = torch.empty_like(grouped)
             for i, store in enumerate(self.layer.stores):
                 own = list(store.group.heads)
-                sinks = None if options.sinks is None else options.sinks.view(heads, -1)[own].flatten()
-                part = Options(scaling=options.scaling, softcap=options.softcap, sinks=sinks)
+                logits = None if options.sink_logits is None else options.sink_logits.view(heads, -1)[own].flatten()
+                part = Options(scaling=options.scaling, softcap=options.softcap, sink_logits=logits)
                 found = None if lse is None else lse[:, own]
                 out[:, own] = self._attend_heads(i, grouped[:, own], row_masks, part, found)
                 if lse is not None:

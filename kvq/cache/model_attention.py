@@ -39,7 +39,7 @@ def kvq_attention(
         handle.layer.reads_handle = True
         if not handle.is_prompt:
             return handle.attend(query, attention_mask, options).transpose(1, 2).contiguous(), None
-    if options.softcap is None and options.sinks is None:
+    if options.softcap is None and options.sink_logits is None:
         out, _ = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
@@ -65,12 +65,12 @@ def options_of(module: torch.nn.Module, query: torch.Tensor, scaling: float | No
     return Options(
         scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
         softcap=kwargs.get("softcap"),
-        sinks=kwargs.get("s_aux"),
+        sink_logits=kwargs.get("s_aux"),
     )
 
 
 def plain_attention(module, query, key, value, attention_mask, options: Options) -> torch.Tensor:
-    """Exact attention with softcap and learned sinks, [B, H, L, D]; the scores are materialised."""
+    """Exact attention with softcap and learned sink logits, [B, H, L, D]; the scores are materialised."""
     groups = query.shape[1] // key.shape[1]
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     key, value = (x.to(dtype).repeat_interleave(groups, dim=1) for x in (key, value))
@@ -83,8 +83,8 @@ def plain_attention(module, query, key, value, attention_mask, options: Options)
         scores = scores.masked_fill(~attention_mask, torch.finfo(dtype).min)
     elif attention_mask is not None:
         scores = scores + attention_mask
-    if options.sinks is not None:
-        sink = options.sinks.to(dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+    if options.sink_logits is not None:
+        sink = options.sink_logits.to(dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
         weights = torch.cat([scores, sink], dim=-1).softmax(-1)[..., :-1]
     else:
         weights = scores.softmax(-1)

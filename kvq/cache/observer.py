@@ -19,7 +19,7 @@ class Observer(Protocol):
 
         queries  [B, H, L, D] in the model's own basis, after the rotary embedding, as the attention function got them.
         lse      [B, H, L] float32 (float64 for such queries): the log-sum-exp of each query's logits over all that it
-                 saw, in that basis: scaled, softcap applied, a learned sink's logit included. Minus infinity for pads.
+                 saw, in that basis: scaled, softcap applied, a learned sink logit included. Minus infinity for pads.
 
         Model layers that share this layer's keys call too, each with its own queries.
         """
@@ -60,6 +60,6 @@ def prompt_lse(
         else:
             scores += mask[:, :, start:stop]
         lse[:, :, start:stop] = scores.logsumexp(-1)
-    if options.sinks is not None:
-        lse = torch.logaddexp(lse, options.sinks.to(dtype).view(1, H, 1))
+    if options.sink_logits is not None:
+        lse = torch.logaddexp(lse, options.sink_logits.to(dtype).view(1, H, 1))
     return lse if valid is None else lse.masked_fill(~valid.to(lse.device).unsqueeze(1), -torch.inf)

@@ -1,6 +1,6 @@
 """Attention weights for statistics: of a few probing queries, or what each token gets from many.
 
-The weights are the model's own: causal over a row's real tokens, with its scale, softcap and learned sinks. They are
+The weights are the model's own: causal over a row's real tokens, with its scale, softcap and sink logits. They are
 computed apart from the model's attention, which as a rule never materialises them, and for probing queries only: those
 at the ends of so many equal parts of a row's real tokens, so that neither batches nor padding matter.
 
@@ -19,14 +19,14 @@ _BLOCK = 64
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionOptions:
-    """scaling: of q . k. softcap: of the scores, or None. sinks: learned sink logits [H], or None.
+    """scaling: of q . k. softcap: of the scores, or None. sink_logits: learned ones [H], or None.
 
     unknown   what else the model passes to attention that changes its weights.
     """
 
     scaling: float
     softcap: float | None = None
-    sinks: torch.Tensor | None = None
+    sink_logits: torch.Tensor | None = None
     unknown: tuple[str, ...] = ()
 
 
@@ -49,7 +49,7 @@ def received_weights(
     """Attention that each token gets from the real queries of its row and all query heads of its KV head, [B, K, T].
 
     Where a row has more queries than QUERIES, so many of them stand for all, and their weights are scaled up: a row's
-    sum is G times its number of tokens (less what learned sinks take).
+    sum is G times its number of tokens (less what sink logits take).
     """
     heads, tokens = key.shape[1:3]
     columns, counts = _probes(key, valid, QUERIES)
@@ -100,8 +100,8 @@ def _weights(query, key, valid: torch.Tensor | None, columns: torch.Tensor, opti
     if valid is not None:
         hidden = hidden | ~valid[:, None]
     scores = scores.masked_fill_(hidden[:, None], float("-inf"))
-    if options.sinks is not None:
-        sink = options.sinks.to(dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+    if options.sink_logits is not None:
+        sink = options.sink_logits.to(dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
         return torch.cat([scores, sink], dim=-1).softmax(-1)[..., :-1]
     return scores.softmax(-1)
 

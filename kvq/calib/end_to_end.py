@@ -214,8 +214,8 @@ def _attention(module, query, key, value, attention_mask, dropout=0.0, scaling=N
     read = (position < position.unsqueeze(1) - layer.spec.tokens.window) & (position >= layer.spec.tokens.sinks)
     logits = torch.where(read, scores(stored["key"]), scores(key))
     logits = logits.masked_fill(position > position.unsqueeze(1), -torch.inf)
-    if options.sinks is not None:
-        sink = options.sinks.view(1, -1, groups, 1, 1).expand(*logits.shape[:-1], 1)
+    if options.sink_logits is not None:
+        sink = options.sink_logits.view(1, -1, groups, 1, 1).expand(*logits.shape[:-1], 1)
         weights = torch.cat([logits, sink.to(logits.dtype)], dim=-1).softmax(-1)[..., :-1]
     else:
         weights = logits.softmax(-1)

@@ -83,7 +83,7 @@ def _observed(observer: Watcher, cache: ObservingCache, modules: set[int], own, 
             AttentionOptions(
                 scaling=query.shape[-1] ** -0.5 if scaling is None else float(scaling),
                 softcap=kwargs.get("softcap"),
-                sinks=kwargs.get("s_aux"),
+                sink_logits=kwargs.get("s_aux"),
                 unknown=tuple(name for name in UNKNOWN_OPTIONS if kwargs.get(name) is not None),
             ),
         )

@@ -194,8 +194,8 @@ def _attend_groups(query, key, value, groups, mask, options: Options, state: _St
     out = torch.empty_like(grouped)
     for group in groups:
         own = list(group.heads)
-        sinks = None if options.sinks is None else options.sinks.view(heads, -1)[own].flatten()
-        part = Options(scaling=options.scaling, softcap=options.softcap, sinks=sinks)
+        logits = None if options.sink_logits is None else options.sink_logits.view(heads, -1)[own].flatten()
+        part = Options(scaling=options.scaling, softcap=options.softcap, sink_logits=logits)
         out[:, own] = two_view_attend(grouped[:, own], key[:, own], value[:, own], group, state.schedule, part, *rest)
     return out.flatten(1, 2)
 

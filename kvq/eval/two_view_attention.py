@@ -162,8 +162,8 @@ def two_view_attend(
             branches.hide(scores, start, first)
         strip = views["value"].weighted_sum(torch.softmax(scores, dim=-1), start, first)
         partials.append((strip.flatten(2, 3), torch.logsumexp(scores, dim=-1).flatten(2, 3)))
-        if options.sinks is not None:
-            partials.append(_learned_sinks(options.sinks, strip))
+        if options.sink_logits is not None:
+            partials.append(_sink_logits(options.sink_logits, strip))
         out[:, :, :, start:stop] = merge_partials(partials).view_as(strip).to(q.dtype)
     return group.chains["value"].undo(out.flatten(2, 3)).view(q.shape)
 
@@ -193,7 +193,7 @@ def _read_alike(views, q: torch.Tensor, start: int, branches: Branches | None) -
     return partials, exact
 
 
-def _learned_sinks(logits: torch.Tensor, strip: torch.Tensor) -> Partial:
+def _sink_logits(logits: torch.Tensor, strip: torch.Tensor) -> Partial:
     """One more key a query head, with the given score and a value of zero; strip [B, K, G, L, D]."""
     B, K, G, L, _ = strip.shape
     lse = logits.to(strip.dtype).view(1, K, G, 1).expand(B, K, G, L)

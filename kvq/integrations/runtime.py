@@ -55,7 +55,7 @@ def install(model: PreTrainedModel, plan: CachePlan, impl: str = "auto") -> Runt
             "load the base model."
         )
     previous = model.config._attn_implementation
-    # Models that SDPA cannot serve (softcap, learned sinks) default to eager; elsewhere eager was somebody's choice.
+    # Models that SDPA cannot serve (softcap, sink logits) default to eager; elsewhere eager was somebody's choice.
     default_eager = previous == "eager" and not model._supports_sdpa and model._supports_attention_backend
     if previous == "sdpa" or default_eager:
         attention.register()

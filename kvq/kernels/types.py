@@ -18,7 +18,7 @@ class Query:
                are older than every query; exact ones are masked by position.
     window     sliding window: a query sees itself and the ``window - 1`` tokens before it.
     softcap    bound of the scores, softcap * tanh(score / softcap).
-    sinks      [heads] fp32: a learned logit a query head, in the softmax but without a value.
+    sink_logits  [heads] fp32: a learned logit a query head, in the softmax but without a value.
     """
 
     q: torch.Tensor
@@ -26,7 +26,7 @@ class Query:
     positions: torch.Tensor | None = None
     window: int | None = None
     softcap: float | None = None
-    sinks: torch.Tensor | None = None
+    sink_logits: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

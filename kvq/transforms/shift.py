@@ -26,7 +26,7 @@ class ShiftSpec(TransformSpec):
 
     def inexact(self, side: str, attention: Attention) -> str | None:
         if attention.sinks:
-            return "learned sinks, which take a share of every softmax"
+            return "learned sink logits, which take a share of every softmax"
         if side == "key" and attention.softcap is not None:
             return "a logit softcap, which bends what a shift of keys adds"
         return None

@@ -82,7 +82,7 @@ class Pairs(Step):
 @dataclass(frozen=True, eq=False)
 class Shift(Step):
     """mean [K, D]: subtracted from what is stored. Exact only where attention weights sum to one and nothing bends the
-    logits (no softcap, no learned sinks)."""
+    logits (no softcap, no sink logits)."""
 
     mean: torch.Tensor
 

@@ -31,7 +31,7 @@ RECIPES = {
     "sinks and blocks": ("kivi4", {"tokens.window": 32, "tokens.sinks": 2}),
     "keys before RoPE": ("kivi4", {"key.placement": "pre_rope", "tokens.window": 32}),
 }
-MODELS = {"plain": {}, "softcap": {"softcap": 2.0}, "learned sinks": {"s_aux": torch.tensor([0.5, -1.0, 3.0, 1.5])}}
+MODELS = {"plain": {}, "softcap": {"softcap": 2.0}, "sink logits": {"s_aux": torch.tensor([0.5, -1.0, 3.0, 1.5])}}
 TRITON = why_no_triton(torch.device("cpu"))
 CPP = build.unavailable()
 
@@ -221,7 +221,7 @@ def test_the_compiled_kernel_reads_tables_and_lengths_by_head(tiny_config, name,
 @pytest.mark.long
 @pytest.mark.parametrize(
     ("name", "model"),
-    [("tokens", "learned sinks"), ("sinks and blocks", "softcap"), ("keys before RoPE", "plain")],
+    [("tokens", "sink logits"), ("sinks and blocks", "softcap"), ("keys before RoPE", "plain")],
 )
 def test_the_triton_kernels_read_tables_and_lengths_by_head(tiny_config, name, model):
     """Queries and weights are rounded to 16 bits there. The last step reads a block that the survivors have filled."""

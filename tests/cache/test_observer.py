@@ -32,7 +32,7 @@ RECIPES = {
     ),
     "heads of their own": ("int4", {"tokens.window": 5, "layers.0/1.key.bits": 8}),
 }
-MODELS = {"plain": {}, "softcap": {"softcap": 2.0}, "learned sinks": {"s_aux": torch.tensor([0.5, -1.0, 3.0, 1.5])}}
+MODELS = {"plain": {}, "softcap": {"softcap": 2.0}, "sink logits": {"s_aux": torch.tensor([0.5, -1.0, 3.0, 1.5])}}
 
 
 class Heard:
@@ -138,7 +138,7 @@ def test_the_compiled_kernel_shows_the_same(tiny_config, name, model):
 
 @pytest.mark.skipif(why_no_triton(torch.device("cpu")) is not None, reason=str(why_no_triton(torch.device("cpu"))))
 @pytest.mark.parametrize(
-    ("name", "model"), [*((name, "plain") for name in RECIPES), ("tokens", "softcap"), ("tokens", "learned sinks")]
+    ("name", "model"), [*((name, "plain") for name in RECIPES), ("tokens", "softcap"), ("tokens", "sink logits")]
 )
 def test_the_triton_kernels_show_the_same(tiny_config, name, model):
     """Steps that the device counts, and chunks; queries and what fp16 pages hold are rounded to 16 bits."""

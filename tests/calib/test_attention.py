@@ -1,5 +1,5 @@
 """Attention weights are the model's: against an fp64 softmax written row by row, with grouped heads, softcap and
-sinks."""
+sink logits."""
 
 import math
 
@@ -14,7 +14,7 @@ from kvq.calib.observers.tokens import window_priorities
 OPTIONS = {
     "plain": AttentionOptions(scaling=0.3),
     "softcap": AttentionOptions(scaling=0.3, softcap=2.0),
-    "sinks": AttentionOptions(scaling=0.3, sinks=torch.tensor([0.5, -1.0, 2.0, 0.0])),
+    "sink logits": AttentionOptions(scaling=0.3, sink_logits=torch.tensor([0.5, -1.0, 2.0, 0.0])),
 }
 
 
@@ -34,7 +34,7 @@ def reference(query, key, options: AttentionOptions) -> torch.Tensor:
             if options.softcap:
                 scores = [options.softcap * math.tanh(s / options.softcap) for s in scores]
             total = sum(math.exp(s) for s in scores)
-            total += math.exp(float(options.sinks[h])) if options.sinks is not None else 0
+            total += math.exp(float(options.sink_logits[h])) if options.sink_logits is not None else 0
             out[h, i, : i + 1] = torch.tensor([math.exp(s) / total for s in scores], dtype=torch.float64)
     return out
 
@@ -68,15 +68,15 @@ def test_padding_has_no_weight_and_changes_none(side):
     lengths = [11, 7]
     valid = torch.stack([torch.arange(11) < n if side == "right" else torch.arange(11) >= 11 - n for n in lengths])
     q, k = (torch.where(valid[:, None, :, None], x, float("nan")) for x in (query, key))
-    received = received_weights(q, k, valid, OPTIONS["sinks"])
-    probes, _ = probe_weights(q, k, valid, OPTIONS["sinks"], probes=3)
+    received = received_weights(q, k, valid, OPTIONS["sink logits"])
+    probes, _ = probe_weights(q, k, valid, OPTIONS["sink logits"], probes=3)
     for row in range(2):
         own = valid[row]
         alone_q, alone_k = query[row : row + 1, :, own], key[row : row + 1, :, own]
-        alone = received_weights(alone_q, alone_k, None, OPTIONS["sinks"])
+        alone = received_weights(alone_q, alone_k, None, OPTIONS["sink logits"])
         torch.testing.assert_close(received[row][:, own], alone[0], rtol=1e-10, atol=1e-12)
         assert (received[row][:, ~own] == 0).all()
-        alone, _ = probe_weights(alone_q, alone_k, None, OPTIONS["sinks"], probes=3)
+        alone, _ = probe_weights(alone_q, alone_k, None, OPTIONS["sink logits"], probes=3)
         torch.testing.assert_close(probes[row][:, :, own], alone[0], rtol=1e-10, atol=1e-12)
         assert (probes[row][:, :, ~own] == 0).all()
 

@@ -224,7 +224,7 @@ def _blocks(x, codec):
     return torch.cat(done, dim=2)
 
 
-def test_softcap_learned_sinks_and_sliding_layers(tiny_model):
+def test_softcap_sink_logits_and_sliding_layers(tiny_model):
     """Gemma 2 caps its scores, gpt-oss adds a sink logit a head; both leave every other layer to a sliding window."""
     sizes = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4, "head_dim": 16}
     sizes |= {"num_key_value_heads": 2, "num_hidden_layers": 2, "sliding_window": 8, "initializer_range": 0.3}

@@ -1,6 +1,6 @@
 """Model families: the right layers are packed, and packed attention equals attention over the dequantized cache.
 
-The reference is the model's own eager attention on the tensors that the cache dequantizes, so softcap, learned sinks,
+The reference is the model's own eager attention on the tensors that the cache dequantizes, so softcap, sink logits,
 sliding layers, biases and norms are the model's own code. Only the first layer is packed: rounding of 1e-7 before a
 second one would now and then turn a 2-bit code over, and hide everything else.
 """

@@ -114,7 +114,7 @@ def test_beams_drafts_and_copies_through_triton(model):
 
 
 @needs_triton
-def test_softcap_and_learned_sinks_reach_the_kernel(tiny_model):
+def test_softcap_and_sink_logits_reach_the_kernel(tiny_model):
     from transformers import GptOssConfig
 
     config = GptOssConfig(

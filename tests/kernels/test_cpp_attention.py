@@ -89,14 +89,14 @@ class Case:
         out, lse = launch.decode_attention(q, self.pages(), self.sides, self.counts(), exact, sinks, **settings)
         return out[0, :, :, 0], lse[0, :, :, 0]
 
-    def expected(self, softcap=None, learned=None, bias=None):
+    def expected(self, softcap=None, sink_logits=None, bias=None):
         scores = self.q @ self.seen["key"].transpose(-1, -2)
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
         if bias is not None:
             scores = scores + bias
-        if learned is not None:
-            scores = torch.cat([scores, learned.unsqueeze(-1)], dim=-1)
+        if sink_logits is not None:
+            scores = torch.cat([scores, sink_logits.unsqueeze(-1)], dim=-1)
         weights = scores.softmax(-1)[..., : self.seen["value"].shape[1]]
         return weights @ self.seen["value"]
 
@@ -122,12 +122,12 @@ def test_any_length_and_any_packed_counts(body, packed):
     assert worst(case.found(), case.expected()) < 1e-12
 
 
-def test_softcap_learned_sinks_and_masks():
+def test_softcap_sink_logits_sinks_and_masks():
     case = Case(affine(4, "channel", 32, 64), affine(4, "token", 32, 64))
-    learned = normal(HEADS, QUERIES, seed=30)
+    sink_logits = normal(HEADS, QUERIES, seed=30)
     bias = torch.zeros(case.body + 5, dtype=torch.float64)
     bias[[0, 7, 100, 330]] = -torch.inf
-    for settings in ({"softcap": 3.0}, {"learned": learned}, {"bias": bias}):
+    for settings in ({"softcap": 3.0}, {"sink_logits": sink_logits}, {"bias": bias}):
         assert worst(case.found(**settings), case.expected(**settings)) < 1e-12
         assert worst(case.found(**settings), case.expected()) > 1e-6
 

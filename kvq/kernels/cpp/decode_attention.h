@@ -36,7 +36,7 @@ struct Attention {
   const int64_t* table;
   Side key, value;
   Tokens keys, values, sink_keys, sink_values;
-  const T *q, *learned, *bias;
+  const T *q, *sink_logits, *bias;
   T softcap;
   T *tops, *sums, *accs;
   int64_t M() const { return G * L; }
@@ -265,12 +265,12 @@ void attend_split(const Attention<T>& a, int64_t b, int64_t k, int64_t split, Wo
   }
 }
 
-// Partial results to out [B, K, M, D] and lse [B, K, M]; learned [K, G] is one more logit.
+// Partial results to out [B, K, M, D] and lse [B, K, M]; sink_logits [K, G] is one more logit.
 template <class T>
 void merge(const Attention<T>& a, T* out, T* lse) {
   for (int64_t i = 0; i < a.B * a.K * a.M(); ++i) {
     const int64_t head = i / a.M(), m = i % a.M();
-    const T extra = a.learned ? a.learned[head % a.K * a.G + m / a.L] : T(kLowest);
+    const T extra = a.sink_logits ? a.sink_logits[head % a.K * a.G + m / a.L] : T(kLowest);
     const T* tops = a.tops + head * a.splits * a.M() + m;
     const T* sums = a.sums + head * a.splits * a.M() + m;
     T highest = extra;
@@ -281,7 +281,7 @@ void merge(const Attention<T>& a, T* out, T* lse) {
       lse[i] = -INFINITY;
       continue;
     }
-    T total = a.learned ? std::exp(extra - highest) : T(0);
+    T total = a.sink_logits ? std::exp(extra - highest) : T(0);
     for (int64_t s = 0; s < a.splits; ++s) {
       const T share = std::exp(tops[s * a.M()] - highest);
       const T* acc = a.accs + ((head * a.splits + s) * a.M() + m) * a.D;

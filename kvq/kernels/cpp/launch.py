@@ -18,7 +18,7 @@ def decode_attention(
     *,
     softcap: float | None = None,
     window: int | None = None,
-    learned: torch.Tensor | None = None,
+    sink_logits: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of a few query tokens, scaled already, over sinks | pages | exact tokens of every sequence.
@@ -30,7 +30,7 @@ def decode_attention(
     exact    keys and values [B, K, n, D] of any dtype: body token t is at ``(t + offset) % n``.
     sinks    exact keys and values [B, K, S, D] before the body, or None.
     window   a query sees itself and the ``window - 1`` tokens before it.
-    learned  one more logit a query head, [K, G]. bias: additive mask over sinks and body, [B, tokens].
+    sink_logits  one more logit a query head, [K, G]. bias: additive mask over sinks and body, [B, tokens].
 
     Returns (out like q, log-sum-exp [B, K, G, L]); a query that sees nothing gets 0 and minus infinity.
     """
@@ -50,7 +50,7 @@ def decode_attention(
         *(_rows(x) for x in exact),
         *((None, None) if sinks is None else (_rows(x) for x in sinks)),
         softcap or 0.0,
-        None if learned is None else learned.to(q.dtype).contiguous(),
+        None if sink_logits is None else sink_logits.to(q.dtype).contiguous(),
         None if bias is None else bias.to(q.dtype).contiguous(),
         out,
         lse,

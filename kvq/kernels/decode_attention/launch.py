@@ -131,7 +131,7 @@ def merge(plan: DecodePlan, query: Query, out: torch.Tensor, has_exact: bool) ->
             plan.partial,
             plan.partial_lse,
             plan.spans,
-            plan.lse if query.sinks is None else query.sinks,
+            plan.lse if query.sink_logits is None else query.sink_logits,
             plan.lse,
             plan.capacity,
             *out.stride()[:3],
@@ -143,7 +143,7 @@ def merge(plan: DecodePlan, query: Query, out: torch.Tensor, has_exact: bool) ->
             "BLOCK_D": 1 << (head_dim - 1).bit_length(),
             "SPLITS": _MERGE_SPLITS,
             "EXACT": int(has_exact),
-            "SINKS": query.sinks is not None,
+            "SINK_LOGITS": query.sink_logits is not None,
         },
         options={"num_warps": 4},
     )

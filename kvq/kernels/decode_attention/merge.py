@@ -12,7 +12,7 @@ def decode_merge(
     partial,
     partial_lse,
     spans,
-    sinks,
+    sink_logits,
     lse,
     items,
     out_batch_stride,
@@ -24,13 +24,13 @@ def decode_merge(
     BLOCK_D: tl.constexpr,
     SPLITS: tl.constexpr,
     EXACT: tl.constexpr,
-    SINKS: tl.constexpr,
+    SINK_LOGITS: tl.constexpr,
 ):
     """Grid (B, KV heads, HEADS * QUERIES): one query vector each.
 
     partial      [items + B, KV heads, HEADS * QUERIES, D] fp32 and partial_lse likewise, base 2; spans [B, 2] int32:
                  first item of a sequence and their number. EXACT: item ``items + b`` holds sequence b's exact tokens.
-    sinks        [heads] fp32: one learned logit a query head, if SINKS.
+    sink_logits  [heads] fp32: one learned logit a query head, if SINK_LOGITS.
     out          by strides; lse [B, KV heads, HEADS * QUERIES], natural logarithm.
     """
     sequence = tl.program_id(0)
@@ -58,8 +58,8 @@ def decode_merge(
         acc = acc * shrink + tl.sum(x * share[:, None], 0)
         total = total * shrink + tl.sum(share, 0)
         top = new
-    if SINKS:
-        sink = tl.load(sinks + head * HEADS + column // QUERIES).to(tl.float32) * LOG2E
+    if SINK_LOGITS:
+        sink = tl.load(sink_logits + head * HEADS + column // QUERIES).to(tl.float32) * LOG2E
         new = tl.maximum(top, sink)
         shrink = tl.exp2(top - new)
         acc = acc * shrink

@@ -56,8 +56,8 @@ def _attend(b: int, query, keys, values, dtype) -> tuple[torch.Tensor, torch.Ten
         if query.window is not None:
             hidden = hidden | (token <= own - query.window)
         scores = scores.masked_fill(hidden, -torch.inf)
-    if query.sinks is not None:
-        logit = query.sinks.to(dtype).view(heads, 1, 1).expand(heads, L, 1)
+    if query.sink_logits is not None:
+        logit = query.sink_logits.to(dtype).view(heads, 1, 1).expand(heads, L, 1)
         scores = torch.cat([scores, logit], dim=-1)
         values = (
             torch.cat([values, torch.zeros_like(values[:, :1])], dim=1)

@@ -86,11 +86,11 @@ CASES = [
     Case(key="4", value="4", settings={"window": 100}, sinks=4),
     Case(key="4", value="4", settings={"window": 7}, queries=3, counts=((70, 70, 75), (0, 0, 3), (193, 193, 196))),
     Case(key="2", value="2", settings={"softcap": 3.0}, sinks=3),
-    Case(key="4", value="4", settings={"learned": True}, sinks=1),
+    Case(key="4", value="4", settings={"sink_logits": True}, sinks=1),
     Case(
         key="2c32",
         value="2/32",
-        settings={"learned": True, "softcap": 5.0, "window": 90},
+        settings={"sink_logits": True, "softcap": 5.0, "window": 90},
         sinks=5,
         queries=2,
         counts=((64, 64, 75), (0, 0, 2), (192, 192, 195)),
@@ -120,8 +120,8 @@ def setup(case: Case, device: torch.device, seed: int = 0):
     shape = (len(counts), case.heads * case.group, case.queries, case.head_dim)
     q = torch.randn(shape, generator=generator).to(case.dtype).to(device)
     settings = dict(case.settings)
-    if settings.pop("learned", False):
-        settings["sinks"] = torch.randn(case.heads * case.group, generator=generator).to(device)
+    if settings.pop("sink_logits", False):
+        settings["sink_logits"] = torch.randn(case.heads * case.group, generator=generator).to(device)
     # The newest query is the newest token of all.
     newest = torch.tensor([case.sinks + c.all - case.queries for c in counts], dtype=torch.int32)
     query = Query(q=q, scale=case.head_dim**-0.5, positions=newest.clamp_min(0).to(device), **settings)
