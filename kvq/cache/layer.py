@@ -95,7 +95,7 @@ class Handle:
     def _attend_heads(self, index: int, q: torch.Tensor, row_masks, options: Options, lse) -> torch.Tensor:
         """Attention of one store's query heads, [B, kv_heads, group, L, head_dim], in the model's own basis."""
         store, snapshot = self.layer.stores[index], self.snapshots[index]
-        chains = store.step_chains if snapshot is store.step else store.chains
+        chains = store.step_chains if snapshot is store.step else store.chains_of(q.shape[3], q.dtype)
         # Chains see [B, kv_heads, any, head_dim].
         q = chains["key"].dual(q.flatten(2, 3)).view_as(q)
         steps = self.layer.context.steps
@@ -188,7 +188,8 @@ class PackedLayer(CacheLayerMixin):
             states = {"key": key_states[:, own].detach(), "value": value_states[:, own].detach()}
             snapshot = store.append_on_device(states, context.counters) if stepping else None
             if snapshot is None:
-                states = {side: store.chains[side].write(x) for side, x in states.items()}
+                chains = store.chains_of(new, self.dtype)
+                states = {side: chains[side].write(x) for side, x in states.items()}
                 snapshot = store.append(states, columns, prompt, context.positions)
             snapshots.append(snapshot)
         handle = Handle(layer=self, snapshots=snapshots, columns=columns, start=start)

@@ -37,6 +37,11 @@ class Serving:
     _choices: dict = field(default_factory=dict, compare=False, repr=False)
 
     @property
+    def composes(self) -> bool:
+        """Whether the chains of a few tokens are one product a direction (``kvq.transforms.composed``)."""
+        return bool(self.cpp_sides)
+
+    @property
     def steps_on_device(self) -> bool:
         """Whether single tokens are packed and attended to without the host (``kvq.cache.device_step``)."""
         return self.no_triton is None and self.two_passes is None and not any(self.no_pack.values())

@@ -22,7 +22,7 @@ from kvq.cache.snapshot import Snapshot, View, group_rows
 from kvq.cache.tail import Tail
 from kvq.errors import CacheError
 from kvq.kernels.cpp import launch
-from kvq.kernels.dispatch import Choice
+from kvq.kernels.dispatch import LARGEST_QUERIES, Choice
 from kvq.pages.layout import SIDES
 from kvq.pages.pages import Pages
 from kvq.pages.pool import Pool
@@ -75,6 +75,11 @@ class HeadStore:
     def pool(self) -> Pool:
         """Where the pages lie."""
         return self.tables.pool
+
+    def chains_of(self, tokens: int, dtype: torch.dtype) -> dict:
+        """By side, the transforms of so many tokens of every row: one product each where they are few."""
+        few = tokens <= LARGEST_QUERIES and self.step_chains is not None and self.serving(dtype).composes
+        return self.step_chains if few else self.chains
 
     def append_on_device(self, new: dict[str, torch.Tensor], counters: dict) -> Any:
         """Transform and store one token a row, {side: [B, kv_heads, 1, head_dim]}, by the device's own counters.

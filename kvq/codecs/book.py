@@ -26,7 +26,7 @@ from kvq.codecs.grouped import GroupedSpec
 from kvq.codecs.kmeans import levels_of, q_norm
 from kvq.codecs.levels import NAMED_LEVELS, make_levels, midpoints
 from kvq.codecs.spec import Artefact, Measured, not_positive, register_codec
-from kvq.codecs.view import Slice, View
+from kvq.pages.view import Slice, View
 from kvq.errors import RecipeError
 from kvq.kernels.decode_attention.products import page_scores, page_weighted_sum
 from kvq.pages.affine import refuse_unstorable, wide

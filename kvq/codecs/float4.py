@@ -17,7 +17,7 @@ import torch
 from kvq.codecs.base import Codec, StaticNumbers
 from kvq.codecs.float8 import static_scale
 from kvq.codecs.spec import Artefact, CodecSpec, Measured, register_codec
-from kvq.codecs.view import Slice, View
+from kvq.pages.view import Slice, View
 from kvq.errors import RecipeError
 from kvq.kernels.decode_attention.products import page_scores, page_weighted_sum
 from kvq.pages.affine import refuse_unstorable, wide

@@ -20,7 +20,7 @@ import torch
 
 from kvq.codecs.base import Codec, StaticNumbers
 from kvq.codecs.spec import Artefact, CodecSpec, Measured, not_positive, register_codec
-from kvq.codecs.view import Slice, View
+from kvq.pages.view import Slice, View
 from kvq.errors import DataError, RecipeError
 from kvq.kernels.decode_attention.products import page_scores, page_weighted_sum
 from kvq.pages.affine import wide

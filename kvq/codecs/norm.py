@@ -18,7 +18,7 @@ import torch
 
 from kvq.codecs.base import StaticNumbers, WrappingCodec
 from kvq.codecs.spec import CodecSpec, PartSpec, register_part
-from kvq.codecs.view import View
+from kvq.pages.view import View
 from kvq.codecs.wrapping import by_token, with_sections
 from kvq.errors import RecipeError
 from kvq.pages.affine import refuse_unstorable, wide

@@ -1,4 +1,4 @@
-"""A chain as one product: what a decode step applies, where launches count and not multiplications.
+"""A chain as one product: what a decode step applies, where calls count and not multiplications.
 
 Every step is affine, x' = x P + m by head, so a chain is too. P and m are composed in float64 from the tensors of the
 steps.
@@ -7,6 +7,8 @@ steps.
 from typing import Any
 
 import torch
+
+from kvq.kernels.cpp.product import product, serves
 
 
 class Composed:
@@ -33,11 +35,13 @@ class Composed:
         if direction not in self._maps:
             self._maps[direction] = self._map(direction)
         matrix, offset = self._maps[direction]
+        if serves(x):
+            return product(x, matrix, offset)
         B, K, M, D = x.shape
         # Head by head, so that a batch repeats no matrix; the changes of order cost nothing beside those of dtype.
         wide = x.transpose(0, 1).to(self.dtype, memory_format=torch.contiguous_format).reshape(K, B * M, D)
         wide = torch.bmm(wide, matrix) if offset is None else torch.baddbmm(offset, wide, matrix)
-        return wide.view(K, B, M, D).transpose(0, 1).to(x.dtype, memory_format=torch.contiguous_format)
+        return wide.view(K, B, M, D).transpose(0, 1).to(x.dtype).contiguous()
 
     def _map(self, direction: str) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(P [K, D, D], m [K, 1, D] or None) of x' = x P + m."""

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from kvq.errors import RecipeError
+from kvq.kernels.cpp import build
+from kvq.kernels.cpp.product import product, serves
 from kvq.transforms import Chain, build_chain, needed_tensors, transform_spec
 from kvq.transforms.hadamard import Hadamard
 
@@ -131,3 +133,24 @@ def test_a_placed_chain_and_a_composed_one_are_the_chain(name):
             found = getattr(composed, way)(x.to(dtype))
             assert found.dtype == dtype
             assert (found - want).abs().max() <= (1e-5 if dtype == torch.float32 else 1e-12) * want.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("rows", "vectors", "head_dim"), [(1, 1, 64), (2, 3, 80), (1, 16, 16), (3, 5, 128)])
+def test_a_few_vectors_times_matrices_in_one_call(rows, vectors, head_dim, dtype):
+    if build.unavailable() is not None:
+        pytest.skip(build.unavailable())
+    x = torch.randn(rows, vectors, HEADS, head_dim, generator=torch.Generator().manual_seed(2)).to(dtype)
+    x = x.transpose(1, 2)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    matrix = torch.randn(HEADS, head_dim, head_dim, generator=torch.Generator().manual_seed(3)).to(wide)
+    offset = torch.randn(HEADS, 1, head_dim, generator=torch.Generator().manual_seed(4)).to(wide)
+    assert serves(x)
+    for own in (None, offset):
+        want = x.double() @ matrix.double() + (0 if own is None else own.double())
+        found = product(x, matrix, own)
+        assert found.dtype == dtype
+        bound = {torch.float32: 1e-6, torch.float64: 1e-14, torch.bfloat16: 4e-3}[dtype]
+        assert (found.double() - want).norm() < bound * want.norm()
+    assert not serves(x.expand(17, -1, -1, -1))
+    assert not serves(x.transpose(2, 3))

@@ -8,6 +8,7 @@
 
 #include "decode_attention.h"
 #include "pack.h"
+#include "product.h"
 #include "statistics.h"
 
 namespace {
@@ -94,6 +95,18 @@ bool pack(const Tensor x, const Tensor ranges, Tensor pool, const Tensor table, 
   return good;
 }
 
+void product(const Tensor x, const Tensor matrix, std::optional<Tensor> offset, Tensor out) {
+  const auto run = [&](auto zero) {
+    using T = decltype(zero);
+    kvq::product<T>(tokens_of(x), x.size(0), x.size(1), x.size(3), data<T>(matrix), data<T>(offset), data<T>(out));
+  };
+  if (matrix.scalar_type() == ScalarType::Double) {
+    run(0.0);
+  } else {
+    run(0.0f);
+  }
+}
+
 // A thread takes a multiple of so many columns, a cache line of float32.
 constexpr int64_t kLine = 16;
 
@@ -145,6 +158,7 @@ STABLE_TORCH_LIBRARY(kvq, m) {
   m.def(
       "pack(Tensor x, Tensor ranges, Tensor(a!) pool, Tensor table, Tensor side, Tensor reals, int record, int stride) "
       "-> bool");
+  m.def("product(Tensor x, Tensor matrix, Tensor? offset, Tensor(a!) out) -> ()");
   m.def("channel_range(Tensor x, Tensor(a!) low, Tensor(b!) high, Tensor(c!) total, Tensor(d!) squares) -> ()");
   m.def("count_signed(Tensor x, int[] bins, Tensor(a!) counts) -> ()");
   m.def(
@@ -155,6 +169,7 @@ STABLE_TORCH_LIBRARY(kvq, m) {
 STABLE_TORCH_LIBRARY_IMPL(kvq, CPU, m) {
   m.impl("decode_attention", TORCH_BOX(&decode_attention));
   m.impl("pack", TORCH_BOX(&pack));
+  m.impl("product", TORCH_BOX(&product));
   m.impl("channel_range", TORCH_BOX(&channel_range));
   m.impl("count_signed", TORCH_BOX(&count_signed));
   m.impl("massive", TORCH_BOX(&massive));

@@ -5,10 +5,9 @@ from dataclasses import dataclass
 
 import torch
 
-from kvq.codecs.base import Codec
-from kvq.codecs.view import Slice, View
 from kvq.pages.layout import ATOM, SIDES, PageLayout, Place
 from kvq.pages.pages import Pages
+from kvq.pages.view import Slice, View, Viewed
 
 # ``kMostHeadDim`` and ``kMostLevels`` of pages.h.
 LARGEST_HEAD = 1024
@@ -28,7 +27,7 @@ class CppSide:
     packs: bool
 
 
-def sides_of(codecs: Mapping[str, Codec], layout: PageLayout) -> dict[str, CppSide | str]:
+def sides_of(codecs: Mapping[str, Viewed], layout: PageLayout) -> dict[str, CppSide | str]:
     """Both sides of pages, or why the kernels cannot read them."""
     return {name: _side(codecs[name].view(layout.page_tokens), layout, name) for name in SIDES}
 

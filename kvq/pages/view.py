@@ -1,6 +1,7 @@
 """What compiled kernels must know of a codec: one description for all of them, of numbers alone."""
 
 from dataclasses import dataclass
+from typing import Protocol
 
 from kvq.pages.layout import SideLayout
 
@@ -36,3 +37,11 @@ class View:
     edges: tuple[float, ...] = ()
     norm: str | None = None
     correct: str | None = None
+
+
+class Viewed(Protocol):
+    """A codec, as kernels know it."""
+
+    def view(self, page_tokens: int) -> View | str:
+        """All that a compiled kernel must know of the codec in pages of so many tokens, or why that is not all."""
+        ...
