@@ -20,7 +20,6 @@ import torch
 from kvq.codecs.base import Codec, StaticNumbers
 from kvq.codecs.grouped import GroupedSpec
 from kvq.codecs.spec import register_codec
-from kvq.pages.view import Slice, View
 from kvq.errors import RecipeError
 from kvq.kernels.decode_attention.products import page_scores, page_weighted_sum
 from kvq.pages import affine
@@ -28,6 +27,7 @@ from kvq.pages.grouping import grouping_of
 from kvq.pages.layout import SideLayout
 from kvq.pages.meta import range_section
 from kvq.pages.pages import Encoded, Pages
+from kvq.pages.view import Slice, View
 from kvq.settings import check_choice, check_flag, is_number
 
 BITS = (2, 3, 4, 8)

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvq.pages.view import View
 from kvq.pages.layout import DEFAULT_PAGE_TOKENS, SideLayout
 from kvq.pages.pages import Encoded, Pages
+from kvq.pages.view import View
 from kvq.shapes import Float, held_to
 
 

@@ -26,13 +26,13 @@ from kvq.codecs.grouped import GroupedSpec
 from kvq.codecs.kmeans import levels_of, q_norm
 from kvq.codecs.levels import NAMED_LEVELS, make_levels, midpoints
 from kvq.codecs.spec import Artefact, Measured, not_positive, register_codec
-from kvq.pages.view import Slice, View
 from kvq.errors import RecipeError
 from kvq.kernels.decode_attention.products import page_scores, page_weighted_sum
 from kvq.pages.affine import refuse_unstorable, wide
 from kvq.pages.grouping import Grouping
 from kvq.pages.layout import SideLayout
 from kvq.pages.pages import Encoded, Pages
+from kvq.pages.view import Slice, View
 from kvq.settings import check_choice, check_flag
 
 META_DTYPE = torch.float16

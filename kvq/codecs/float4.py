@@ -17,13 +17,13 @@ import torch
 from kvq.codecs.base import Codec, StaticNumbers
 from kvq.codecs.float8 import static_scale
 from kvq.codecs.spec import Artefact, CodecSpec, Measured, register_codec
-from kvq.pages.view import Slice, View
 from kvq.errors import RecipeError
 from kvq.kernels.decode_attention.products import page_scores, page_weighted_sum
 from kvq.pages.affine import refuse_unstorable, wide
 from kvq.pages.layout import E4M3_MAX, SideLayout
 from kvq.pages.meta import E8M0_BIAS, load_scale, quotient, to_e4m3
 from kvq.pages.pages import Encoded, Pages
+from kvq.pages.view import Slice, View
 from kvq.settings import check_choice
 
 MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)

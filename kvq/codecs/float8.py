@@ -20,13 +20,13 @@ import torch
 
 from kvq.codecs.base import Codec, StaticNumbers
 from kvq.codecs.spec import Artefact, CodecSpec, Measured, not_positive, register_codec
-from kvq.pages.view import Slice, View
 from kvq.errors import DataError, RecipeError
 from kvq.kernels.decode_attention.products import page_scores, page_weighted_sum
 from kvq.pages.affine import wide
 from kvq.pages.layout import E4M3_MAX, SideLayout
 from kvq.pages.meta import from_e4m3, quotient, to_e4m3
 from kvq.pages.pages import Encoded, Pages
+from kvq.pages.view import Slice, View
 from kvq.settings import check_choice, is_number
 
 # Points in a bin of a histogram, which is as wide as a step of E4M3; octaves searched below the largest magnitude, and

@@ -18,12 +18,12 @@ import torch
 
 from kvq.codecs.base import StaticNumbers, WrappingCodec
 from kvq.codecs.spec import CodecSpec, PartSpec, register_part
-from kvq.pages.view import View
 from kvq.codecs.wrapping import by_token, with_sections
 from kvq.errors import RecipeError
 from kvq.pages.affine import refuse_unstorable, wide
 from kvq.pages.layout import Section, SideLayout
 from kvq.pages.pages import Encoded, Pages
+from kvq.pages.view import View
 from kvq.settings import check_choice
 
 

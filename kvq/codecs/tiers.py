@@ -14,12 +14,12 @@ import torch
 from kvq.codecs.affine import BITS, METADATA, AffineCodec, check_clip
 from kvq.codecs.base import Codec, StaticNumbers
 from kvq.codecs.spec import BLOCK_TOKENS, CodecSpec, register_codec
-from kvq.pages.view import Slice, View
 from kvq.errors import RecipeError
 from kvq.pages.affine import tiered
 from kvq.pages.bits import pack_codes
 from kvq.pages.layout import ATOM, Section, SideLayout
 from kvq.pages.pages import Encoded
+from kvq.pages.view import Slice, View
 from kvq.settings import check_choice
 
 
