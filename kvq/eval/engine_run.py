@@ -132,8 +132,16 @@ def judge(
     plan = simulated_plan(folder, rounding, largest) if is_engine_export(folder) else None
     problems = _storage_problems(answer, plan) if plan else []
     texts = [list(prompt) + output["tokens"] for prompt, output in zip(prompts, answer["outputs"])]
-    scores = _simulations(folder, plan, texts, _dtype(folder, dtype))
-    rows = [_compare(len(p), *found) for p, *found in zip(prompts, texts, answer["outputs"], scores)]
+    precision: torch.dtype = getattr(simulated_config(folder), "dtype", None) or torch.float32
+    if dtype != "auto":
+        precision = getattr(torch, dtype)
+    model = load_model(folder, dtype=precision, config=simulated_config(folder))
+    simulated = [logprobs(model, plan, text) for text in texts]
+    exact = [_of_tokens(logprobs(model, None, text), text) for text in texts]
+    model = load_model(folder, dtype=_FINER.get(precision, torch.float32), config=simulated_config(folder))
+    finer = [_of_tokens(logprobs(model, plan, text), text) for text in texts]
+    compared = zip(prompts, texts, answer["outputs"], simulated, finer, exact)
+    rows = [_compare(len(prompt), *found) for prompt, *found in compared]
     problems += [text for number, row in enumerate(rows, 1) for text in _noise_problems(number, row)]
     return EngineComparison(
         engine=engine,
@@ -166,49 +174,31 @@ def logprobs(model, plan: CachePlan | None, ids: Sequence[int]) -> torch.Tensor:
     return torch.log_softmax(logits[0].double(), dim=-1).cpu()
 
 
-@dataclass(frozen=True)
-class _Scores:
-    """Log-probabilities of one text's tokens, without the first: simulated, as the most likely token has it, simulated
-    in a finer dtype, and without quantization."""
-
-    simulated: torch.Tensor
-    best: torch.Tensor
-    finer: torch.Tensor
-    exact: torch.Tensor
+def _of_tokens(scores: torch.Tensor, text: list[int]) -> torch.Tensor:
+    """Log-probabilities of a text's tokens, without the first, from those of all tokens at every position."""
+    return scores[:-1].gather(1, torch.tensor(text[1:]).unsqueeze(1)).squeeze(1)
 
 
-def _simulations(folder: Path, plan: CachePlan | None, texts: Sequence[list[int]], dtype: torch.dtype) -> list[_Scores]:
-    def of_tokens(scores: torch.Tensor, text: list[int]) -> torch.Tensor:
-        return scores[:-1].gather(1, torch.tensor(text[1:]).unsqueeze(1)).squeeze(1)
-
-    model = load_model(folder, dtype=dtype, config=simulated_config(folder))
-    simulated = [logprobs(model, plan, text) for text in texts]
-    exact = [logprobs(model, None, text) for text in texts]
-    model = load_model(folder, dtype=_FINER.get(dtype, torch.float32), config=simulated_config(folder))
-    finer = [logprobs(model, plan, text) for text in texts]
-    return [
-        _Scores(of_tokens(own, text), own[:-1].amax(-1), of_tokens(other, text), of_tokens(plain, text))
-        for own, other, plain, text in zip(simulated, finer, exact, texts)
-    ]
-
-
-def _compare(prompt_tokens: int, text: list[int], output: Mapping[str, Any], scores: _Scores) -> PromptComparison:
+def _compare(
+    prompt_tokens: int,
+    text: list[int],
+    output: Mapping[str, Any],
+    simulated: torch.Tensor,
+    finer: torch.Tensor,
+    exact: torch.Tensor,
+) -> PromptComparison:
+    """simulated: [T, V]; finer, exact: [T - 1], of the text's tokens, simulated in a finer dtype and not quantized."""
     engine = torch.tensor(output["prompt_logprobs"] + output["logprobs"], dtype=torch.float64)
-    deviation = (engine - scores.simulated).abs()
+    own = _of_tokens(simulated, text)
+    deviation = (engine - own).abs()
     return PromptComparison(
         text=output["text"],
         deviation=float(deviation.mean()),
         worst=float(deviation.max()),
-        noise=float((scores.simulated - scores.finer).abs().mean()),
-        effect=float((engine - scores.exact).abs().mean()),
-        greedy_gap=float((scores.best - scores.simulated)[prompt_tokens - 1 :].max()),
+        noise=float((own - finer).abs().mean()),
+        effect=float((engine - exact).abs().mean()),
+        greedy_gap=float((simulated[:-1].amax(-1) - own)[prompt_tokens - 1 :].max()),
     )
-
-
-def _dtype(folder: Path, dtype: str) -> torch.dtype:
-    if dtype != "auto":
-        return getattr(torch, dtype)
-    return getattr(simulated_config(folder), "dtype", None) or torch.float32
 
 
 def _storage_problems(answer: Mapping[str, Any], plan: CachePlan) -> list[str]:
