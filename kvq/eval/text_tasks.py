@@ -12,8 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from kvq.cache import CachePlan
 from kvq.calib.data import SEPARATOR, load_texts, source_name, tokenizer_hash
 from kvq.errors import DataError
-from kvq.eval.divergence import divergence
-from kvq.eval.layers import layer_errors
+from kvq.eval.divergence import divergence, layer_errors
 from kvq.eval.likelihood import Windows, WindowScore, score_windows
 from kvq.eval.perplexity import cut_windows, perplexity
 from kvq.eval.result import DivergenceResult, LayerRow, PerplexityResult
