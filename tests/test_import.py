@@ -133,8 +133,6 @@ def test_what_the_tests_above_would_see():
 
 # Names that several folders share on purpose: parts of one operation, the base of a family, the codec of a page form.
 SHARED = {"affine", "base", "kernel", "launch", "reference", "spec"}
-# Still to rename: it means two things.
-TWO_MEANINGS = {"evidence"}
 
 
 def shared_names(modules: Iterable[str]) -> list[str]:
@@ -142,7 +140,7 @@ def shared_names(modules: Iterable[str]) -> list[str]:
     found: dict[str, list[str]] = {}
     for module in modules:
         name = module.rpartition(".")[2]
-        if part(module) != "commands" and name not in SHARED | TWO_MEANINGS and "." in module.removeprefix("kvq."):
+        if part(module) != "commands" and name not in SHARED and "." in module.removeprefix("kvq."):
             found.setdefault(name, []).append(module)
     return [" and ".join(own) for own in found.values() if len(own) > 1]
 

@@ -17,7 +17,7 @@ import torch
 
 from kvq.cache.plan import artefact_name
 from kvq.calib.codebooks import Book, learned
-from kvq.calib.evidence import Source
+from kvq.calib.fit_source import FitSource
 from kvq.calib.learn import find_learned
 from kvq.calib.measured import MeasuredLayer
 from kvq.calib.observers.bins import Bins
@@ -95,13 +95,13 @@ def fit_artefacts(
     """
     found, fitted = {}, {}
     chains = list(_transforms(recipe, model))
-    source = Source(model, stats, folder) if chains else None
+    source = FitSource(model, stats, folder) if chains else None
     for layer, side, specs in chains:
         spec = recipe.for_head(layer.index, 0, len(model.layers))
         codec = getattr(spec, side).stand_in(layer.head_dim, layer.kv_heads)
-        evidence = source.evidence(layer, side, spec, codec)
+        data = source.fit_data(layer, side, spec, codec)
         learned = partial(find_learned, stats, recipe, spec, layer.index, side)
-        numbers, fitted[layer.index, side] = fit_steps(specs, evidence, learned, **spec.framing(side))
+        numbers, fitted[layer.index, side] = fit_steps(specs, data, learned, **spec.framing(side))
         found |= {artefact_name(layer.index, side, what): tensor for what, tensor in numbers.items()}
     for use in _uses(recipe, model):
         after = fitted.get((use.layer.index, use.side))

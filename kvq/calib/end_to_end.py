@@ -18,8 +18,8 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from kvq.cache.model_attention import kvq_attention, options_of
-from kvq.calib.evidence import Source
 from kvq.calib.file import read_file, write_file
+from kvq.calib.fit_source import FitSource
 from kvq.calib.learn import fit_name, learned_steps
 from kvq.calib.stats import STATS_VERSION, Fit, Stats
 from kvq.codecs import Codec
@@ -132,7 +132,7 @@ def learn_end_to_end(
 
 def _layers(recipe: Recipe, spec, stats: Stats, folder: Path) -> dict[int, _Layer]:
     """Every quantized layer with its fixed steps; learned steps begin where block-wise learning ended."""
-    source, found = Source(spec, stats, folder), {}
+    source, found = FitSource(spec, stats, folder), {}
     for layer in spec.full_layers:
         head = recipe.for_head(layer.index, 0, len(spec.layers))
         if head.is_exact:
@@ -141,8 +141,8 @@ def _layers(recipe: Recipe, spec, stats: Stats, folder: Path) -> dict[int, _Laye
         own = _Layer(spec=head, codecs=codecs)
         for side in SIDES:
             specs = getattr(head.transforms, side)
-            evidence = source.evidence(layer, side, head, codecs[side])
-            own.rope = evidence.rope
+            data = source.fit_data(layer, side, head, codecs[side])
+            own.rope = data.rope
 
             def begin(place, seen, side=side, specs=specs, own=own, index=layer.index):
                 learnable = specs[place].learnable(seen)
@@ -155,7 +155,7 @@ def _layers(recipe: Recipe, spec, stats: Stats, folder: Path) -> dict[int, _Laye
                 own.begun[side, place] = held or {n: t.detach() for n, t in learnable.numbers().items()}
                 return own.begun[side, place]
 
-            tensors, _ = fit_steps(specs, evidence, begin, **head.framing(side))
+            tensors, _ = fit_steps(specs, data, begin, **head.framing(side))
             own.fixed[side] = build_chain(specs, layer.head_dim, tensors).steps
         found[layer.index] = own
     return found

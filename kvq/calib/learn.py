@@ -15,16 +15,16 @@ from pathlib import Path
 
 import torch
 
-from kvq.calib.evidence import Source
 from kvq.calib.file import read_file, write_file
+from kvq.calib.fit_source import FitSource
 from kvq.calib.stats import STATS_VERSION, Fit, Stats
 from kvq.errors import CheckpointError, RecipeError
 from kvq.heads import HeadSpec
 from kvq.models.describe import LayerSpec, ModelSpec
 from kvq.pages.layout import SIDES
 from kvq.recipe import Recipe
-from kvq.transforms.evidence import Evidence
 from kvq.transforms.fit import fit_steps
+from kvq.transforms.fit_data import FitData
 from kvq.transforms.learned import learn
 
 Progress = Callable[[int, int], None]
@@ -59,7 +59,7 @@ def learned_steps(recipe: Recipe, model: ModelSpec) -> Iterator[tuple[LayerSpec,
 
 
 def find_learned(
-    stats: Stats, recipe: Recipe, spec: HeadSpec, layer: int, side: str, place: int, seen: Evidence
+    stats: Stats, recipe: Recipe, spec: HeadSpec, layer: int, side: str, place: int, seen: FitData
 ) -> dict[str, torch.Tensor]:
     """Tensors of a learned step from the statistics, end-to-end ones first. Raises RecipeError if there are none."""
     kind = getattr(spec.transforms, side)[place].kind
@@ -93,22 +93,22 @@ def learn_fits(
     if not jobs:
         return stats
     done: dict[tuple[int, str, int], Fit] = {}
-    source = Source(model, stats, folder)
+    source = FitSource(model, stats, folder)
     state_folder.mkdir(parents=True, exist_ok=True)
     if progress:
         progress(0, len(jobs))
     for layer, side, spec in dict.fromkeys((layer, side, spec) for layer, side, spec, _ in jobs):
         codec = getattr(spec, side).stand_in(layer.head_dim, layer.kv_heads)
-        evidence = source.evidence(layer, side, spec, codec)
+        data = source.fit_data(layer, side, spec, codec)
         step = partial(_learn_one, spec, layer.index, side, state_folder, _run(stats), done)
-        fit_steps(getattr(spec.transforms, side), evidence, step, **spec.framing(side))
+        fit_steps(getattr(spec.transforms, side), data, step, **spec.framing(side))
         if progress:
             progress(len(done), len(jobs))
     return _joined(stats, jobs, done)
 
 
 def _learn_one(
-    spec: HeadSpec, layer: int, side: str, folder: Path, run: str, done, place: int, seen: Evidence
+    spec: HeadSpec, layer: int, side: str, folder: Path, run: str, done, place: int, seen: FitData
 ) -> dict[str, torch.Tensor]:
     """Learn one step, or read it from an interrupted run."""
     path = folder / f"fit-{fit_name(spec, side, place)}-{layer}.safetensors"

@@ -16,7 +16,7 @@ from pathlib import Path
 from kvq.cache import make_plan
 from kvq.cache.plan import CachePlan
 from kvq.calib.artefacts import fit_artefacts, needed_artefacts
-from kvq.calib.evidence import Source
+from kvq.calib.fit_source import FitSource
 from kvq.calib.stats import Stats
 from kvq.diagnosis.causes import FEW_LAYERS
 from kvq.diagnosis.error import attention_error
@@ -62,7 +62,7 @@ class Prediction:
 def layers_of(stats: Stats) -> dict[int, LayerTokens]:
     """Tokens to try recipes on, of every full-attention layer. Raises DataError if the statistics hold too little."""
     spec = stats.spec()
-    source = Source(spec, stats, None)
+    source = FitSource(spec, stats, None)
     found = {}
     for layer in spec.full_layers:
         if layer.index not in stats.layers:

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 
 import torch
 
-from kvq.transforms.evidence import Evidence
+from kvq.transforms.fit_data import FitData
 from kvq.transforms.spec import PAIRS, TransformSpec, register_transform
 from kvq.transforms.steps import Pairs
 
@@ -30,28 +30,28 @@ class AlignSpec(TransformSpec):
     def needs(self, side):
         return ["key.range"]
 
-    def fit(self, evidence: Evidence) -> dict[str, torch.Tensor]:
-        return aligning(evidence)
+    def fit(self, data: FitData) -> dict[str, torch.Tensor]:
+        return aligning(data)
 
     def build(self, head_dim, tensors) -> Pairs:
         return pairs_of(tensors)
 
 
-def aligning(evidence: Evidence) -> dict[str, torch.Tensor]:
+def aligning(data: FitData) -> dict[str, torch.Tensor]:
     """``real``, ``imaginary`` [K, D] and ``partner`` [D], as ``Pairs`` takes them."""
-    mean, partner, second = evidence.mean("key"), evidence.partner, evidence.second
+    mean, partner, second = data.mean("key"), data.partner, data.second
     alone = partner == torch.arange(len(partner))
     other = mean.index_select(-1, partner)
     first, last = torch.where(second, other, mean), torch.where(second, mean, other)
     angle = math.pi / 4 - torch.atan2(last, first)
     real = torch.where(alone, torch.where(mean < 0, -1.0, 1.0), angle.cos())
-    return pair_numbers(real, torch.where(alone, 0.0, angle.sin()), evidence)
+    return pair_numbers(real, torch.where(alone, 0.0, angle.sin()), data)
 
 
-def pair_numbers(real: torch.Tensor, imaginary: torch.Tensor, evidence: Evidence) -> dict[str, torch.Tensor]:
+def pair_numbers(real: torch.Tensor, imaginary: torch.Tensor, data: FitData) -> dict[str, torch.Tensor]:
     """Artefacts of ``Pairs`` for numbers [K, D] that both channels of a pair share."""
-    imaginary = torch.where(evidence.second, -imaginary, imaginary)
-    return {"real": real.float(), "imaginary": imaginary.float(), "partner": evidence.partner}
+    imaginary = torch.where(data.second, -imaginary, imaginary)
+    return {"real": real.float(), "imaginary": imaginary.float(), "partner": data.partner}
 
 
 def pairs_of(tensors: Mapping[str, torch.Tensor]) -> Pairs:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kvq.errors import DataError
 from kvq.shapes import Float, checked
-from kvq.transforms.evidence import Evidence
+from kvq.transforms.fit_data import FitData
 from kvq.transforms.hadamard_matrix import hadamard_matrix
 from kvq.transforms.spec import MATRIX, TransformSpec, register_transform
 from kvq.transforms.steps import Matrix
@@ -48,15 +48,15 @@ class MomentsSpec(TransformSpec):
 class BalanceSpec(MomentsSpec):
     """The closed-form matrix that gives what is stored and what reads it one covariance, then a Hadamard."""
 
-    def fit(self, evidence: Evidence) -> dict[str, torch.Tensor]:
-        return {"matrix": balancing(*reading_moments(evidence)).float()}
+    def fit(self, data: FitData) -> dict[str, torch.Tensor]:
+        return {"matrix": balancing(*reading_moments(data)).float()}
 
 
-def reading_moments(evidence: Evidence) -> tuple[torch.Tensor, torch.Tensor]:
+def reading_moments(data: FitData) -> tuple[torch.Tensor, torch.Tensor]:
     """Covariance of what is stored, and second moment of what reads it, each [K, D, D] float64."""
-    if evidence.side == "key":
-        return evidence.covariance("key").double(), evidence.moment("query").double()
-    return evidence.covariance("value").double(), _output_moment(evidence).double()
+    if data.side == "key":
+        return data.covariance("key").double(), data.moment("query").double()
+    return data.covariance("value").double(), _output_moment(data).double()
 
 
 @checked
@@ -86,9 +86,9 @@ def _ridged(moment: torch.Tensor) -> torch.Tensor:
     return moment + torch.diag_embed(RIDGE * diagonal + floor)
 
 
-def _output_moment(evidence: Evidence) -> torch.Tensor:
+def _output_moment(data: FitData) -> torch.Tensor:
     """Sum over a KV head's query heads of W_o^T W_o, [K, D, D]."""
-    if evidence.output is None:
+    if data.output is None:
         raise DataError("'balance' of values needs the weights of the model: fit it beside its checkpoint.")
-    blocks = evidence.output.double().unflatten(0, (evidence.heads, -1))
+    blocks = data.output.double().unflatten(0, (data.heads, -1))
     return torch.einsum("kgnd,kgne->kde", blocks, blocks)

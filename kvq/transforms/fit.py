@@ -5,34 +5,34 @@ from dataclasses import replace
 
 import torch
 
-from kvq.transforms.evidence import Evidence
+from kvq.transforms.fit_data import FitData
 from kvq.transforms.spec import TransformSpec, build_chain
 
 # Tensors of a learned step: (its place in the chain, what it sees).
-Learner = Callable[[int, Evidence], dict[str, torch.Tensor]]
+Learner = Callable[[int, FitData], dict[str, torch.Tensor]]
 
 
 def fit_steps(
     specs: Sequence[TransformSpec],
-    evidence: Evidence,
+    data: FitData,
     learn: Learner | None = None,
     framed: int = 0,
     block: int | None = None,
-) -> tuple[dict[str, torch.Tensor], Evidence]:
+) -> tuple[dict[str, torch.Tensor], FitData]:
     """Tensors of all steps, by the names of ``kvq.transforms.needed_tensors``, and what the codec sees after them.
 
     learn   gives the tensors of learned steps; without it there must be none.
     framed  how many of the last steps act on keys relative to blocks of ``block`` tokens.
     """
-    size, found = len(evidence.partner), {}
+    size, found = len(data.partner), {}
     for i, spec in enumerate(specs):
         if framed and i == len(specs) - framed:
-            evidence = evidence.framed(block)
+            data = data.framed(block)
         numbers = {}
         if spec.tensors:
             after = build_chain([later for later in specs[i + 1 :] if not later.tensors], size)
-            seen = replace(evidence, after=after, centred=any(later.takes_mean for later in specs[i + 1 :]))
+            seen = replace(data, after=after, centred=any(later.takes_mean for later in specs[i + 1 :]))
             numbers = learn(i, seen) if spec.is_learned else spec.fit(seen)
             found |= {f"transforms.{i}.{name}": tensor.contiguous() for name, tensor in numbers.items()}
-        evidence = evidence.through(spec.build(size, numbers))
-    return found, evidence
+        data = data.through(spec.build(size, numbers))
+    return found, data

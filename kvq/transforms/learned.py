@@ -17,7 +17,7 @@ import torch
 from kvq.errors import RecipeError
 from kvq.settings import check_seed, is_count
 from kvq.transforms.chain import Step
-from kvq.transforms.evidence import Evidence
+from kvq.transforms.fit_data import FitData
 from kvq.transforms.objective import Probe, probes_error, spread, stored
 from kvq.transforms.spec import TransformSpec
 
@@ -115,7 +115,7 @@ class LearnedSpec(TransformSpec):
         return True
 
     @abstractmethod
-    def learnable(self, evidence: Evidence) -> Learnable:
+    def learnable(self, data: FitData) -> Learnable:
         """The step in the making."""
 
 
@@ -146,31 +146,31 @@ class Learned:
     trials: list[tuple[int, float]] = field(default_factory=list)
 
 
-def learn(spec: LearnedSpec, evidence: Evidence) -> Learned:
-    """Learn one step on the windows of ``evidence``; the last quarter of them, at least one, is only tried on.
+def learn(spec: LearnedSpec, data: FitData) -> Learned:
+    """Learn one step on the windows of ``data``; the last quarter of them, at least one, is only tried on.
 
-    With a single window, training and trials share it. The same evidence and seed give the same step.
+    With a single window, training and trials share it. The same data and seed give the same step.
     """
     generator = torch.Generator().manual_seed(spec.seed or 0)
     steps = spec.steps or DEFAULT_STEPS
-    held = max(1, len(evidence.windows) // 4)
-    trained = evidence.windows[:-held] or evidence.windows
-    probes = [Probe.of(evidence, window, spread(window, QUERIES)) for window in evidence.windows[-held:]]
-    learnable = spec.learnable(evidence)
+    held = max(1, len(data.windows) // 4)
+    trained = data.windows[:-held] or data.windows
+    probes = [Probe.of(data, window, spread(window, QUERIES)) for window in data.windows[-held:]]
+    learnable = spec.learnable(data)
 
-    quantize = evidence.codec.fake_quantized
+    quantize = data.codec.fake_quantized
     losses, trials, best = [], [], None
     for count in range(steps + 1):
         if count % max(1, steps // TRIALS) == 0 or count == steps:
-            error = probes_error(evidence, probes, learnable.step(), quantize)
+            error = probes_error(data, probes, learnable.step(), quantize)
             if not trials or error < min(e for _, e in trials):
                 best = {name: tensor.detach().clone() for name, tensor in learnable.numbers().items()}
             trials.append((count, error))
         if count == steps:
             break
         window = trained[int(torch.randint(len(trained), (1,), generator=generator))]
-        probe = Probe.of(evidence, window, _random_rows(window, generator))
-        loss = probe.error(evidence, stored(evidence, probe, learnable.step(), quantize))
+        probe = Probe.of(data, window, _random_rows(window, generator))
+        loss = probe.error(data, stored(data, probe, learnable.step(), quantize))
         loss.backward()
         learnable.descend(cosine(count, steps))
         losses.append(float(loss.detach()))

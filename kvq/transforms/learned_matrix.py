@@ -6,15 +6,15 @@ FlatQuant (arXiv 2410.09426); AffineQuant (arXiv 2403.12544).
 import torch
 
 from kvq.transforms.cayley import cayley
-from kvq.transforms.evidence import Evidence
+from kvq.transforms.fit_data import FitData
 from kvq.transforms.learned import Adam, Dense, LearnedSpec
 from kvq.transforms.spec import MATRIX, register_transform
 from kvq.transforms.steps import Matrix
 
 
 class MatrixInTheMaking(Adam):
-    def __init__(self, evidence: Evidence):
-        heads, size = evidence.heads, len(evidence.partner)
+    def __init__(self, data: FitData):
+        heads, size = data.heads, len(data.partner)
         super().__init__(
             [torch.zeros(heads, size, size), torch.zeros(heads, size, size), torch.zeros(heads, size)], 0.005
         )
@@ -39,8 +39,8 @@ class LearnedMatrixSpec(LearnedSpec):
     tensors = MATRIX
     mixes_channels = True
 
-    def learnable(self, evidence: Evidence) -> MatrixInTheMaking:
-        return MatrixInTheMaking(evidence)
+    def learnable(self, data: FitData) -> MatrixInTheMaking:
+        return MatrixInTheMaking(data)
 
     def build(self, head_dim, tensors) -> Matrix:
         return Matrix(tensors["matrix"])

@@ -3,7 +3,7 @@
 import torch
 
 from kvq.transforms.cayley import cayley_step, orthonormal
-from kvq.transforms.evidence import Evidence
+from kvq.transforms.fit_data import FitData
 from kvq.transforms.learned import Dense, LearnedSpec
 from kvq.transforms.spec import MATRIX, register_transform
 from kvq.transforms.steps import Matrix
@@ -13,9 +13,9 @@ class RotationInTheMaking:
     # SpinQuant takes 1.5 for a cross-entropy; this loss is a relative error of a hundredth or less.
     lr = 100.0
 
-    def __init__(self, evidence: Evidence):
-        size = len(evidence.partner)
-        self.parameters = [torch.eye(size).repeat(evidence.heads, 1, 1).requires_grad_()]
+    def __init__(self, data: FitData):
+        size = len(data.partner)
+        self.parameters = [torch.eye(size).repeat(data.heads, 1, 1).requires_grad_()]
 
     def numbers(self) -> dict[str, torch.Tensor]:
         return {"matrix": orthonormal(self.parameters[0].double()).float()}
@@ -43,8 +43,8 @@ class LearnedRotationSpec(LearnedSpec):
     tensors = MATRIX
     mixes_channels = True
 
-    def learnable(self, evidence: Evidence) -> RotationInTheMaking:
-        return RotationInTheMaking(evidence)
+    def learnable(self, data: FitData) -> RotationInTheMaking:
+        return RotationInTheMaking(data)
 
     def build(self, head_dim, tensors) -> Matrix:
         return Matrix(tensors["matrix"])

@@ -2,15 +2,15 @@
 
 import torch
 
-from kvq.transforms.evidence import Evidence
+from kvq.transforms.fit_data import FitData
 from kvq.transforms.learned import Adam, LearnedSpec
 from kvq.transforms.spec import SCALE, register_transform
 from kvq.transforms.steps import Diagonal
 
 
 class ScaleInTheMaking(Adam):
-    def __init__(self, evidence: Evidence):
-        super().__init__([torch.zeros(evidence.heads, len(evidence.partner))], lr=0.02)
+    def __init__(self, data: FitData):
+        super().__init__([torch.zeros(data.heads, len(data.partner))], lr=0.02)
 
     def numbers(self) -> dict[str, torch.Tensor]:
         return {"scale": self.parameters[0].exp()}
@@ -27,8 +27,8 @@ class LearnedScaleSpec(LearnedSpec):
     tensors = SCALE
     works_on_channels = True
 
-    def learnable(self, evidence: Evidence) -> ScaleInTheMaking:
-        return ScaleInTheMaking(evidence)
+    def learnable(self, data: FitData) -> ScaleInTheMaking:
+        return ScaleInTheMaking(data)
 
     def build(self, head_dim, tensors) -> Diagonal:
         return Diagonal(tensors["scale"])

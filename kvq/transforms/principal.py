@@ -12,7 +12,7 @@ which is what matters once every channel may have bits of its own, as in the cod
 import torch
 
 from kvq.transforms.balance import MomentsSpec, joint_basis, reading_moments
-from kvq.transforms.evidence import Evidence
+from kvq.transforms.fit_data import FitData
 from kvq.transforms.spec import register_transform
 
 
@@ -20,5 +20,5 @@ from kvq.transforms.spec import register_transform
 class PrincipalSpec(MomentsSpec):
     """Independent channels, sorted by what their errors cost."""
 
-    def fit(self, evidence: Evidence) -> dict[str, torch.Tensor]:
-        return {"matrix": joint_basis(*reading_moments(evidence)).float()}
+    def fit(self, data: FitData) -> dict[str, torch.Tensor]:
+        return {"matrix": joint_basis(*reading_moments(data)).float()}

@@ -14,7 +14,7 @@ from kvq.errors import RecipeError, UnsupportedModelError
 from kvq.models.architecture import Attention
 from kvq.models.rope import Rope
 from kvq.transforms.chain import Chain, Step
-from kvq.transforms.evidence import Evidence
+from kvq.transforms.fit_data import FitData
 from kvq.transforms.spec import TransformSpec, register_transform
 
 NO_BIAS = (
@@ -104,10 +104,10 @@ class RopeBiasSpec(TransformSpec):
         has_none = attention.key and (attention.key.bias is None or attention.key_norm)
         return NO_BIAS if has_none else None
 
-    def fit(self, evidence: Evidence) -> dict[str, torch.Tensor]:
-        if evidence.bias is None:
+    def fit(self, data: FitData) -> dict[str, torch.Tensor]:
+        if data.bias is None:
             raise UnsupportedModelError(NO_BIAS)
-        return {"bias": evidence.bias.float()}
+        return {"bias": data.bias.float()}
 
     def build(self, head_dim, tensors) -> RopeBias:
         return RopeBias(tensors["bias"])

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 
 from kvq.models.architecture import Attention
-from kvq.transforms.evidence import Evidence
+from kvq.transforms.fit_data import FitData
 from kvq.transforms.spec import TransformSpec, register_transform
 from kvq.transforms.steps import Shift
 
@@ -31,8 +31,8 @@ class ShiftSpec(TransformSpec):
             return "a logit softcap, which bends what a shift of keys adds"
         return None
 
-    def fit(self, evidence: Evidence) -> dict[str, torch.Tensor]:
-        return {"mean": evidence.mean(evidence.side).float()}
+    def fit(self, data: FitData) -> dict[str, torch.Tensor]:
+        return {"mean": data.mean(data.side).float()}
 
     def build(self, head_dim, tensors) -> Shift:
         return Shift(tensors["mean"])

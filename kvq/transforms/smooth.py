@@ -16,7 +16,7 @@ import torch
 
 from kvq.errors import DataError, RecipeError
 from kvq.settings import check_choice, is_number
-from kvq.transforms.evidence import Evidence
+from kvq.transforms.fit_data import FitData
 from kvq.transforms.objective import attention_errors
 from kvq.transforms.spec import SCALE, TransformSpec, register_transform
 from kvq.transforms.steps import Diagonal
@@ -74,10 +74,10 @@ class SmoothSpec(TransformSpec):
     def reads_output(self, side) -> bool:
         return self.searches or (side == "value" and bool(self.beta))
 
-    def fit(self, evidence: Evidence) -> dict[str, torch.Tensor]:
-        candidates = list(_candidates(self, evidence))
+    def fit(self, data: FitData) -> dict[str, torch.Tensor]:
+        candidates = list(_candidates(self, data))
         if len(candidates) > 1:
-            errors = attention_errors(evidence, map(Diagonal, candidates))
+            errors = attention_errors(data, map(Diagonal, candidates))
             candidates = [candidates[errors.index(min(errors))]]
         return {"scale": candidates[0].float()}
 
@@ -85,21 +85,21 @@ class SmoothSpec(TransformSpec):
         return Diagonal(tensors["scale"])
 
 
-def _candidates(spec: SmoothSpec, evidence: Evidence) -> Iterator[torch.Tensor]:
+def _candidates(spec: SmoothSpec, data: FitData) -> Iterator[torch.Tensor]:
     if spec.searches:
         # First, so that it wins where nothing is better.
-        yield torch.ones_like(_stored(evidence, "absmax"))
+        yield torch.ones_like(_stored(data, "absmax"))
     if spec.rule == "threshold":
-        stored = _stored(evidence, "absmax")
+        stored = _stored(data, "absmax")
         top = stored.amax(-1, keepdim=True)
         yield from (_usable((stored / (top * share)).clamp_min(1)) for share in THRESHOLDS)
         return
     rule = "mean" if spec.rule == "mean" else "absmax"
-    stored = _stored(evidence, "absmean" if rule == "mean" else "absmax")
+    stored = _stored(data, "absmean" if rule == "mean" else "absmax")
     reader = torch.ones_like(stored) if rule == "mean" else None
     for alpha, beta in _exponents(spec):
         if beta and reader is None:
-            reader = _reader(evidence)
+            reader = _reader(data)
         yield _usable(stored**alpha / (reader**beta if beta else 1))
 
 
@@ -114,28 +114,28 @@ def _exponents(spec: SmoothSpec) -> list[tuple[float, float]]:
     return [(alpha, b) for b in GRID] if beta == SEARCH else [(alpha, beta)]
 
 
-def _stored(evidence: Evidence, name: str) -> torch.Tensor:
+def _stored(data: FitData, name: str) -> torch.Tensor:
     """Magnitudes of what is stored, [K, D]; of its distance from the mean if a later step takes that away."""
-    if not evidence.centred:
-        return _joined(getattr(evidence, name)(evidence.side), evidence)
-    distance = (evidence.tokens(evidence.side) - evidence.mean(evidence.side).unsqueeze(-2)).abs()
-    return _joined(distance.amax(-2) if name == "absmax" else distance.mean(-2), evidence)
+    if not data.centred:
+        return _joined(getattr(data, name)(data.side), data)
+    distance = (data.tokens(data.side) - data.mean(data.side).unsqueeze(-2)).abs()
+    return _joined(distance.amax(-2) if name == "absmax" else distance.mean(-2), data)
 
 
-def _reader(evidence: Evidence) -> torch.Tensor:
+def _reader(data: FitData) -> torch.Tensor:
     """Magnitudes of what reads it, [K, D]."""
-    if evidence.side == "key":
-        return _joined(evidence.absmax("query"), evidence)
-    if evidence.output is None:
+    if data.side == "key":
+        return _joined(data.absmax("query"), data)
+    if data.output is None:
         raise DataError("a value scale with beta above 0 needs the weights of the model: fit it beside its checkpoint.")
-    return evidence.output.abs().amax(1).unflatten(0, (evidence.heads, -1)).amax(1).double()
+    return data.output.abs().amax(1).unflatten(0, (data.heads, -1)).amax(1).double()
 
 
-def _joined(x: torch.Tensor, evidence: Evidence) -> torch.Tensor:
+def _joined(x: torch.Tensor, data: FitData) -> torch.Tensor:
     """The larger number of those that must have one scale."""
-    if evidence.side == "key":
-        x = torch.maximum(x, x.index_select(-1, evidence.partner))
-    return x.amax(0, keepdim=True).expand_as(x) if evidence.shared else x
+    if data.side == "key":
+        x = torch.maximum(x, x.index_select(-1, data.partner))
+    return x.amax(0, keepdim=True).expand_as(x) if data.shared else x
 
 
 def _usable(scale: torch.Tensor) -> torch.Tensor:

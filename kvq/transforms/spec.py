@@ -20,7 +20,7 @@ from kvq.pages.layout import SIDES
 from kvq.registry import Registry
 from kvq.settings import check_choice, check_settings, own_fields, plain, refuse_unknown
 from kvq.transforms.chain import Chain, Step
-from kvq.transforms.evidence import Evidence
+from kvq.transforms.fit_data import FitData
 
 TRANSFORMS = Registry("transform", "kvq.transforms", "kvq.transforms")
 # Tensors of the forms in ``steps.py``, in the letters K (KV heads) and D (head dimension); 1 for one of all heads.
@@ -114,11 +114,11 @@ class TransformSpec(ABC):
             for name, shape in self.tensors.items()
         }
 
-    def fit(self, evidence: Evidence) -> dict[str, torch.Tensor]:
+    def fit(self, data: FitData) -> dict[str, torch.Tensor]:
         """The tensors, chosen from what the step will see."""
         raise NotImplementedError(f"{self.kind!r} names tensors and does not say how they are fitted")
 
-    def learnable(self, evidence: Evidence):
+    def learnable(self, data: FitData):
         """The step in the making (``kvq.transforms.learned.Learnable``), for kinds that are learned."""
         raise NotImplementedError(f"{self.kind!r} is not learned")
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kvq.shapes import Float, checked
-from kvq.transforms.evidence import Evidence
+from kvq.transforms.fit_data import FitData
 from kvq.transforms.hadamard_matrix import hadamard_matrix
 from kvq.transforms.spec import TransformSpec, register_transform
 from kvq.transforms.steps import Matrix
@@ -30,16 +30,16 @@ class SpectralSpec(TransformSpec):
     def needs(self, side):
         return ["query.range", "query.moments", *(["reservoir"] if side == "value" else [])]
 
-    def fit(self, evidence: Evidence) -> dict[str, torch.Tensor]:
-        return {"matrix": rotation(evidence).unsqueeze(0).float()}
+    def fit(self, data: FitData) -> dict[str, torch.Tensor]:
+        return {"matrix": rotation(data).unsqueeze(0).float()}
 
     def build(self, head_dim, tensors) -> Matrix:
         return Matrix(tensors["matrix"])
 
 
-def rotation(evidence: Evidence) -> torch.Tensor:
+def rotation(data: FitData) -> torch.Tensor:
     """R of one side, [D, D], orthogonal."""
-    moments = evidence.moment("query") if evidence.side == "key" else _weighted_second(evidence)
+    moments = data.moment("query") if data.side == "key" else _weighted_second(data)
     vectors = eigenvectors(moments.mean(0))
     size = len(vectors)
     mixed = vectors @ hadamard_matrix(size)
@@ -49,10 +49,10 @@ def rotation(evidence: Evidence) -> torch.Tensor:
     return mixed
 
 
-def _weighted_second(evidence: Evidence) -> torch.Tensor:
+def _weighted_second(data: FitData) -> torch.Tensor:
     """Second moment of values, weighed by the mean square of their tokens' logits, [K, D, D]."""
-    keys, values = evidence.tokens("key"), evidence.tokens("value")
-    weights = ((keys @ evidence.moment("query")) * keys).sum(-1, keepdim=True)
+    keys, values = data.tokens("key"), data.tokens("value")
+    weights = ((keys @ data.moment("query")) * keys).sum(-1, keepdim=True)
     return values.transpose(-1, -2) @ (values * weights / weights.sum(-2, keepdim=True))
 
 

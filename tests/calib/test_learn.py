@@ -9,7 +9,7 @@ import torch
 from kvq.cache import make_plan
 from kvq.calib.artefacts import check_artefacts, fit_artefacts, needed_artefacts
 from kvq.calib.collect import collect
-from kvq.calib.evidence import Source
+from kvq.calib.fit_source import FitSource
 from kvq.calib.learn import fit_name, learn_fits, learned_steps
 from kvq.calib.needs import needs_of
 from kvq.calib.stats import Stats
@@ -125,23 +125,23 @@ def test_a_state_of_other_statistics_or_a_broken_one_is_not_used(measured, tmp_p
     assert all((state / name).stat().st_mtime_ns > time for name, time in before.items())
 
 
-def test_evidence_holds_the_weights_that_read_the_cache(measured):
+def test_fit_data_hold_the_weights_that_read_the_cache(measured):
     mine = recipe([{"kind": "balance"}], [{"kind": "balance"}], tokens={"sinks": 2, "window": 0})
     folder, spec, stats = measured(mine, attention_bias=True)
     head = mine.for_head(1, 0, 2)
     codec = head.key.build(16)
-    found = Source(spec, stats, folder).evidence(spec.full_layers[1], "key", head, codec)
+    found = FitSource(spec, stats, folder).fit_data(spec.full_layers[1], "key", head, codec)
     from safetensors.torch import load_file
 
     weights = load_file(folder / "model.safetensors")
     output = weights["model.layers.1.self_attn.o_proj.weight"]
-    values = Source(spec, stats, folder).evidence(spec.full_layers[1], "value", head, codec)
+    values = FitSource(spec, stats, folder).fit_data(spec.full_layers[1], "value", head, codec)
     assert torch.equal(values.output[3], output[:, 48:64])
     # Balanced keys are fitted on queries alone.
     assert found.output is None
     assert torch.equal(found.bias[1], weights["model.layers.1.self_attn.k_proj.bias"][16:32])
     assert (found.heads, found.exact, found.window, found.windows) == (2, 2, 0, ())
-    assert Source(spec, stats, None).evidence(spec.full_layers[1], "value", head, codec).output is None
+    assert FitSource(spec, stats, None).fit_data(spec.full_layers[1], "value", head, codec).output is None
     # Without token vectors, magnitudes and moments still come from all of the text.
     assert torch.allclose(found.mean("key").float(), stats.layers[1]["key.range"].mean, atol=1e-6)
     with pytest.raises(DataError, match="no token vectors"):

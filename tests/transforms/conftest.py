@@ -142,11 +142,11 @@ def pair_layout(head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.fixture(scope="session")
-def make_evidence():
-    """Factory ``make_evidence(side="key", ...) -> Evidence``: two KV heads of two query heads, keys with outlier
+def make_fit_data():
+    """Factory ``make_fit_data(side="key", ...) -> FitData``: two KV heads of two query heads, keys with outlier
     channels and large means, correlated values of unequal channels that the output projection evens out."""
     from kvq.codecs import AffineCodec
-    from kvq.transforms.evidence import Evidence, Window
+    from kvq.transforms.fit_data import FitData, Window
 
     def make(side="key", *, bits=4, axis="token", group=None, windows=3, tokens=96, size=16, seed=0, **settings):
         generator = torch.Generator().manual_seed(seed)
@@ -175,6 +175,6 @@ def make_evidence():
             "given": {},
             "output": normal(4, 24, size) / unequal.repeat_interleave(2, 0),
         }
-        return Evidence(side=side, **(fields | settings))
+        return FitData(side=side, **(fields | settings))
 
     return make

@@ -58,63 +58,63 @@ def test_the_cayley_transform_of_a_skew_matrix_is_orthogonal():
 
 
 @pytest.mark.parametrize("kind", SIDES)
-def test_a_learned_step_begins_as_the_identity(kind, make_evidence):
-    evidence = make_evidence(SIDES[kind])
+def test_a_learned_step_begins_as_the_identity(kind, make_fit_data):
+    data = make_fit_data(SIDES[kind])
     spec = transform_spec(kind=kind)
-    built = spec.build(16, spec.learnable(evidence).numbers())
+    built = spec.build(16, spec.learnable(data).numbers())
     x = torch.randn(2, 5, 16)
     for function in (built.write, built.dual, built.undo):
         assert torch.allclose(function(x), x, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", SIDES)
-def test_learning_lowers_the_error_of_what_the_codec_does(kind, make_evidence):
-    evidence = make_evidence(SIDES[kind], bits=3, windows=4)
+def test_learning_lowers_the_error_of_what_the_codec_does(kind, make_fit_data):
+    data = make_fit_data(SIDES[kind], bits=3, windows=4)
     spec = transform_spec(kind=kind, steps=60)
-    found = learn(spec, evidence)
+    found = learn(spec, data)
     assert len(found.losses) == 60
     assert found.trials[0][0] == 0
     assert found.trials[-1][0] == 60
     built = spec.build(16, found.numbers)
     x = torch.randn(2, 5, 16)
     assert torch.allclose(built.undo(built.write(x)), x, atol=1e-4)
-    fresh = dataclasses.replace(evidence, windows=make_evidence(SIDES[kind], windows=6).windows[4:])
-    identity = spec.build(16, spec.learnable(evidence).numbers())
+    fresh = dataclasses.replace(data, windows=make_fit_data(SIDES[kind], windows=6).windows[4:])
+    identity = spec.build(16, spec.learnable(data).numbers())
     assert attention_error(fresh, built) < 0.9 * attention_error(fresh, identity)
 
 
 @pytest.mark.parametrize("kind", SIDES)
-def test_the_same_seed_learns_the_same(kind, make_evidence):
-    evidence = make_evidence(SIDES[kind], bits=3)
-    first, second, other = (learn(transform_spec(kind=kind, steps=12, seed=s), evidence) for s in (1, 1, 2))
+def test_the_same_seed_learns_the_same(kind, make_fit_data):
+    data = make_fit_data(SIDES[kind], bits=3)
+    first, second, other = (learn(transform_spec(kind=kind, steps=12, seed=s), data) for s in (1, 1, 2))
     assert all(torch.equal(first.numbers[name], second.numbers[name]) for name in first.numbers)
     assert first.losses == second.losses
     assert first.losses != other.losses
 
 
-def test_rotations_stay_orthogonal_and_pairs_stay_pairs(make_evidence):
-    matrix = learn(transform_spec(kind="learned_rotation", steps=40), make_evidence("value", bits=2)).numbers["matrix"]
+def test_rotations_stay_orthogonal_and_pairs_stay_pairs(make_fit_data):
+    matrix = learn(transform_spec(kind="learned_rotation", steps=40), make_fit_data("value", bits=2)).numbers["matrix"]
     assert torch.allclose(matrix @ matrix.mT, torch.eye(16).expand(2, -1, -1), atol=1e-5)
-    pairs = learn(transform_spec(kind="learned_pairs", steps=40), make_evidence(bits=3)).numbers
+    pairs = learn(transform_spec(kind="learned_pairs", steps=40), make_fit_data(bits=3)).numbers
     assert torch.equal(pairs["real"][:, :8], pairs["real"][:, 8:])
     assert torch.equal(pairs["imaginary"][:, :8], -pairs["imaginary"][:, 8:])
     assert pairs["imaginary"].abs().max() > 1e-2
 
 
-def test_under_a_norm_that_heads_share_pairs_learn_one_scale_and_no_angle(make_evidence):
-    found = learn(transform_spec(kind="learned_pairs", steps=20), make_evidence(bits=3, shared=True)).numbers
+def test_under_a_norm_that_heads_share_pairs_learn_one_scale_and_no_angle(make_fit_data):
+    found = learn(transform_spec(kind="learned_pairs", steps=20), make_fit_data(bits=3, shared=True)).numbers
     assert torch.equal(found["real"][0], found["real"][1])
     assert not found["imaginary"].any()
     assert found["real"].std() > 1e-3
 
 
-def test_nothing_is_kept_that_is_worse_than_the_identity(make_evidence):
+def test_nothing_is_kept_that_is_worse_than_the_identity(make_fit_data):
     """8-bit keys leave nothing to learn, and noise must not be kept."""
-    evidence = make_evidence(bits=8)
-    found = learn(transform_spec(kind="learned_matrix", steps=16), evidence)
+    data = make_fit_data(bits=8)
+    found = learn(transform_spec(kind="learned_matrix", steps=16), data)
     assert min(error for _, error in found.trials) <= found.trials[0][1]
     spec = transform_spec(kind="learned_matrix")
     built = spec.build(16, found.numbers)
-    held = dataclasses.replace(evidence, windows=evidence.windows[-1:])
-    identity = spec.build(16, spec.learnable(evidence).numbers())
+    held = dataclasses.replace(data, windows=data.windows[-1:])
+    identity = spec.build(16, spec.learnable(data).numbers())
     assert attention_error(held, built) <= attention_error(held, identity) * 1.01

@@ -54,7 +54,7 @@ def measure(x: torch.Tensor, weights: torch.Tensor | None = None) -> Measured:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Evidence:
+class FitData:
     """One layer, seen from one side (``key`` or ``value``).
 
     heads      KV heads.
@@ -158,7 +158,7 @@ class Evidence:
     def _measured(self) -> dict[str, Measured]:
         return {}
 
-    def framed(self, block: int) -> "Evidence":
+    def framed(self, block: int) -> "FitData":
         """The same where keys stand relative to blocks of so many tokens, from what is given of keys and queries before
         RoPE: a key at every offset in its block alike, a query at every distance that attention has."""
         far = min(LONGEST_DISTANCE, self.longest)
@@ -178,7 +178,7 @@ class Evidence:
         frame = Frame(rope=self.rope, block=block, heads=self.heads, head_dim=size, chain=Chain())
         return replace(self, given=given, frame=frame)
 
-    def through(self, step) -> "Evidence":
+    def through(self, step) -> "FitData":
         """What the next step sees."""
         chain = Chain((step,))
         functions = {"key": chain.write, "query": chain.dual} if self.side == "key" else {"value": chain.write}

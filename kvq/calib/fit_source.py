@@ -1,4 +1,4 @@
-"""From a statistics file and a checkpoint to the evidence that transforms are fitted on."""
+"""From a statistics file and a checkpoint to the data that transforms are fitted on."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,11 +13,11 @@ from kvq.models.architecture import Attention, Projection, describe_attention
 from kvq.models.describe import LayerSpec, ModelSpec
 from kvq.models.rope import rope_of
 from kvq.models.weights import Weights
-from kvq.transforms.evidence import LONGEST_DISTANCE, Evidence, Measured, Window
+from kvq.transforms.fit_data import LONGEST_DISTANCE, FitData, Measured, Window
 
 
-class Source:
-    """Evidence of any layer and side of one model.
+class FitSource:
+    """FitData of any layer and side of one model.
 
     folder   the model's checkpoint; without it, whatever needs weights is refused.
     """
@@ -32,7 +32,7 @@ class Source:
             self.rope = None
         self._pairs: dict[tuple[int, bool], tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def evidence(self, layer: LayerSpec, side: str, spec: HeadSpec, codec: Codec) -> Evidence:
+    def fit_data(self, layer: LayerSpec, side: str, spec: HeadSpec, codec: Codec) -> FitData:
         """What the first transform of a layer's side is fitted on. Raises DataError if the layer was not measured."""
         if layer.index not in self.stats.layers:
             raise DataError(
@@ -44,7 +44,7 @@ class Source:
         reservoir = measured.parts.get("reservoir")
         partner, second = self._partners(layer.head_dim, attention.rotary)
         reads = any(step.reads_output(side) for step in getattr(spec.transforms, side))
-        return Evidence(
+        return FitData(
             side=side,
             heads=layer.kv_heads,
             windows=tuple(Window(*map(_plain, window)) for window in reservoir.windows()) if reservoir else (),
