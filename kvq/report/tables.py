@@ -7,8 +7,6 @@ from rich import box
 from rich.console import Group
 from rich.table import Column, Table
 
-from kvq.recipe import numbers_text
-
 
 def new_table(title: str, *columns: str | Column, rows: Iterable[Sequence[str]] = (), left: int | None = 1) -> Table:
     """A table whose first ``left`` columns are texts (None: all), and whose others are numbers.
@@ -67,6 +65,9 @@ LAYER_KINDS = {
 
 def layers_table(layers: Sequence[Mapping[str, Any]]) -> Table:
     """Layers of equal shape in one row."""
+    # Reading recipes takes torch, which a list of them does not need.
+    from kvq.recipe import numbers_text
+
     alike: dict[tuple, list[int]] = {}
     for layer in layers:
         shape = tuple(layer[name] for name in ("kind", "kv_heads", "head_dim", "window"))
