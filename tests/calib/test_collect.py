@@ -9,7 +9,7 @@ import torch
 from transformers import DynamicCache, Gemma3nTextConfig, Gemma3TextConfig, GPT2Config, MambaConfig
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from kvq.calib import state as state_module
+from kvq.calib import run_state as state_module
 from kvq.calib.collect import collect
 from kvq.calib.needs import ALL_NEEDS, DEFAULT_NEEDS, WINDOW_NEEDS
 from kvq.calib.observers import Histogram
