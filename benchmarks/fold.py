@@ -40,9 +40,8 @@ from kvq.exporting import exporter
 from kvq.exporting.exporter import export
 from kvq.exporting.fold_check import ROWS, TOKENS, FoldCheck
 from kvq.exporting.folding import plan_of_folds
-from kvq.exporting.shards import tensor_names
 from kvq.models.describe import describe
-from kvq.models.resolve import check_weights, load_config, load_model, read_header, resolve_model, weights_fingerprint
+from kvq.models.resolve import load_config, load_model, resolve_model, weights_fingerprint
 from kvq.models.stored import tensors_of
 from kvq.recipe import load_recipe
 from kvq.transforms.fold import Columns, Operation, Rows
@@ -112,13 +111,7 @@ def ratios_to_copy(seconds: dict[str, list[float]]) -> dict[str, float]:
 
 def largest_tensor(source: Path) -> int:
     """Bytes of the largest tensor that is no embedding or head, which are never folded."""
-    sizes = {}
-    for file in check_weights(source):
-        for name, entry in read_header(file).items():
-            if name != "__metadata__":
-                start, end = entry["data_offsets"]
-                sizes[name] = end - start
-    return max(size for name, size in sizes.items() if "layers." in name)
+    return max(tensor.nbytes for name, tensor in tensors_of(source).items() if "layers." in name)
 
 
 def floor(source: Path, recipe: str, stats: Path) -> dict[str, float]:
@@ -186,7 +179,7 @@ def measure_model(source: Path, arguments: argparse.Namespace) -> dict:
         "model": arguments.model if arguments.model == "builtin" else source.name,
         "recipe": arguments.recipe,
         "checkpoint_bytes": sum(p.stat().st_size for p in source.iterdir() if p.is_file()),
-        "tensors": len(tensor_names(source)),
+        "tensors": len(tensors_of(source)),
         "bar": TIME_BAR,
         "ratio_on_disk": ratios["on_disk"]["export"],
         "ratio_checked_on_disk": ratios["on_disk"]["checked"],

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 
 import torch
@@ -17,7 +18,8 @@ from kvq.calib.windows import Windows
 from kvq.errors import DataError, UnsupportedModelError
 from kvq.models.decoder import decoder_layers
 from kvq.models.describe import describe
-from kvq.models.resolve import check_weights, load_config, load_model, read_header, weights_fingerprint
+from kvq.models.resolve import load_config, load_model, weights_fingerprint
+from kvq.models.stored import tensors_of
 from kvq.recipe import Recipe
 
 Progress = Callable[[int, int], None]
@@ -159,12 +161,7 @@ def offload_map(config: PretrainedConfig, device: str) -> dict[str, str]:
 
 def weight_bytes(folder: Path, dtype: torch.dtype) -> int:
     """Bytes of all weights in a dtype, from the headers."""
-    numbers = 0
-    for file in check_weights(folder):
-        for name, entry in read_header(file).items():
-            if name != "__metadata__":
-                numbers += torch.Size(entry["shape"]).numel()
-    return numbers * dtype.itemsize
+    return sum(prod(tensor.shape) for tensor in tensors_of(folder).values()) * dtype.itemsize
 
 
 def _device(ranks: Ranks) -> str:

@@ -12,7 +12,7 @@ from kvq.heads import HeadSpec
 from kvq.models.architecture import Attention, Projection, describe_attention
 from kvq.models.describe import LayerSpec, ModelSpec
 from kvq.models.rope import rope_of
-from kvq.models.weights import Weights
+from kvq.models.stored import Weights
 from kvq.transforms.fit_data import LONGEST_DISTANCE, FitData, Measured, Window
 
 

@@ -88,7 +88,7 @@ def _inspect_model(name: str, measure: bool, stats: str | None, wishes: Wishes, 
     from kvq.diagnosis.causes import causes_of_weights
     from kvq.models.describe import describe
     from kvq.models.resolve import check_weights, load_config, resolve_model
-    from kvq.models.weights import Weights
+    from kvq.models.stored import Weights
     from kvq.report.diagnosis_tables import cause_line
     from kvq.report.tables import facts_table, layers_table
 

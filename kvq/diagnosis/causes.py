@@ -14,7 +14,7 @@ import torch
 from kvq.calib.stats import LayerStats, Stats
 from kvq.models.architecture import describe_attention
 from kvq.models.describe import ModelSpec
-from kvq.models.weights import Weights
+from kvq.models.stored import Weights
 
 # Largest mean of a channel in units of what keys vary by. SmolLM2: up to 17; Qwen 2.5: hundreds.
 BIAS_RATIO = 30.0

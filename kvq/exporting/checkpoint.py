@@ -32,7 +32,8 @@ from kvq.calib.artefacts import check_artefacts, needed_artefacts
 from kvq.codecs import Artefact
 from kvq.errors import CheckpointError
 from kvq.models.describe import ModelSpec, describe
-from kvq.models.resolve import INDEX_FILE, check_weights, read_header
+from kvq.models.resolve import INDEX_FILE, check_weights
+from kvq.models.stored import tensors_of
 from kvq.recipe import Recipe, parse_recipe
 
 SCHEMA_VERSION = 1
@@ -266,13 +267,11 @@ def shard_index(folder: Path) -> bytes:
     files = check_weights(folder)
     if len(files) > 1 and (folder / INDEX_FILE).is_file():
         return (folder / INDEX_FILE).read_bytes()
-    weight_map, total = {}, 0
-    for file in files:
-        for tensor, entry in read_header(file).items():
-            if tensor != "__metadata__":
-                weight_map[tensor] = file.name
-                total += entry["data_offsets"][1] - entry["data_offsets"][0]
-    return to_json({"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
+    tensors = tensors_of(folder)
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    return to_json(
+        {"metadata": {"total_size": total}, "weight_map": {n: tensors[n].file.name for n in sorted(tensors)}}
+    )
 
 
 def to_json(data: Any) -> bytes:

@@ -9,9 +9,9 @@ from kvq import __version__
 from kvq.cache import CachePlan
 from kvq.errors import CheckpointError, UnsupportedModelError
 from kvq.exporting.manifest import read_manifest
-from kvq.exporting.shards import tensor_names
 from kvq.models.architecture import describe_attention
 from kvq.models.rope import rope_of
+from kvq.models.stored import tensors_of
 from kvq.transforms.fold_plan import FoldPlan, plan_folds
 
 # Field of config.json that says which transforms the weights have taken over.
@@ -28,7 +28,7 @@ def plan_of_folds(plan: CachePlan, source: Path) -> FoldPlan:
     except UnsupportedModelError:
         rope = "the rotary embedding is of an unusual form"
     head_dims = {layer.index: layer.head_dim for layer in plan.model.full_layers}
-    folds = plan_folds(plan.chains, head_dims, describe_attention(plan.model.config), rope, tensor_names(source))
+    folds = plan_folds(plan.chains, head_dims, describe_attention(plan.model.config), rope, tensors_of(source))
     framed = {index: {"key": FRAMED} for index, count in plan.framed.items() if count}
     return replace(folds, left={i: {**framed.get(i, {}), **folds.left.get(i, {})} for i in {**framed, **folds.left}})
 

@@ -17,17 +17,11 @@ import torch
 
 from kvq.errors import CheckpointError
 from kvq.exporting.atomic_folder import flush_file
-from kvq.models.resolve import check_weights, read_header
 from kvq.models.stored import StoredTensor, stored_tensors
 from kvq.transforms.fold import Operation, fold
 
 # Bytes copied at a time: what a core's cache holds.
 _BLOCK = 2**20
-
-
-def tensor_names(source: Path) -> list[str]:
-    """Names of all tensors of a checkpoint, from the headers."""
-    return [name for file in check_weights(source) for name in read_header(file) if name != "__metadata__"]
 
 
 @contextmanager

@@ -3,12 +3,14 @@
 import mmap
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from pathlib import Path
 
 import torch
 
 from kvq.errors import CheckpointError
+from kvq.models.names import TensorNames
 from kvq.models.resolve import check_weights, read_header
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -18,24 +20,20 @@ _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF
 class StoredTensor:
     """Where a tensor lies.
 
-    start         first byte in ``file``.
+    start         first byte in ``file``, of ``nbytes``.
     dtype         None for what is no floating-point number of 16 bits or more; ``dtype_name`` is the file's own word.
     """
 
     name: str
     file: Path
     start: int
+    nbytes: int
     shape: tuple[int, ...]
     dtype_name: str
 
     @property
     def dtype(self) -> torch.dtype | None:
         return _DTYPES.get(self.dtype_name)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes in the file; of a tensor whose dtype is known."""
-        return prod(self.shape) * self.dtype.itemsize
 
     def read(self) -> torch.Tensor:
         """The tensor in memory of its own."""
@@ -62,19 +60,48 @@ class StoredTensor:
 def stored_tensors(file: Path) -> Iterator[StoredTensor]:
     """The tensors of a safetensors file, in the order in which they lie there."""
     header = read_header(file)
+    header.pop("__metadata__", None)
     with open(file, "rb") as stream:
         start = 8 + int.from_bytes(stream.read(8), "little")
-    entries = ((name, entry) for name, entry in header.items() if name != "__metadata__")
-    for name, entry in sorted(entries, key=lambda item: item[1]["data_offsets"]):
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        begin, end = entry["data_offsets"]
         yield StoredTensor(
-            name=name,
-            file=file,
-            start=start + entry["data_offsets"][0],
-            shape=tuple(entry["shape"]),
+            name=name, file=file, start=start + begin, nbytes=end - begin, shape=tuple(entry["shape"]),
             dtype_name=entry["dtype"],
-        )
+        )  # fmt: skip
 
 
 def tensors_of(folder: Path) -> dict[str, StoredTensor]:
     """All tensors of a checkpoint, by name."""
     return {tensor.name: tensor for file in check_weights(folder) for tensor in stored_tensors(file)}
+
+
+class Weights:
+    """Tensors of the checkpoint in ``folder`` by the names of the text model, read when they are asked for."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    @cached_property
+    def _tensors(self) -> dict[str, StoredTensor]:
+        return tensors_of(self.folder)
+
+    @cached_property
+    def _names(self) -> TensorNames:
+        return TensorNames(self._tensors)
+
+    def read(self, name: str) -> torch.Tensor | None:
+        """A tensor in float32, None if the checkpoint has none of this name or does not hold it as numbers.
+
+        Raises CheckpointError if its file cannot be read.
+        """
+        found = self._names.find(name)
+        # Quantized weights are read by what made them.
+        if found is None or self._tensors[found].dtype is None:
+            return None
+        try:
+            return self._tensors[found].read().float()
+        except OSError:
+            raise CheckpointError(
+                f"tensor {found!r} of {self.folder.name!r} cannot be read: copy or download the model again."
+            ) from None

@@ -5,7 +5,7 @@ import torch
 
 from kvq.diagnosis.causes import FEW_LAYERS, bias_ratio, causes_of, causes_of_weights, first_ratio
 from kvq.models.describe import describe
-from kvq.models.weights import Weights
+from kvq.models.stored import Weights
 
 
 def kinds(causes) -> list[str]:

@@ -21,7 +21,8 @@ from kvq.exporting.targets.native_cache import takes
 from kvq.exporting.targets.native_dtypes import engine_of
 from kvq.exporting.targets.scheme import Scheme, fp8_scheme
 from kvq.models.names import attention_modules, shared_layers
-from kvq.models.resolve import INDEX_FILE, check_weights, read_header
+from kvq.models.resolve import INDEX_FILE, check_weights
+from kvq.models.stored import tensors_of
 
 SCALES = "kv_scales.safetensors"
 # transformers takes a file of this name for the whole model and never opens the index.
@@ -129,7 +130,7 @@ def _spelling(release: Release, method: str, own: str, job: Job) -> str:
 
 def _modules(job: Job, scheme: Scheme, release: Release) -> dict[int, str]:
     """Attention module of every layer that needs scales, in the checkpoint's own names."""
-    names = [name for file in check_weights(job.source) for name in read_header(file)]
+    names = tensors_of(job.source)
     clash = next((name for name in names if name.endswith((".k_scale", ".v_scale", ".kv_scale"))), None)
     if clash:
         raise CheckpointError(

@@ -22,10 +22,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from kvq.errors import CheckpointError
-from kvq.exporting.checkpoint import to_json
+from kvq.exporting.checkpoint import shard_index, to_json
 from kvq.exporting.targets.base import quantization_of
 from kvq.exporting.targets.engine import merged_config
-from kvq.models.resolve import INDEX_FILE, check_weights, read_header
+from kvq.models.resolve import INDEX_FILE, check_weights
+from kvq.models.stored import StoredTensor, tensors_of
 
 METHODS = ("gptq", "awq")
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -41,20 +42,15 @@ def repack(source: Path, work: Path, config: Mapping[str, Any]) -> dict[str, Any
     and 8, or AWQ's layouts for single kernels.
     """
     layout = _Layout(source.name, quantization_of(config))
-    files = {name: file for file in check_weights(source) for name in read_header(file) if name != "__metadata__"}
-    modules = sorted(name.removesuffix(".qweight") for name in files if name.endswith(".qweight"))
+    held = tensors_of(source)
+    modules = sorted(name.removesuffix(".qweight") for name in held if name.endswith(".qweight"))
     if not modules:
         raise CheckpointError(f"model {source.name!r} says {layout.method!r} and holds no qweight: download it again.")
-    symmetric = all(layout.is_symmetric(_parts(files, module)) for module in modules)
-    weight_map = {}
+    symmetric = all(layout.is_symmetric(_parts(held, module)) for module in modules)
     for file in check_weights(source):
-        tensors = dict(_converted(file, files, layout, symmetric))
-        save_file(tensors, work / file.name, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(tensors, file.name)
-    total = sum(_bytes(work / name) for name in set(weight_map.values()))
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    (work / INDEX_FILE).write_bytes(to_json(index))
-    ours = merged_config(config, layout.scheme(symmetric, _ignored(files, modules)))
+        save_file(dict(_converted(file, held, layout, symmetric)), work / file.name, metadata={"format": "pt"})
+    (work / INDEX_FILE).write_bytes(shard_index(work))
+    ours = merged_config(config, layout.scheme(symmetric, _ignored(held, modules)))
     (work / "config.json").write_bytes(to_json(ours))
     return ours
 
@@ -149,18 +145,16 @@ class _Layout:
 
 
 def _converted(
-    file: Path, files: Mapping[str, Path], layout: _Layout, symmetric: bool
+    file: Path, held: Mapping[str, StoredTensor], layout: _Layout, symmetric: bool
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Name and tensor of everything that one file holds afterwards; a module goes where its codes were."""
     with safe_open(file, framework="pt") as source:
-        for name in read_header(file):
-            if name == "__metadata__":
-                continue
+        for name in (name for name, own in held.items() if own.file == file):
             module, _, last = name.rpartition(".")
-            if f"{module}.qweight" not in files or last not in _PACKED:
+            if f"{module}.qweight" not in held or last not in _PACKED:
                 yield name, source.get_tensor(name)
             elif last == "qweight":
-                for own, tensor in layout.convert(module, _parts(files, module), symmetric).items():
+                for own, tensor in layout.convert(module, _parts(held, module), symmetric).items():
                     yield f"{module}.{own}", tensor
 
 
@@ -175,13 +169,13 @@ def _packer():
     return pack_to_int32
 
 
-def _parts(files: Mapping[str, Path], module: str) -> dict[str, torch.Tensor]:
+def _parts(held: Mapping[str, StoredTensor], module: str) -> dict[str, torch.Tensor]:
     found = {}
     with ExitStack() as stack:
         for part in _PACKED:
-            file = files.get(f"{module}.{part}")
-            if file is not None:
-                found[part] = stack.enter_context(safe_open(file, framework="pt")).get_tensor(f"{module}.{part}")
+            name = f"{module}.{part}"
+            if name in held:
+                found[part] = stack.enter_context(safe_open(held[name].file, framework="pt")).get_tensor(name)
     missing = [part for part in _PACKED[:3] if part not in found]
     if missing:
         raise CheckpointError(f"weights lack {module}.{missing[0]}: copy or download the model again.")
@@ -194,15 +188,8 @@ def _unpack(packed: torch.Tensor, bits: int) -> torch.Tensor:
     return ((packed.unsqueeze(-1) >> shifts) & ((1 << bits) - 1)).flatten(1)
 
 
-def _ignored(files: Mapping[str, Path], modules: list[str]) -> list[str]:
+def _ignored(held: Mapping[str, StoredTensor], modules: list[str]) -> list[str]:
     """Modules with plain weights of two dimensions, and the head, which may be tied and have none."""
-    plain = set()
-    for file in set(files.values()):
-        for name, entry in read_header(file).items():
-            if name.endswith(".weight") and len(entry.get("shape", ())) == 2 and "embed" not in name:
-                plain.add(name.removesuffix(".weight"))
+    weights = [name for name, own in held.items() if name.endswith(".weight") and len(own.shape) == 2]
+    plain = {name.removesuffix(".weight") for name in weights if "embed" not in name}
     return sorted((plain | {"lm_head"}) - set(modules))
-
-
-def _bytes(file: Path) -> int:
-    return file.stat().st_size - 8 - int.from_bytes(file.open("rb").read(8), "little")
