@@ -42,23 +42,13 @@ def build_manifest(
     limit      larger files are listed by size alone.
     """
     known = known or {}
-    if names is None:
-        names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    names = sorted(set(names) - {MANIFEST})
+    names = sorted(set(_files(folder) if names is None else names) - {MANIFEST})
     sizes = {name: (folder / name).stat().st_size for name in names}
-    done, total = 0, sum(size for name, size in sizes.items() if name not in known and size <= limit)
+    digest = _hasher(sum(size for name, size in sizes.items() if name not in known and size <= limit), progress)
     entries: dict[str, dict[str, Any]] = {}
     for name, size in sizes.items():
-        digest = known.get(name)
-        if digest is None and size <= limit:
-            digest = hashlib.sha256()
-            for block in _blocks(folder / name):
-                digest.update(block)
-                done += len(block)
-                if progress:
-                    progress(done, total)
-            digest = digest.hexdigest()
-        entries[name] = {"bytes": size, "sha256": digest}
+        found = known.get(name) or (digest(folder / name) if size <= limit else None)
+        entries[name] = {"bytes": size, "sha256": found}
     return _signed({"manifest_version": VERSION, "target": target, "files": entries})
 
 
@@ -108,7 +98,7 @@ def broken_files(
     """
     entries = manifest["files"]
     hashed = {n: e for n, e in entries.items() if e["sha256"] and (not quick or e["bytes"] <= QUICK_BYTES)}
-    done, total = 0, sum(entry["bytes"] for entry in hashed.values())
+    digest = _hasher(sum(entry["bytes"] for entry in hashed.values()), progress)
     for name, entry in sorted(entries.items()):
         path = folder / name
         if not path.is_file():
@@ -117,19 +107,9 @@ def broken_files(
         size = path.stat().st_size
         if size != entry["bytes"]:
             yield name, f"has {size:,} bytes instead of {entry['bytes']:,}"
-            continue
-        if name not in hashed:
-            continue
-        digest = hashlib.sha256()
-        for block in _blocks(path):
-            digest.update(block)
-            done += len(block)
-            if progress:
-                progress(done, total)
-        if digest.hexdigest() != entry["sha256"]:
+        elif name in hashed and digest(path) != entry["sha256"]:
             yield name, "has been altered"
-    present = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-    for name in sorted(present - set(entries) - {MANIFEST}):
+    for name in sorted(set(_files(folder)) - set(entries) - {MANIFEST}):
         # Weights that nobody listed would be read by engines; other strangers do no harm.
         if name.endswith(".safetensors") and "/" not in name:
             yield name, "does not belong to the export"
@@ -139,10 +119,26 @@ def _is_hash(digest: str | None) -> bool:
     return digest is None or bool(_SHA256.fullmatch(digest))
 
 
-def _blocks(path: Path) -> Iterator[bytes]:
-    with open(path, "rb") as stream:
-        while block := stream.read(_CHUNK):
-            yield block
+def _files(folder: Path) -> Iterator[str]:
+    return (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def _hasher(total: int, progress: Progress | None) -> Callable[[Path], str]:
+    """SHA-256 of files that have ``total`` bytes together."""
+    done = 0
+
+    def sha256(path: Path) -> str:
+        nonlocal done
+        digest = hashlib.sha256()
+        with open(path, "rb") as stream:
+            while block := stream.read(_CHUNK):
+                digest.update(block)
+                done += len(block)
+                if progress:
+                    progress(done, total)
+        return digest.hexdigest()
+
+    return sha256
 
 
 def _signed(data: dict[str, Any]) -> bytes:

@@ -103,7 +103,7 @@ def plain_card(
         top1=check.top1,
         provenance_table=provenance_table(provenance),
     )
-    return f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---\n{body}"
+    return with_front_matter(front, body)
 
 
 def model_card(plan: CachePlan, memory: MemoryPlan, provenance: Mapping[str, Any], licence: Mapping[str, str]) -> str:
@@ -120,7 +120,11 @@ def model_card(plan: CachePlan, memory: MemoryPlan, provenance: Mapping[str, Any
         bits=memory.bits_per_element,
         provenance_table=provenance_table(provenance),
     )
-    return f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---\n{body}"
+    return with_front_matter(front, body)
+
+
+def with_front_matter(front: Mapping[str, Any], body: str) -> str:
+    return f"---\n{yaml.safe_dump(dict(front), sort_keys=False, allow_unicode=True)}---\n{body}"
 
 
 def front_matter(base: str, licence: Mapping[str, str], tags: list[str]) -> dict[str, Any]:
@@ -174,14 +178,13 @@ def _settings(settings) -> str:
     return ", ".join(f"{key} {value}" for key, value in settings.items())
 
 
+def _mib(count: int) -> str:
+    return f"{count / 2**20:,.1f} MiB"
+
+
 def _memory_table(memory: MemoryPlan) -> str:
     rows = [
-        (
-            f"{row.tokens:,}",
-            f"{row.plain_bytes / 2**20:,.1f} MiB",
-            f"{row.recipe_bytes / 2**20:,.1f} MiB",
-            f"{row.ratio:.2f}x",
-        )
+        (f"{row.tokens:,}", _mib(row.plain_bytes), _mib(row.recipe_bytes), f"{row.ratio:.2f}x")
         for row in memory.lengths
     ]
     return _table(("tokens", "16-bit cache", memory.recipe, "smaller by"), rows)

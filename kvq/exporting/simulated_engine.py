@@ -15,7 +15,7 @@ from transformers import PretrainedConfig
 from kvq.cache import CachePlan, make_plan
 from kvq.calib.artefacts import artefact_name
 from kvq.errors import CheckpointError
-from kvq.exporting.check.findings import Finding
+from kvq.exporting.check.findings import error
 from kvq.exporting.check.folder import read_folder
 from kvq.exporting.check.kv_scales import Scales, judge_values, read_scales
 from kvq.exporting.checkpoint import RECIPE
@@ -44,7 +44,7 @@ def simulated_plan(folder: Path, rounding: str = "nearest", largest: bool = Fals
     model = describe(load_config(folder))
     scales = read_scales(read, model, findings)
     findings += judge_values(scales, model, measured=read.written_by is not None)
-    findings += [_missing(layer, side) for layer, side in scales.half()]
+    findings += [error("scales", f"layer {layer} has no {side} scale.") for layer, side in scales.half()]
     for finding in findings:
         if finding.level == "error":
             raise CheckpointError(f"{finding.about} of {folder.name!r}: {finding.text} 'kvq check' says more.")
@@ -112,7 +112,3 @@ def _recipe(folder: Path, view: ModelSpec, scales: Scales) -> Recipe:
 
 def _rounded(codecs, rounding: str):
     return {side: replace(codec, rounding=rounding) for side, codec in codecs.items()}
-
-
-def _missing(layer: int, side: str) -> Finding:
-    return Finding(level="error", about="scales", text=f"layer {layer} has no {side} scale.")

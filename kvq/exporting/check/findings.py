@@ -16,6 +16,18 @@ class Finding:
     text: str
 
 
+def error(about: str, text: str) -> Finding:
+    return Finding(level="error", about=about, text=text)
+
+
+def warning(about: str, text: str) -> Finding:
+    return Finding(level="warning", about=about, text=text)
+
+
+def note(about: str, text: str) -> Finding:
+    return Finding(level="note", about=about, text=text)
+
+
 @dataclass(frozen=True, kw_only=True)
 class ScaleSummary:
     """KV scales of a folder. expected, found: how many; smallest, largest: of those found, None if there are none."""

@@ -9,7 +9,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from kvq.errors import KvqError
-from kvq.exporting.check.findings import Finding
+from kvq.exporting.check.findings import Finding, error, note
 from kvq.exporting.checkpoint import PROVENANCE, QUANT_METHOD, load_plan
 from kvq.exporting.manifest import MANIFEST, Progress, broken_files, read_manifest
 from kvq.models.resolve import INDEX_FILE, load_config, read_header, weights_fingerprint
@@ -45,8 +45,8 @@ class Folder:
         try:
             with safe_open(self.path / self.tensors[name], framework="pt") as file:
                 return file.get_tensor(name)
-        except SafetensorError as error:
-            raise OSError(str(error)) from None
+        except SafetensorError as wrong:
+            raise OSError(str(wrong)) from None
 
 
 def read_folder(path: Path, *, quick: bool, progress: Progress | None) -> tuple[Folder, list[Finding]]:
@@ -58,22 +58,18 @@ def read_folder(path: Path, *, quick: bool, progress: Progress | None) -> tuple[
     nested = config.get("text_config") if isinstance(config.get("text_config"), dict) else {}
     quantization = config.get("quantization_config") or nested.get("quantization_config") or {}
     if not isinstance(quantization, dict):
-        found.append(_error("config.json", f"has {type(quantization).__name__} as quantization_config, not a mapping."))
+        found.append(error("config.json", f"has {type(quantization).__name__} as quantization_config, not a mapping."))
         quantization = {}
     own = quantization.get("quant_method") == QUANT_METHOD
     marked = any((header.get("__metadata__") or {}).get("written_by") == "kvq" for header in headers.values())
     marked = marked or (path / PROVENANCE).is_file()
     if written_by is None and (marked or own):
-        found.append(_error(MANIFEST, "is missing, and kvq wrote one: copy the whole folder again, or export again."))
+        found.append(error(MANIFEST, "is missing, and kvq wrote one: copy the whole folder again, or export again."))
     if own:
         written_by = "kvq"
         found += _own_format(path, quantization)
     elif written_by is None and not marked:
-        found.append(
-            Finding(
-                level="note", about="files", text="nothing says what they should be: kvq did not write this folder."
-            )
-        )
+        found.append(note("files", "nothing says what they should be: kvq did not write this folder."))
     folder = Folder(path=path, config=config, quantization=quantization, headers=headers, written_by=written_by)
     return folder, found
 
@@ -82,13 +78,13 @@ def _compare(path: Path, found: list[Finding], quick: bool, progress: Progress |
     """Compare every file with the manifest; returns the target that it names."""
     try:
         manifest = read_manifest(path)
-    except KvqError as error:
-        found.append(_error(MANIFEST, str(error).partition(" ")[2]))
+    except KvqError as wrong:
+        found.append(error(MANIFEST, str(wrong).partition(" ")[2]))
         return "unknown"
     if manifest is None:
         return None
     for name, what in broken_files(path, manifest, quick=quick, progress=progress):
-        found.append(_error(name, f"{what}: copy the whole folder again, or export again."))
+        found.append(error(name, f"{what}: copy the whole folder again, or export again."))
     return str(manifest["target"])
 
 
@@ -98,7 +94,7 @@ def _config(path: Path, found: list[Finding]) -> dict[str, Any]:
         if not isinstance(config, dict):
             raise ValueError
     except (OSError, ValueError):
-        found.append(_error("config.json", "cannot be read as JSON."))
+        found.append(error("config.json", "cannot be read as JSON."))
         return {}
     return config
 
@@ -109,16 +105,16 @@ def _headers(path: Path, found: list[Finding]) -> dict[str, dict[str, Any]]:
     weight_map = _weight_map(path, found)
     wanted = present if weight_map is None else sorted(set(weight_map.values()))
     if not wanted:
-        found.append(_error("weights", "there is no safetensors file."))
+        found.append(error("weights", "there is no safetensors file."))
     headers = {}
     for name in wanted:
         try:
             headers[name] = read_header(path / name)
-        except KvqError as error:
-            found.append(_error(name, str(error).partition(" ")[2]))
+        except KvqError as wrong:
+            found.append(error(name, str(wrong).partition(" ")[2]))
     if weight_map is None:
         if len(present) > 1:
-            found.append(_error(INDEX_FILE, f"is missing, and there are {len(present)} files of weights."))
+            found.append(error(INDEX_FILE, f"is missing, and there are {len(present)} files of weights."))
         return headers
     owners: dict[str, list[str]] = {}
     for file, header in headers.items():
@@ -128,10 +124,10 @@ def _headers(path: Path, found: list[Finding]) -> dict[str, dict[str, Any]]:
     for name in sorted(set(owners) | set(weight_map)):
         files, listed = owners.get(name, []), weight_map.get(name)
         if listed in headers and files != [listed]:
-            found.append(_error(INDEX_FILE, f"says that {name!r} is in {listed!r}, and it is in {files or 'no file'}."))
+            found.append(error(INDEX_FILE, f"says that {name!r} is in {listed!r}, and it is in {files or 'no file'}."))
             break
         if listed is None:
-            found.append(_error(INDEX_FILE, f"does not list {name!r} of {files[0]!r}."))
+            found.append(error(INDEX_FILE, f"does not list {name!r} of {files[0]!r}."))
             break
     return headers
 
@@ -144,7 +140,7 @@ def _weight_map(path: Path, found: list[Finding]) -> dict[str, str] | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        found.append(_error(INDEX_FILE, "is no readable shard index."))
+        found.append(error(INDEX_FILE, "is no readable shard index."))
         return None
     return weight_map
 
@@ -154,12 +150,8 @@ def _own_format(path: Path, quantization: Mapping[str, Any]) -> list[Finding]:
     try:
         load_plan(path, quantization, load_config(path))
         if weights_fingerprint(path) != quantization["weights_fingerprint"]:
-            return [_error("weights", "are not the ones that were exported.")]
-    except KvqError as error:
-        return [_error("export", str(error))]
+            return [error("weights", "are not the ones that were exported.")]
+    except KvqError as wrong:
+        return [error("export", str(wrong))]
     lost = [name for name in quantization["copied"] if not (path / name).is_file()]
-    return [_error(name, "is missing, and was exported with the model.") for name in lost]
-
-
-def _error(about: str, text: str) -> Finding:
-    return Finding(level="error", about=about, text=text)
+    return [error(name, "is missing, and was exported with the model.") for name in lost]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from kvq.errors import UnsupportedModelError
-from kvq.exporting.check.findings import Finding, ScaleSummary
+from kvq.exporting.check.findings import Finding, ScaleSummary, error, warning
 from kvq.exporting.check.folder import Folder
 from kvq.exporting.engines import SPELLINGS
 from kvq.models.describe import ModelSpec
@@ -61,8 +61,8 @@ def read_scales(folder: Folder, model: ModelSpec, findings: list[Finding]) -> Sc
     wanted = sorted({*cached, *shared_layers(model.config)})
     try:
         modules = attention_modules(folder.tensors, wanted)
-    except UnsupportedModelError as error:
-        findings.append(Finding(level="error", about="scales", text=str(error)))
+    except UnsupportedModelError as wrong:
+        findings.append(error("scales", str(wrong)))
         return Scales(layers={}, found={}, spelled=frozenset())
     found: dict[tuple[int, str], torch.Tensor] = {}
     spelled, known = set(), set()
@@ -75,18 +75,12 @@ def read_scales(folder: Folder, model: ModelSpec, findings: list[Finding]) -> Sc
                 spelled.add(spelling)
                 known.add(name)
                 if (index, side) in found:
-                    findings.append(_error(f"layer {index} has two {side} scales, spelled in different ways."))
+                    findings.append(error("scales", f"layer {index} has two {side} scales, spelled in different ways."))
                 found[index, side] = _read(folder, name, findings)
     strangers = sorted(name for name in set(folder.tensors) - known if name.endswith(_SUFFIXES))
     if strangers:
-        findings.append(
-            Finding(
-                level="warning",
-                about="scales",
-                text=f"{len(strangers)} tensors look like KV scales and lie where none is looked for, such as "
-                f"{strangers[0]!r}.",
-            )
-        )
+        lost = f"{len(strangers)} tensors look like KV scales and lie where none is looked for"
+        findings.append(warning("scales", f"{lost}, such as {strangers[0]!r}."))
     return Scales(layers=modules, found=found, spelled=frozenset(spelled))
 
 
@@ -98,26 +92,31 @@ def judge_values(scales: Scales, model: ModelSpec, measured: bool) -> list[Findi
     heads = _heads(model)
     problems: dict[str, list[str]] = {}
     for (index, side), scale in scales.found.items():
-        place = f"layer {index} {side}"
-        if not scale.is_floating_point():
-            problems.setdefault("no floating-point numbers", []).append(place)
-        elif scale.numel() not in (1, heads[index]):
-            problems.setdefault(f"neither 1 nor {heads[index]} numbers", []).append(place)
-        elif not bool(scale.isfinite().all()):
-            problems.setdefault("NaN or infinity", []).append(place)
-        elif not bool((scale > 0).all()):
-            problems.setdefault("numbers that are not positive", []).append(place)
-        elif float(scale.max()) > _LARGEST:
-            problems.setdefault(f"more than {_LARGEST:.0f}, beyond what 16 bits need", []).append(place)
-    found = [_error(f"{', '.join(_some(places))} hold {what}.") for what, places in problems.items()]
+        wrong = _wrong(scale, heads[index])
+        if wrong:
+            problems.setdefault(wrong, []).append(f"layer {index} {side}")
+    found = [error("scales", f"{', '.join(_some(places))} hold {what}.") for what, places in problems.items()]
     ones = [f"layer {i} {s}" for (i, s), scale in scales.found.items() if bool((scale == 1.0).any())]
     if ones:
         text = f"{', '.join(_some(ones))} {'is' if len(ones) == 1 else 'are'} exactly 1.0"
         if measured:
-            found.append(Finding(level="warning", about="scales", text=f"{text}; calibration gave them so."))
+            found.append(warning("scales", f"{text}; calibration gave them so."))
         else:
-            found.append(_error(f"{text}, the number that stands for no calibration."))
+            found.append(error("scales", f"{text}, the number that stands for no calibration."))
     return found
+
+
+def _wrong(scale: torch.Tensor, heads: int) -> str | None:
+    """What a scale holds that it should not."""
+    if not scale.is_floating_point():
+        return "no floating-point numbers"
+    if scale.numel() not in (1, heads):
+        return f"neither 1 nor {heads} numbers"
+    if not bool(scale.isfinite().all()):
+        return "NaN or infinity"
+    if not bool((scale > 0).all()):
+        return "numbers that are not positive"
+    return f"more than {_LARGEST:.0f}, beyond what 16 bits need" if float(scale.max()) > _LARGEST else None
 
 
 def _heads(model: ModelSpec) -> dict[int, int]:
@@ -128,14 +127,10 @@ def _heads(model: ModelSpec) -> dict[int, int]:
 def _read(folder: Folder, name: str, findings: list[Finding]) -> torch.Tensor:
     try:
         return folder.tensor(name)
-    except OSError as error:
-        findings.append(_error(f"{name!r} cannot be read ({error})."))
+    except OSError as wrong:
+        findings.append(error("scales", f"{name!r} cannot be read ({wrong})."))
         return torch.tensor(float("nan"))
 
 
 def _some(names: list[str], count: int = 3) -> list[str]:
     return names if len(names) <= count else [*names[:count], f"{len(names) - count} more"]
-
-
-def _error(text: str) -> Finding:
-    return Finding(level="error", about="scales", text=text)

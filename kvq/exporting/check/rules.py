@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from kvq.errors import CheckpointError, KvqError
-from kvq.exporting.check.findings import Finding, Report, ScaleSummary
+from kvq.exporting.check.findings import Finding, Report, ScaleSummary, error, note, warning
 from kvq.exporting.check.folder import Folder, read_folder
 from kvq.exporting.check.kv_scales import Scales, judge_values, read_scales
 from kvq.exporting.check.recipe_support import recipes_in
@@ -16,8 +16,8 @@ from kvq.exporting.checkpoint import QUANT_METHOD, RECIPE
 from kvq.exporting.engines import Reader, Release
 from kvq.exporting.manifest import Progress
 from kvq.exporting.targets import TARGETS
-from kvq.exporting.targets.formats import has_packed_zeros
-from kvq.exporting.targets.native_cache import takes
+from kvq.exporting.targets.formats import has_kv_scheme, has_packed_zeros
+from kvq.exporting.targets.native_dtypes import takes
 from kvq.models.describe import ModelSpec, describe
 from kvq.models.resolve import load_config
 from kvq.recipe import Recipe, parse_recipe
@@ -58,8 +58,8 @@ def check_folder(
 def _describe(folder: Folder, findings: list[Finding]) -> ModelSpec | None:
     try:
         return describe(load_config(folder.path))
-    except KvqError as error:
-        findings.append(Finding(level="error", about="config.json", text=str(error)))
+    except KvqError as wrong:
+        findings.append(error("config.json", str(wrong)))
         return None
 
 
@@ -69,11 +69,11 @@ def _judge(
     """One engine's report; ``findings`` are those of the folder, and are added to."""
     if release.single_file_first and folder.hides_files:
         text = f"hides the other files, because {release.title} reads a file of this name alone: rename it."
-        findings.append(_error("model.safetensors", text))
+        findings.append(error("model.safetensors", text))
     cache = _cache(folder, model, scales, findings, release)
     if cache.skipped and not release.skip_flag:
         text = f"layers {', '.join(cache.skipped)} have no scales, and {release.title} has one cache dtype for all."
-        findings.append(_error("scales", text))
+        findings.append(error("scales", text))
     failed = any(finding.level == "error" for finding in findings)
     summary = scales.summary(_unscaled(model, scales, cache)) if scales is not None else ScaleSummary()
     return Report(
@@ -104,7 +104,7 @@ def _cache(
         flag = _own_flag(folder, release)
         findings += _unused(scales)
         if flag and release.own[flag].where:
-            findings.append(Finding(level="warning", about="serving", text=f"{flag} runs {release.own[flag].where}."))
+            findings.append(warning("serving", f"{flag} runs {release.own[flag].where}."))
         return _Cache(dtype=flag or _Cache.dtype, flag=flag)
     findings += _config_findings(folder, release, reader, scales)
     if scales is None:
@@ -113,7 +113,7 @@ def _cache(
         findings += _unused(scales)
         return _Cache()
     skipped = _skipped(folder, model, scales)
-    findings += _scale_findings(folder, release, reader, scales, skipped)
+    findings += _scale_findings(folder, model, release, reader, scales, skipped)
     return _Cache(dtype=reader.dtype or reader.flag, flag=reader.flag, skipped=skipped, scaled=True)
 
 
@@ -128,11 +128,10 @@ def _refused(folder: Folder, release: Release, method: str, scales: Scales | Non
     """A quant_method without KV scales: an error if the folder holds some, or if the engine does not load it at all."""
     why = release.refused.get(method)
     if why is None:
-        text = f"{release.name} is not known to read KV scales with quant_method {method!r}"
-        level = "error" if scales and scales.found else "warning"
-        return Finding(level=level, about="config.json", text=f"{text}.")
+        kind = error if scales and scales.found else warning
+        return kind("config.json", f"{release.name} is not known to read KV scales with quant_method {method!r}.")
     harmless = method in ("gptq", "awq") and not (scales and scales.found)
-    return Finding(level="note" if harmless else "error", about="config.json", text=f"{release.name}: {why}.")
+    return (note if harmless else error)("config.json", f"{release.name}: {why}.")
 
 
 def _config_findings(folder: Folder, release: Release, reader: Reader, scales: Scales | None) -> list[Finding]:
@@ -144,17 +143,17 @@ def _config_findings(folder: Folder, release: Release, reader: Reader, scales: S
     for field in reader.needs:
         where = [folder.quantization, inner if isinstance(inner, dict) else {}]
         if not any(field in part for part in where):
-            found.append(_error("config.json", f"quantization_config lacks {field!r}, which {release.name} needs."))
+            found.append(error("config.json", f"quantization_config lacks {field!r}, which {release.name} needs."))
     for field in reader.filled:
         if not folder.quantization.get(field):
             text = f"quantization_config has an empty {field!r}, and {release.name} fails on it; take another release."
-            found.append(_error("config.json", text))
+            found.append(error("config.json", text))
     if has_packed_zeros(folder.quantization) and not reader.zeros:
         text = f"says that packed weights have zero points, which {release.name} does not load."
-        found.append(_error("config.json", text))
+        found.append(error("config.json", text))
     scheme = folder.quantization.get("kv_cache_scheme")
     if isinstance(scheme, dict):
-        found += [_error("config.json", text) for text in _scheme_problems(scheme, release, reader)]
+        found += [error("config.json", text) for text in _scheme_problems(scheme, release, reader)]
     return found
 
 
@@ -177,34 +176,30 @@ def _scheme_problems(scheme: dict[str, Any], release: Release, reader: Reader) -
 
 
 def _scale_findings(
-    folder: Folder, release: Release, reader: Reader, scales: Scales, skipped: tuple[str, ...]
+    folder: Folder, model: ModelSpec, release: Release, reader: Reader, scales: Scales, skipped: tuple[str, ...]
 ) -> list[Finding]:
     """Scales that the engine would not find, and what it would put in their place."""
     found = []
     missing = f"{release.title} would use {reader.missing}"
     for layer, side in scales.half():
-        found.append(_error("scales", f"layer {layer} has no {side} scale: {missing}."))
-    empty = [i for i in scales.without() if str(i) not in skipped]
-    if "sliding_window" in skipped:
-        windows = _windows(folder)
-        empty = [i for i in empty if i not in windows]
+        found.append(error("scales", f"layer {layer} has no {side} scale: {missing}."))
+    empty = [i for i in scales.without() if not _is_skipped(model.layers[i], skipped)]
     if empty:
-        found.append(_error("scales", f"layers {_ranges(empty)} have no scales: {missing}."))
+        found.append(error("scales", f"layers {_ranges(empty)} have no scales: {missing}."))
     if scales.found:
         found += _naming_findings(folder, release, reader, scales)
     strategy = (folder.quantization.get("kv_cache_scheme") or {}).get("strategy", "tensor")
     expected = "head" if strategy == "attn_head" else "tensor"
     if scales.granularity not in (None, expected) and not (expected == "head" and _one_head(scales)):
-        found.append(_error("scales", f"are one a {scales.granularity}, and kv_cache_scheme says one a {expected}."))
+        found.append(error("scales", f"are one a {scales.granularity}, and kv_cache_scheme says one a {expected}."))
     condition = getattr(reader, expected)
     if condition:
-        found.append(Finding(level="warning", about="scales", text=f"one a {expected} is read {condition}."))
+        found.append(warning("scales", f"one a {expected} is read {condition}."))
     if skipped:
-        text = f"layers without scales stay in 16 bits only with {release.skip_flag} {' '.join(skipped)}."
-        found.append(Finding(level="warning", about="serving", text=text))
+        flag = f"{release.skip_flag} {' '.join(skipped)}"
+        found.append(warning("serving", f"layers without scales stay in 16 bits only with {flag}."))
     if reader.flag:
-        text = f"the cache becomes FP8 only with {release.dtype_flag} {reader.flag}."
-        found.append(Finding(level="warning", about="serving", text=text))
+        found.append(warning("serving", f"the cache becomes FP8 only with {release.dtype_flag} {reader.flag}."))
     return found
 
 
@@ -215,21 +210,21 @@ def _naming_findings(folder: Folder, release: Release, reader: Reader, scales: S
     if release.architectures is not None:
         spelling = release.architectures.get(architecture)
         if spelling is None:
-            return [_error("config.json", f"{release.name} loads no KV scales for {architecture}.")]
+            return [error("config.json", f"{release.name} loads no KV scales for {architecture}.")]
         accepted = accepted if spelling == "mapped" else {spelling}
     found = []
     for spelling in sorted(scales.spelled - accepted):
-        found.append(_error("scales", f"are spelled as {spelling!r} names, which {release.name} does not read here."))
+        found.append(error("scales", f"are spelled as {spelling!r} names, which {release.name} does not read here."))
     odd = sorted({m.rsplit(".", 1)[-1] for m in scales.layers.values()} - set(release.modules))
     if odd:
-        found.append(_error("scales", f"belong to modules named {odd[0]!r}, where {release.name} does not look."))
+        found.append(error("scales", f"belong to modules named {odd[0]!r}, where {release.name} does not look."))
     return found
 
 
 def _unused(scales: Scales | None) -> list[Finding]:
     if scales is None or not scales.found:
         return []
-    return [_error("config.json", f"says nothing of a quantized KV cache, and there are {len(scales.found)} scales.")]
+    return [error("config.json", f"says nothing of a quantized KV cache, and there are {len(scales.found)} scales.")]
 
 
 def _skipped(folder: Folder, model: ModelSpec, scales: Scales) -> tuple[str, ...]:
@@ -264,16 +259,10 @@ def _is_skipped(layer, skipped: tuple[str, ...]) -> bool:
     return str(layer.index) in skipped or (layer.kind == "sliding" and "sliding_window" in skipped)
 
 
-def _windows(folder: Folder) -> set[int]:
-    return {layer.index for layer in describe(load_config(folder.path)).layers if layer.kind == "sliding"}
-
-
 def _has_kv_scheme(folder: Folder, scales: Scales | None) -> bool:
-    inner = folder.quantization.get("quantization")
-    parts = [folder.quantization, inner if isinstance(inner, dict) else {}]
-    declared = any(part.get(name) for part in parts for name in ("kv_cache_scheme", "kv_cache_quant_algo"))
     # FP8 checkpoints may hold scales without saying so in the config.
-    return declared or (folder.quantization.get("quant_method") == "fp8" and bool(scales and scales.found))
+    undeclared = folder.quantization.get("quant_method") == "fp8" and bool(scales and scales.found)
+    return has_kv_scheme(folder.quantization) or undeclared
 
 
 def _one_head(scales: Scales) -> bool:
@@ -283,7 +272,3 @@ def _one_head(scales: Scales) -> bool:
 
 def _ranges(indices: list[int]) -> str:
     return ", ".join(map(str, indices)) if len(indices) < 6 else f"{indices[0]} to {indices[-1]} ({len(indices)})"
-
-
-def _error(about: str, text: str) -> Finding:
-    return Finding(level="error", about=about, text=text)

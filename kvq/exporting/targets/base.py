@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from kvq.cache import CachePlan
+from kvq.exporting.checkpoint import PROVENANCE, to_json
 from kvq.exporting.fold_check import FoldCheck
 from kvq.models.describe import ModelSpec
 from kvq.transforms.fold_plan import FoldPlan
@@ -46,6 +47,10 @@ class Job:
     def quantized(self) -> Mapping[str, Any] | None:
         """The source's own ``quantization_config``; None for unquantized weights."""
         return quantization_of(self.config)
+
+    def origin(self, target: str) -> dict[str, bytes]:
+        """The file that says where an export comes from, by its name."""
+        return {PROVENANCE: to_json(dict(sorted({**self.provenance, "target": target}.items())))}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,15 +10,14 @@ import torch
 from safetensors.torch import save
 
 from kvq.errors import CheckpointError, RecipeError, UnsupportedModelError
-from kvq.exporting.checkpoint import PROVENANCE, RECIPE, shard_index, to_json
+from kvq.exporting.checkpoint import RECIPE, shard_index, to_json
 from kvq.exporting.engines import SPELLINGS, Release, find_release
 from kvq.exporting.folding import folded_field
 from kvq.exporting.targets.base import Job, Target
 from kvq.exporting.targets.engine_card import engine_card
 from kvq.exporting.targets.formats import FORMATS, has_kv_scheme, has_packed_zeros
-from kvq.exporting.targets.native_cache import contents as own_contents
-from kvq.exporting.targets.native_cache import takes
-from kvq.exporting.targets.native_dtypes import engine_of
+from kvq.exporting.targets.native_dtypes import engine_of, serve_section, takes
+from kvq.exporting.targets.plain import folded_checkpoint
 from kvq.exporting.targets.scheme import Scheme, fp8_scheme
 from kvq.models.names import attention_modules, shared_layers
 from kvq.models.resolve import INDEX_FILE, check_weights
@@ -31,10 +30,9 @@ _SINGLE, _RENAMED = "model.safetensors", "model-00001-of-00001.safetensors"
 
 def contents(target: Target, job: Job) -> dict[str, bytes]:
     """Config, index, scales and side files; raises for what the target's main engine cannot read."""
-    dtype = takes(target, job.plan.recipe)
+    dtype, release = takes(target, job.plan.recipe), find_release(target.engines[0])
     if dtype is not None:
-        return own_contents(target, job, dtype, _index(job.source, {}))
-    release = find_release(target.engines[0])
+        return _own_cache(target, job, dtype, release)
     method = target.formats[(job.quantized or {}).get("quant_method")]
     if has_kv_scheme(job.quantized):
         raise CheckpointError(
@@ -52,18 +50,31 @@ def contents(target: Target, job: Job) -> dict[str, bytes]:
     modules = _modules(job, scheme, release)
     tensors = scale_tensors(scheme, modules, spelling)
     quantization, files = build(job.quantized, scheme, job.companions)
-    side = {
-        RECIPE: job.plan.recipe.to_yaml().encode(),
-        PROVENANCE: to_json(dict(sorted({**job.provenance, "target": target.name}.items()))),
-    }
     return {
         "config.json": to_json(merged_config(job.config, quantization) | folded_field(job)),
         INDEX_FILE: _index(job.source, tensors),
         SCALES: _serialize(tensors, {"format": "pt", "target": target.name, "written_by": "kvq"}),
         **files,
-        **side,
+        **job.origin(target.name),
+        RECIPE: job.plan.recipe.to_yaml().encode(),
         "README.md": engine_card(target, job, scheme, method, tensors).encode(),
     }
+
+
+def _own_cache(target: Target, job: Job, dtype: str, release: Release) -> dict[str, bytes]:
+    """For an engine's own cache dtype: the transforms are in the weights, and the engine computes all scales.
+
+    The serve command's flag alone says how the cache is stored. Raises RecipeError for transforms that do not fold.
+    """
+    recipe = job.plan.recipe
+    if not recipe.transforms.to_dict():
+        raise RecipeError(
+            f"recipe {recipe.name!r} needs no export for {release.title}, which stores that by itself: "
+            f"{release.command('MODEL', dtype)}"
+        )
+    serve = serve_section(job.folder, dtype, release)
+    files = folded_checkpoint(target, job, _index(job.source, {}), serve)
+    return {**files, RECIPE: recipe.to_yaml().encode()}
 
 
 def weights(source: Path) -> dict[str, Path]:

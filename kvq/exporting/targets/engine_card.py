@@ -3,10 +3,9 @@
 from collections.abc import Mapping
 
 import torch
-import yaml
 
 from kvq.exporting.engines import Release, find_release
-from kvq.exporting.model_card import front_matter, provenance_table, recipe_table
+from kvq.exporting.model_card import front_matter, provenance_table, recipe_table, with_front_matter
 from kvq.exporting.targets.base import Job, Target
 from kvq.exporting.targets.scheme import Scheme
 
@@ -51,13 +50,13 @@ def engine_card(target: Target, job: Job, scheme: Scheme, method: str, tensors: 
         granularity="layer and side" if scheme.granularity == "tensor" else "head and side",
         commands="\n\n".join(_command(engine, job, scheme, method) for engine in target.engines),
         folder=job.folder,
-        notes=_notes(target, scheme, method),
+        notes=_notes(scheme),
         recipe_table=recipe_table(job.plan),
         largest=max(float(sides["key"].max()) for sides in scheme.scales.values()),
         largest_value=max(float(sides["value"].max()) for sides in scheme.scales.values()),
         provenance_table=provenance_table(job.provenance),
     )
-    return f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---\n{body}"
+    return with_front_matter(front, body)
 
 
 def _weights(job: Job) -> str:
@@ -95,16 +94,10 @@ def _condition(release: Release, method: str, scheme: Scheme) -> str:
     return f" ({'; '.join(parts)})" if parts else ""
 
 
-def _notes(target: Target, scheme: Scheme, method: str) -> str:
-    notes = []
-    if scheme.exact:
-        notes.append(
-            f"Layers {', '.join(map(str, scheme.exact))} have no scales: the flag above keeps them in 16 bits, and "
-            "without it they would be stored at a scale of 1.0."
-        )
-    if scheme.windows:
-        notes.append(
-            "Sliding-window layers have no scales: the flag above keeps them in 16 bits, and without it they would be "
-            "stored at a scale of 1.0."
-        )
-    return "".join(f"\n{note}\n" for note in notes)
+def _notes(scheme: Scheme) -> str:
+    exact = [f"Layers {', '.join(map(str, scheme.exact))}"] if scheme.exact else []
+    return "".join(
+        f"\n{layers} have no scales: the flag above keeps them in 16 bits, and without it they would be stored at a "
+        "scale of 1.0.\n"
+        for layers in exact + (["Sliding-window layers"] if scheme.windows else [])
+    )

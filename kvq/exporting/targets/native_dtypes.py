@@ -1,6 +1,7 @@
 """Cache dtypes that engines compute by themselves: which recipes they store, and how a folder is served with them."""
 
 from kvq.exporting.engines import Release, engines, find_release
+from kvq.exporting.targets.base import Target
 from kvq.recipe import Recipe
 
 
@@ -15,6 +16,12 @@ def native_dtype(recipe: Recipe, release: Release) -> str | None:
         if all((s.codec, s.token_dtype_bits) == (own.codec, own.bits) for s in (recipe.key, recipe.value)):
             return name
     return None
+
+
+def takes(target: Target, recipe: Recipe) -> str | None:
+    """The cache dtype with which the target's engine serves a recipe; None if the folder must hold scales instead."""
+    engine = target.engines[0]
+    return native_dtype(recipe, find_release(engine)) if target.name == engine else None
 
 
 def engine_of(recipe: Recipe) -> str | None:

@@ -6,7 +6,7 @@ exact tokens stays behind: the cache is the engine's.
 
 from kvq.cache import CachePlan
 from kvq.errors import RecipeError
-from kvq.exporting.checkpoint import PROVENANCE, shard_index, to_json
+from kvq.exporting.checkpoint import shard_index, to_json
 from kvq.exporting.engines import find_release
 from kvq.exporting.folding import folded_field
 from kvq.exporting.model_card import plain_card
@@ -18,12 +18,22 @@ from kvq.transforms.fold_plan import FoldPlan
 
 
 def contents(target: Target, job: Job) -> dict[str, bytes]:
+    return folded_checkpoint(target, job, shard_index(job.source), _serve(target, job))
+
+
+def folded_checkpoint(target: Target, job: Job, index: bytes, serve: str) -> dict[str, bytes]:
+    """Every file but weights and companions of a checkpoint of the base architecture: nothing in it names a cache.
+
+    index   of the weights; serve: the section of the card that says how engines serve it.
+
+    Raises RecipeError for transforms that do not fold.
+    """
     refuse_not_folded(job.plan, job.folds, target.name)
     return {
         "config.json": to_json({**job.config, **folded_field(job)}),
-        INDEX_FILE: shard_index(job.source),
-        PROVENANCE: to_json(dict(sorted({**job.provenance, "target": target.name}.items()))),
-        "README.md": plain_card(job.plan, job.check, job.provenance, job.licence, serve=_serve(target, job)).encode(),
+        INDEX_FILE: index,
+        **job.origin(target.name),
+        "README.md": plain_card(job.plan, job.check, job.provenance, job.licence, serve).encode(),
     }
 
 
