@@ -51,7 +51,7 @@ def command(
         engine = engine or "vllm"
         _check_runnable(engine, engine_python)
     quiet_transformers()
-    from kvq.exporting.check import check_folder
+    from kvq.exporting.check import check_folder, passes, verdict
     from kvq.exporting.engines import engines, find_release
     from kvq.report.engines import engines_table, expressible_table, findings_table, serve_lines
 
@@ -64,10 +64,10 @@ def command(
         output.show(findings_table(rows))
     if engine:
         output.show(expressible_table(f"Recipes in {releases[0].name}", rows[0]["recipes"]))
-    result: dict[str, Any] = {"folder": folder, "passes": _passes(reports), "engines": rows}
+    result: dict[str, Any] = {"folder": folder, "passes": passes(reports), "engines": rows}
     if not result["passes"]:
         output.write(result)
-        raise CheckpointError(_verdict(folder, reports))
+        raise CheckpointError(verdict(folder, reports))
     if start:
         result["run"] = _run(folder, reports[0], releases[0], engine_python, dtype, output)
         result["passes"] = not result["run"]["problems"]
@@ -95,25 +95,3 @@ def _run(folder: str, report, release, python: str | None, dtype: str, output: O
     found = compare_with_engine(path, two_prompts(path), python=python or sys.executable, **settings).to_dict()
     output.show(comparison_table(found))
     return found
-
-
-def _wanted(reports) -> list:
-    """The reports that decide: of the engine that the folder was written for, or all of them."""
-    from kvq.exporting.targets import TARGETS
-
-    target = TARGETS.get(reports[0].written_by)
-    own = [report for report in reports if target and report.engine == target.engines[0]]
-    return own or reports
-
-
-def _passes(reports) -> bool:
-    """True if the deciding engine loads the folder; for a stranger's folder, if any does."""
-    wanted = _wanted(reports)
-    return any(not report.errors for report in wanted)
-
-
-def _verdict(folder: str, reports) -> str:
-    report = _wanted(reports)[0]
-    first, others = report.errors[0], len(report.errors) - 1
-    more = f" ({others} more in the table)" if others else ""
-    return f"{folder!r} fails for {report.engine} {report.version}: {first.about!r}: {first.text.rstrip('.')}{more}."

@@ -1,17 +1,14 @@
 """The diagnosis of ``kvq inspect``: what quantization would do, as text, JSON and pictures."""
 
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from kvq.commands.common import Output, progress_bar, write_atomically
-from kvq.errors import CheckpointError, DataError, RecipeError
+from kvq.commands.common import Output, check_writable, progress_bar, write_atomically
+from kvq.errors import CheckpointError, DataError
 
-# Recipes whose transforms are shown when none is asked for, best first.
-_SHOWN = ("klt3", "turboquant4")
-# Of a short calibration, for a look at a model.
-SAMPLES, SEQ_LEN = 8, 512
+if TYPE_CHECKING:
+    from kvq.diagnosis.look import Look
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,8 +24,6 @@ class Wishes:
 
     def check(self) -> None:
         """Refuse before any work what cannot be done after it."""
-        from kvq.commands.common import check_writable
-
         if self.html:
             check_writable(self.html)
         if self.png and Path(self.png).exists() and not Path(self.png).is_dir():
@@ -42,8 +37,8 @@ def show_diagnosis(stats, title: str, facts: dict[str, Any], wishes: Wishes, out
 
     Raises DataError if they hold too little for what was asked for.
     """
-    from kvq.diagnosis import CANDIDATES, bit_errors, diagnose, layers_of
-    from kvq.recipe import load_recipe
+    from kvq.diagnosis import layers_of
+    from kvq.diagnosis.look import look_at
     from kvq.report.diagnosis_tables import bit_errors_table, predictions_table, verdict_lines
 
     try:
@@ -53,61 +48,25 @@ def show_diagnosis(stats, title: str, facts: dict[str, Any], wishes: Wishes, out
             raise
         output.show(f"No verdict: {error}")
         return {"diagnosis": None, "why_not": str(error)}
-    recipes = [load_recipe(name) for name in CANDIDATES]
-    if wishes.recipe and wishes.recipe.hash not in {recipe.hash for recipe in recipes}:
-        recipes.insert(0, wishes.recipe)
+    pictures = bool(wishes.html or wishes.png)
     with progress_bar("Predicting") as step:
-        found = diagnose(stats, recipes, folder=folder, layers=layers, progress=step)
-        errors, widths_of = _bit_errors(bit_errors, stats, layers, wishes.recipe, folder)
-    if wishes.recipe:
-        _refuse_unfit(found, wishes.recipe)
+        found = look_at(stats, layers, wishes.recipe, folder, pictures=pictures, progress=step)
     data = found.to_dict()
-    output.show(predictions_table(data), bit_errors_table(errors, widths_of), *verdict_lines(data))
-    if wishes.html or wishes.png:
-        plan = _shown_plan(stats, found, wishes.recipe, folder)
-        _save(title, facts, stats, layers, found, errors, widths_of, plan, wishes, output)
-    return {"diagnosis": data, "bit_errors": {"recipe": widths_of, "layers": errors}}
+    diagnosis = data["diagnosis"]
+    output.show(
+        predictions_table(diagnosis), bit_errors_table(found.errors, found.widths_of), *verdict_lines(diagnosis)
+    )
+    if pictures:
+        _save(title, facts, found, wishes, output)
+    return data
 
 
-def _refuse_unfit(found, recipe) -> None:
-    why = next((p.why_not for p in found.predictions if p.recipe == recipe.name), "")
-    if why:
-        raise RecipeError(f"recipe {recipe.name!r} cannot be predicted: {why}")
-
-
-def _bit_errors(compute, stats, layers, recipe, folder) -> tuple[dict, str]:
-    """Of the recipe asked for where its codecs take other widths, else of kivi2."""
-    if recipe is not None:
-        try:
-            return compute(stats, layers, recipe, folder), recipe.name
-        except RecipeError:
-            pass
-    return compute(stats, layers), "kivi2"
-
-
-def _shown_plan(stats, found, recipe, folder):
-    """The plan of the recipe whose transforms are shown; None if none that can be fitted has any."""
-    from kvq.diagnosis.predict import plan_of
-    from kvq.recipe import load_recipe
-
-    if recipe is not None:
-        return plan_of(recipe, stats, folder)
-    best = found.recommended.recipe if found.recommended else None
-    fitted = {p.recipe for p in found.predictions if not p.why_not}
-    for name in (best, *_SHOWN):
-        if name is not None and name in fitted:
-            plan = plan_of(load_recipe(name), stats, folder)
-            if plan.has_transforms:
-                return plan
-    return None
-
-
-def _save(title, facts, stats, layers, found, errors, widths_of, plan, wishes: Wishes, output: Output) -> None:
+def _save(title: str, facts: dict[str, Any], found: "Look", wishes: Wishes, output: Output) -> None:
     from kvq.report.diagnosis_charts import diagnosis_charts
     from kvq.report.diagnosis_html import diagnosis_html
     from kvq.report.drawing import png
 
-    made = diagnosis_charts(stats, layers, found, errors, widths_of, plan)
+    made = diagnosis_charts(found.stats, found.layers, found.diagnosis, found.errors, found.widths_of, found.shown)
     if wishes.png:
         target = Path(wishes.png)
         try:
@@ -118,24 +77,6 @@ def _save(title, facts, stats, layers, found, errors, widths_of, plan, wishes: W
             write_atomically(target / f"{name}.png", png(figure))
         output.show(f"{len(made)} pictures written to {target}.")
     if wishes.html:
-        page = diagnosis_html(title, facts, found.to_dict(), errors, widths_of, made)
+        page = diagnosis_html(title, facts, found.diagnosis.to_dict(), found.errors, found.widths_of, made)
         write_atomically(Path(wishes.html), page)
         output.show(f"Report written to {wishes.html}.")
-
-
-def measured(folder: Path, name: str):
-    """Statistics of a model over a little built-in text, for a look at it."""
-    from kvq.calib.calibrate import Options, calibrate
-    from kvq.calib.data import load_documents
-    from kvq.calib.windows import token_windows
-    from kvq.models.resolve import load_tokenizer
-
-    tokenizer = load_tokenizer(folder)
-    windows = token_windows(
-        tokenizer, load_documents("builtin"), samples=SAMPLES, seq_len=SEQ_LEN, seed=0, source="builtin"
-    )
-    with tempfile.TemporaryDirectory() as state, progress_bar("Measuring") as step:
-        return calibrate(
-            folder, windows, Options(batch_size=1), state_folder=Path(state) / "state", progress=step,
-            model_name=name, tokenizer=tokenizer,
-        )  # fmt: skip

@@ -1,13 +1,11 @@
 """``kvq inspect``: what a model, a statistics file or an export is."""
 
-import json
 from pathlib import Path
-from typing import Any
 
 import click
 
-from kvq.commands.common import Output, chosen_recipe, json_option, quiet_transformers, settings_option
-from kvq.commands.diagnosis import Wishes, measured, show_diagnosis
+from kvq.commands.common import Output, chosen_recipe, json_option, progress_bar, quiet_transformers, settings_option
+from kvq.commands.diagnosis import Wishes, show_diagnosis
 
 
 @click.command("inspect")
@@ -37,7 +35,6 @@ def command(thing: str, measure: bool, stats: str | None, recipe, settings, html
     quiet_transformers()
     from kvq.errors import CheckpointError
     from kvq.exporting.exporter import is_engine_export, is_export
-    from kvq.exporting.folding import is_plain_export
 
     path = Path(thing).expanduser()
     if measure and stats:
@@ -49,12 +46,7 @@ def command(thing: str, measure: bool, stats: str | None, recipe, settings, html
     elif is_export(path) or is_engine_export(path):
         if measure or stats or wishes:
             raise CheckpointError(f"{thing!r} is an export and quantized already: inspect its base model instead.")
-        if is_export(path):
-            _inspect_export(path, output)
-        elif is_plain_export(path):
-            _inspect_plain_export(path, output)
-        else:
-            _inspect_engine_export(path, output)
+        _inspect_export(path, output)
     else:
         _inspect_model(thing, measure or (bool(wishes) and not stats), stats, wishes, output)
 
@@ -86,6 +78,7 @@ def stats_facts(stats) -> dict[str, str]:
 
 def _inspect_model(name: str, measure: bool, stats: str | None, wishes: Wishes, output: Output) -> None:
     from kvq.diagnosis.causes import causes_of_weights
+    from kvq.diagnosis.look import statistics_of
     from kvq.models.describe import describe
     from kvq.models.resolve import check_weights, load_config, resolve_model
     from kvq.models.stored import Weights
@@ -95,7 +88,7 @@ def _inspect_model(name: str, measure: bool, stats: str | None, wishes: Wishes, 
     folder = resolve_model(name)
     spec = describe(load_config(folder))
     files = check_weights(folder)
-    facts = model_facts(spec)
+    facts = spec.to_dict()
     size = sum(file.stat().st_size for file in files)
     shown = {
         "type": facts["model_type"],
@@ -107,7 +100,8 @@ def _inspect_model(name: str, measure: bool, stats: str | None, wishes: Wishes, 
     output.show(facts_table(f"Model {name}", shown), layers_table(facts["layers"]))
     data = {"kind": "model", "model": name, "weights_bytes": size} | facts
     if measure or stats:
-        found = _statistics(folder, spec, name, stats)
+        with progress_bar("Measuring") as step:
+            found = statistics_of(folder, spec, Path(name).name, stats, step)
         data |= show_diagnosis(found, f"Model {name}", stats_facts(found) | shown, wishes, output, folder)
     else:
         causes = causes_of_weights(spec, Weights(folder))
@@ -117,146 +111,12 @@ def _inspect_model(name: str, measure: bool, stats: str | None, wishes: Wishes, 
     output.write(data)
 
 
-def _statistics(folder: Path, spec, name: str, stats: str | None):
-    """Statistics of the model: those given, which must be its own, or measured now."""
-    from kvq.calib.check import check_stats
-    from kvq.calib.stats import Stats
-
-    if stats is None:
-        return measured(folder, Path(name).name)
-    found = Stats.load(stats)
-    check_stats(found, spec, folder)
-    return found
-
-
-def model_facts(spec) -> dict[str, Any]:
-    """A model's cache geometry as plain data."""
-    return {
-        "model_type": spec.model_type,
-        "fingerprint": spec.fingerprint,
-        "max_length": spec.max_length,
-        "quantizable_layers": len(spec.full_layers),
-        "fp16_bytes_per_token": sum(2 * 2 * layer.kv_heads * layer.head_dim for layer in spec.full_layers),
-        "layers": [
-            {
-                "index": layer.index,
-                "kind": layer.kind,
-                "kv_heads": layer.kv_heads,
-                "head_dim": layer.head_dim,
-                "window": layer.window,
-                "quantizable": layer.kind == "full",
-            }
-            for layer in spec.layers
-        ],
-    }
-
-
 def _inspect_export(folder: Path, output: Output) -> None:
-    from kvq.exporting.checkpoint import PROVENANCE, load_plan, read_side_files
-    from kvq.exporting.folding import fold_lines
-    from kvq.exporting.memory import memory_plan
-    from kvq.models.resolve import check_weights, load_config
+    from kvq.exporting.inspection import inspect_export
     from kvq.report.tables import facts_table, memory_table
-    from kvq.transforms.fold_plan import FoldPlan
 
-    config = load_config(folder)
-    quantization = json.loads((folder / "config.json").read_bytes())["quantization_config"]
-    plan = load_plan(folder, quantization, config)
-    check_weights(folder)
-    provenance = json.loads(read_side_files(folder, quantization)[PROVENANCE])
-    memory = memory_plan(plan.model, plan.recipe).to_dict()
-    transforms = list(fold_lines(plan, FoldPlan(folded=plan.folded)))
-    facts = {
-        "base model": provenance["base_model"],
-        "recipe": f"{plan.recipe.name}: {plan.recipe.summary}",
-        "recipe hash": plan.recipe.hash,
-        "transforms": "\n".join(transforms) or "none",
-        "weights fingerprint": provenance["weights_fingerprint"],
-        "statistics": (provenance["statistics"] or {}).get("sha256", "none needed"),
-        "written by": f"kvq {provenance['kvq_version']}",
-        "side files": "unaltered (SHA-256 checked)",
-    }
-    output.show(facts_table(f"Export {folder.name}", facts), memory_table(memory))
-    output.write(
-        {
-            "kind": "export",
-            "recipe": plan.recipe.to_dict(),
-            "transforms": transforms,
-            "memory": memory,
-            "provenance": provenance,
-        }
-    )
-
-
-def _inspect_plain_export(folder: Path, output: Output) -> None:
-    from kvq.exporting.checkpoint import PROVENANCE
-    from kvq.exporting.folding import FOLDED
-    from kvq.models.resolve import check_weights
-    from kvq.report.tables import facts_table
-
-    folded = json.loads((folder / "config.json").read_bytes())[FOLDED]
-    provenance = json.loads((folder / PROVENANCE).read_bytes())
-    check_weights(folder)
-    chains = {side: ", ".join(step["kind"] for step in steps) for side, steps in folded["transforms"].items()}
-    facts = {
-        "target": provenance["target"],
-        "base model": provenance["base_model"],
-        "recipe": f"{folded['recipe']}, of which its transforms",
-        **{f"{side}s": f"{chain} in the weights" for side, chain in chains.items()},
-        "cache": "the engine's own",
-        "statistics": (provenance["statistics"] or {}).get("sha256", "none needed"),
-        "written by": f"kvq {provenance['kvq_version']}",
-        "files": _listed(folder),
-    }
-    output.show(facts_table(f"Plain export {folder.name}", facts))
-    output.write({"kind": "plain export", "folded": folded, "provenance": provenance})
-
-
-def _inspect_engine_export(folder: Path, output: Output) -> None:
-    from kvq.exporting.checkpoint import PROVENANCE
-    from kvq.report.tables import facts_table
-
-    provenance = json.loads((folder / PROVENANCE).read_bytes())
-    recipe, scales = _served_cache(folder)
-    facts = {
-        "target": provenance["target"],
-        "base model": provenance["base_model"],
-        "recipe": f"{recipe.name}: {recipe.summary}",
-        "cache": _cache_words(scales),
-        **{f"{side} scales": f"{min(found):.4g} to {max(found):.4g}" for side, found in scales.items()},
-        "statistics": (provenance["statistics"] or {}).get("sha256", "none needed"),
-        "written by": f"kvq {provenance['kvq_version']}",
-        "files": _listed(folder),
-    }
-    output.show(facts_table(f"Engine export {folder.name}", facts))
-    output.write({"kind": "engine export", "recipe": recipe.to_dict(), "scales": scales, "provenance": provenance})
-
-
-def _listed(folder: Path) -> str:
-    from kvq.exporting.manifest import read_manifest
-
-    manifest = read_manifest(folder)
-    assert manifest is not None, "what makes a folder an export for engines"
-    return f"{len(manifest['files'])} in the manifest; 'kvq check' compares them"
-
-
-def _served_cache(folder: Path) -> tuple[Any, dict[str, list[float]]]:
-    """The recipe of an engine export, and its scales by side; none if the engine computes them itself."""
-    from kvq.codecs.float8 import Float8Codec
-    from kvq.exporting.checkpoint import RECIPE
-    from kvq.exporting.simulated_engine import is_engine_export, simulated_plan
-    from kvq.recipe import load_recipe
-
-    recipe = load_recipe(folder / RECIPE)
-    if not is_engine_export(folder):
-        return recipe, {}
-    plan = simulated_plan(folder)
-    groups = [group for groups in plan.layers.values() for group in groups]
-    codecs = {side: [group.codecs[side] for group in groups] for side in ("key", "value")}
-    return recipe, {side: [c.scale for c in own if isinstance(c, Float8Codec)] for side, own in codecs.items()}
-
-
-def _cache_words(scales: dict[str, list[float]]) -> str:
-    if not scales:
-        return "the engine's own, transforms are in the weights"
-    return f"FP8, {sum(map(len, scales.values()))} scales in the folder"
+    found = inspect_export(folder)
+    output.show(facts_table(f"{found.kind.capitalize()} {folder.name}", found.facts))
+    if "memory" in found.data:
+        output.show(memory_table(found.data["memory"]))
+    output.write({"kind": found.kind, **found.data})

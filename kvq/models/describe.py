@@ -6,7 +6,8 @@ per-layer head counts follow the installed release instead of a list kept here.
 
 import hashlib
 import json
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 from transformers import DynamicCache, PretrainedConfig
@@ -69,6 +70,17 @@ class ModelSpec:
         rows = [(la.index, la.kind, la.kv_heads, la.head_dim, la.window) for la in self.layers]
         facts = [self.model_type, self.num_heads, self.hidden_size, self.vocab_size, rows]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The cache geometry as plain data; sizes are of the layers that can be quantized, in 16 bits."""
+        return {
+            "model_type": self.model_type,
+            "fingerprint": self.fingerprint,
+            "max_length": self.max_length,
+            "quantizable_layers": len(self.full_layers),
+            "fp16_bytes_per_token": sum(2 * 2 * layer.kv_heads * layer.head_dim for layer in self.full_layers),
+            "layers": [asdict(layer) | {"quantizable": layer.kind == "full"} for layer in self.layers],
+        }
 
 
 def text_config(config: PretrainedConfig) -> PretrainedConfig:

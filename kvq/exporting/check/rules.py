@@ -1,6 +1,6 @@
 """The rules of one engine, applied to one folder."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,24 @@ def check_folder(
         scales = read_scales(folder, model, findings)
         findings += judge_values(scales, model, measured=folder.written_by is not None)
     return [_judge(folder, model, scales, list(findings), release) for release in releases]
+
+
+def passes(reports: Sequence[Report]) -> bool:
+    """True if the engine that the folder was written for loads it; for a stranger's folder, if any does."""
+    return any(not report.errors for report in _deciding(reports))
+
+
+def verdict(folder: str, reports: Sequence[Report]) -> str:
+    """Why a folder does not pass, in a sentence."""
+    report = _deciding(reports)[0]
+    first, others = report.errors[0], len(report.errors) - 1
+    more = f" ({others} more in the table)" if others else ""
+    return f"{folder!r} fails for {report.engine} {report.version}: {first.about!r}: {first.text.rstrip('.')}{more}."
+
+
+def _deciding(reports: Sequence[Report]) -> Sequence[Report]:
+    target = TARGETS.get(reports[0].written_by)
+    return [report for report in reports if target and report.engine == target.engines[0]] or reports
 
 
 def _describe(folder: Folder, findings: list[Finding]) -> ModelSpec | None:
