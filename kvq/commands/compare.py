@@ -1,10 +1,11 @@
 """``kvq compare``: several exports, or several recipes on one model, beside one baseline."""
 
 from dataclasses import replace
+from typing import Any
 
 import click
 
-from kvq.commands.common import Output, comma_list, json_option, progress_bar, quiet_transformers
+from kvq.commands.common import Output, comma_list, json_option, progress_bar, quiet_transformers, split_list
 from kvq.commands.scoring import command_line, finish, scoring_options, settings_from
 
 
@@ -13,7 +14,7 @@ from kvq.commands.scoring import command_line, finish, scoring_options, settings
 @comma_list("--recipes", metavar="NAME|FILE,...", help="Recipes to put on one plain model.")
 @scoring_options
 @json_option
-def command(models: tuple[str, ...], recipes: str | None, scoring: dict, output: Output) -> None:
+def command(models: tuple[str, ...], recipes: str | None, output: Output, **scoring: Any) -> None:
     """Score several exports, or one MODEL under several recipes, on the same requests.
 
     The unquantized model answers once, and everything is paired with its answers. Options are those of 'kvq eval'.
@@ -26,16 +27,16 @@ def command(models: tuple[str, ...], recipes: str | None, scoring: dict, output:
     arguments = settings_from(scoring)
     names = None
     if recipes is not None:
-        names = [name.strip() for name in recipes.split(",") if name.strip()]
+        names = split_list(recipes)
         if not names:
             raise click.UsageError("--recipes is empty: name one, for example --recipes kivi4,kivi2.")
     quiet_transformers()
-    from kvq.eval.evaluate import compare
+    from kvq import api
     from kvq.eval.result import SCHEMA_VERSION
     from kvq.report.results import compare_table
 
     with progress_bar("Comparing") as step:
-        found = compare(models, names, progress=step, **arguments)
+        found = api.compare(models, recipes=names, progress=step, **arguments)
     line = command_line()
     results = [replace(result, command=line).to_dict() for result in found]
     output.show(compare_table(results))

@@ -1,6 +1,7 @@
 """``kvq eval``: score a model while it reads its quantized cache."""
 
 from dataclasses import replace
+from typing import Any
 
 import click
 
@@ -26,9 +27,9 @@ def command(
     model: str,
     recipe: str | None,
     settings: dict,
-    scoring: dict,
     requirements: tuple[str, ...],
     output: Output,
+    **scoring: Any,
 ) -> None:
     """Score an export, or a plain MODEL with --recipe, while it reads its quantized cache.
 
@@ -54,7 +55,7 @@ def command(
     chosen = chosen_recipe(recipe, settings)
     arguments = settings_from(scoring)
     quiet_transformers()
-    from kvq.eval.evaluate import evaluate
+    from kvq import api
     from kvq.eval.gate import judge, parse_requirement
     from kvq.eval.task_files import task_names
     from kvq.report.results import eval_table
@@ -62,7 +63,7 @@ def command(
     names = tuple(task_names(arguments["tasks"]))
     wanted = [parse_requirement(text, names) for text in requirements]
     with progress_bar("Evaluating") as step:
-        found = evaluate(model, chosen, progress=step, **arguments)
+        found = api.evaluate(model, recipe=chosen, progress=step, **arguments)
     result = replace(found, command=command_line()).to_dict()
     output.show(eval_table(result))
     output.write(result)

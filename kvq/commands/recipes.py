@@ -70,17 +70,11 @@ def check(recipe: str, model: str | None, settings: dict, output: Output) -> Non
     result: dict[str, Any] = {"name": loaded.name, "valid": True, "hash": loaded.hash}
     said = f"Recipe {loaded.name!r} is valid"
     if model is not None:
-        plan = _memory(loaded, model)
+        from kvq import api
+
+        plan = api.memory_plan(model, loaded).to_dict()
         layers = sum(row["layers"] for row in plan["layer_kinds"] if row["kind"] == "packed")
         result["model"] = {"name": model, "quantized_layers": layers, "memory": plan}
         said += f" and fits {model}: {layers} layers quantized, {plan['bits_per_element']:.2f} bits per element"
     click.echo(f"{said}. Hash {loaded.hash[:12]}.")
     output.write(result)
-
-
-def _memory(recipe, model: str) -> dict:
-    from kvq.exporting.memory import memory_plan
-    from kvq.models.describe import describe
-    from kvq.models.resolve import load_config, resolve_model
-
-    return memory_plan(describe(load_config(resolve_model(model))), recipe).to_dict()

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from kvq.commands.common import Output, check_writable, comma_list, write_atomically
+from kvq.commands.common import Output, check_writable, comma_list, split_list, write_atomically
 
 MODES = ("stream", "prefill", "chunked", "simulate")
 
@@ -81,33 +81,15 @@ _OPTIONS = (
 
 
 def scoring_options(function: Callable) -> Callable:
-    """Add the options; a command passes them on as ``scoring: dict``, and calls ``settings_from`` on it."""
-
-    def gathered(**arguments):
-        names = [option.name for option in _parameters()]
-        scoring = {name: arguments.pop(name) for name in names}
-        return function(**arguments, scoring=scoring)
-
-    gathered.__name__, gathered.__doc__ = function.__name__, function.__doc__
-    # Where click keeps the options of a function that is not a command yet.
-    vars(gathered)["__click_params__"] = list(vars(function).get("__click_params__", []))
+    """Add the options; a command takes them as ``**scoring``, and calls ``settings_from`` on it."""
     for option in reversed(_OPTIONS):
-        option(gathered)
-    return gathered
-
-
-def _parameters() -> list[click.Option]:
-    def nothing():
-        pass
-
-    for option in _OPTIONS:
-        option(nothing)
-    return vars(nothing)["__click_params__"]
+        function = option(function)
+    return function
 
 
 def settings_from(scoring: dict[str, Any]) -> dict[str, Any]:
     """Keyword arguments of ``evaluate`` and ``compare``; refuses what contradicts itself before any work."""
-    names = tuple(name.strip() for name in scoring["tasks"].split(",") if name.strip())
+    names = split_list(scoring["tasks"])
     if not names:
         raise click.UsageError("--tasks is empty: name one, for example --tasks perplexity,divergence.")
     if scoring["no_cache"] and scoring["cache"]:

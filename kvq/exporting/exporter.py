@@ -97,22 +97,10 @@ def export(
     card: Callable[[str], str] | None = None,
     progress: Progress | None = None,
 ) -> ExportResult:
-    """Write ``model`` with ``recipe`` to the new folder ``out``.
+    """``kvq.export``, whose arguments and errors these are, but for two.
 
-    model           ``builtin``, a folder or a hub id, as ``kvq.models.resolve.resolve_model`` takes it.
-    target          for whom: a name of ``kvq.exporting.targets.TARGETS``.
-    stats           statistics or their file, for recipes that need them.
-    other_weights   take statistics of other weights of the same shape, such as those of the base model of a checkpoint
-                    with quantized weights.
-    force           replace an export that is already there; nothing else is ever replaced.
-    base_name       name of the base model in card and provenance; by default the hub id or the folder's name.
-    fold            False leaves the weights alone; transforms are then applied while the model runs.
-    card            makes the model card that is written of the one that would be, to add a section.
-    progress        called with (bytes hashed, bytes in all) while a manifest is made.
-
-    Raises CheckpointError for a target or source that cannot be used, for folds that change the model's logits, and if
-    writing fails (nothing is left then), RecipeError, UnsupportedModelError or ModelNotFoundError as recipe, model and
-    plan demand.
+    card       makes the model card that is written of the one that would be, to add a section.
+    progress   called with (bytes hashed, bytes in all) while a manifest is made.
     """
     recipe, to = load_recipe(recipe), find_target(target)
     source, folder = resolve_model(model).resolve(), Path(out).expanduser().resolve()
