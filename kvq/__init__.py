@@ -51,34 +51,23 @@ if TYPE_CHECKING:
     __version__: str
 
 # The same names, by the module that is imported when one is first used.
-_LAZY = {
-    "CachePlan": "kvq.cache",
-    "EvalResult": "kvq.eval.result",
-    "ExportResult": "kvq.exporting.exporter",
-    "MemoryPlan": "kvq.exporting.memory",
-    "ModelSpec": "kvq.models.describe",
-    "Recipe": "kvq.recipe",
-    "Search": "kvq.searching.search",
-    "Stats": "kvq.calib.stats",
-    "cache_nbytes": "kvq.cache",
-    "calibrate": "kvq.api",
-    "compare": "kvq.api",
-    "describe": "kvq.api",
-    "evaluate": "kvq.api",
-    "export": "kvq.api",
-    "list_recipes": "kvq.recipe",
-    "load": "kvq.integrations.transformers",
-    "load_recipe": "kvq.recipe",
-    "make_plan": "kvq.api",
-    "memory_plan": "kvq.api",
-    "new_cache": "kvq.integrations.runtime",
-    "quantized_cache": "kvq.integrations.runtime",
-    "register_codec": "kvq.codecs",
-    "register_part": "kvq.codecs",
-    "register_transform": "kvq.transforms",
-    "resolve_model": "kvq.models.resolve",
-    "search": "kvq.api",
+_MODULES = {
+    "kvq.api": ("calibrate", "compare", "describe", "evaluate", "export", "make_plan", "memory_plan", "search"),
+    "kvq.cache": ("CachePlan", "cache_nbytes"),
+    "kvq.calib.stats": ("Stats",),
+    "kvq.codecs": ("register_codec", "register_part"),
+    "kvq.eval.result": ("EvalResult",),
+    "kvq.exporting.exporter": ("ExportResult",),
+    "kvq.exporting.memory": ("MemoryPlan",),
+    "kvq.integrations.runtime": ("new_cache", "quantized_cache"),
+    "kvq.integrations.transformers": ("load",),
+    "kvq.models.describe": ("ModelSpec",),
+    "kvq.models.resolve": ("resolve_model",),
+    "kvq.recipe": ("Recipe", "list_recipes", "load_recipe"),
+    "kvq.searching.search": ("Search",),
+    "kvq.transforms": ("register_transform",),
 }
+_LAZY = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
     "CacheError",

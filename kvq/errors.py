@@ -60,3 +60,9 @@ def listed(names: Iterable[str], last: str = "and") -> str:
     """'a', 'a and b', 'a, b and c'."""
     *first, end = names
     return f"{', '.join(first)} {last} {end}" if first else end
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, for use inside a sentence."""
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0].rstrip(".: ")[:200]

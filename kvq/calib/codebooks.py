@@ -29,7 +29,7 @@ from kvq.calib.observers.bins import BINS, Bins
 from kvq.calib.ranks import Ranks
 from kvq.calib.run_state import Layers
 from kvq.calib.stats import Fit, LayerStats, Stats
-from kvq.calib.watch import watch
+from kvq.calib.watch import Watcher, watch
 from kvq.codecs import Codec, CodecSpec
 from kvq.errors import DataError
 from kvq.models.describe import ModelSpec, describe
@@ -186,7 +186,7 @@ def _digest(codecs: Mapping[int, Mapping[str, Codec]]) -> str:
     return digest.hexdigest()
 
 
-class _Sides:
+class _Sides(Watcher):
     """A watcher that keeps what layers give to their cache, and lets gradients reach it."""
 
     def __init__(self, layers):
@@ -199,12 +199,6 @@ class _Sides:
                 if x.requires_grad:
                     x.retain_grad()
             self.seen[index] = {"key": key, "value": value}
-
-    def saw_attention(self, *arguments) -> None:
-        pass
-
-    def saw_hidden(self, *arguments) -> None:
-        pass
 
 
 def _measure(model: PreTrainedModel, batch: Batch, *, books, codecs, ropes, gradient: bool) -> Layers:

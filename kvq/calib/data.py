@@ -12,7 +12,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from kvq.errors import DataError, ModelNotFoundError
+from kvq.errors import DataError, ModelNotFoundError, first_line
 from kvq.models.resolve import looks_like_path
 
 BUILTIN_TEXT = "builtin"
@@ -242,10 +242,9 @@ def _read_hub(name: str, field: str | None, split: str) -> list[Document]:
         raise
     # datasets passes on the errors of its many file systems and of data-set scripts.
     except Exception as error:
-        why = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".: ")[:200]
         raise ModelNotFoundError(
-            f"data set {name!r} is neither a file nor to be had from the hub ({why}): give a .txt, .jsonl or .parquet "
-            f"file, or {BUILTIN_TEXT!r}."
+            f"data set {name!r} is neither a file nor to be had from the hub ({first_line(error)}): give a "
+            f".txt, .jsonl or .parquet file, or {BUILTIN_TEXT!r}."
         ) from None
     return documents
 

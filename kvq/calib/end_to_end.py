@@ -18,12 +18,12 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from kvq.cache.model_attention import kvq_attention, options_of
-from kvq.calib.file import read_file, write_file
 from kvq.calib.fit_source import FitSource
 from kvq.calib.learn import fit_name, learned_steps
-from kvq.calib.stats import STATS_VERSION, Fit, Stats
+from kvq.calib.run_state import save_learned, saved_learned
+from kvq.calib.stats import Fit, Stats
 from kvq.codecs import Codec
-from kvq.errors import CheckpointError, DataError
+from kvq.errors import DataError
 from kvq.heads import HeadSpec
 from kvq.models.describe import describe
 from kvq.models.rope import Rope
@@ -106,8 +106,8 @@ def learn_end_to_end(
         "begun": sorted(stats.fits),
     }
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode() + tokens.contiguous().numpy().tobytes())
-    state = _State(state_folder / f"end-to-end-{recipe.hash[:16]}.safetensors", digest.hexdigest())
-    losses = state.load(learnables)
+    state = state_folder / f"end-to-end-{recipe.hash[:16]}.safetensors", digest.hexdigest()
+    losses = _resume(*state, learnables)
     if progress:
         progress(len(losses), steps)
     parameters = [parameter.requires_grad for parameter in model.parameters()]
@@ -118,11 +118,11 @@ def learn_end_to_end(
             for learnable in learnables.values():
                 learnable.descend(cosine(count, steps))
             if (count + 1) % SAVE_STEPS == 0:
-                state.save(learnables, losses)
+                _save(*state, learnables, losses)
             if progress:
                 progress(count + 1, steps)
     except KeyboardInterrupt:
-        state.save(learnables, losses)
+        _save(*state, learnables, losses)
         raise
     finally:
         for parameter, needed in zip(model.parameters(), parameters):
@@ -239,28 +239,18 @@ def _stored(layer: _Layer, side: str, x: torch.Tensor) -> torch.Tensor:
     return torch.cat([x[:, :, :first], decoded, x[:, :, whole:]], dim=2)
 
 
-class _State:
+def _save(path: Path, run: str, learnables: dict[str, Learnable], losses: list[float]) -> None:
     """The state of an unfinished run in one file, written whole or not at all."""
+    tensors = {f"{n}/{part}": x.contiguous() for n, own in learnables.items() for part, x in own.state().items()}
+    save_learned(path, run, tensors, losses)
 
-    def __init__(self, path: Path, run: str):
-        self.path, self.run = path, run
 
-    def save(self, learnables: dict[str, Learnable], losses: list[float]) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        tensors = {f"{n}/{part}": x.contiguous() for n, own in learnables.items() for part, x in own.state().items()}
-        write_file(self.path, tensors, {"kvq_stats": STATS_VERSION, "run": self.run, "losses": json.dumps(losses)})
-
-    def load(self, learnables: dict[str, Learnable]) -> list[float]:
-        """Take up an earlier state; returns its losses, none if there is no state of this run."""
-        try:
-            tensors, metadata = read_file(self.path, STATS_VERSION)
-        except CheckpointError:
-            return []
-        if metadata.get("run") != self.run:
-            return []
-        for name, learnable in learnables.items():
-            learnable.restore({n.removeprefix(f"{name}/"): x for n, x in tensors.items() if n.startswith(f"{name}/")})
-        return json.loads(metadata["losses"])
+def _resume(path: Path, run: str, learnables: dict[str, Learnable]) -> list[float]:
+    """Take up an earlier state; returns its losses, none if there is no state of this run."""
+    tensors, losses = saved_learned(path, run) or ({}, [])
+    for name, learnable in learnables.items() if losses else ():
+        learnable.restore({n.removeprefix(f"{name}/"): x for n, x in tensors.items() if n.startswith(f"{name}/")})
+    return losses
 
 
 def _with_fits(stats: Stats, recipe: Recipe, spec, layers: dict[int, _Layer], losses: list[float], seed: int) -> Stats:

@@ -54,7 +54,7 @@ def run(
         decoder(**inputs, past_key_values=cache, use_cache=True)
 
 
-class Look:
+class Look(Watcher):
     """A watcher that notes what each layer shows."""
 
     def __init__(self, indices):

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import torch
 
-from kvq.calib.file import read_file, write_file
 from kvq.calib.fit_source import FitSource
-from kvq.calib.stats import STATS_VERSION, Fit, Stats
-from kvq.errors import CheckpointError, RecipeError
+from kvq.calib.run_state import save_learned, saved_learned
+from kvq.calib.stats import Fit, Stats
+from kvq.errors import RecipeError
 from kvq.heads import HeadSpec
 from kvq.models.describe import LayerSpec, ModelSpec
 from kvq.pages.layout import SIDES
@@ -94,7 +94,6 @@ def learn_fits(
         return stats
     done: dict[tuple[int, str, int], Fit] = {}
     source = FitSource(model, stats, folder)
-    state_folder.mkdir(parents=True, exist_ok=True)
     if progress:
         progress(0, len(jobs))
     for layer, side, spec in dict.fromkeys((layer, side, spec) for layer, side, spec, _ in jobs):
@@ -112,28 +111,19 @@ def _learn_one(
 ) -> dict[str, torch.Tensor]:
     """Learn one step, or read it from an interrupted run."""
     path = folder / f"fit-{fit_name(spec, side, place)}-{layer}.safetensors"
-    fit = _saved(path, run)
-    if fit is None:
+    held = saved_learned(path, run)
+    if held is not None:
+        fit = Fit(tensors=held[0], facts=held[1])
+    else:
         learned = learn(getattr(spec.transforms, side)[place], seen)
         facts = {
             "losses": [round(loss, 8) for loss in learned.losses],
             "trials": [[count, round(error, 8)] for count, error in learned.trials],
         }
         fit = Fit(tensors={n: t.detach().contiguous() for n, t in learned.numbers.items()}, facts=facts)
-        write_file(path, fit.tensors, {"kvq_stats": STATS_VERSION, "run": run, "facts": json.dumps(facts)})
+        save_learned(path, run, fit.tensors, facts)
     done[layer, side, place] = fit
     return dict(fit.tensors)
-
-
-def _saved(path: Path, run: str) -> Fit | None:
-    """A step of an interrupted run on the same statistics."""
-    if not path.is_file():
-        return None
-    try:
-        tensors, metadata = read_file(path, STATS_VERSION)
-    except CheckpointError:
-        return None
-    return Fit(tensors=tensors, facts=json.loads(metadata["facts"])) if metadata.get("run") == run else None
 
 
 def _run(stats: Stats) -> str:

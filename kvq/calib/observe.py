@@ -10,6 +10,7 @@ from kvq.calib.observers import Histogram, Massive, Moments, Range, Reservoir, S
 from kvq.calib.observers.sinks import PROBES
 from kvq.calib.observers.tokens import real_tokens
 from kvq.calib.stats import LayerStats
+from kvq.calib.watch import Watcher
 from kvq.errors import DataError
 from kvq.models.rope import Rope
 from kvq.transforms.frame import FRAME_TOKENS
@@ -64,7 +65,7 @@ class LayerPlan:
         return sorted(need for need in self.needs if need.startswith(f"{tensor}."))
 
 
-class Observer:
+class Observer(Watcher):
     """Measures one batch, told by ``kvq.calib.watch``."""
 
     def __init__(self, batch: Batch, layers: Mapping[int, LayerPlan]):

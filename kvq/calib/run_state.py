@@ -5,13 +5,18 @@ A folder with one statistics file for each node of the tree of batches (``kvq.ca
 """
 
 import contextlib
+import json
 import logging
 import re
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from kvq.calib.stats import LayerStats, Stats
+import torch
+
+from kvq.calib.file import read_file, write_file
+from kvq.calib.stats import STATS_VERSION, LayerStats, Stats
 from kvq.calib.tree import Node, Tree, covered
 from kvq.errors import CheckpointError
 
@@ -91,6 +96,21 @@ class RunState:
     def _path(self, node: Node) -> Path:
         level, index = node
         return self.folder / f"part-{level}-{index}.safetensors"
+
+
+def save_learned(path: Path, run: str, tensors: Mapping[str, torch.Tensor], facts: Any) -> None:
+    """Keep what was learned in the run ``run``: tensors, and facts as plain data. Raises CheckpointError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_file(path, tensors, {"kvq_stats": STATS_VERSION, "run": run, "facts": json.dumps(facts)})
+
+
+def saved_learned(path: Path, run: str) -> tuple[dict[str, torch.Tensor], Any] | None:
+    """What ``save_learned`` kept in an interrupted call of the same run; None if there is nothing of it."""
+    try:
+        tensors, metadata = read_file(path, STATS_VERSION)
+    except CheckpointError:
+        return None
+    return (tensors, json.loads(metadata["facts"])) if metadata.get("run") == run else None
 
 
 def _node(path: Path) -> Node:

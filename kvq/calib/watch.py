@@ -9,7 +9,8 @@ implementation nor the mask changes.
 import functools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Protocol
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from transformers import AttentionInterface, DynamicCache, PretrainedConfig, PreTrainedModel
@@ -21,16 +22,22 @@ from kvq.models.decoder import decoder_layers
 UNKNOWN_OPTIONS = ("position_bias", "indices")
 
 
-class Watcher(Protocol):
-    """What ``watch`` tells: ``kvq.calib.observe.Observer`` says what the tensors are."""
+class Watcher:
+    """What ``watch`` tells, of no interest here: ``kvq.calib.observe.Observer`` says what the tensors are.
 
-    layers: Mapping[int, object]
+    layers   by index, those whose hidden states are shown.
+    """
 
-    def saw_cache(self, index: int, key: torch.Tensor, value: torch.Tensor) -> None: ...
+    layers: Mapping[int, Any] = MappingProxyType({})
 
-    def saw_attention(self, index: int, query: torch.Tensor, options: AttentionOptions) -> None: ...
+    def saw_cache(self, index: int, key: torch.Tensor, value: torch.Tensor) -> None:
+        pass
 
-    def saw_hidden(self, index: int, hidden: torch.Tensor) -> None: ...
+    def saw_attention(self, index: int, query: torch.Tensor, options: AttentionOptions) -> None:
+        pass
+
+    def saw_hidden(self, index: int, hidden: torch.Tensor) -> None:
+        pass
 
 
 class ObservingCache(DynamicCache):

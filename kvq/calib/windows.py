@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from kvq.calib.data import SEPARATOR, DataIdentity, Document, source_name, tokenizer_hash
-from kvq.errors import DataError
+from kvq.errors import DataError, first_line
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,7 +144,7 @@ def _through_template(tokenizer, pieces: Sequence[Document]) -> list[str]:
             found.append(tokenizer.apply_chat_template(conversation, tokenize=False))
         # Templates raise what they like (jinja2.TemplateError and others).
         except Exception as error:
-            why = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".: ")[:200]
+            why = first_line(error)
             raise DataError(f"the chat template refuses conversation {number} ({why}): mend or remove it.") from None
     return found
 

@@ -8,7 +8,7 @@ from kvq.commands.common import Output, check_writable, progress_bar, write_atom
 from kvq.errors import CheckpointError, DataError
 
 if TYPE_CHECKING:
-    from kvq.diagnosis.look import Look
+    from kvq.diagnosis.outlook import Outlook
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,7 @@ def show_diagnosis(stats, title: str, facts: dict[str, Any], wishes: Wishes, out
     Raises DataError if they hold too little for what was asked for.
     """
     from kvq.diagnosis import layers_of
-    from kvq.diagnosis.look import look_at
+    from kvq.diagnosis.outlook import outlook_of
     from kvq.report.diagnosis_tables import bit_errors_table, predictions_table, verdict_lines
 
     try:
@@ -50,7 +50,7 @@ def show_diagnosis(stats, title: str, facts: dict[str, Any], wishes: Wishes, out
         return {"diagnosis": None, "why_not": str(error)}
     pictures = bool(wishes.html or wishes.png)
     with progress_bar("Predicting") as step:
-        found = look_at(stats, layers, wishes.recipe, folder, pictures=pictures, progress=step)
+        found = outlook_of(stats, layers, wishes.recipe, folder, pictures=pictures, progress=step)
     data = found.to_dict()
     diagnosis = data["diagnosis"]
     output.show(
@@ -61,7 +61,7 @@ def show_diagnosis(stats, title: str, facts: dict[str, Any], wishes: Wishes, out
     return data
 
 
-def _save(title: str, facts: dict[str, Any], found: "Look", wishes: Wishes, output: Output) -> None:
+def _save(title: str, facts: dict[str, Any], found: "Outlook", wishes: Wishes, output: Output) -> None:
     from kvq.report.diagnosis_charts import diagnosis_charts
     from kvq.report.diagnosis_html import diagnosis_html
     from kvq.report.drawing import png

@@ -57,7 +57,7 @@ def command(
     evaluated = load_evaluated(model, chosen, stats=stats)
     loaded, tokenizer = evaluated.model, evaluated.tokenizer
     # An export brings its cache.
-    if evaluated.plan.layers and getattr(loaded, "kvq", None) is None:
+    if evaluated.plan and evaluated.plan.layers and getattr(loaded, "kvq", None) is None:
         install(loaded, evaluated.plan)
     inputs = _encode(tokenizer, prompt, raw).to(loaded.device)
     _check_length(loaded, inputs["input_ids"].shape[1], max_new_tokens)

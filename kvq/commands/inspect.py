@@ -78,7 +78,7 @@ def stats_facts(stats) -> dict[str, str]:
 
 def _inspect_model(name: str, measure: bool, stats: str | None, wishes: Wishes, output: Output) -> None:
     from kvq.diagnosis.causes import causes_of_weights
-    from kvq.diagnosis.look import statistics_of
+    from kvq.diagnosis.outlook import statistics_of
     from kvq.models.describe import describe
     from kvq.models.resolve import check_weights, load_config, resolve_model
     from kvq.models.stored import Weights

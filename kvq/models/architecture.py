@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.initialization import no_init_weights
 
 from kvq.errors import UnsupportedModelError
+from kvq.models.names import shared_layers
 
 _QUERY, _KEY, _VALUE = ("q_proj",), ("k_proj",), ("v_proj",)
 _FUSED = ("qkv_proj", "query_key_value")
@@ -106,12 +107,11 @@ def _described(text: str, kind: type) -> dict[int, Attention]:
     for _, module in modules.values():
         for parameter in module.parameters():
             uses[id(parameter)] = uses.get(id(parameter), 0) + 1
-    readers = _readers({i: module for i, (_, module) in modules.items()})
-    return {
-        index: _describe_layer(config, index, {r: modules[r] for r in readers[index]}, uses)
-        for index in modules
-        if index in readers
-    }
+    owners = shared_layers(config)
+    readers: dict[int, dict[int, tuple[str, torch.nn.Module]]] = {i: {} for i in modules if i not in owners}
+    for i, module in modules.items():
+        readers[owners.get(i, i)][i] = module
+    return {index: _describe_layer(config, index, own, uses) for index, own in readers.items()}
 
 
 def meta_model(config: PretrainedConfig) -> torch.nn.Module:
@@ -134,19 +134,6 @@ def attention_modules(model: torch.nn.Module) -> dict[int, tuple[str, torch.nn.M
         if isinstance(index, int) and _first(module, _OUTPUT) and index not in found:
             found[index] = (name, module)
     return found
-
-
-def _readers(modules: dict[int, torch.nn.Module]) -> dict[int, list[int]]:
-    """Layers that read each layer's cache; layers that only read another's are no keys."""
-    readers = {i: [i] for i, module in modules.items() if not getattr(module, "is_kv_shared_layer", False)}
-    for i, module in modules.items():
-        if i in readers:
-            continue
-        kind = getattr(module, "layer_type", None)
-        sources = [j for j in readers if j < i and getattr(modules[j], "layer_type", None) == kind]
-        source = getattr(module, "kv_shared_layer_index", None)
-        readers[sources[-1] if source is None else source].append(i)
-    return readers
 
 
 def _describe_layer(config, index: int, readers: dict[int, tuple[str, torch.nn.Module]], uses) -> Attention:

@@ -24,7 +24,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from kvq.errors import CheckpointError, KvqError, ModelNotFoundError, UnsupportedModelError
+from kvq.errors import CheckpointError, KvqError, ModelNotFoundError, UnsupportedModelError, first_line
 from kvq.models.builtin import BUILTIN, builtin_model_dir
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -94,7 +94,9 @@ def _from_hub(name: str, offline: bool) -> Path:
             f"model {name!r} is neither a local folder nor on the hub: check the spelling, or log in if it is private."
         ) from None
     except (huggingface_hub.errors.HfHubHTTPError, OSError, ValueError) as error:
-        why = "the network is switched off" if offline or huggingface_hub.constants.HF_HUB_OFFLINE else _line(error)
+        why = (
+            "the network is switched off" if offline or huggingface_hub.constants.HF_HUB_OFFLINE else first_line(error)
+        )
         raise ModelNotFoundError(
             f"model {name!r} is not on disk and cannot be fetched from the hub ({why}): give a local folder, or try "
             "again with a network."
@@ -229,7 +231,7 @@ def load_config(folder: Path) -> PretrainedConfig:
             raise
         raise UnsupportedModelError(
             f"model type {model_type!r} of {folder.name!r} is not one this release of transformers can read "
-            f"({_line(error)}): update transformers; kvq never runs code from a model folder."
+            f"({first_line(error)}): update transformers; kvq never runs code from a model folder."
         ) from None
 
 
@@ -245,7 +247,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     # The tokenizers library raises bare Exception for a file it cannot parse.
     except Exception as error:
         raise CheckpointError(
-            f"the tokenizer of {folder.name!r} cannot be loaded ({_line(error)}): copy its files again."
+            f"the tokenizer of {folder.name!r} cannot be loaded ({first_line(error)}): copy its files again."
         ) from None
 
 
@@ -291,7 +293,7 @@ def load_model(
     except KvqError:
         raise
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError) as error:
-        raise CheckpointError(f"model {folder.name!r} cannot be loaded: {_line(error)}.") from None
+        raise CheckpointError(f"model {folder.name!r} cannot be loaded: {first_line(error)}.") from None
     missing = sorted(report["missing_keys"])
     if missing:
         # transformers would go on with random numbers in their place.
@@ -299,9 +301,3 @@ def load_model(
             f"model {folder.name!r} lacks {len(missing)} of its weights, first {missing[0]!r}: download it again."
         )
     return (model if device_map is not None else model.to(device)).eval()
-
-
-def _line(error: BaseException) -> str:
-    """The first line of an error's text, for use inside a sentence."""
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0].rstrip(".: ")[:200]

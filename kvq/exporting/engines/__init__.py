@@ -139,25 +139,17 @@ def find_release(engine: str, version: str | None = None) -> Release:
 
 
 def _release(data: Mapping[str, Any], version: str) -> Release:
-    own = data["releases"][version]
-    lists = data.get("architectures")
-    architectures = None
-    if lists:
-        architectures = {name: spelling for spelling, names in lists.items() for name in names}
+    """A row under ``releases`` with what all releases of the engine share."""
+    shared = ("engine", "title", "serve", "dtype_flag", "skip_flag", "single_file_first")
+    row, lists = data["releases"][version], data.get("architectures")
     return Release(
-        engine=data["engine"],
-        title=data["title"],
         version=version,
-        transformers=own["transformers"],
-        serve=data["serve"],
-        readers={method: _reader(reader) for method, reader in own["readers"].items()},
-        refused=own["refused"],
         modules=tuple(data["modules"]),
-        architectures=architectures,
-        own={name: OwnDtype(**dtype) for name, dtype in own.get("own", {}).items()},
-        dtype_flag=data.get("dtype_flag"),
-        skip_flag=data.get("skip_flag"),
-        single_file_first=data.get("single_file_first", False),
+        architectures=lists and {name: spelling for spelling, names in lists.items() for name in names},
+        readers={method: _reader(reader) for method, reader in row["readers"].items()},
+        own={name: OwnDtype(**dtype) for name, dtype in row.get("own", {}).items()},
+        **{name: row[name] for name in ("transformers", "refused")},
+        **{name: data[name] for name in shared if name in data},
     )
 
 

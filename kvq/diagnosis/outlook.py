@@ -29,7 +29,7 @@ _WIDTHS_OF = "kivi2"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Look:
+class Outlook:
     """What quantization would do to a model.
 
     errors, widths_of   layer -> side -> bits -> error (``kvq.diagnosis.bit_errors``), with the recipe of that name.
@@ -50,7 +50,7 @@ class Look:
         }
 
 
-def look_at(
+def outlook_of(
     stats: Stats,
     layers: Mapping[int, LayerTokens],
     recipe: Recipe | None = None,
@@ -58,7 +58,7 @@ def look_at(
     *,
     pictures: bool = False,
     progress: Callable[..., None] | None = None,
-) -> Look:
+) -> Outlook:
     """Predict the shipped candidates, and ``recipe`` with them.
 
     layers     ``layers_of(stats)``.  folder   the model's checkpoint, for transforms that read weights.
@@ -75,7 +75,7 @@ def look_at(
         if recipe is not None and own.recipe == recipe.name and own.why_not:
             raise RecipeError(f"recipe {recipe.name!r} cannot be predicted: {own.why_not}")
     shown = _shown_plan(stats, found, recipe, folder) if pictures else None
-    return Look(stats=stats, layers=layers, diagnosis=found, errors=errors, widths_of=widths_of, shown=shown)
+    return Outlook(stats=stats, layers=layers, diagnosis=found, errors=errors, widths_of=widths_of, shown=shown)
 
 
 def statistics_of(
