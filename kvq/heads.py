@@ -8,6 +8,9 @@ from kvq.transforms import Transforms
 from kvq.transforms.frame import FRAME_TOKENS
 from kvq.transforms.spec import PLACES
 
+# Counters on a device are int32.
+MOST_TOKENS = 2**31 - 1
+
 
 @dataclass(frozen=True, kw_only=True)
 class TokenPolicy:
@@ -26,6 +29,8 @@ class TokenPolicy:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 0:
                 raise RecipeError(f"tokens.{name}={value!r} is not a number of tokens: use 0 or more.")
+            if value > MOST_TOKENS:
+                raise RecipeError(f"tokens.{name}={value} is more than any context: use at most {MOST_TOKENS}.")
 
     def to_dict(self) -> dict[str, int]:
         return {"sinks": self.sinks, "window": self.window}

@@ -21,7 +21,7 @@ from kvq.codecs.spec import CodecSpec, merge_codec, parse_codec
 from kvq.errors import RecipeError, suggest
 from kvq.heads import HeadSpec, TokenPolicy
 from kvq.recipes import list_recipes, recipe_text
-from kvq.settings import build, refuse_unknown
+from kvq.settings import build, read_yaml, refuse_unknown
 from kvq.transforms import Transforms, build_transforms
 
 _LAYER_PATTERN = re.compile(r"^[-\d,]+(/[\d,-]+)?$")
@@ -249,12 +249,4 @@ def load_recipe(name_or_path: "str | Path | Recipe") -> Recipe:
         raise RecipeError(f"recipe file {text!r} does not exist: check the path, or use a shipped recipe by name.")
     else:
         raise RecipeError(f"unknown recipe {text!r}.{suggest(text, list_recipes())}")
-    try:
-        data = yaml.safe_load(source)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f" at line {mark.line + 1}" if mark else ""
-        raise RecipeError(
-            f"recipe file {text!r} is not readable YAML{line}: mend it, or start from 'kvq recipes show kivi2'."
-        ) from None
-    return parse_recipe(data, source=text)
+    return parse_recipe(read_yaml(source, f"recipe file {text!r}"), source=text)

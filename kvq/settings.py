@@ -4,7 +4,12 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import yaml
+
 from kvq.errors import RecipeError, listed, suggest
+
+# Characters of the largest recipe or search space that is read.
+LARGEST_YAML = 1 << 20
 
 
 def build(cls, data: Any, where: str):
@@ -26,6 +31,38 @@ def refuse_unknown(data: Mapping[str, Any], known: tuple[str, ...], where: str) 
             raise RecipeError(f"{where} has no setting {name!r}.{suggest(str(name), known)}")
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that stands twice: YAML would keep the last value without a word."""
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} stands twice", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(text: str, what: str) -> Any:
+    """Plain data of YAML that users write; ``what`` names it. Raises RecipeError for text that is none, that names a
+    key twice, or that is larger or deeper than any recipe."""
+    if len(text) > LARGEST_YAML:
+        raise RecipeError(f"{what} has {len(text)} characters, a recipe at most {LARGEST_YAML}: is it another file?")
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.constructor.ConstructorError as error:
+        line = f" at line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise RecipeError(f"{what} is not readable YAML{line}: {error.problem}.") from None
+    except (yaml.YAMLError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" at line {mark.line + 1}" if mark else ""
+        raise RecipeError(
+            f"{what} is not readable YAML{line}: mend it, or start from 'kvq recipes show kivi2'."
+        ) from None
+
+
 def is_count(value: Any) -> bool:
     """True for a whole number of 1 or more."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
@@ -35,9 +72,14 @@ def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
+def is_one_of(value: Any, choices: tuple) -> bool:
+    """True for one of ``choices``, of its type: 4.0 is not 4, as a recipe's hash is of what it says."""
+    return any(type(value) is type(choice) and value == choice for choice in choices)
+
+
 def check_choice(name: str, value: Any, choices: tuple, what: str = "known") -> None:
     """Refuse a value that is none of ``choices``; None passes, for settings that are left out."""
-    if value is not None and (isinstance(value, bool) or value not in choices):
+    if value is not None and not is_one_of(value, choices):
         words = [repr(choice) if isinstance(choice, str) else str(choice) for choice in choices]
         raise RecipeError(f"{name}={value!r} is not {what}: use {listed(words, 'or')}.")
 

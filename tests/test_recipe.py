@@ -205,6 +205,9 @@ BAD_DATA = [
     ({"key": {"codec": "exact"}}, "set both or none"),
     ({"tokens": {"window": -1}}, "tokens.window=-1 is not a number of tokens"),
     ({"tokens": {"sinks": 1.5}}, "tokens.sinks=1.5"),
+    ({"tokens": {"window": 2**40}}, "is more than any context"),
+    ({"key": AFFINE | {"bits": 4.0}}, "bits=4.0 is not a packed width"),
+    ({"key": AFFINE | {"clip": float("nan")}}, "clip=nan is not a share of the range"),
     ({"tokens": {"window": 100}}, "tokens.window=100 is no multiple of key.group=32"),
     ({"tokens": {"recent": 3}}, "has no setting 'recent'"),
     ({"tokens": [1]}, "not a mapping"),
@@ -304,6 +307,9 @@ def test_a_bad_setting_is_one_sentence(setting, reason):
         (b"", "is not a mapping"),
         (b"\xff\xfe\xff", "cannot be read"),
         (b"name: a\0", "not readable YAML"),
+        (b"name: a\nkey: {bits: 4, bits: 2}", "at line 2: 'bits' stands twice"),
+        (b"[" * 5000, "not readable YAML"),
+        (b"#" * (1 << 20) + b"#", "1048577 characters"),
     ],
 )
 def test_an_unreadable_file_is_one_sentence(tmp_path, content, reason):

@@ -1,5 +1,6 @@
 """A decoder layer's packed cache, behind the transformers cache-layer interface."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -201,6 +202,7 @@ class PackedLayer(CacheLayerMixin):
         else:
             keys, values = (dense(self, side, snapshots) for side in SIDES)
         setattr(keys, HANDLE, handle)
+        setattr(values, HANDLE, handle)
         return keys, values
 
     def hold(self) -> None:
@@ -284,6 +286,10 @@ class PackedLayer(CacheLayerMixin):
         count = -tokens_to_remove
         if count == 0 or not self.is_initialized:
             return
+        if count >= self.length:
+            # As a plain cache: nothing is left, and the next tokens are a prompt.
+            self.reset()
+            return
         if self.real is not None and not bool(self.real[:, self.length - count :].all()):
             raise CacheError(f"cannot remove {count} columns: some of them are pads in some rows.")
         for store in self.stores:
@@ -349,11 +355,17 @@ def implementations(cache) -> list[str]:
 
 
 def cache_nbytes(cache: Cache) -> int:
-    """Measured bytes of any transformers cache: packed storage and plain tensors."""
-    total = 0
-    for layer in cache.layers:
-        if isinstance(layer, PackedLayer):
-            total += layer.nbytes
-        else:
-            total += sum(t.nbytes for t in (layer.keys, layer.values) if t is not None)
-    return total
+    """Measured bytes of any transformers cache: packed storage, plain tensors, and the states of layers that have no
+    keys and values (linear attention, convolutions)."""
+    return sum(layer.nbytes if isinstance(layer, PackedLayer) else _tensor_bytes(vars(layer)) for layer in cache.layers)
+
+
+def _tensor_bytes(held) -> int:
+    """Bytes of the tensors in nested lists, tuples and mappings."""
+    if isinstance(held, torch.Tensor):
+        return held.nbytes
+    if isinstance(held, Mapping):
+        held = held.values()
+    elif not isinstance(held, list | tuple):
+        return 0
+    return sum(_tensor_bytes(part) for part in held)

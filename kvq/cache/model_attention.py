@@ -4,11 +4,14 @@ import torch
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.utils import logging
 
 from kvq.cache import HANDLE
 from kvq.cache.attend import Options
 from kvq.cache.observer import prompt_lse
 from kvq.errors import UnsupportedModelError
+
+logger = logging.get_logger(__name__)
 
 NAME = "kvq"
 
@@ -31,10 +34,12 @@ def kvq_attention(
 ) -> tuple[torch.Tensor, None]:
     """Attention of query [B, H, L, D]; returns [B, L, H, D] and no weights.
 
-    ``key`` carries the handle of a packed layer; without one (sliding layers, no cache) this is ordinary attention.
+    ``key`` and ``value`` carry the handle of a packed layer; without one (sliding layers, no cache) this is ordinary
+    attention. A model that changes one of them after the cache has lost it there, and gets ordinary attention over
+    dequantized tensors.
     """
     options = options_of(module, query, scaling, kwargs)
-    handle = getattr(key, HANDLE, None)
+    handle = _handle_of(module, key, value)
     if handle is not None:
         handle.layer.reads_handle = True
         if not handle.is_prompt:
@@ -48,6 +53,19 @@ def kvq_attention(
     if handle is not None and handle.layer.observers:
         handle.show(query, prompt_lse(query, key, attention_mask, handle.columns, options))
     return out, None
+
+
+def _handle_of(module: torch.nn.Module, key: torch.Tensor, value: torch.Tensor):
+    """The handle that both tensors carry, or None."""
+    handles = getattr(key, HANDLE, None), getattr(value, HANDLE, None)
+    if handles[0] is handles[1]:
+        return handles[0]
+    name = "values" if handles[1] is None else "keys"
+    logger.warning_once(
+        f"kvq: {type(module).__name__} changes {name} between the cache and attention, so packed pages are dequantized "
+        "for it in every step."
+    )
+    return None
 
 
 def options_of(module: torch.nn.Module, query: torch.Tensor, scaling: float | None, kwargs: dict) -> Options:

@@ -28,7 +28,7 @@ from kvq.pages.layout import SideLayout
 from kvq.pages.meta import range_section
 from kvq.pages.pages import Encoded, Pages
 from kvq.pages.view import Slice, View
-from kvq.settings import check_choice, check_flag, is_number
+from kvq.settings import check_choice, check_flag, is_number, is_one_of
 
 BITS = (2, 3, 4, 8)
 METADATA = ("float16", "e4m3", "zero8", "range8")
@@ -184,7 +184,7 @@ class Affine(GroupedSpec):
 
 
 def check_bits(bits, widths: tuple[int, ...]) -> None:
-    if isinstance(bits, bool) or bits not in widths:
+    if not is_one_of(bits, widths):
         raise RecipeError(f"bits={bits!r} is not a packed width: use one of {', '.join(map(str, widths))}.")
 
 

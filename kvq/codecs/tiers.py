@@ -20,7 +20,7 @@ from kvq.pages.bits import pack_codes
 from kvq.pages.layout import ATOM, Section, SideLayout
 from kvq.pages.pages import Encoded
 from kvq.pages.view import Slice, View
-from kvq.settings import check_choice
+from kvq.settings import check_choice, is_one_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +131,7 @@ class Tiers(CodecSpec):
             raise RecipeError(f"bits={self.bits!r} are not tiers: give a list such as [4, 2, 2, 2].")
         object.__setattr__(self, "bits", tuple(self.bits))
         for width in self.bits:
-            if isinstance(width, bool) or width not in (0, *BITS):
+            if not is_one_of(width, (0, *BITS)):
                 raise RecipeError(f"bits={width!r} of a tier is not a packed width: use one of 0, 2, 3, 4, 8.")
         if not any(self.bits):
             raise RecipeError("every tier has 0 bits, so nothing would be stored: give one of them bits.")

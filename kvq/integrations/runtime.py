@@ -66,6 +66,7 @@ def install(model: PreTrainedModel, plan: CachePlan, impl: str = "auto") -> Runt
         )
     hook = decoder_of(model).register_forward_pre_hook(functools.partial(_before_forward, model), with_kwargs=True)
     model._prepare_cache_for_generation = functools.partial(_prepare_cache, model)
+    model.init_continuous_batching = _refuse_continuous_batching
     model.kvq = Runtime(
         plan=plan,
         attention=model.config._attn_implementation,
@@ -80,7 +81,7 @@ def uninstall(model: PreTrainedModel) -> None:
     """Undo ``install``: the model is as it was."""
     runtime = model.kvq
     runtime.hook.remove()
-    del model._prepare_cache_for_generation
+    del model._prepare_cache_for_generation, model.init_continuous_batching
     del model.kvq
     model.set_attn_implementation(runtime.previous_attention)
 
@@ -167,6 +168,13 @@ def _prepare_cache(model, generation_config, model_kwargs, *args, **kwargs):
     return result
 
 
+def _refuse_continuous_batching(*args, **kwargs):
+    raise CacheError(
+        "continuous batching (generate_batch) keeps tokens in a paged cache of its own, which kvq does not quantize: "
+        "call generate with a padded batch, or leave the quantized_cache block."
+    )
+
+
 def _prompt_columns(generation_config, model_kwargs) -> int | None:
     """Columns of the prompt, as ``generate`` has them at hand; newer releases drop a mask that is all ones."""
     mask = model_kwargs.get("attention_mask")
@@ -212,6 +220,11 @@ def _before_forward(model: PreTrainedModel, module, args, kwargs):
         pack_cache(cache, plan, model.kvq.impl)
         kwargs["past_key_values"] = cache
     layers = packed_layers(cache)
+    if cache is not None and plan.layers and not layers:
+        logger.warning_once(
+            f"kvq: a {type(cache).__name__} was given to a model that runs recipe {plan.recipe.name!r}, so its tokens "
+            "are not quantized: pass none, or one of kvq.new_cache(model)."
+        )
     if layers:
         mask = kwargs.get("attention_mask")
         two_dimensional = isinstance(mask, torch.Tensor) and mask.ndim == 2

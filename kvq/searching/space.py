@@ -22,7 +22,7 @@ from kvq.heads import TokenPolicy
 from kvq.models.describe import ModelSpec
 from kvq.pages.layout import SIDES
 from kvq.recipe import Recipe
-from kvq.settings import build, refuse_unknown
+from kvq.settings import build, read_yaml, refuse_unknown
 from kvq.transforms import Transforms, build_transforms
 
 # What stands on the side that an option leaves alone, where a plan needs something there.
@@ -77,11 +77,10 @@ def load_space(source: str | Path | None = None) -> dict[str, Any]:
     if source is None:
         return yaml.safe_load(resources.files("kvq.searching").joinpath("space.yaml").read_text())
     try:
-        data = yaml.safe_load(Path(source).read_text(encoding="utf-8"))
+        text = Path(source).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"search space {str(source)!r} cannot be read: {error}.") from None
-    except yaml.YAMLError:
-        raise RecipeError(f"search space {str(source)!r} is not readable YAML: mend it.") from None
+    data = read_yaml(text, f"search space {str(source)!r}")
     if not isinstance(data, Mapping):
         raise RecipeError(f"search space {str(source)!r} is not a mapping: give it key, value and tokens.")
     return dict(data)

@@ -1,0 +1,126 @@
+"""What users do around a packed cache that once gave wrong numbers, or a dead end, without a word."""
+
+import logging
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+
+import kvq
+from kvq.cache import PackedLayer
+from kvq.errors import CacheError
+
+TOKENS = torch.arange(3, 84)[None] % 100
+
+
+@pytest.fixture
+def made():
+    def make(kind: str, **settings):
+        fields = {
+            "vocab_size": 128, "hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
+            "eos_token_id": None, "pad_token_id": None, "initializer_range": 0.15,
+        }  # fmt: skip
+        torch.manual_seed(0)
+        config = AutoConfig.for_model(kind, **fields | settings)
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+    return make
+
+
+@pytest.fixture
+def warnings(monkeypatch):
+    """What the package warned of, each once."""
+    found = []
+    logger = logging.getLogger("transformers")
+    monkeypatch.setattr(type(logger), "warning_once", lambda self, message: found.append(message), raising=False)
+    return found
+
+
+def stepped(model, cache) -> torch.Tensor:
+    """Logits of the last 11 tokens, each read from a cache."""
+    with torch.no_grad():
+        model(TOKENS[:, :70], past_key_values=cache)
+        rest = [model(TOKENS[:, n : n + 1], past_key_values=cache).logits for n in range(70, TOKENS.shape[1])]
+    return torch.cat(rest, dim=1)
+
+
+def test_values_that_a_model_changes_after_the_cache_are_obeyed(made, warnings):
+    """DiffLlama splits and repeats values between the cache and attention: reading those of the pages instead had an
+    error of 0.4. Control: a model that changes nothing does not lose its way to the pages."""
+    for kind, dequantizes in (("diffllama", True), ("llama", False)):
+        model = made(kind)
+        want = stepped(model, DynamicCache(config=model.config))
+        warnings.clear()
+        with kvq.quantized_cache(model, "int8"):
+            cache = kvq.new_cache(model)
+            found = stepped(model, cache)
+        assert isinstance(cache.layers[0], PackedLayer)
+        assert float((found - want).norm() / want.norm()) < 0.03
+        assert any("changes values" in message for message in warnings) == dequantizes
+
+
+def test_a_crop_of_everything_leaves_an_empty_cache(made):
+    """As transformers has it: more than there is, is all there is; the cache begins anew."""
+    model = made("llama")
+    with kvq.quantized_cache(model, "int4"):
+        cache = kvq.new_cache(model)
+        want = stepped(model, cache)
+        cache.crop(-TOKENS.shape[1] - 5)
+        assert cache.get_seq_length() == 0
+        assert torch.equal(stepped(model, cache), want)
+
+
+def test_bytes_of_layers_that_hold_states(made):
+    """Of layers with linear attention, which have no keys: every tensor counts, once."""
+    kind = {"num_hidden_layers": 4, "num_experts": 0, "hidden_size": 64, "intermediate_size": 64}
+    model = made("qwen3_next", **kind)
+    with torch.no_grad(), kvq.quantized_cache(model, "int4"):
+        cache = kvq.new_cache(model)
+        model(TOKENS, past_key_values=cache)
+    packed = [layer for layer in cache.layers if isinstance(layer, PackedLayer)]
+    others = [layer for layer in cache.layers if not isinstance(layer, PackedLayer)]
+    assert packed
+    assert others
+    states = [part for layer in others for kept in vars(layer).values() for part in parts(kept)]
+    assert len(states) >= len(others)
+    assert kvq.cache_nbytes(cache) == sum(layer.nbytes for layer in packed) + sum(x.nbytes for x in states)
+
+
+def parts(kept):
+    if isinstance(kept, dict):
+        kept = list(kept.values())
+    if isinstance(kept, list | tuple):
+        return [x for part in kept for x in parts(part)]
+    return [kept] if isinstance(kept, torch.Tensor) else []
+
+
+@pytest.mark.parametrize("settings", [{"past_key_values": True}, {"cache_implementation": "static"}])
+def test_a_cache_that_is_not_quantized_is_named(made, warnings, settings):
+    model = made("llama")
+    if "past_key_values" in settings:
+        settings = {"past_key_values": DynamicCache(config=model.config)}
+    with kvq.quantized_cache(model, "int4"):
+        model.generate(TOKENS, max_new_tokens=2, do_sample=False)
+        assert not any("not quantized" in message for message in warnings)
+        model.generate(TOKENS, max_new_tokens=2, do_sample=False, **settings)
+    assert any("Cache was given" in message and "'int4'" in message for message in warnings)
+
+
+def test_continuous_batching_is_refused(made):
+    """Its cache is its own. Control: outside the block the model is as it was."""
+    model = made("llama")
+    with kvq.quantized_cache(model, "int4"), pytest.raises(CacheError, match="continuous batching"):
+        model.generate_batch(TOKENS.tolist())
+    assert "init_continuous_batching" not in vars(model)
+
+
+def test_steps_with_gradients_on(made):
+    """A decode loop without no_grad gives the numbers of one with it."""
+    model = made("llama")
+    with kvq.quantized_cache(model, "int4"):
+        want = stepped(model, kvq.new_cache(model))
+        cache = kvq.new_cache(model)
+        model(TOKENS[:, :70], past_key_values=cache)
+        found = [model(TOKENS[:, n : n + 1], past_key_values=cache).logits for n in range(70, TOKENS.shape[1])]
+    assert torch.equal(torch.cat(found, dim=1), want)
