@@ -25,7 +25,7 @@ def dense(layer: Any, side: str, snapshots: list[Snapshot] | None) -> torch.Tens
             continue
         keys = list(zip(snapshot.before, snapshot.added)) if snapshot else [(n, 0) for n in store.stored]
         for rows in group_rows(keys):
-            found = store.chains[side].undo(store.dequantized(side, rows, snapshot))
+            found = store.chains[side].inverse(store.dequantized(side, rows, snapshot))
             for j, b in enumerate(rows):
                 target = found[j] if layer.real is None else _scatter(found[j], layer.real[b].to(found.device))
                 out[b, own] = target
@@ -45,7 +45,7 @@ def _by_row(layer: Any, store: HeadStore, side: str, snapshot: Snapshot | None) 
             columns = columns[store.kept.seen(row, 0, count)]
         found[b, heads, columns] = store.dequantized(side, [row], snapshot)[0].to(found).squeeze(0)
         stored[b, heads, columns] = True
-    return store.chains[side].undo(found).masked_fill_(~stored.unsqueeze(-1), 0)
+    return store.chains[side].inverse(found).masked_fill_(~stored.unsqueeze(-1), 0)
 
 
 def _scatter(tokens: torch.Tensor, real: torch.Tensor) -> torch.Tensor:

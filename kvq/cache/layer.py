@@ -98,14 +98,14 @@ class Handle:
         store, snapshot = self.layer.stores[index], self.snapshots[index]
         chains = store.step_chains if snapshot is store.step else store.chains_of(q.shape[3], q.dtype)
         # Chains see [B, kv_heads, any, head_dim].
-        q = chains["key"].dual(q.flatten(2, 3)).view_as(q)
+        q = chains["key"].transform_query(q.flatten(2, 3)).view_as(q)
         steps = self.layer.context.steps
         out = attend(store, snapshot, q, row_masks, self.columns, options, steps, lse)
         if lse is not None and store.chains["key"]:
             # Keys that lose a number by channel move all logits of a query by one number.
-            lost = chains["key"].write(q.new_zeros(1, q.shape[1], 1, q.shape[-1])).to(lse.dtype)
+            lost = chains["key"].forward(q.new_zeros(1, q.shape[1], 1, q.shape[-1])).to(lse.dtype)
             lse -= options.scaling * (q.to(lse.dtype) * lost.unsqueeze(2)).sum(-1)
-        return chains["value"].undo(out.flatten(2, 3)).view_as(out)
+        return chains["value"].inverse(out.flatten(2, 3)).view_as(out)
 
     def _row_masks(self, given: torch.Tensor, rows: int) -> list[torch.Tensor] | None:
         """Drop the columns of pads: one [L, tokens] mask per row; None if it says no more than causality."""
@@ -190,7 +190,7 @@ class PackedLayer(CacheLayerMixin):
             snapshot = store.append_on_device(states, context.counters) if stepping else None
             if snapshot is None:
                 chains = store.chains_of(new, self.dtype)
-                states = {side: chains[side].write(x) for side, x in states.items()}
+                states = {side: chains[side].forward(x) for side, x in states.items()}
                 snapshot = store.append(states, columns, prompt, context.positions)
             snapshots.append(snapshot)
         handle = Handle(layer=self, snapshots=snapshots, columns=columns, start=start)

@@ -254,7 +254,7 @@ def _bins(
     if book.tensor != book.side and rope is not None:
         positions = batch.positions.to(x.device)
         positions = positions if book.tensor == "key_pre" else positions - positions % FRAME_TOKENS
-        x, slope = rope.undo(x, positions), None if slope is None else rope.transposed(slope, positions)
+        x, slope = rope.inverse(x, positions), None if slope is None else rope.transposed(slope, positions)
     found = []
     for row in range(len(x)):
         real = slice(None) if batch.valid is None else batch.valid[row].to(x.device)

@@ -230,7 +230,7 @@ def _stored(layer: _Layer, side: str, x: torch.Tensor) -> torch.Tensor:
     whole = first + (x.shape[2] - first) // codec.block_tokens * codec.block_tokens
     body, block = x[:, :, first:whole], layer.spec.frame_tokens if side == "key" and layer.spec.framed_steps else None
     if block is None:
-        decoded = chain.undo(codec.fake_quantized(chain.write(body)))
+        decoded = chain.inverse(codec.fake_quantized(chain.forward(body)))
     else:
         # Steps before those of the frame commute with RoPE.
         origins = block_origins(torch.arange(first, whole).unsqueeze(0), block)

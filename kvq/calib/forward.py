@@ -136,7 +136,7 @@ def _rotation(spec: ModelSpec, near: torch.Tensor, far: torch.Tensor, ropes) -> 
     except UnsupportedModelError as error:
         return None, str(error)
     positions = [torch.full((1, 1), position, device=near.device) for position in LOOK_POSITIONS]
-    if same(rope.undo(far, positions[1]), rope.undo(near, positions[0])):
+    if same(rope.inverse(far, positions[1]), rope.inverse(near, positions[0])):
         return rope, ""
     return None, f"keys of {spec.model_type!r} are changed after RoPE, so it cannot be undone."
 

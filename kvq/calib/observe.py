@@ -174,7 +174,7 @@ def _turned_back(key: torch.Tensor, rope: Rope | None, positions: torch.Tensor) 
         return key
     positions = positions.to(key.device)
     if key.device.type != "cpu":
-        return rope.undo(key, positions)
+        return rope.inverse(key, positions)
     # Row by row, so that what the model's function makes on the way stays in the CPU's cache.
     places = positions.expand(len(key), -1)
-    return torch.cat([rope.undo(key[row : row + 1], places[row : row + 1]) for row in range(len(key))])
+    return torch.cat([rope.inverse(key[row : row + 1], places[row : row + 1]) for row in range(len(key))])

@@ -60,7 +60,7 @@ def stored(group: HeadGroup, side: str, x: torch.Tensor, positions: torch.Tensor
     Tokens that fill no whole block stay exact.
     """
     codec, chain = group.codecs[side], group.chains[side]
-    written = chain.write(x)
+    written = chain.forward(x)
     whole = (x.shape[2] - group.sinks) // codec.block_tokens * codec.block_tokens
     place = slice(group.sinks, group.sinks + whole)
     body = written[:, :, place]
@@ -76,7 +76,7 @@ def stored(group: HeadGroup, side: str, x: torch.Tensor, positions: torch.Tensor
         decoded = torch.cat([codec.decode(codec.encode(row), x.dtype) for row in body.split(1)])
     found = written.clone()
     found[:, :, place] = decoded
-    return chain.undo(found)
+    return chain.inverse(found)
 
 
 def _estimated(key: torch.Tensor, value: torch.Tensor, tokens: LayerTokens, window: int) -> float:

@@ -132,8 +132,8 @@ def two_view_attend(
     """
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     B, K, G, T = q.shape[:4]
-    keys, values = (group.chains[side].write(x) for side, x in zip(SIDES, (keys, values)))
-    q = group.chains["key"].dual(q.flatten(2, 3)).view(q.shape)
+    keys, values = (group.chains[side].forward(x) for side, x in zip(SIDES, (keys, values)))
+    q = group.chains["key"].transform_query(q.flatten(2, 3)).view(q.shape)
     if positions is None:
         positions = torch.arange(T).unsqueeze(0)
     sinks = group.sinks
@@ -165,7 +165,7 @@ def two_view_attend(
         if options.sink_logits is not None:
             partials.append(_sink_logits(options.sink_logits, strip))
         out[:, :, :, start:stop] = merge_partials(partials).view_as(strip).to(q.dtype)
-    return group.chains["value"].undo(out.flatten(2, 3)).view(q.shape)
+    return group.chains["value"].inverse(out.flatten(2, 3)).view(q.shape)
 
 
 def _tile(rows: int, columns: int, budget: int) -> int:

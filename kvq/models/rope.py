@@ -46,7 +46,7 @@ class Rope:
         cos, sin = self._cos_sin(positions, x)
         return self._applied(x, cos, sin)
 
-    def undo(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    def inverse(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Inverse of ``rotate``."""
         out = self.transposed(x, positions)
         if self.factor != 1:
@@ -160,7 +160,7 @@ def _rotated_channels(apply, cos: torch.Tensor, sin: torch.Tensor) -> int:
 def _check_inverse(rope: Rope, name: str) -> None:
     x = torch.randn(1, 2, _PROBE_POSITIONS, rope.channels, generator=torch.Generator().manual_seed(1)).double()
     positions = torch.arange(_PROBE_POSITIONS).unsqueeze(0)
-    back = rope.undo(rope.rotate(x, positions), positions)
+    back = rope.inverse(rope.rotate(x, positions), positions)
     if back.shape != x.shape or float((back - x).abs().max()) > 1e-5:
         raise _refusal(name, "rotating back does not give the same keys")
 

@@ -189,7 +189,7 @@ def _written(plan: CachePlan, index: int, side: str, x: torch.Tensor) -> torch.T
     chain = plan.chains.get(index, {}).get(side)
     if chain is None:
         return x
-    x = chain.whole.write(x)
+    x = chain.whole.forward(x)
     for group in plan.layers[index] if side == "key" and plan.framed[index] else ():
         own = list(group.heads)
         x[:, own] = group.frame.enter(x[:, own], block_origins(torch.arange(x.shape[2])[None], group.frame.block)).to(x)

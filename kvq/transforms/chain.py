@@ -2,8 +2,8 @@
 
 A step maps stored numbers, and its *dual* maps what reads them:
 
-    keys     k' = write(k),  q' = dual(q),   q' . k' = q . k  up to a number that is the same for all keys of a query
-    values   v' = write(v),  the attention output o' of v' gives o = undo(o')
+    keys     k' = forward(k),  q' = transform_query(q),  q' . k' = q . k  up to a number that all keys of a query share
+    values   v' = forward(v),  the attention output o' of v' gives o = inverse(o')
 
 Every step can be applied while the model runs. An export may fold the first steps of a chain into weights
 (``plan.py``, ``fold.py``): the model then gives k' and q' of those steps itself, and only the others remain.
@@ -32,16 +32,16 @@ class Step(ABC):
     offset: torch.Tensor | None = None
 
     @abstractmethod
-    def write(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         """What is stored for x."""
 
-    def dual(self, q: torch.Tensor) -> torch.Tensor:
+    def transform_query(self, q: torch.Tensor) -> torch.Tensor:
         """What queries become, so that products with written keys are the model's (keys only)."""
         raise NotImplementedError(f"{type(self).__name__} is a step of values: nothing reads it by queries")
 
     @abstractmethod
-    def undo(self, x: torch.Tensor) -> torch.Tensor:
-        """Inverse of ``write``; for values, also what the attention output needs."""
+    def inverse(self, x: torch.Tensor) -> torch.Tensor:
+        """Inverse of ``forward``; for values, also what the attention output needs."""
 
     def of_heads(self, heads: Sequence[int]) -> "Step":
         """The same step for some of the layer's KV heads; here: one that is the same for all."""
@@ -64,14 +64,14 @@ class Chain:
     def __bool__(self) -> bool:
         return len(self.steps) > self.folded
 
-    def write(self, x: torch.Tensor) -> torch.Tensor:
-        return _through(x, self._left, "write")
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return _through(x, self._left, "forward")
 
-    def dual(self, q: torch.Tensor) -> torch.Tensor:
-        return _through(q, self._left, "dual")
+    def transform_query(self, q: torch.Tensor) -> torch.Tensor:
+        return _through(q, self._left, "transform_query")
 
-    def undo(self, x: torch.Tensor) -> torch.Tensor:
-        return _through(x, self._left[::-1], "undo")
+    def inverse(self, x: torch.Tensor) -> torch.Tensor:
+        return _through(x, self._left[::-1], "inverse")
 
     @cached_property
     def _left(self) -> tuple[Step, ...]:

@@ -19,15 +19,15 @@ class Composed:
         self.dtype = dtype if dtype == torch.float64 else torch.float32
         self._maps: dict[str, tuple[torch.Tensor, torch.Tensor | None]] = {}
 
-    def write(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         """What is stored for x [B, K, T, D], contiguous."""
-        return self._through(x, "write")
+        return self._through(x, "forward")
 
-    def dual(self, q: torch.Tensor) -> torch.Tensor:
-        return self._through(q, "dual")
+    def transform_query(self, q: torch.Tensor) -> torch.Tensor:
+        return self._through(q, "transform_query")
 
-    def undo(self, x: torch.Tensor) -> torch.Tensor:
-        return self._through(x, "undo")
+    def inverse(self, x: torch.Tensor) -> torch.Tensor:
+        return self._through(x, "inverse")
 
     def _through(self, x: torch.Tensor, direction: str) -> torch.Tensor:
         if not self.chain:

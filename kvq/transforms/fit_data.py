@@ -181,7 +181,9 @@ class FitData:
     def through(self, step) -> "FitData":
         """What the next step sees."""
         chain = Chain((step,))
-        functions = {"key": chain.write, "query": chain.dual} if self.side == "key" else {"value": chain.write}
+        functions = {self.side: chain.forward}
+        if self.side == "key":
+            functions["query"] = chain.transform_query
         # What comes before a frame commutes with RoPE.
         if self.frame is None:
             functions |= {f"{name}_pre": function for name, function in functions.items() if name != "value"}

@@ -103,7 +103,7 @@ class _Layer:
             return step.stays
         if self._moves(step):
             return "it is subtracted after the rotary embedding"
-        matrix, norm = self._matrix(step.write), self.attention.key_norm
+        matrix, norm = self._matrix(step.forward), self.attention.key_norm
         if self.attention.rotary:
             if isinstance(self.rope, str):
                 return self.rope
@@ -122,7 +122,7 @@ class _Layer:
         if self._moves(step):
             return "it is subtracted, and the output projection has no place to add it again"
         if self.attention.value_norm is not None:
-            matrix = self._matrix(step.write)
+            matrix = self._matrix(step.forward)
             unit = torch.eye(self.head_dim, dtype=torch.float64)
             if not self.attention.value_norm.rotates:
                 return "a norm with a weight stands between the value projection and the cache"
@@ -132,7 +132,7 @@ class _Layer:
         return None
 
     def _moves(self, step: Step) -> bool:
-        return bool(step.write(torch.zeros(self.heads, 1, self.head_dim, dtype=torch.float64)).any())
+        return bool(step.forward(torch.zeros(self.heads, 1, self.head_dim, dtype=torch.float64)).any())
 
     def _matrix(self, function) -> torch.Tensor:
         """The matrices [K, D, D] of a linear function of row vectors."""
@@ -144,19 +144,19 @@ class _Layer:
         found: dict[str, list[Operation]] = {}
         layer = self.attention
         if self.side == "value":
-            _add_rows(found, layer.value, self._matrix(chain.write))
-            undo = self._matrix(chain.undo)
+            _add_rows(found, layer.value, self._matrix(chain.forward))
+            inverse = self._matrix(chain.inverse)
             for projection in layer.output.values():
-                own = undo.repeat_interleave(len(projection.heads) // self.heads, dim=0)
+                own = inverse.repeat_interleave(len(projection.heads) // self.heads, dim=0)
                 found.setdefault(projection.weight, []).extend(_blocks(projection.heads, own, 1))
             return found
-        write, dual = self._matrix(chain.write), self._matrix(chain.dual)
+        forward, query = self._matrix(chain.forward), self._matrix(chain.transform_query)
         if layer.key_norm is None:
-            _add_rows(found, layer.key, write)
+            _add_rows(found, layer.key, forward)
         else:
-            _add_gamma(found, layer.key_norm, write)
+            _add_gamma(found, layer.key_norm, forward)
         for reader, projection in layer.query.items():
-            own = dual.repeat_interleave(len(projection.heads) // self.heads, dim=0)
+            own = query.repeat_interleave(len(projection.heads) // self.heads, dim=0)
             norm = layer.query_norm.get(reader)
             if norm is None:
                 _add_rows(found, projection, own)

@@ -2,9 +2,9 @@
 
 A key after RoPE is R_j k, j its position. With o the position of the first token of the key's block of u tokens,
 
-    stored     enter(R_j k) = write(R_(j-o) k)                      angles of 0 to u - 1, whatever the text's length
+    stored     enter(R_j k) = forward(R_(j-o) k)                    angles of 0 to u - 1, whatever the text's length
     read       (R_i q) . (R_j k) = q'' . stored + bias              one rotation of the query for each block
-               q'' = dual(R_-o R_i q),  bias = (R_-o R_i q) . undo(0)
+               q'' = transform_query(R_-o R_i q),  bias = (R_-o R_i q) . inverse(0)
 
 u = 1 is before RoPE. Statistics of such keys follow from those before RoPE: the second moment is the mean over r < u of
 R_r S R_r^T, the mean likewise. Exact tokens stay as the model gives them. YaRN scales rotated keys and queries: what is
@@ -45,12 +45,12 @@ class Frame:
 
         16-bit keys come out in float32.
         """
-        turned = keys if self.rope is None else self.rope.undo(keys, origins)
-        return self._chain(turned).write(turned)
+        turned = keys if self.rope is None else self.rope.inverse(keys, origins)
+        return self._chain(turned).forward(turned)
 
     def leave(self, stored: torch.Tensor, origins: torch.Tensor) -> torch.Tensor:
         """Inverse of ``enter``."""
-        turned = self._chain(stored).undo(stored)
+        turned = self._chain(stored).inverse(stored)
         return turned if self.rope is None else self.rope.rotate(turned, origins)
 
     def queries(self, q: torch.Tensor, origins: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -62,17 +62,17 @@ class Frame:
         if self.rope is not None:
             turned = self.rope.transposed(turned, origins.repeat_interleave(M, dim=1))
         chain = self._chain(turned)
-        mean = chain.undo(turned.new_zeros(K, 1, D))
+        mean = chain.inverse(turned.new_zeros(K, 1, D))
         shape = (B, K, blocks, M)
-        return chain.dual(turned).view(*shape, D), (turned * mean).sum(-1).view(shape)
+        return chain.transform_query(turned).view(*shape, D), (turned * mean).sum(-1).view(shape)
 
     def reader(self, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
         """(matrix [K, D, D], mean [K, D]) with q'' = t matrix and bias = t . mean for t = R_-o q: what kernels take."""
         key = device, dtype
         if key not in self._readers:
             unit = torch.eye(self.head_dim, dtype=torch.float64).expand(self.heads, -1, -1)
-            mean = self.chain.undo(torch.zeros_like(unit[:, :1]))[:, 0]
-            self._readers[key] = self.chain.dual(unit).to(*key).contiguous(), mean.to(*key).contiguous()
+            mean = self.chain.inverse(torch.zeros_like(unit[:, :1]))[:, 0]
+            self._readers[key] = self.chain.transform_query(unit).to(*key).contiguous(), mean.to(*key).contiguous()
         return self._readers[key]
 
     def turns(self, origins: torch.Tensor, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
@@ -123,7 +123,7 @@ def turned_moments(
         def turned(x: torch.Tensor, part=part) -> torch.Tensor:
             x = x.expand(len(part), *x.shape[-3:])
             places = part.unsqueeze(1).expand(-1, x.shape[2])
-            back = rope.transposed if reads else rope.undo
+            back = rope.transposed if reads else rope.inverse
             return back(rope.rotate(x, places), torch.zeros_like(places))
 
         found[0] += turned(mean.unsqueeze(-2)).sum(0).squeeze(-2)

@@ -26,16 +26,16 @@ class Hadamard(Step):
     block: int
     seed: int | None = None
 
-    def write(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Rotate keys, values or queries [..., D]."""
         blocks = x.unflatten(-1, (-1, self.block))
         return rotate(blocks if self.seed is None else blocks * self._signs(x)).flatten(-2)
 
     # A rotation is its own dual: (q H)(k H)^T = q k^T.
-    dual = write
+    transform_query = forward
 
-    def undo(self, x: torch.Tensor) -> torch.Tensor:
-        """Inverse of ``write``."""
+    def inverse(self, x: torch.Tensor) -> torch.Tensor:
+        """Inverse of ``forward``."""
         blocks = rotate(x.unflatten(-1, (-1, self.block)), inverse=True)
         return (blocks if self.seed is None else blocks * self._signs(x)).flatten(-2)
 

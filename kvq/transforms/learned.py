@@ -79,16 +79,16 @@ class Dense:
     """A matrix whose inverse is known, [K, D, D] each."""
 
     matrix: torch.Tensor
-    inverse: torch.Tensor
+    inverse_matrix: torch.Tensor
 
-    def write(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x @ self.matrix
 
-    def undo(self, x: torch.Tensor) -> torch.Tensor:
-        return x @ self.inverse
+    def inverse(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.inverse_matrix
 
-    def dual(self, q: torch.Tensor) -> torch.Tensor:
-        return q @ self.inverse.transpose(-1, -2)
+    def transform_query(self, q: torch.Tensor) -> torch.Tensor:
+        return q @ self.inverse_matrix.transpose(-1, -2)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,7 +31,7 @@ class PairsInTheMaking(Adam):
     def step(self) -> Dense:
         # As matrices: gradients of gathered channels are slow.
         pairs, unit = Pairs(**self.numbers()), torch.eye(len(self.first)).expand(self.data.heads, -1, -1)
-        return Dense(pairs.write(unit), pairs.undo(unit))
+        return Dense(pairs.forward(unit), pairs.inverse(unit))
 
 
 @register_transform("learned_pairs")

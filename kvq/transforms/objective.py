@@ -116,7 +116,7 @@ def stored(data: FitData, probe: Probe, step, quantize: Callable) -> torch.Tenso
     x = (probe.key if data.side == "key" else probe.value)[:, probe.packed]
     framed = data.frame is not None
     x = data.entered(x) if framed else x
-    written = step.write(x)
-    mean = step.write(data.mean(data.side).to(x).unsqueeze(-2)) if data.centred else 0
-    found = step.undo(data.after.undo(quantize(data.after.write(written - mean))) + mean)
+    written = step.forward(x)
+    mean = step.forward(data.mean(data.side).to(x).unsqueeze(-2)) if data.centred else 0
+    found = step.inverse(data.after.inverse(quantize(data.after.forward(written - mean))) + mean)
     return data.left(found) if framed else found

@@ -36,10 +36,10 @@ class RopeBias(Step):
     def offset(self) -> torch.Tensor:
         return self.bias
 
-    def write(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x
 
-    dual = undo = write
+    transform_query = inverse = forward
 
     def of_heads(self, heads: Sequence[int]) -> "RopeBias":
         return RopeBias(self.bias[list(heads)])
@@ -72,7 +72,7 @@ class RopeOffset:
         tokens = positions.shape[1]
         bias = self.bias.to(x)[None, :, None].expand(len(positions), -1, tokens, -1)
         whole = self.chain.whole.to(x.device, x.dtype)
-        return whole.write(self.rope.rotate(bias, positions)) - whole.write(torch.zeros_like(bias[:1, :, :1]))
+        return whole.forward(self.rope.rotate(bias, positions)) - whole.forward(torch.zeros_like(bias[:1, :, :1]))
 
 
 @register_transform("rope_bias")

@@ -24,14 +24,14 @@ class Diagonal(Step):
 
     scale: torch.Tensor
 
-    def write(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x / self.scale.to(x).unsqueeze(-2)
 
-    def undo(self, x: torch.Tensor) -> torch.Tensor:
+    def inverse(self, x: torch.Tensor) -> torch.Tensor:
         return x * self.scale.to(x).unsqueeze(-2)
 
     # q s . k / s = q . k
-    dual = undo
+    transform_query = inverse
 
     def of_heads(self, heads: Sequence[int]) -> "Diagonal":
         return Diagonal(self.scale[list(heads)])
@@ -52,14 +52,14 @@ class Pairs(Step):
     imaginary: torch.Tensor
     partner: torch.Tensor
 
-    def write(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self._times(x, self.real, self.imaginary)
 
-    def dual(self, q: torch.Tensor) -> torch.Tensor:
+    def transform_query(self, q: torch.Tensor) -> torch.Tensor:
         # 1 / conj(c) = c / |c|^2
         return self._times(q, *self._inverse)
 
-    def undo(self, x: torch.Tensor) -> torch.Tensor:
+    def inverse(self, x: torch.Tensor) -> torch.Tensor:
         real, imaginary = self._inverse
         return self._times(x, real, -imaginary)
 
@@ -86,13 +86,13 @@ class Shift(Step):
 
     mean: torch.Tensor
 
-    def write(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x - self.mean.to(x).unsqueeze(-2)
 
-    def dual(self, q: torch.Tensor) -> torch.Tensor:
+    def transform_query(self, q: torch.Tensor) -> torch.Tensor:
         return q
 
-    def undo(self, x: torch.Tensor) -> torch.Tensor:
+    def inverse(self, x: torch.Tensor) -> torch.Tensor:
         return x + self.mean.to(x).unsqueeze(-2)
 
     def of_heads(self, heads: Sequence[int]) -> "Shift":
@@ -105,13 +105,13 @@ class Matrix(Step):
 
     matrix: torch.Tensor
 
-    def write(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x @ self.matrix.to(x)
 
-    def dual(self, q: torch.Tensor) -> torch.Tensor:
+    def transform_query(self, q: torch.Tensor) -> torch.Tensor:
         return q @ self._inverse.transpose(-1, -2).to(q)
 
-    def undo(self, x: torch.Tensor) -> torch.Tensor:
+    def inverse(self, x: torch.Tensor) -> torch.Tensor:
         return x @ self._inverse.to(x)
 
     @cached_property

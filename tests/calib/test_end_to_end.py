@@ -82,7 +82,7 @@ def test_learning_together_lowers_the_divergence(mine, made, tmp_path):
     x = torch.randn(2, 5, 16)
     for sides in after.chains.values():
         for chain in sides.values():
-            assert torch.allclose(chain.undo(chain.write(x)), x, atol=1e-3)
+            assert torch.allclose(chain.inverse(chain.forward(x)), x, atol=1e-3)
     facts = [fit.facts for fit in learned.fits.values() if fit.facts["objective"] == "logits"]
     assert facts
     assert len(facts[0]["losses"]) == 40

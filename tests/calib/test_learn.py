@@ -60,7 +60,7 @@ def test_what_a_recipe_needs_is_enough_for_its_transforms(name, measured, tmp_pa
     x = torch.randn(2, 5, 16)
     for sides in chains.values():
         for chain in sides.values():
-            assert torch.allclose(chain.undo(chain.write(x)), x, atol=1e-3)
+            assert torch.allclose(chain.inverse(chain.forward(x)), x, atol=1e-3)
 
 
 def test_fits_survive_the_statistics_file(measured, tmp_path):
@@ -165,5 +165,5 @@ def test_scales_of_float8_are_those_of_what_is_stored(measured):
     for layer in (0, 1):
         windows = list(stats.layers[layer]["reservoir"].windows())
         for side, place in (("key", 1), ("value", 2)):
-            top = max(float(chains[layer][side].write(window[place].float()).abs().max()) for window in windows)
+            top = max(float(chains[layer][side].forward(window[place].float()).abs().max()) for window in windows)
             assert float(found[f"layers.{layer}.{side}.scale"]) == pytest.approx(top / 448, rel=1e-4)

@@ -35,8 +35,8 @@ def test_halves_rotate_by_position_times_frequency(model_type):
     pairs = torch.complex(x[..., :16], x[..., 16:]) * torch.polar(torch.ones_like(angle), angle)
     expected = torch.cat([pairs.real, pairs.imag], dim=-1)
     assert torch.allclose(found.rotate(x, positions), expected, atol=2e-3)
-    assert torch.allclose(found.undo(found.rotate(x, positions), positions), x, atol=1e-5)
-    assert not torch.allclose(found.undo(found.rotate(x, positions), positions + 1), x, atol=1e-2)
+    assert torch.allclose(found.inverse(found.rotate(x, positions), positions), x, atol=1e-5)
+    assert not torch.allclose(found.inverse(found.rotate(x, positions), positions + 1), x, atol=1e-2)
 
 
 @pytest.mark.parametrize(("model_type", "settings"), [("glm4", {"head_dim": 32}), ("stablelm", {}), ("phi3", {})])
@@ -49,7 +49,7 @@ def test_partial_and_interleaved_rotations_leave_the_other_channels(model_type, 
     assert found.channels == 16
     assert torch.equal(rotated[..., 16:], x[..., 16:])
     assert not torch.allclose(rotated[..., :16], x[..., :16], atol=1e-2)
-    assert torch.allclose(found.undo(rotated, positions), x, atol=1e-5)
+    assert torch.allclose(found.inverse(rotated, positions), x, atol=1e-5)
 
 
 def test_the_attention_factor_of_yarn_is_divided_out():
@@ -57,7 +57,7 @@ def test_the_attention_factor_of_yarn_is_divided_out():
     found = rope_of(config("llama", head_dim=32, rope_parameters=yarn, max_position_embeddings=512))
     x, positions = keys(), torch.arange(9).unsqueeze(0)
     assert found.factor > 1.1
-    assert torch.allclose(found.undo(found.rotate(x, positions), positions), x, atol=1e-5)
+    assert torch.allclose(found.inverse(found.rotate(x, positions), positions), x, atol=1e-5)
 
 
 def test_positions_differ_by_row():

@@ -52,55 +52,55 @@ def numbers(*shape, seed=0):
 @pytest.mark.parametrize("name", CHAINS)
 def test_products_with_written_keys_are_those_with_the_keys(name):
     k, q = numbers(2, 3, 7, 64), numbers(2, 3, 5, 64, seed=1)
-    found = chain(name).dual(q) @ chain(name).write(k).transpose(-1, -2)
+    found = chain(name).transform_query(q) @ chain(name).forward(k).transpose(-1, -2)
     assert torch.allclose(found, q @ k.transpose(-1, -2), atol=1e-10)
     assert bool(chain(name)) == (name != "none")
 
 
 @pytest.mark.parametrize("name", CHAINS)
-def test_undo_takes_back_tokens_and_weighted_sums(name):
+def test_the_inverse_takes_back_tokens_and_weighted_sums(name):
     v, p = numbers(2, 3, 7, 64), torch.rand(2, 3, 5, 7, dtype=torch.float64)
-    assert torch.allclose(chain(name).undo(chain(name).write(v)), v, atol=1e-12)
-    assert torch.allclose(chain(name).undo(p @ chain(name).write(v)), p @ v, atol=1e-12)
+    assert torch.allclose(chain(name).inverse(chain(name).forward(v)), v, atol=1e-12)
+    assert torch.allclose(chain(name).inverse(p @ chain(name).forward(v)), p @ v, atol=1e-12)
 
 
 def test_an_outlier_is_spread_over_its_block():
     x = torch.zeros(1, 64, dtype=torch.float64)
     x[0, 17] = 8.0
-    assert torch.allclose(chain("hadamard").write(x).abs(), torch.ones(1, 64, dtype=torch.float64))
-    blocks = chain("blocks").write(x)
+    assert torch.allclose(chain("hadamard").forward(x).abs(), torch.ones(1, 64, dtype=torch.float64))
+    blocks = chain("blocks").forward(x)
     assert blocks[0, 16:32].abs().min() == 2.0
     assert blocks[0, :16].abs().max() == 0.0
 
 
 def test_signs_depend_on_the_seed():
     x = numbers(1, 64)
-    assert not torch.allclose(chain("signs").write(x), chain("hadamard").write(x))
+    assert not torch.allclose(chain("signs").forward(x), chain("hadamard").forward(x))
     again = Chain((Hadamard(block=64, seed=3),))
-    assert torch.equal(again.write(x), chain("signs").write(x))
+    assert torch.equal(again.forward(x), chain("signs").forward(x))
 
 
 def test_sixteen_bits_are_rounded_once():
     x = numbers(5, 64).to(torch.bfloat16)
-    assert torch.equal(chain("two").write(x), chain("two").write(x.float()).to(torch.bfloat16))
+    assert torch.equal(chain("two").forward(x), chain("two").forward(x.float()).to(torch.bfloat16))
 
 
 @pytest.mark.parametrize("name", CHAINS)
 def test_steps_of_some_heads_are_those_of_the_layer(name):
     x = numbers(2, HEADS, 5, 64)
     some = chain(name).of_heads((2, 0))
-    assert torch.allclose(some.write(x[:, [2, 0]]), chain(name).write(x)[:, [2, 0]], atol=1e-12)
-    assert torch.allclose(some.dual(x[:, [2, 0]]), chain(name).dual(x)[:, [2, 0]], atol=1e-12)
+    assert torch.allclose(some.forward(x[:, [2, 0]]), chain(name).forward(x)[:, [2, 0]], atol=1e-12)
+    assert torch.allclose(some.transform_query(x[:, [2, 0]]), chain(name).transform_query(x)[:, [2, 0]], atol=1e-12)
 
 
 def test_folded_steps_are_left_to_the_weights():
     whole, x = chain("all"), numbers(2, HEADS, 5, 64)
     rest = dataclasses.replace(whole, folded=2)
-    for function in ("write", "dual"):
+    for function in ("forward", "transform_query"):
         first = getattr(whole.first(2), function)(x)
         assert torch.allclose(getattr(rest, function)(first), getattr(whole, function)(x), atol=1e-12)
-    assert torch.allclose(rest.undo(whole.write(x)), whole.first(2).write(x), atol=1e-10)
-    assert torch.allclose(rest.whole.undo(whole.write(x)), x, atol=1e-10)
+    assert torch.allclose(rest.inverse(whole.forward(x)), whole.first(2).forward(x), atol=1e-10)
+    assert torch.allclose(rest.whole.inverse(whole.forward(x)), x, atol=1e-10)
     assert not dataclasses.replace(whole, folded=4)
 
 
@@ -113,7 +113,7 @@ def test_an_ordinary_dual_is_wrong_for_a_step_that_is_no_rotation():
     """Control for the products above: writing queries like keys changes products, unless the step is a rotation."""
     k, q = numbers(2, HEADS, 7, 64), numbers(2, HEADS, 5, 64, seed=1)
     for name in ("smooth", "balance"):
-        found = chain(name).write(q) @ chain(name).write(k).transpose(-1, -2)
+        found = chain(name).forward(q) @ chain(name).forward(k).transpose(-1, -2)
         assert not torch.allclose(found, q @ k.transpose(-1, -2), rtol=1e-2)
 
 
@@ -127,7 +127,7 @@ def test_a_placed_chain_and_a_composed_one_are_the_chain(name):
         placed, composed = whole.to(cpu, dtype), whole.composed(HEADS, 64, cpu, dtype)
         assert placed is whole.to(cpu, dtype)
         assert composed is whole.composed(HEADS, 64, cpu, dtype)
-        for way in ("write", "dual", "undo"):
+        for way in ("forward", "transform_query", "inverse"):
             want = getattr(whole, way)(x.to(dtype))
             assert torch.equal(getattr(placed, way)(x.to(dtype)), want)
             found = getattr(composed, way)(x.to(dtype))

@@ -101,7 +101,7 @@ def test_a_search_is_no_worse_than_any_fixed_exponent(side, make_fit_data):
 
 def test_aligned_keys_have_one_positive_mean_in_both_halves_of_a_pair(make_fit_data):
     data = make_fit_data()
-    moved = step(data, "align").write(stacked(data, "key")).mean(1)
+    moved = step(data, "align").forward(stacked(data, "key")).mean(1)
     size = stacked(data, "key").mean(1).unflatten(-1, (2, 8)).norm(dim=1)
     expected = (size / math.sqrt(2)).repeat(1, 2)
     assert torch.allclose(moved, expected, atol=1e-5)
@@ -109,7 +109,7 @@ def test_aligned_keys_have_one_positive_mean_in_both_halves_of_a_pair(make_fit_d
 
 def test_aligning_turns_a_lone_channel_by_its_sign(make_fit_data):
     lone = make_fit_data(partner=torch.arange(16), second=torch.zeros(16, dtype=torch.bool))
-    moved = step(lone, "align").write(stacked(lone, "key")).mean(1)
+    moved = step(lone, "align").forward(stacked(lone, "key")).mean(1)
     assert torch.allclose(moved, stacked(lone, "key").mean(1).abs(), atol=1e-5)
 
 

@@ -63,7 +63,7 @@ def test_a_learned_step_begins_as_the_identity(kind, make_fit_data):
     spec = transform_spec(kind=kind)
     built = spec.build(16, spec.learnable(data).numbers())
     x = torch.randn(2, 5, 16)
-    for function in (built.write, built.dual, built.undo):
+    for function in (built.forward, built.transform_query, built.inverse):
         assert torch.allclose(function(x), x, atol=1e-6)
 
 
@@ -77,7 +77,7 @@ def test_learning_lowers_the_error_of_what_the_codec_does(kind, make_fit_data):
     assert found.trials[-1][0] == 60
     built = spec.build(16, found.numbers)
     x = torch.randn(2, 5, 16)
-    assert torch.allclose(built.undo(built.write(x)), x, atol=1e-4)
+    assert torch.allclose(built.inverse(built.forward(x)), x, atol=1e-4)
     fresh = dataclasses.replace(data, windows=make_fit_data(SIDES[kind], windows=6).windows[4:])
     identity = spec.build(16, spec.learnable(data).numbers())
     assert attention_error(fresh, built) < 0.9 * attention_error(fresh, identity)

@@ -34,7 +34,7 @@ def slow_error(data, window):
         first = data.exact
         last = first + (row + 1 - first) // codec.block_tokens * codec.block_tokens
         whole = x[:, first : first + (96 - first) // codec.block_tokens * codec.block_tokens]
-        decoded = step.undo(codec.decode(codec.encode(step.write(whole)), torch.float32))
+        decoded = step.inverse(codec.decode(codec.encode(step.forward(whole)), torch.float32))
         read = range(first, min(row - data.window, last if codec.block_tokens == 1 else first + whole.shape[1]))
         for t in read:
             x[:, t] = decoded[:, t - first]
