@@ -35,6 +35,7 @@ from kvq.errors import DataError
 from kvq.models.describe import ModelSpec, describe
 from kvq.models.rope import Rope
 from kvq.pages.affine import wide
+from kvq.pages.layout import SIDES
 from kvq.recipe import Recipe
 from kvq.transforms.frame import FRAME_TOKENS
 
@@ -69,26 +70,25 @@ class Book:
 def books_of(recipes: Sequence[Recipe], model: ModelSpec) -> dict[int, tuple[Book, ...]]:
     """The histograms that recipes need, by layer; empty for recipes without calibrated levels."""
     found: dict[int, dict[str, Book]] = {}
-    for recipe in recipes:
-        for layer in model.full_layers:
-            for spec, heads in recipe.head_groups(layer.index, layer.kv_heads, len(model.layers)):
-                for side in ("key", "value"):
-                    codec = getattr(spec, side)
-                    if codec.learns_levels:
-                        book = Book(side=side, heads=heads, spec=codec, sinks=spec.tokens.sinks)
-                        found.setdefault(layer.index, {}).setdefault(book.name, book)
+    for index, book in _books(recipes, model):
+        found.setdefault(index, {}).setdefault(book.name, book)
     return {index: tuple(books.values()) for index, books in found.items()}
 
 
 def weighted(recipes: Sequence[Recipe], model: ModelSpec) -> bool:
     """True if some codebook is weighted by gradients."""
-    return any(
-        getattr(spec, side).weighs_by_gradients
-        for recipe in recipes
-        for layer in model.full_layers
-        for spec, _ in recipe.head_groups(layer.index, layer.kv_heads, len(model.layers))
-        for side in ("key", "value")
-    )
+    return any(book.spec.weighs_by_gradients for _, book in _books(recipes, model))
+
+
+def _books(recipes: Sequence[Recipe], model: ModelSpec) -> Iterator[tuple[int, Book]]:
+    """(layer, book) of every codec with calibrated levels; several may have one name."""
+    for recipe in recipes:
+        for layer in model.full_layers:
+            for spec, heads in recipe.head_groups(layer.index, layer.kv_heads, len(model.layers)):
+                for side in SIDES:
+                    codec = getattr(spec, side)
+                    if codec.learns_levels:
+                        yield layer.index, Book(side=side, heads=heads, spec=codec, sinks=spec.tokens.sinks)
 
 
 def learned(stats: Stats, layer: int, book: Book) -> Bins:

@@ -7,17 +7,17 @@ from pathlib import Path
 
 import safetensors
 import torch
-from safetensors.torch import save
 
 from kvq.atomic import write_whole
 from kvq.errors import CheckpointError
 from kvq.models.resolve import read_header
+from kvq.models.stored import serialized, tensor_bytes
 
 
 def write_file(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
     """Write atomically: after any failure the old file, or none, is there. Raises CheckpointError if it fails."""
     try:
-        write_whole(path, _serialized(tensors, metadata))
+        write_whole(path, serialized(tensors, {**metadata, "sha256": _digest(tensors, metadata)}))
     except OSError as error:
         raise CheckpointError(
             f"statistics file {str(path)!r} cannot be written ({error.strerror or error}): free space or choose "
@@ -53,33 +53,5 @@ def _digest(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) ->
     digest = hashlib.sha256(json.dumps(dict(metadata), sort_keys=True).encode())
     for name in sorted(tensors):
         digest.update(name.encode())
-        digest.update(_bytes(tensors[name]))
+        digest.update(tensor_bytes(tensors[name]))
     return digest.hexdigest()
-
-
-def _bytes(tensor: torch.Tensor) -> memoryview:
-    # Through bytes, because numpy has no bfloat16.
-    return memoryview(tensor.contiguous().cpu().reshape(-1).view(torch.uint8).numpy())
-
-
-def _serialized(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]):
-    """Pieces of a safetensors file with its metadata in a fixed order; the library's own order changes from run to run.
-
-    Tensors are laid out as the library does: by falling size of their items, then by name.
-    """
-    metadata = dict(metadata) | {"sha256": _digest(tensors, metadata)}
-    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-    # An empty model of the layout, so that types are named by the library and no data is held twice.
-    shapes = {name: torch.empty(0, dtype=tensors[name].dtype) for name in order}
-    plain = save(shapes)
-    types = json.loads(plain[8 : 8 + int.from_bytes(plain[:8], "little")])
-    header, end = {"__metadata__": dict(sorted(metadata.items()))}, 0
-    for name in order:
-        begin, end = end, end + tensors[name].nbytes
-        header[name] = {"dtype": types[name]["dtype"], "shape": list(tensors[name].shape), "data_offsets": [begin, end]}
-    head = json.dumps(header, separators=(",", ":")).encode()
-    # The format wants the data to begin at a multiple of 8 bytes.
-    head += b" " * (-len(head) % 8)
-    yield len(head).to_bytes(8, "little") + head
-    for name in order:
-        yield _bytes(tensors[name])

@@ -17,7 +17,7 @@ import torch
 
 from kvq.errors import CheckpointError
 from kvq.exporting.atomic_folder import flush_file
-from kvq.models.stored import StoredTensor, stored_tensors
+from kvq.models.stored import StoredTensor, stored_tensors, tensor_bytes
 from kvq.transforms.fold import Operation, fold
 
 # Bytes copied at a time: what a core's cache holds.
@@ -170,11 +170,10 @@ def _refuse_integers(tensor: StoredTensor) -> None:
 
 
 def _bytes_of(folded: torch.Tensor, tensor: StoredTensor) -> memoryview:
-    folded = folded.contiguous()
     # Infinite and undefined numbers are the extremes of whatever holds them; looking at each is slow in 16 bits.
     if folded.numel() and not bool(torch.stack(folded.aminmax()).isfinite().all()):
         raise CheckpointError(
             f"folding transforms into {tensor.name!r} gives numbers beyond {tensor.dtype_name}: check the checkpoint, "
             "calibrate again, or add --no-fold."
         )
-    return memoryview(folded.view(torch.uint8).flatten().numpy())
+    return tensor_bytes(folded)

@@ -5,7 +5,6 @@ transformers finds the two classes below under ``quant_method: kvq`` (registered
 
 import functools
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +18,7 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from kvq.atomic import write_atomically
 from kvq.errors import CheckpointError, ModelNotFoundError
 
 if TYPE_CHECKING:
@@ -237,9 +237,7 @@ def write_saved(folder: Path, model) -> None:
     # A vision-language config may have brought the fields in here.
     if isinstance(config.get("text_config"), dict):
         config["text_config"].pop("quantization_config", None)
-    work = folder / ".config.json.kvq-tmp"
-    work.write_bytes(to_json(config))
-    os.replace(work, folder / "config.json")
+    write_atomically(folder / "config.json", to_json(config))
     # Only what belongs to the model: people also save into folders that hold other things, such as training state.
     names = {"config.json", INDEX_FILE, *carried, *fields["copied"], *json.loads(index)["weight_map"].values()}
     (folder / MANIFEST).write_bytes(build_manifest(folder, NAME, names=names, limit=QUICK_BYTES))

@@ -1,13 +1,15 @@
-"""Tensors of a checkpoint, read one at a time from where they lie in their file."""
+"""Tensors of safetensors files, read one at a time from where they lie; and files whose bytes are fixed."""
 
+import json
 import mmap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 from pathlib import Path
 
 import torch
+from safetensors.torch import save
 
 from kvq.errors import CheckpointError
 from kvq.models.names import TensorNames
@@ -105,3 +107,29 @@ class Weights:
             raise CheckpointError(
                 f"tensor {found!r} of {self.folder.name!r} cannot be read: copy or download the model again."
             ) from None
+
+
+def serialized(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> Iterator[bytes | memoryview]:
+    """Pieces of a safetensors file with its metadata in a fixed order; the library's own order changes from run to run.
+
+    Tensors are laid out as the library does: by falling size of their items, then by name.
+    """
+    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    # An empty model of the layout, so that types are named by the library and no data is held twice.
+    plain = save({name: torch.empty(0, dtype=tensors[name].dtype) for name in order})
+    types = json.loads(plain[8 : 8 + int.from_bytes(plain[:8], "little")])
+    header, end = {"__metadata__": dict(sorted(metadata.items()))}, 0
+    for name in order:
+        begin, end = end, end + tensors[name].nbytes
+        header[name] = {"dtype": types[name]["dtype"], "shape": list(tensors[name].shape), "data_offsets": [begin, end]}
+    head = json.dumps(header, separators=(",", ":")).encode()
+    # The format wants the data to begin at a multiple of 8 bytes.
+    head += b" " * (-len(head) % 8)
+    yield len(head).to_bytes(8, "little") + head
+    for name in order:
+        yield tensor_bytes(tensors[name])
+
+
+def tensor_bytes(tensor: torch.Tensor) -> memoryview:
+    # Through bytes, because numpy has no bfloat16.
+    return memoryview(tensor.contiguous().cpu().reshape(-1).view(torch.uint8).numpy())

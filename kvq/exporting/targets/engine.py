@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
 
 from kvq.errors import CheckpointError, RecipeError, UnsupportedModelError
 from kvq.exporting.checkpoint import RECIPE, shard_index, to_json
@@ -21,7 +20,7 @@ from kvq.exporting.targets.plain import folded_checkpoint
 from kvq.exporting.targets.scheme import Scheme, fp8_scheme
 from kvq.models.names import attention_modules, shared_layers
 from kvq.models.resolve import INDEX_FILE, check_weights
-from kvq.models.stored import tensors_of
+from kvq.models.stored import serialized, tensors_of
 
 SCALES = "kv_scales.safetensors"
 # transformers takes a file of this name for the whole model and never opens the index.
@@ -53,7 +52,7 @@ def contents(target: Target, job: Job) -> dict[str, bytes]:
     return {
         "config.json": to_json(merged_config(job.config, quantization) | folded_field(job)),
         INDEX_FILE: _index(job.source, tensors),
-        SCALES: _serialize(tensors, {"format": "pt", "target": target.name, "written_by": "kvq"}),
+        SCALES: b"".join(serialized(tensors, {"format": "pt", "target": target.name, "written_by": "kvq"})),
         **files,
         **job.origin(target.name),
         RECIPE: job.plan.recipe.to_yaml().encode(),
@@ -163,17 +162,6 @@ def merged_config(config: Mapping[str, Any], quantization: Mapping[str, Any]) ->
     if isinstance(data.get("text_config"), Mapping) and "quantization_config" in data["text_config"]:
         data["text_config"] = {k: v for k, v in data["text_config"].items() if k != "quantization_config"}
     return data
-
-
-def _serialize(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> bytes:
-    """A safetensors file with its metadata in a fixed order; the library's own order changes from run to run."""
-    plain = save(dict(tensors), metadata=dict(metadata))
-    end = 8 + int.from_bytes(plain[:8], "little")
-    entries = {name: entry for name, entry in json.loads(plain[8:end]).items() if name != "__metadata__"}
-    head = json.dumps({"__metadata__": dict(metadata), **entries}, separators=(",", ":")).encode()
-    # The format wants the data to begin at a multiple of 8 bytes.
-    head += b" " * (-len(head) % 8)
-    return len(head).to_bytes(8, "little") + head + plain[end:]
 
 
 def _index(source: Path, tensors: Mapping[str, torch.Tensor]) -> bytes:
