@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
@@ -53,6 +54,12 @@ class Options:
     memory_limit: int | None = None
     recipes: tuple[Recipe, ...] = ()
 
+    @property
+    def measuring(self) -> dict[str, Any]:
+        """What ``collect`` takes of them."""
+        names = ("needs", "strict", "batch_size", "seed", "reservoir_bytes")
+        return {name: getattr(self, name) for name in names}
+
 
 def calibrate(
     folder: Path,
@@ -75,7 +82,6 @@ def calibrate(
 
     Raises DataError, UnsupportedModelError or CheckpointError as data, model and disk demand.
     """
-    settings = {name: getattr(options, name) for name in ("strict", "batch_size", "seed", "reservoir_bytes")}
     shared = {"valid": windows.valid, "state_folder": state_folder, "ranks": ranks}
     config = load_config(folder)
     learns, spread = bool(books_of(options.recipes, describe(config))), options.device_map
@@ -96,13 +102,12 @@ def calibrate(
     stats = collect(
         model,
         windows.tokens,
-        needs=options.needs,
         progress=progress,
         model_name=model_name,
         weights_fingerprint=weights_fingerprint(folder),
         data=windows.identity,
         **shared,
-        **settings,
+        **options.measuring,
     )
     if learns:
         shared["state_folder"] = state_folder / "codebooks"

@@ -1,5 +1,6 @@
 """Run a model over token windows, watch it, and join what every batch shows into statistics."""
 
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -7,10 +8,10 @@ from transformers import PreTrainedModel
 
 from kvq.calib.data import DataIdentity
 from kvq.calib.forward import look, measure, plan_layers
-from kvq.calib.job import Job, Progress, assemble, missing_of, refuse_missing, run_job, state_of
+from kvq.calib.job import Job, Progress, refuse_missing, run_job, state_of
 from kvq.calib.needs import DEFAULT_NEEDS
 from kvq.calib.ranks import Ranks
-from kvq.calib.stats import Stats
+from kvq.calib.stats import Stats, config_data
 from kvq.models.describe import describe
 
 RESERVOIR_BYTES = 512 * 2**20
@@ -64,4 +65,14 @@ def collect(
     layers = run_job(job, ranks, state, lambda batch: measure(model, batch, plans), progress)
     if layers is None:
         return None
-    return assemble(model.config, layers, missing_of(plans), model_name, weights_fingerprint, data)
+    return Stats(
+        layers=dict(sorted(layers.items())),
+        model=model_name or spec.model_type,
+        model_fingerprint=spec.fingerprint,
+        config=config_data(model.config),
+        weights_fingerprint=weights_fingerprint,
+        data=data,
+        versions={package: version(package) for package in ("kvq-toolkit", "torch", "transformers")},
+        # What some layer cannot give, and why.
+        missing={need: why for plan in plans.values() for need, why in plan.missing.items()},
+    )

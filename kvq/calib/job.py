@@ -4,24 +4,22 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PretrainedConfig
 
-from kvq.calib.data import DataIdentity
 from kvq.calib.needs import check_needs
 from kvq.calib.observe import Batch, LayerPlan
 from kvq.calib.observers.reservoir import choose_windows
 from kvq.calib.observers.tokens import window_priorities
 from kvq.calib.ranks import Ranks
 from kvq.calib.run_state import Layers, RunState
-from kvq.calib.stats import Stats, config_data
+from kvq.calib.stats import config_data
 from kvq.calib.tree import Node, Tree
 from kvq.errors import DataError, UnsupportedModelError
-from kvq.models.describe import ModelSpec, describe
+from kvq.models.describe import ModelSpec
 
 _LONE = 4
 Progress = Callable[[int, int], None]
@@ -167,33 +165,6 @@ def _run(job: Job, measure, mine: list[int], tree: Tree[Layers], state: RunState
         if state and tree.nodes:
             state.save(tree)
         raise
-
-
-def assemble(
-    config: PretrainedConfig,
-    layers: Layers,
-    missing: Mapping[str, str],
-    model_name: str,
-    weights_fingerprint: str,
-    data: DataIdentity | None,
-) -> Stats:
-    """Statistics with where they come from."""
-    spec = describe(config)
-    return Stats(
-        layers=dict(sorted(layers.items())),
-        model=model_name or spec.model_type,
-        model_fingerprint=spec.fingerprint,
-        config=config_data(config),
-        weights_fingerprint=weights_fingerprint,
-        data=data,
-        versions={package: version(package) for package in ("kvq-toolkit", "torch", "transformers")},
-        missing=dict(missing),
-    )
-
-
-def missing_of(plans: Mapping[int, LayerPlan]) -> dict[str, str]:
-    """What some layer cannot give, and why."""
-    return {need: why for plan in plans.values() for need, why in plan.missing.items()}
 
 
 def refuse_missing(plans: Mapping[int, LayerPlan]) -> None:

@@ -96,43 +96,37 @@ def _sampling(temperature: float | None, seed: int) -> dict:
     return {"do_sample": True, "temperature": temperature}
 
 
-class _Printer:
-    """A streamer of transformers: prints text as it comes and notes when each token came."""
+def _printer(tokenizer, console):
+    """A streamer that prints text as it comes, and notes when tokens came (``times``) and how many (``count``)."""
+    from transformers import TextStreamer
 
-    def __init__(self, tokenizer, console):
-        self.tokenizer, self.console = tokenizer, console
-        self.times: list[float] = []
-        self.ids: list[int] = []
-        self.printed = ""
+    class Printer(TextStreamer):
+        def __init__(self):
+            super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+            self.times: list[float] = []
+            self.count = 0
 
-    def put(self, value) -> None:
-        self.times.append(time.perf_counter())
-        # The first call brings the prompt.
-        if len(self.times) > 1:
-            self.ids += value.flatten().tolist()
-            text = self.tokenizer.decode(self.ids, skip_special_tokens=True)
-            # A character may span tokens: print only what is complete.
-            if not text.endswith("\ufffd"):
-                self._print(text)
+        def put(self, value):
+            # The first call brings the prompt.
+            self.count += value.numel() if self.times else 0
+            self.times.append(time.perf_counter())
+            super().put(value)
 
-    def _print(self, text: str) -> None:
-        self.console.file.write(text[len(self.printed) :])
-        self.console.file.flush()
-        self.printed = text
+        def on_finalized_text(self, text, stream_end=False):
+            console.file.write(text + ("\n" if stream_end else ""))
+            console.file.flush()
 
-    def end(self) -> None:
-        self._print(self.tokenizer.decode(self.ids, skip_special_tokens=True))
-        self.console.file.write("\n")
+    return Printer()
 
-    @property
-    def tokens_per_second(self) -> float | None:
-        """Decoding alone: the first token's time, which reads the prompt, is left out."""
-        steps = len(self.times) - 2
-        return steps / (self.times[-1] - self.times[1]) if steps > 0 else None
+
+def _tokens_per_second(times: list[float]) -> float | None:
+    """Decoding alone: the first token's time, which reads the prompt, is left out."""
+    steps = len(times) - 2
+    return steps / (times[-1] - times[1]) if steps > 0 else None
 
 
 def _generate(model, tokenizer, inputs, max_new_tokens: int, options: dict, output: Output) -> dict:
-    printer = _Printer(tokenizer, output.console)
+    printer = _printer(tokenizer, output.console)
     generated = model.generate(
         **inputs, max_new_tokens=max_new_tokens, streamer=printer, return_dict_in_generate=True, **options
     )
@@ -140,8 +134,8 @@ def _generate(model, tokenizer, inputs, max_new_tokens: int, options: dict, outp
     return {
         "text": tokenizer.decode(generated.sequences[0, prompt_tokens:], skip_special_tokens=True),
         "prompt_tokens": prompt_tokens,
-        "new_tokens": len(printer.ids),
-        "tokens_per_second": printer.tokens_per_second,
+        "new_tokens": printer.count,
+        "tokens_per_second": _tokens_per_second(printer.times),
         "first_token_seconds": printer.times[1] - printer.times[0],
         "cache": _cache_report(model, generated.past_key_values),
     }

@@ -27,10 +27,7 @@ def whole_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
 
     ``target`` must not exist unless ``replace`` is set. Raises OSError as the file system does.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    work = _sibling(target, "tmp")
-    work.mkdir()
-    try:
+    with scratch_folder(target, "tmp") as work:
         yield work
         flush(work)
         if replace and target.exists():
@@ -38,20 +35,18 @@ def whole_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
         else:
             os.rename(work, target)
         _flush_folder(target.parent)
-    finally:
-        # After the rename there is nothing left under this name.
-        shutil.rmtree(work, ignore_errors=True)
 
 
 @contextmanager
-def scratch_folder(target: Path) -> Iterator[Path]:
+def scratch_folder(target: Path, kind: str = "scratch") -> Iterator[Path]:
     """Yield a temporary folder beside ``target``, on the same disk, that vanishes in the end."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    work = _sibling(target, "scratch")
+    work = _sibling(target, kind)
     work.mkdir()
     try:
         yield work
     finally:
+        # After a rename there is nothing left under this name.
         shutil.rmtree(work, ignore_errors=True)
 
 
