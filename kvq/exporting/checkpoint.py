@@ -61,6 +61,13 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 _EXPORT_AGAIN = "copy the whole folder again, or repeat 'kvq export'"
 
 
+def quantization_of(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The ``quantization_config`` of a config.json, wherever it sits; None if there is none."""
+    nested = config.get("text_config")
+    inner = nested.get("quantization_config") if isinstance(nested, Mapping) else None
+    return config.get("quantization_config") or inner
+
+
 def side_files(
     plan: CachePlan, artefacts: Mapping[str, torch.Tensor], provenance: Mapping[str, Any]
 ) -> dict[str, bytes]:

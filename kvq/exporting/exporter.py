@@ -25,7 +25,7 @@ from kvq.calib.check import check_stats
 from kvq.calib.stats import Stats
 from kvq.errors import CheckpointError
 from kvq.exporting.atomic_folder import recover, scratch_folder, whole_folder
-from kvq.exporting.checkpoint import QUANT_METHOD, provenance_of, to_json
+from kvq.exporting.checkpoint import QUANT_METHOD, provenance_of, quantization_of, to_json
 from kvq.exporting.engines import find_release
 from kvq.exporting.fold_check import FoldCheck, check_folds
 from kvq.exporting.folding import fold_lines, plan_of_folds, refuse_second_fold
@@ -33,7 +33,6 @@ from kvq.exporting.manifest import MANIFEST, Progress, build_manifest
 from kvq.exporting.model_card import CARD, licence_of
 from kvq.exporting.shards import placing_weights
 from kvq.exporting.targets import TARGETS, Job, Target, find_target
-from kvq.exporting.targets.base import quantization_of
 from kvq.exporting.targets.repack import METHODS, repack
 from kvq.exporting.targets.scheme import engine_view
 from kvq.models.builtin import BUILTIN, MODEL_NAME

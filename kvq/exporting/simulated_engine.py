@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from transformers import PretrainedConfig
 
 from kvq.cache import CachePlan, make_plan
@@ -23,7 +22,7 @@ from kvq.exporting.targets.formats import has_kv_scheme
 from kvq.exporting.targets.scheme import engine_view
 from kvq.models.describe import ModelSpec, describe
 from kvq.models.resolve import load_config
-from kvq.recipe import Recipe, load_recipe, parse_recipe
+from kvq.recipe import Recipe, load_recipe
 from kvq.transforms import Transforms
 
 
@@ -93,12 +92,10 @@ def _artefacts(recipe: Recipe, scales: Scales, largest: bool) -> dict[str, torch
 def _recipe(folder: Path, view: ModelSpec, scales: Scales) -> Recipe:
     """The recipe that was exported, without its transforms, which are in the weights; a stranger's checkpoint is taken
     for the recipe ``fp8``. Layers without scales are exact."""
-    try:
-        recipe = parse_recipe(yaml.safe_load((folder / RECIPE).read_text()), source=RECIPE)
-    except OSError:
-        recipe = load_recipe("fp8")
-        if scales.granularity == "head":
-            recipe = recipe.override({"key.granularity": "head", "value.granularity": "head"})
+    own = folder / RECIPE
+    recipe = load_recipe(own if own.is_file() else "fp8")
+    if not own.is_file() and scales.granularity == "head":
+        recipe = recipe.override({"key.granularity": "head", "value.granularity": "head"})
     exact = {"key": {"codec": "exact"}, "value": {"codec": "exact"}}
     empty = [layer.index for layer in view.full_layers if layer.index in scales.without()]
     layers = {pattern: {k: v for k, v in own.items() if k != "transforms"} for pattern, own in recipe.layers.items()}

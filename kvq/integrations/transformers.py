@@ -119,6 +119,7 @@ def load(path: str | Path, **kwargs: Any) -> "PreTrainedModel":
     """
     from transformers import AutoModelForCausalLM, PretrainedConfig
 
+    from kvq.exporting.checkpoint import quantization_of
     from kvq.models.resolve import looks_like_path
 
     name = str(path)
@@ -131,9 +132,7 @@ def load(path: str | Path, **kwargs: Any) -> "PreTrainedModel":
             f"{name!r} holds no config.json that can be read: give the folder that 'kvq export' wrote, or a hub "
             "id that can be reached."
         ) from None
-    nested = config.get("text_config") or {}
-    fields = config.get("quantization_config") or nested.get("quantization_config") or {}
-    if fields.get("quant_method") != NAME:
+    if (quantization_of(config) or {}).get("quant_method") != NAME:
         raise CheckpointError(
             f"{name!r} is no kvq export: make one with 'kvq export {name} --recipe kivi2 -o DIR', or run this model "
             "inside kvq.quantized_cache(model, recipe)."

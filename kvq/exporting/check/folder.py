@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 
 from kvq.errors import KvqError
 from kvq.exporting.check.findings import Finding, error, note
-from kvq.exporting.checkpoint import PROVENANCE, QUANT_METHOD, load_plan
+from kvq.exporting.checkpoint import PROVENANCE, QUANT_METHOD, load_plan, quantization_of
 from kvq.exporting.manifest import MANIFEST, Progress, broken_files, read_manifest
 from kvq.models.resolve import INDEX_FILE, load_config, read_header, weights_fingerprint
 
@@ -55,8 +55,7 @@ def read_folder(path: Path, *, quick: bool, progress: Progress | None) -> tuple[
     written_by = _compare(path, found, quick, progress)
     config = _config(path, found)
     headers = _headers(path, found)
-    nested = config.get("text_config") if isinstance(config.get("text_config"), dict) else {}
-    quantization = config.get("quantization_config") or nested.get("quantization_config") or {}
+    quantization = quantization_of(config) or {}
     if not isinstance(quantization, dict):
         found.append(error("config.json", f"has {type(quantization).__name__} as quantization_config, not a mapping."))
         quantization = {}

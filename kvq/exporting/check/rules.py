@@ -5,9 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from kvq.errors import CheckpointError, KvqError
+from kvq.errors import CheckpointError, KvqError, RecipeError
 from kvq.exporting.check.findings import Finding, Report, ScaleSummary, error, note, warning
 from kvq.exporting.check.folder import Folder, read_folder
 from kvq.exporting.check.kv_scales import Scales, judge_values, read_scales
@@ -20,7 +18,7 @@ from kvq.exporting.targets.formats import has_kv_scheme, has_packed_zeros
 from kvq.exporting.targets.native_dtypes import takes
 from kvq.models.describe import ModelSpec, describe
 from kvq.models.resolve import load_config
-from kvq.recipe import Recipe, parse_recipe
+from kvq.recipe import Recipe, load_recipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -268,8 +266,8 @@ def _own_flag(folder: Folder, release: Release) -> str | None:
 def _recipe(folder: Folder) -> Recipe | None:
     """The recipe that lies in a folder; None if there is none that can be read."""
     try:
-        return parse_recipe(yaml.safe_load((folder.path / RECIPE).read_text()), source=RECIPE)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, KvqError):
+        return load_recipe(folder.path / RECIPE)
+    except RecipeError:
         return None
 
 

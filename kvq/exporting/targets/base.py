@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from kvq.cache import CachePlan
-from kvq.exporting.checkpoint import PROVENANCE, to_json
+from kvq.exporting.checkpoint import PROVENANCE, quantization_of, to_json
 from kvq.exporting.fold_check import FoldCheck
 from kvq.models.describe import ModelSpec
 from kvq.transforms.fold_plan import FoldPlan
@@ -75,9 +75,3 @@ class Target:
     weights: Callable[[Path], dict[str, Path]]
     sliding: bool = True
     hash_limit: float = math.inf
-
-
-def quantization_of(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """The ``quantization_config`` of a config.json, wherever it sits; None if there is none."""
-    nested = config.get("text_config") or {}
-    return config.get("quantization_config") or nested.get("quantization_config")

@@ -22,8 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from kvq.errors import CheckpointError
-from kvq.exporting.checkpoint import shard_index, to_json
-from kvq.exporting.targets.base import quantization_of
+from kvq.exporting.checkpoint import quantization_of, shard_index, to_json
 from kvq.exporting.targets.engine import merged_config
 from kvq.models.resolve import INDEX_FILE, check_weights
 from kvq.models.stored import StoredTensor, tensors_of

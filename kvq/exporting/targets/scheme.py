@@ -17,8 +17,6 @@ from kvq.pages.layout import SIDES
 from kvq.recipe import Recipe
 from kvq.transforms.fold_plan import FoldPlan
 
-# Settings of a float8 codec that change how its scale is chosen, and nothing of what is stored.
-
 
 @dataclass(frozen=True, kw_only=True)
 class Scheme:
