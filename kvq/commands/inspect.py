@@ -7,6 +7,9 @@ import click
 from kvq.commands.common import Output, chosen_recipe, json_option, progress_bar, quiet_transformers, settings_option
 from kvq.commands.diagnosis import Wishes, show_diagnosis
 
+# Of a short calibration, for a look at a model.
+SAMPLES, SEQ_LEN = 8, 512
+
 
 @click.command("inspect")
 @click.argument("thing", metavar="MODEL|STATS|DIR")
@@ -78,7 +81,6 @@ def stats_facts(stats) -> dict[str, str]:
 
 def _inspect_model(name: str, measure: bool, stats: str | None, wishes: Wishes, output: Output) -> None:
     from kvq.diagnosis.causes import causes_of_weights
-    from kvq.diagnosis.outlook import statistics_of
     from kvq.models.describe import describe
     from kvq.models.resolve import check_weights, load_config, resolve_model
     from kvq.models.stored import Weights
@@ -100,8 +102,7 @@ def _inspect_model(name: str, measure: bool, stats: str | None, wishes: Wishes, 
     output.show(facts_table(f"Model {name}", shown), layers_table(facts["layers"]))
     data = {"kind": "model", "model": name, "weights_bytes": size} | facts
     if measure or stats:
-        with progress_bar("Measuring") as step:
-            found = statistics_of(folder, spec, Path(name).name, stats, step)
+        found = _measured(name) if stats is None else _given(stats, spec, folder)
         data |= show_diagnosis(found, f"Model {name}", stats_facts(found) | shown, wishes, output, folder)
     else:
         causes = causes_of_weights(spec, Weights(folder))
@@ -109,6 +110,26 @@ def _inspect_model(name: str, measure: bool, stats: str | None, wishes: Wishes, 
         output.show(*(cause_line(vars(cause)) for cause in causes))
         output.show(f"For a verdict on recipes: kvq inspect {name} --measure")
     output.write(data)
+
+
+def _measured(name: str):
+    """Statistics of a short calibration on built-in text."""
+    from kvq import api
+
+    with progress_bar("Measuring") as step:
+        return api.calibrate(
+            name, samples=SAMPLES, seq_len=SEQ_LEN, batch_size=1, progress=lambda done, total, what: step(done, total)
+        )
+
+
+def _given(stats: str, spec, folder: Path):
+    """Statistics of a file, which must be the model's own."""
+    from kvq.calib.check import check_stats
+    from kvq.calib.stats import Stats
+
+    found = Stats.load(stats)
+    check_stats(found, spec, folder)
+    return found
 
 
 def _inspect_export(folder: Path, output: Output) -> None:

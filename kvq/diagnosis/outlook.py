@@ -1,29 +1,20 @@
-"""A look at a model before anything is quantized: statistics, the diagnosis of them, and what pictures show."""
+"""What quantization would do to a model: the diagnosis of its statistics, and what pictures show."""
 
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from kvq.cache import CachePlan
-from kvq.calib.calibrate import Options, calibrate
-from kvq.calib.check import check_stats
-from kvq.calib.data import load_documents
 from kvq.calib.stats import Stats
-from kvq.calib.windows import token_windows
 from kvq.diagnosis.predict import bit_errors, plan_of
 from kvq.diagnosis.recommendation import CANDIDATES, Diagnosis, diagnose
 from kvq.diagnosis.sample_tokens import LayerTokens
 from kvq.errors import RecipeError
-from kvq.models.describe import ModelSpec
-from kvq.models.resolve import load_tokenizer
 from kvq.recipe import Recipe, load_recipe
 
 # Recipes whose transforms are shown when none is asked for, best first.
 _SHOWN = ("klt3", "turboquant4")
-# Of a short calibration, for a look at a model.
-SAMPLES, SEQ_LEN = 8, 512
 # Whose bit widths are tried where no recipe is asked for, or its codecs take no other widths.
 _WIDTHS_OF = "kivi2"
 
@@ -76,25 +67,6 @@ def outlook_of(
             raise RecipeError(f"recipe {recipe.name!r} cannot be predicted: {own.why_not}")
     shown = _shown_plan(stats, found, recipe, folder) if pictures else None
     return Outlook(stats=stats, layers=layers, diagnosis=found, errors=errors, widths_of=widths_of, shown=shown)
-
-
-def statistics_of(
-    folder: Path, spec: ModelSpec, name: str, stats: str | Path | None, progress: Callable[..., None] | None = None
-) -> Stats:
-    """Statistics of the model in ``folder``: those of a file, which must be its own, or measured on built-in text."""
-    if stats is not None:
-        found = Stats.load(stats)
-        check_stats(found, spec, folder)
-        return found
-    tokenizer = load_tokenizer(folder)
-    windows = token_windows(
-        tokenizer, load_documents("builtin"), samples=SAMPLES, seq_len=SEQ_LEN, seed=0, source="builtin"
-    )
-    with tempfile.TemporaryDirectory() as state:
-        return calibrate(
-            folder, windows, Options(batch_size=1), state_folder=Path(state) / "state", progress=progress,
-            model_name=name, tokenizer=tokenizer,
-        )  # fmt: skip
 
 
 def _bit_errors(stats: Stats, layers, recipe: Recipe | None, folder: Path | None):
