@@ -10,19 +10,20 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvq.cache.plan import check_transforms
-from kvq.calib.calibrate import Options, by_layer, calibrate, token_texts
-from kvq.calib.codebooks import books_of
+from kvq.calib.codebooks import books_of, learn_codebooks
 from kvq.calib.collect import ALONE, collect
 from kvq.calib.data import Document, load_documents
 from kvq.calib.end_to_end import learn_end_to_end
 from kvq.calib.learn import learn_fits, learned_steps
+from kvq.calib.loading import Options, by_layer, load_for
 from kvq.calib.needs import ALL_NEEDS, DEFAULT_NEEDS, needs_of
+from kvq.calib.observers import Massive, Sinks
 from kvq.calib.ranks import Ranks
 from kvq.calib.stats import Stats
 from kvq.calib.windows import Windows, token_windows
 from kvq.errors import DataError, RecipeError
 from kvq.models.describe import ModelSpec, describe
-from kvq.models.resolve import load_config, load_model, load_tokenizer, resolve_model
+from kvq.models.resolve import load_config, load_model, load_tokenizer, resolve_model, weights_fingerprint
 from kvq.recipe import Recipe, load_recipe
 
 Progress = Callable[[int, int, str], None]
@@ -114,21 +115,60 @@ def calibrate_folder(
     layer_by_layer = by_layer(folder, options, ranks)
     tokenizer = load_tokenizer(folder)
     windows = text.windows(tokenizer)
-    stats = calibrate(
-        folder,
-        windows,
-        options,
-        state_folder=state_folder,
-        progress=_named(progress, "Calibrating"),
-        learning=_named(progress, "Learning codebooks"),
-        ranks=ranks,
-        model_name=Path(model).name,
-        tokenizer=tokenizer,
-    )
+    placing = {"layer_by_layer": layer_by_layer, "state_folder": state_folder, "ranks": ranks}
+    stats = _measured(folder, Path(model).name, windows, options, **placing, progress=progress)
     if stats is None:
         return None
+    stats = replace(stats, token_texts=token_texts(stats, tokenizer))
     stats, learning = _learn(stats, options.recipes, spec, folder, state_folder, progress, end_to_end, windows.tokens)
     return Calibration(stats=stats, learning=learning, layer_by_layer=layer_by_layer)
+
+
+def _measured(
+    folder: Path,
+    name: str,
+    windows: Windows,
+    options: Options,
+    *,
+    layer_by_layer: bool,
+    state_folder: Path,
+    ranks: Ranks,
+    progress: Progress | None,
+) -> Stats | None:
+    """Statistics of the model in ``folder``, and what codebooks are learned from; None but in the first process."""
+    learns = bool(books_of(options.recipes, describe(load_config(folder))))
+    if learns and layer_by_layer:
+        raise DataError(
+            "codebooks are learned with the whole model in memory, which excludes layer by layer: raise "
+            "--memory-limit, or use a recipe without calibrated levels."
+        )
+    model = load_for(folder, options, layer_by_layer=layer_by_layer, state_folder=state_folder, ranks=ranks)
+    shared = {"valid": windows.valid, "ranks": ranks}
+    stats = collect(
+        model,
+        windows.tokens,
+        state_folder=state_folder,
+        progress=_named(progress, "Calibrating"),
+        model_name=name,
+        weights_fingerprint=weights_fingerprint(folder),
+        data=windows.identity,
+        **shared,
+        **options.measuring,
+    )
+    if learns:
+        shared |= {"state_folder": state_folder / "codebooks", "progress": _named(progress, "Learning codebooks")}
+        stats = learn_codebooks(model, options.recipes, stats, windows.tokens, seed=options.seed, **shared)
+    return stats
+
+
+def token_texts(stats: Stats, tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
+    """The texts of the tokens that statistics name."""
+    ids: set[int] = set()
+    for layer in stats.layers.values():
+        for part in layer.values():
+            if isinstance(part, Massive | Sinks):
+                ids |= set(part.tops.token.flatten().tolist())
+    return {i: tokenizer.decode([i]) for i in sorted(ids)}
 
 
 def calibrate_model(

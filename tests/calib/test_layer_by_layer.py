@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from kvq.calib.calibrate import Options, by_layer, offload_map
 from kvq.calib.collect import collect
+from kvq.calib.loading import Options, by_layer, offload_map
 from kvq.calib.needs import ALL_NEEDS
 from kvq.errors import UnsupportedModelError
 from kvq.models.resolve import load_config, load_model
@@ -82,7 +82,7 @@ def test_tied_heads_stay_with_the_embeddings(tiny_config):
 
 
 def test_a_decoder_without_a_list_of_layers_is_refused(monkeypatch, tiny_config):
-    monkeypatch.setattr("kvq.calib.calibrate.decoder_layers", lambda model: None)
+    monkeypatch.setattr("kvq.calib.loading.decoder_layers", lambda model: None)
     with pytest.raises(UnsupportedModelError, match="no plain list of layers; leave --layer-by-layer"):
         offload_map(AutoConfig.for_model(**tiny_config().to_dict()), "cpu")
 

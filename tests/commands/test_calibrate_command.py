@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoConfig
 
+import kvq
 from kvq.calib.needs import ALL_NEEDS, DEFAULT_NEEDS
 from kvq.calib.stats import LayerStats, Stats
 from kvq.commands.calibrate import Bytes
@@ -110,16 +111,11 @@ def test_layer_by_layer_writes_the_same_file(run, tiny_checkpoint, text, tmp_pat
 
 def test_a_device_map_spreads_the_model(run, refuse, tiny_checkpoint, text, tmp_path):
     """Here over the CPU and the disk, through the same hooks that several GPUs have."""
-    from kvq.calib.calibrate import Options, calibrate
-    from kvq.calib.windows import token_windows
-    from kvq.models.resolve import load_tokenizer
-
     model = tiny_checkpoint(layers=3)
     whole = calibrated(run, model, tmp_path / "stats", "--data", text)
-    windows = token_windows(load_tokenizer(model), [text.read_text()], samples=4, seq_len=32)
     parts = ("model.embed_tokens", "model.layers.0", "model.layers.2", "model.norm", "model.rotary_emb", "lm_head")
-    spread = Options(device_map=dict.fromkeys(parts, "cpu") | {"model.layers.1": "disk"})
-    stats = calibrate(model, windows, spread, state_folder=tmp_path / "state")
+    spread = dict.fromkeys(parts, "cpu") | {"model.layers.1": "disk"}
+    stats = kvq.calibrate(model, data=text, samples=4, seq_len=32, device_map=spread)
     for index, layer in whole.layers.items():
         assert torch.equal(layer["key.range"].sum, stats.layers[index]["key.range"].sum)
     assert calibrated(run, model, tmp_path / "auto", "--data", text, "--device-map", "auto").needs == DEFAULT_NEEDS

@@ -1,29 +1,23 @@
-"""From a checkpoint folder and token windows to statistics, in the way that the model's size asks for."""
+"""How a model is held in memory while it is calibrated, in the way that its size asks for."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from kvq.calib.codebooks import books_of, learn_codebooks
-from kvq.calib.collect import ALONE, RESERVOIR_BYTES, collect
+from kvq.calib.collect import ALONE, RESERVOIR_BYTES
 from kvq.calib.needs import DEFAULT_NEEDS
-from kvq.calib.observers import Massive, Sinks
 from kvq.calib.ranks import Ranks
-from kvq.calib.stats import Stats
-from kvq.calib.windows import Windows
 from kvq.errors import DataError, UnsupportedModelError
 from kvq.models.decoder import decoder_layers
 from kvq.models.describe import describe
-from kvq.models.resolve import load_config, load_model, weights_fingerprint
+from kvq.models.resolve import load_config, load_model
 from kvq.models.stored import tensors_of
 from kvq.recipe import Recipe
 
-Progress = Callable[[int, int], None]
 # Memory beside the weights that a limit leaves for: one batch's activations and the statistics.
 _ROOM = 1.25
 
@@ -61,60 +55,21 @@ class Options:
         return {name: getattr(self, name) for name in names}
 
 
-def calibrate(
-    folder: Path,
-    windows: Windows,
-    options: Options,
-    *,
-    state_folder: Path,
-    progress: Progress | None = None,
-    learning: Progress | None = None,
-    ranks: Ranks = ALONE,
-    model_name: str = "",
-    tokenizer: PreTrainedTokenizerBase | None = None,
-) -> Stats | None:
-    """Statistics of the model in ``folder``; None in all processes but the first.
+def load_for(
+    folder: Path, options: Options, *, layer_by_layer: bool, state_folder: Path, ranks: Ranks = ALONE
+) -> PreTrainedModel:
+    """The model in ``folder``, where options want it.
 
-    state_folder   to continue from if interrupted; remove it when the statistics are saved.
-    progress       called with (windows done, windows in all).
-    learning       likewise, while codebooks are learned.
-    tokenizer      to name the tokens that the statistics name.
-
-    Raises DataError, UnsupportedModelError or CheckpointError as data, model and disk demand.
+    state_folder   for weights that the checkpoint's files do not hold as the model takes them.
     """
-    shared = {"valid": windows.valid, "state_folder": state_folder, "ranks": ranks}
-    config = load_config(folder)
-    learns, spread = bool(books_of(options.recipes, describe(config))), options.device_map
-    if by_layer(folder, options, ranks):
-        if learns:
-            raise DataError(
-                "codebooks are learned with the whole model in memory, which excludes layer by layer: raise "
-                "--memory-limit, or use a recipe without calibrated levels."
-            )
-        spread = offload_map(config, _device(ranks))
-    model = load_model(
+    spread = offload_map(load_config(folder), _device(ranks)) if layer_by_layer else options.device_map
+    return load_model(
         folder,
         dtype=options.dtype,
         device=ranks.device,
         device_map=spread,
         offload_folder=state_folder / f"weights-{ranks.rank}",
     )
-    stats = collect(
-        model,
-        windows.tokens,
-        progress=progress,
-        model_name=model_name,
-        weights_fingerprint=weights_fingerprint(folder),
-        data=windows.identity,
-        **shared,
-        **options.measuring,
-    )
-    if learns:
-        shared["state_folder"] = state_folder / "codebooks"
-        stats = learn_codebooks(
-            model, options.recipes, stats, windows.tokens, seed=options.seed, progress=learning, **shared
-        )
-    return replace(stats, token_texts=token_texts(stats, tokenizer)) if stats and tokenizer else stats
 
 
 def by_layer(folder: Path, options: Options, ranks: Ranks = ALONE) -> bool:
@@ -172,13 +127,3 @@ def weight_bytes(folder: Path, dtype: torch.dtype) -> int:
 def _device(ranks: Ranks) -> str:
     """Where ``load_model`` would put the model."""
     return ranks.device or ("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def token_texts(stats: Stats, tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
-    """The texts of the tokens that statistics name."""
-    ids: set[int] = set()
-    for layer in stats.layers.values():
-        for part in layer.values():
-            if isinstance(part, Massive | Sinks):
-                ids |= set(part.tops.token.flatten().tolist())
-    return {i: tokenizer.decode([i]) for i in sorted(ids)}
