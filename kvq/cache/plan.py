@@ -18,7 +18,7 @@ from kvq.pages.flush import FlushRule
 from kvq.pages.layout import SIDES, PageLayout
 from kvq.recipe import Recipe
 from kvq.transforms import Chain, Transforms, TransformSpec, build_chain
-from kvq.transforms.frame import Frame
+from kvq.transforms.frame import Frame, block_origins
 from kvq.transforms.rope_bias import RopeOffset
 
 
@@ -53,6 +53,17 @@ class HeadGroup:
                 "head: make each a group, or choose codecs that see one head (no permute, no group of a whole token, "
                 "no calibrated ranges of channels)."
             )
+
+    def round_trip(self, side: str, x: torch.Tensor, positions: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """What the cache gives back for x [B, K, t, D], whole blocks from the body on, in the basis of the chain.
+
+        positions   [B or 1, t] rotary positions, which matter in a frame. ``dtype``: of what is decoded.
+        """
+        codec, frame = self.codecs[side], self.frame if side == "key" else None
+        if frame is None:
+            return codec.decode(codec.encode(x), dtype)
+        origins = block_origins(positions, frame.block)
+        return frame.leave(codec.decode(codec.encode(frame.enter(x, origins)), dtype), origins)
 
     def predicted_bytes(self, tokens: int, itemsize: int) -> int:
         """Bytes of one sequence of ``tokens`` tokens: whole pages, exact tokens and their headroom.

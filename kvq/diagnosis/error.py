@@ -20,7 +20,6 @@ import torch
 from kvq.cache.plan import HeadGroup
 from kvq.diagnosis.sample_tokens import LayerTokens
 from kvq.pages.layout import SIDES
-from kvq.transforms.frame import block_origins
 
 KEY_WEIGHT = 0.25
 VALUE_WEIGHT = 0.52
@@ -66,16 +65,9 @@ def stored(group: HeadGroup, side: str, x: torch.Tensor, positions: torch.Tensor
     body = written[:, :, place]
     if not body.shape[2]:
         return x.clone()
+    found, own = written.clone(), positions[:, place]
     # A window at a time, as the cache stores it.
-    if group.frame is not None and side == "key":
-        origins = block_origins(positions[:, place], group.frame.block)
-        entered = group.frame.enter(body, origins)
-        decoded = torch.cat([codec.decode(codec.encode(row), x.dtype) for row in entered.split(1)])
-        decoded = group.frame.leave(decoded, origins)
-    else:
-        decoded = torch.cat([codec.decode(codec.encode(row), x.dtype) for row in body.split(1)])
-    found = written.clone()
-    found[:, :, place] = decoded
+    found[:, :, place] = torch.cat([group.round_trip(side, row, own, x.dtype) for row in body.split(1)])
     return chain.inverse(found)
 
 

@@ -19,15 +19,12 @@ import torch
 
 from kvq.cache.attend import Options
 from kvq.cache.plan import CachePlan, HeadGroup
-from kvq.codecs import Codec
 from kvq.errors import DataError, suggest
 from kvq.eval.branches import Branches
 from kvq.kernels.decode_attention.exact_partial import exact_partial
 from kvq.kernels.decode_attention.products import Partial, merge_partials
 from kvq.pages.flush import FlushRule
 from kvq.pages.layout import SIDES
-from kvq.transforms.frame import Frame, block_origins
-from kvq.transforms.rope_bias import RopeOffset
 
 MODES = ("stream", "prefill", "chunked", "simulate")
 # Scores held at once: on a CPU they fit its cache, a GPU wants large products.
@@ -141,8 +138,7 @@ def two_view_attend(
     for side, exact in zip(SIDES, (keys, values)):
         bounds = schedule.packed(group.rules[side], T) + sinks
         bounds = (bounds if branches is None else branches.columns(bounds)).clamp(max=T)
-        codec = _Placed(group.codecs[side], group.frame if side == "key" else None, positions)
-        stored = _stored(exact, codec, sinks, bounds, schedule, lengths, dtype)
+        stored = _stored(exact, group, side, positions, bounds, schedule, lengths, dtype)
         views[side] = _Views(exact=exact.to(dtype), stored=stored, bounds=bounds)
     plain = mask is None and options.softcap is None
     on_cpu = q.device.type == "cpu"
@@ -266,55 +262,32 @@ def _times(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return (a.flatten(2, 3) @ b).unflatten(2, a.shape[2:4])
 
 
-@dataclass(frozen=True)
-class _Placed:
-    """A codec where the recipe places it: after the rotary embedding, or in a frame."""
-
-    codec: Codec
-    frame: Frame | RopeOffset | None
-    positions: torch.Tensor
-
-    def round_trip(self, x: torch.Tensor, dtype: torch.dtype, start: int = 0, index=None) -> torch.Tensor:
-        """What the cache gives back for x [B, K, t, D], the tokens from ``start``, or those of ``index`` [B, t]; the
-        first of them is the body's first."""
-        if self.frame is None:
-            return self.codec.decode(self.codec.encode(x), dtype)
-        if index is None:
-            positions = self.positions[:, start : start + x.shape[2]]
-        else:
-            positions = self.positions.expand(len(index), -1).gather(1, index)
-        origins = block_origins(positions, self.frame.block)
-        decoded = self.codec.decode(self.codec.encode(self.frame.enter(x, origins)), dtype)
-        return self.frame.leave(decoded, origins)
-
-
 def _stored(
-    x: torch.Tensor, codec: _Placed, sinks: int, bounds: torch.Tensor, schedule: Schedule, lengths, dtype: torch.dtype
+    x: torch.Tensor,
+    group: HeadGroup,
+    side: str,
+    positions: torch.Tensor,
+    bounds: torch.Tensor,
+    schedule: Schedule,
+    lengths: torch.Tensor | None,
+    dtype: torch.dtype,
 ) -> torch.Tensor:
     """x [B, K, T, D] with the body tokens that some query reads as stored put through the codec.
 
     Encoding happens in the dtype of x and decoding in ``dtype``, as in the packed cache.
     """
-    out = x.to(dtype, copy=True)
-    stop = int(bounds.max())
+    out, sinks, stop = x.to(dtype, copy=True), group.sinks, int(bounds.max())
     if stop <= sinks:
         return out
-    if schedule.mode == "simulate":
-        out[:, :, sinks:] = _round_trip_ragged(x[:, :, sinks:], codec, sinks, lengths, dtype)
-    else:
-        out[:, :, sinks:stop] = codec.round_trip(x[:, :, sinks:stop], dtype, sinks)
+    if schedule.mode != "simulate":
+        out[:, :, sinks:stop] = group.round_trip(side, x[:, :, sinks:stop], positions[:, sinks:stop], dtype)
+        return out
+    # A partial last block has its own scale: the last real token fills what is missing.
+    B, K, T, D = x.shape
+    block = group.codecs[side].block_tokens
+    last = ((torch.full((B,), T) if lengths is None else lengths) - sinks).clamp(min=1) - 1
+    index = sinks + torch.minimum(torch.arange(-(-(T - sinks) // block) * block), last.unsqueeze(1))
+    filled = x.gather(2, index.to(x.device)[:, None, :, None].expand(-1, K, -1, D))
+    own = positions.expand(B, -1).gather(1, index)
+    out[:, :, sinks:] = group.round_trip(side, filled, own, dtype)[:, :, : T - sinks]
     return out
-
-
-def _round_trip_ragged(
-    x: torch.Tensor, codec: _Placed, start: int, lengths: torch.Tensor | None, dtype: torch.dtype
-) -> torch.Tensor:
-    """Round trip of x [B, K, t, D], the tokens from ``start`` on. A partial last block has its own scale: the last real
-    token fills what is missing.
-    """
-    T = x.shape[2]
-    last = (torch.full((x.shape[0],), T) if lengths is None else lengths - start).clamp(min=1) - 1
-    whole = -(-T // codec.codec.block_tokens) * codec.codec.block_tokens
-    index = torch.minimum(torch.arange(whole), last.unsqueeze(1))
-    filled = x.gather(2, index.to(x.device)[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
-    return codec.round_trip(filled, dtype, index=index + start)[:, :, :T]
