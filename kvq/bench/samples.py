@@ -143,7 +143,9 @@ def _used(pages: Pages, lengths: list[int]):
 
 def _numbers(section: Section, layout: SideLayout, shape, spread: float, generator) -> torch.Tensor:
     if layout.tiers:
-        layout = layout.tiers[int(section.name[len("tier") : section.name.index("_")])]
+        own = layout.tiers[int(section.name[len("tier") : section.name.index("_")])]
+        assert own is not None, "slices without bits have no sections"
+        layout = own
     if section.name.endswith("meta_range"):
         return torch.rand(shape, generator=generator).half() * torch.tensor([-3.0, 0.01]).half()
     if section.name == "norm":

@@ -21,24 +21,24 @@ from kvq.recipe import Recipe, load_recipe
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluatedModel:
-    """name: for people, never a folder of this machine. folder: the checkpoint's. plan: None or empty if nothing is
-    quantized. cache_dtype: of the checkpoint, which exact tokens take."""
+    """name: for people, never a folder of this machine. folder: the checkpoint's. cache_dtype: of the checkpoint, which
+    exact tokens take."""
 
     name: str
     folder: Path
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    plan: CachePlan | None
+    plan: CachePlan
     cache_dtype: torch.dtype
 
     @property
     def quantizes(self) -> bool:
-        return self.plan is not None and bool(self.plan.layers)
+        return bool(self.plan.layers)
 
     @property
     def exact(self) -> "EvaluatedModel":
         """The same model without quantization."""
-        return replace(self, plan=None)
+        return replace(self, plan=CachePlan(recipe=self.plan.recipe, model=self.plan.model, layers={}))
 
     @property
     def source(self) -> str:

@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 
-from kvq.cache import CachePlan
 from kvq.eval.evaluated_model import EvaluatedModel
 from kvq.eval.greedy import greedy_continuations
 from kvq.eval.harness import Harness, Tasks
@@ -73,7 +72,7 @@ class Run:
             self._speed()
 
     def _answers(self, evaluated: EvaluatedModel, **task: Any) -> Answers:
-        return Answers(self.settings.cache_folder, answers_key(evaluated, evaluated.plan, **task))
+        return Answers(self.settings.cache_folder, answers_key(evaluated, **task))
 
     @property
     def _chunk(self) -> int | None:
@@ -183,7 +182,14 @@ class Run:
             implementation="two-view attention, torch reference" if own.quantizes else "the model's own attention",
             partial=partial,
             unfinished=missing if partial else (),
-            memory=[_memory(plan, tokens) for tokens in MEMORY_LENGTHS],
+            memory=[
+                {
+                    "tokens": tokens,
+                    "plain_bytes": own.exact.plan.predicted_bytes(tokens, itemsize=2),
+                    "recipe_bytes": plan.predicted_bytes(tokens, itemsize=2),
+                }
+                for tokens in MEMORY_LENGTHS
+            ],
             hashes={
                 "model": model_hash(own.folder),
                 "baseline": model_hash((self.baseline or own).folder),
@@ -192,13 +198,6 @@ class Run:
             },
             versions=installed_versions(*(["lm_eval"] if settings.foreign else [])),
         )
-
-
-def _memory(plan: CachePlan, tokens: int) -> dict[str, int]:
-    """Bytes of one sequence's cache, without quantization and with it."""
-    plain = CachePlan(recipe=plan.recipe, model=plan.model, layers={})
-    sizes = (own.predicted_bytes(tokens, itemsize=2) for own in (plain, plan))
-    return {"tokens": tokens, **dict(zip(("plain_bytes", "recipe_bytes"), sizes))}
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

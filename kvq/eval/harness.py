@@ -125,7 +125,6 @@ class Harness:
         mode = settings.mode if evaluated.quantizes else "exact"
         key = answers_key(
             evaluated,
-            evaluated.plan,
             task=name,
             mode=mode,
             chunk=settings.chunk if mode == "chunked" else None,

@@ -109,16 +109,16 @@ def _foreign_code(cls: type) -> bytes:
     return b"" if file is None or cls.__module__.partition(".")[0] == "kvq" else Path(file).read_bytes()
 
 
-def answers_key(evaluated: EvaluatedModel, plan: CachePlan | None, **task: Any) -> dict[str, Any]:
-    """The key of answers of ``evaluated`` under ``plan`` (None: unquantized). ``task``: all else that decides them.
+def answers_key(evaluated: EvaluatedModel, **task: Any) -> dict[str, Any]:
+    """The key of answers of ``evaluated`` under its plan. ``task``: all else that decides them.
 
     Versions of the libraries are part of it: another release may round differently, and pairs must not mix them.
     """
     return {
         "model": model_hash(evaluated.folder),
         "tokenizer": tokenizer_hash(evaluated.tokenizer),
-        "recipe": "exact" if plan is None or not plan.layers else plan.recipe.hash,
-        "plan": plan_hash(plan),
+        "recipe": evaluated.plan.recipe.hash if evaluated.quantizes else "exact",
+        "plan": plan_hash(evaluated.plan),
         "dtype": str(evaluated.model.dtype),
         "device": evaluated.model.device.type,
         "code": code_version(),

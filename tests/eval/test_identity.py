@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -90,16 +91,16 @@ def test_an_export_of_unchanged_weights_is_the_same_model(folder, tmp_path):
 
 def test_keys_hold_all_that_decides_an_answer(folder, monkeypatch):
     evaluated = load_evaluated(folder, "int4")
-    key = answers_key(evaluated, evaluated.plan, task="text", mode="stream")
+    key = answers_key(evaluated, task="text", mode="stream")
     others = [
-        answers_key(evaluated, None, task="text", mode="stream"),
-        answers_key(evaluated, evaluated.plan_for("int8"), task="text", mode="stream"),
-        answers_key(evaluated, evaluated.plan, task="text", mode="prefill"),
-        answers_key(evaluated, evaluated.plan, task="needle", mode="stream"),
-        answers_key(load_evaluated(folder, "int4", dtype=torch.float64), evaluated.plan, task="text", mode="stream"),
+        answers_key(evaluated.exact, task="text", mode="stream"),
+        answers_key(replace(evaluated, plan=evaluated.plan_for("int8")), task="text", mode="stream"),
+        answers_key(evaluated, task="text", mode="prefill"),
+        answers_key(evaluated, task="needle", mode="stream"),
+        answers_key(load_evaluated(folder, "int4", dtype=torch.float64), task="text", mode="stream"),
     ]
     monkeypatch.setattr(identity, "code_version", lambda: "another")
-    others.append(answers_key(evaluated, evaluated.plan, task="text", mode="stream"))
+    others.append(answers_key(evaluated, task="text", mode="stream"))
     assert len({json.dumps(own, sort_keys=True) for own in [key, *others]}) == 7
     assert str(folder) not in json.dumps(key)
 
