@@ -8,6 +8,7 @@ import kvq.cache.fused as fused
 from kvq.cache.snapshot import Snapshot, View, group_rows
 from kvq.cache.store import HeadStore
 from kvq.kernels.cpp import launch
+from kvq.kernels.cpp.launch import FrameNumbers
 from kvq.kernels.decode_attention.products import Partial, merge_partials, merged_lse, partial_attention
 from kvq.pages.layout import SIDES
 from kvq.transforms.frame import Frame
@@ -62,7 +63,7 @@ def attend(
     store.ran.add(ran)
     if ran.impl == "triton":
         return fused.attend(store, snapshot, q, options, steps, lse)
-    return _attend_torch(store, snapshot, q, mask, valid, options, ran.impl == "cpp", lse)
+    return _attend_torch(store, snapshot, q, mask, valid, options, steps if ran.impl == "cpp" else None, lse)
 
 
 def _stored_columns(store: HeadStore, snapshot: Snapshot, mask: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -94,11 +95,12 @@ def _attend_by_head(store, snapshot, q, mask, valid, options: Options, steps, ls
     return out
 
 
-def _attend_torch(store, snapshot, q, mask, valid, options, compiled: bool, lse) -> torch.Tensor:
-    """Row group by row group, each segment on its own; the C++ kernel takes rows of any length together."""
+def _attend_torch(store, snapshot, q, mask, valid, options, steps: "fused.Steps | None", lse) -> torch.Tensor:
+    """Row group by row group, each segment on its own; the C++ kernel, which runs where there are
+    ``steps``, takes rows of any length together."""
     out = torch.zeros_like(q)
     keys = list(zip(snapshot.before, snapshot.added))
-    if compiled and mask is None:
+    if steps is not None and mask is None:
         keys = list(zip(map(len, snapshot.views), snapshot.added))
     if valid is not None:
         for b, (before, added) in enumerate(zip(snapshot.before, snapshot.added)):
@@ -108,7 +110,7 @@ def _attend_torch(store, snapshot, q, mask, valid, options, compiled: bool, lse)
                 own = q[b : b + 1, :, :, real]
                 part = None if lse is None else lse[b : b + 1, :, :, real]
                 out[b : b + 1, :, :, real] = _attend_rows(
-                    store, snapshot, [b], before, added, own, rows_mask, options, compiled, part
+                    store, snapshot, [b], before, added, own, rows_mask, options, steps, part
                 )
                 if lse is not None:
                     lse[b : b + 1, :, :, real] = part
@@ -118,15 +120,15 @@ def _attend_torch(store, snapshot, q, mask, valid, options, compiled: bool, lse)
         everyone = len(rows) == len(keys)
         rows_mask = None if mask is None else torch.stack([mask[b] for b in rows])
         if everyone:
-            return _attend_rows(store, snapshot, rows, before, added, q, rows_mask, options, compiled, lse)
+            return _attend_rows(store, snapshot, rows, before, added, q, rows_mask, options, steps, lse)
         part = None if lse is None else lse[rows]
-        out[rows] = _attend_rows(store, snapshot, rows, before, added, q[rows], rows_mask, options, compiled, part)
+        out[rows] = _attend_rows(store, snapshot, rows, before, added, q[rows], rows_mask, options, steps, part)
         if lse is not None:
             lse[rows] = part
     return out
 
 
-def _attend_rows(store, snapshot, rows, before, added, q, mask, options: Options, compiled: bool, lse) -> torch.Tensor:
+def _attend_rows(store, snapshot, rows, before, added, q, mask, options: Options, steps, lse) -> torch.Tensor:
     """Rows of equal length, or of any without a mask in the C++ kernel.
 
     q [b, K, G, L, D], mask [b, L, tokens] or None; lse [b, K, G, L], filled, or None.
@@ -136,8 +138,8 @@ def _attend_rows(store, snapshot, rows, before, added, q, mask, options: Options
         end = before + view.stop
         queries = q[:, :, :, view.start : view.stop]
         bias = _bias(mask, view, before, queries, end)
-        if compiled:
-            out, found = _attend_compiled(store, snapshot, rows, i, options, queries, bias)
+        if steps is not None:
+            out, found = _attend_compiled(store, snapshot, rows, i, options, queries, bias, steps)
         else:
             partials = _Segments(store, snapshot, rows, before + added, options, queries, bias).partials(view, end)
             out = merge_partials(partials).view(*queries.shape)
@@ -148,7 +150,7 @@ def _attend_rows(store, snapshot, rows, before, added, q, mask, options: Options
     return torch.cat(outputs, dim=3).to(q.dtype) if len(outputs) > 1 else outputs[0].to(q.dtype)
 
 
-def _attend_compiled(store, snapshot, rows, index: int, options: Options, q, bias) -> Partial:
+def _attend_compiled(store, snapshot, rows, index: int, options: Options, q, bias, steps) -> Partial:
     """One query per head and row, their views number ``index``; q [b, K, G, 1, D]. The output, of the same shape, and
     log-sum-exp [b, K, G, 1]."""
     queries = q.to(_score_dtype(q)) * options.scaling
@@ -170,10 +172,23 @@ def _attend_compiled(store, snapshot, rows, index: int, options: Options, q, bia
         torch.tensor(counts, dtype=torch.int32),
         exact,
         [store.sinks[side] if everyone else store.sinks[side][rows] for side in SIDES] if store.sinks else None,
+        frame=_frame_numbers(store, rows, [own[0] for own in counts], queries, steps),
         softcap=options.softcap,
         sink_logits=None if options.sink_logits is None else options.sink_logits.view(queries.shape[1:3]),
         bias=None if bias is None else bias.flatten(1),
     )
+
+
+def _frame_numbers(store, rows, packed: list[int], q: torch.Tensor, steps) -> FrameNumbers | None:
+    """Where packed keys stand, for rows with so many of them and queries [b, K, G, L, D]; None: where exact ones do."""
+    if store.group.frame is None or not any(packed):
+        return None
+    if len(set(packed)) == 1:
+        origins = store.origins(rows, 0, packed[0])
+    else:
+        own = [store.origins([row], 0, n)[0] if n else torch.zeros(0, dtype=torch.long) for row, n in zip(rows, packed)]
+        origins = torch.nn.utils.rnn.pad_sequence(own, batch_first=True)
+    return steps.turns.of(store.group.frame, origins, q.shape[2] * q.shape[3], q.dtype)
 
 
 def _bias(mask, view: View, before: int, q: torch.Tensor, end: int) -> torch.Tensor | None:

@@ -14,6 +14,7 @@ import torch
 from kvq.cache.fused_pack import pages_of
 from kvq.cache.snapshot import Snapshot, group_rows
 from kvq.cache.store import HeadStore
+from kvq.cache.turns import Turns
 from kvq.kernels.decode_attention import decode_attention
 from kvq.kernels.decode_attention.decode_plan import DecodePlan
 from kvq.kernels.dispatch import LARGEST_QUERIES
@@ -31,6 +32,7 @@ class Steps:
     def __init__(self):
         self._plans: dict[tuple, DecodePlan] = {}
         self._last: tuple[tuple, _Step] | None = None
+        self.turns = Turns()
 
     def __reduce__(self):
         return Steps, ()

@@ -11,6 +11,7 @@ from kvq.kernels.cpp import build
 from kvq.kernels.cpp.sides import CppSide, sides_of
 from kvq.kernels.dispatch import LARGEST_HEAD, Choice, choose, why_no_attention, why_no_layout, why_no_triton
 from kvq.pages.layout import SIDES
+from kvq.transforms.rope_bias import RopeOffset
 
 logger = logging.get_logger(__name__)
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -123,6 +124,8 @@ def _why_no_pack(group: HeadGroup, side: str) -> str | None:
 
 def _why_not_compiled(group: HeadGroup, sides: Mapping[str, CppSide | str]) -> str | None:
     """Why the C++ kernel cannot attend, or None."""
-    if group.frame is not None:
-        return "keys are stored elsewhere than they are read"
+    if isinstance(group.frame, RopeOffset):
+        return "keys are stored without the bias of their projection"
+    if group.frame is not None and group.layout.page_tokens % group.frame.block:
+        return f"blocks of {group.frame.block} tokens do not fill pages of {group.layout.page_tokens}"
     return build.unavailable() or next((side for side in sides.values() if isinstance(side, str)), None)

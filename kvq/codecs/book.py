@@ -163,13 +163,13 @@ class BookCodec(Codec):
         return StaticNumbers(levels=tuple(self.levels.double().tolist()))
 
     def view(self, page_tokens: int) -> View | str:
-        if self.static is not None:
-            return "static scales of channels"
+        statics = () if self.static is None else self.static.transpose(-1, -2).tolist()
         # Moments are sums, whose order torch does not say, and groups of tokens are nobody's.
         by_token = self.grouping.axis == "token" and self.scale != "moments"
         return View(
             slices=(Slice(layout=self.layout(page_tokens)),),
             encoding=self.scale if by_token else "",
+            statics=tuple(tuple(map(tuple, head)) for head in statics),
             levels=tuple(self.levels.tolist()),
             edges=tuple(self.edges.tolist()),
         )

@@ -10,7 +10,7 @@ factorisation of a whole prompt (rank 4) besides blocks of decoded tokens (rank 
 Computed in float64, so that neighbours in a batch do not show in the stored factors.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -23,6 +23,7 @@ from kvq.pages.affine import refuse_unstorable, wide
 from kvq.pages.layout import Section, SideLayout
 from kvq.pages.meta import from_e4m3, to_e4m3
 from kvq.pages.pages import Encoded, Pages
+from kvq.pages.view import View
 from kvq.settings import check_choice, is_count
 
 ITERATIONS = 3
@@ -72,6 +73,12 @@ class LowRankCodec(WrappingCodec):
 
     def _loaded(self, stored: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         return from_e4m3(stored.contiguous(), dtype) if self.part.format == "e4m3" else stored.to(dtype)
+
+    def view(self, page_tokens: int) -> View | str:
+        inner = self.inner.view(page_tokens)
+        if isinstance(inner, str):
+            return inner
+        return replace(inner, encoding="", low_rank=(self.part.rank, self.part.block))
 
     def scores(self, pages: Pages, side: str, q: torch.Tensor) -> torch.Tensor:
         a, b = self._page_factors(pages, side, q.dtype)

@@ -11,7 +11,7 @@ so that adding needs no mask and an outlier is exact to fp16. Indices ascend wit
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -23,6 +23,7 @@ from kvq.errors import RecipeError
 from kvq.pages.affine import refuse_unstorable, wide
 from kvq.pages.layout import Section, SideLayout
 from kvq.pages.pages import Encoded, Pages
+from kvq.pages.view import View
 from kvq.settings import check_choice, is_number
 
 
@@ -105,6 +106,12 @@ class SparseCodec(WrappingCodec):
         decoded = self.inner.decode(encoded, dtype)
         vectors = self._vectors(decoded)
         return self._back(vectors.scatter_add(-1, *_loaded(encoded.sections, dtype)), decoded)
+
+    def view(self, page_tokens: int) -> View | str:
+        inner = self.inner.view(page_tokens)
+        if isinstance(inner, str):
+            return inner
+        return replace(inner, encoding="", outliers=(2 * self.count, 0 if self.along == "token" else self.block_tokens))
 
     def scores(self, pages: Pages, side: str, q: torch.Tensor) -> torch.Tensor:
         scores = self.inner.scores(pages, side, q)

@@ -27,6 +27,9 @@ class View:
     encoding  how codes are chosen: ``minmax`` (affine between a group's ends), ``symmetric``, ``unit`` (levels alone),
               ``absmax``, ``range`` (levels between a group's ends), ``e2m1``, ``cast`` (E4M3), or "": in torch alone.
     levels, edges   of a book: what codes name, and where one ends and the next begins.
+    statics   of every head, scales and offsets of its channels, [heads, 2, head_dim], or nothing.
+    low_rank  (rank, tokens of a block) of factors beside the codes; outliers: (numbers of a vector, tokens of a block,
+              or 0 where a vector is a token of all heads). These are added to what the codes name.
     norm, correct   what shares a token's length, ``head`` or ``token``, and the number that is stored (``Norm``).
     """
 
@@ -35,6 +38,9 @@ class View:
     scale: float = 1.0
     levels: tuple[float, ...] = ()
     edges: tuple[float, ...] = ()
+    statics: tuple[tuple[tuple[float, ...], ...], ...] = ()
+    low_rank: tuple[int, int] | None = None
+    outliers: tuple[int, int] | None = None
     norm: str | None = None
     correct: str | None = None
 

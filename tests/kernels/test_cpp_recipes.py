@@ -18,7 +18,7 @@ from kvq.models.describe import describe
 from kvq.pages.layout import SIDES
 from kvq.pages.pages import Pages
 from kvq.pages.pool import Pool
-from kvq.recipe import list_recipes, load_recipe
+from kvq.recipe import Recipe, list_recipes, load_recipe
 
 pytestmark = pytest.mark.skipif(build.unavailable() is not None, reason=f"{build.unavailable()}")
 
@@ -27,21 +27,22 @@ HEADS, GROUP, HEAD_DIM = 3, 2, 64
 NAMES = [name for name in list_recipes() if not load_recipe(name).is_exact]
 # Shipped recipes that torch attends to on the CPU, and why.
 IN_TORCH = {
-    "biassafe4": "keys are stored elsewhere than they are read",
-    "gear2": "codec 'sparse'",
-    "gear2-light": "codec 'lowrank'",
-    "gear4": "codec 'sparse'",
-    "kvquant2": "keys are stored elsewhere than they are read",
-    "kvquant2-dense": "keys are stored elsewhere than they are read",
-    "kvquant3": "keys are stored elsewhere than they are read",
-    "kvquant3-dense": "keys are stored elsewhere than they are read",
-    "kvquant4": "keys are stored elsewhere than they are read",
-    "kvquant4-dense": "keys are stored elsewhere than they are read",
+    "biassafe4": "keys are stored without the bias of their projection",
     "qjl": "codec 'sketch'",
-    "skvq2": "keys are stored elsewhere than they are read",
+    "skvq2": "codec 'permuted'",
+}
+# Keys in a frame: blocks of a page and of parts of one, with and without steps there, and of fewer tokens than queries.
+FRAMED = {
+    "klt2 by page": ("klt2", "page", None),
+    "klt3 by 128": ("klt3", "page", 128),
+    "klt2 before RoPE": ("klt2", "pre_rope", None),
+    "kivi2 by 32": ("kivi2", "page", 32),
+    "turboquant3 by 16": ("turboquant3", "page", 16),
 }
 # Sides that torch alone packs, though the kernel reads the recipe.
-PACKED_IN_TORCH: set[tuple[str, str]] = set()
+PACKED_IN_TORCH = {
+    (name, side) for name in ("gear2", "gear2-light", "gear4", "kvquant2", "kvquant3", "kvquant4") for side in SIDES
+}
 
 
 @pytest.fixture(scope="module")
@@ -49,10 +50,28 @@ def group_of(tiny_config):
     @lru_cache
     def made(name: str) -> HeadGroup:
         spec = describe(tiny_config(layers=1, heads=HEADS * GROUP, kv_heads=HEADS, head_dim=HEAD_DIM))
-        recipe = load_recipe(name)
-        return make_plan(recipe, spec, stand_in_artefacts(recipe, spec)).layers[0][0]
+        recipe = framed(*FRAMED[name]) if name in FRAMED else load_recipe(name)
+        artefacts = stand_in_artefacts(recipe, spec)
+        generator = torch.Generator().manual_seed(9)
+        for what, own in artefacts.items():
+            # Matrices that can be inverted, and means that are not all alike.
+            if own.ndim == 3 and own.shape[1] == own.shape[2]:
+                artefacts[what] = torch.linalg.qr(torch.randn(own.shape, generator=generator, dtype=own.dtype)).Q
+            elif what.endswith("mean"):
+                artefacts[what] = torch.randn(own.shape, generator=generator, dtype=own.dtype)
+        return make_plan(recipe, spec, artefacts).layers[0][0]
 
     return made
+
+
+def framed(name: str, place: str, block: int | None) -> Recipe:
+    """A recipe whose keys, and whose key transforms, stand in a frame."""
+    recipe = load_recipe(name)
+    settings = {"key.placement": place} | ({"key.frame": block} if block else {})
+    steps = [step.to_dict() | {"at": place} for step in recipe.transforms.key]
+    if steps:
+        settings = {"transforms.key": steps} | ({"key.frame": block} if block else {})
+    return recipe.override(settings)
 
 
 def numbers(tokens: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
@@ -142,7 +161,7 @@ def exact_attention(store, snapshot, q: torch.Tensor, row: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", [name for name in NAMES if name not in IN_TORCH])
+@pytest.mark.parametrize("name", [*(name for name in NAMES if name not in IN_TORCH), *FRAMED])
 def test_rows_of_any_length_attend_to_what_is_stored(name, dtype, group_of):
     """As ``generate`` runs: packed by the kernel, rows of different length, sinks and window exact."""
     store, snapshot = filled(group_of(name), dtype, "cpp", [431, 300, 7], 431)
@@ -153,6 +172,45 @@ def test_rows_of_any_length_attend_to_what_is_stored(name, dtype, group_of):
         want = exact_attention(store, snapshot, q, row)
         error = float((found[row : row + 1].double() - want).norm() / want.norm())
         assert error < (1e-5 if dtype == torch.float32 else 3e-3), (row, error)
+
+
+@pytest.mark.parametrize("lengths", [[431, 300, 150], [190, 191, 189], [255, 66, 3]], ids=str)
+@pytest.mark.parametrize("queries", [1, 3, 16])
+@pytest.mark.parametrize("name", FRAMED)
+def test_keys_in_a_frame_are_read_by_turned_queries_or_turned_themselves(name, queries, lengths, group_of):
+    """Which of the two depends on how many queries there are; what is found must not. Exact tokens begin at the first,
+    the last and middle places of a page."""
+    group = group_of(name)
+    assert group.frame is not None
+    store, snapshot = filled(group, torch.float64, "cpp", lengths, max(lengths))
+    q = torch.randn(3, HEADS, queries, 1, HEAD_DIM, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    found = attend(store, snapshot, q, None, None, Options(scaling=0.125), Steps())
+    assert {ran.impl for ran in store.ran} == {"cpp"}
+    for row in range(3):
+        want = exact_attention(store, snapshot, q, row)
+        assert (found[row : row + 1] - want).norm() < 1e-10 * want.norm(), row
+    if not any(store.packed["key"]):
+        return
+    # Negative control: the frame matters.
+    plain = exact_attention(store, snapshot, q, 0)
+    store.positions.runs = [[(0, 40)] for _ in store.positions.runs]
+    moved = attend(store, snapshot, q, None, None, Options(scaling=0.125), Steps())
+    assert (moved[:1] - plain).norm() > 1e-3 * plain.norm()
+
+
+def test_blocks_that_come_are_turned_and_others_are_kept(group_of):
+    """Cosines and sines of a cache's blocks, from step to step and for rows that change."""
+    frame, turns = group_of("klt2 by page").frame, Steps().turns
+    origins = torch.tensor([[0, 64, 128], [7, 71, 135]])
+    first = turns.of(frame, origins[:, :2], 3, torch.float64)
+    second = turns.of(frame, origins, 3, torch.float64)
+    assert torch.equal(second.cos[:, :2], first.cos)
+    for part, want in zip((second.cos, second.sin), frame.turns(origins, torch.float64)):
+        assert torch.equal(part, want)
+    assert turns.of(frame, origins, 3, torch.float64).cos is second.cos
+    other = turns.of(frame, origins.flip(0), 3, torch.float64)
+    assert torch.equal(other.cos, second.cos.flip(0))
+    assert not torch.equal(other.sin, second.sin)
 
 
 def test_a_page_that_changes_changes_what_is_found(group_of):

@@ -5,6 +5,7 @@
 #include <atomic>
 #include <vector>
 
+#include "frame.h"
 #include "pages.h"
 
 namespace kvq {
@@ -14,15 +15,6 @@ constexpr int64_t kSplitTokens = 512;
 // Units of work for every thread, so that none waits long for another.
 constexpr int64_t kUnits = 4;
 constexpr double kLowest = -1e30;
-
-enum class Kind { kFloat, kDouble, kHalf, kBFloat16 };
-
-// Tokens [batch, heads, tokens, head_dim] in memory, strides in bytes.
-struct Tokens {
-  const uint8_t* at = nullptr;
-  int64_t count = 0, batch_stride = 0, head_stride = 0, token_stride = 0;
-  Kind kind = Kind::kFloat;
-};
 
 // Columns of ``counts``, by sequence: packed keys and values, all body tokens, sinks, the first query's position, and
 // what is added to a body token's number to find its key and its value.
@@ -38,42 +30,10 @@ struct Attention {
   Tokens keys, values, sink_keys, sink_values;
   const T *q, *sink_logits, *bias;
   T softcap;
+  Frame<T> frame;
   T *tops, *sums, *accs;
   int64_t M() const { return G * L; }
 };
-
-template <class T>
-inline void copy_token(const uint8_t* at, Kind kind, int64_t D, T* out) {
-  constexpr int N = kLanes<T>;
-  for (int64_t d = 0; d < D; d += N) {
-    if (kind == Kind::kFloat) {
-      store(out + d, converted<T, float, N>(at + 4 * d));
-    } else if (kind == Kind::kDouble) {
-      store(out + d, converted<T, double, N>(at + 8 * d));
-    } else if (kind == Kind::kBFloat16) {
-      store(out + d, scaled_bits<T>(load_words<T>(at + 2 * d) << 16, 1.0f));
-    } else {
-      const Ints<T> half = load_words<T>(at + 2 * d);
-      // Infinity and NaN keep their exponent.
-      const Ints<T> top = (half & 0x7C00) == 0x7C00 ? Ints<T>{} + 0x38000000 : Ints<T>{};
-      Reals<T> number = from_half<T>(half);
-      if (largest<int32_t, N>(top)) number = scaled_bits<T>(((half & 0x7FFF) << 13 | (half & 0x8000) << 16) + 2 * top, 1.0f);
-      store(out + d, number);
-    }
-  }
-}
-
-// Tokens [first, last) of one sequence and head to their rows of out; token t lies at (t + offset) % count.
-template <class T>
-void copy_tokens(const Tokens& x, int64_t b, int64_t k, int64_t start, int64_t offset, int64_t first, int64_t last,
-                 int64_t D, T* out) {
-  const uint8_t* head = x.at + b * x.batch_stride + k * x.head_stride;
-  for (int64_t t = first; t < last; ++t) {
-    int64_t place = start + t + offset;
-    if (place >= x.count) place %= x.count;
-    copy_token(head + place * x.token_stride, x.kind, D, out + t * D);
-  }
-}
 
 // scores [R, count] of R queries [R, D], rows of ``room`` scores; four tokens and R queries share their loads.
 template <int R, class T>
@@ -125,34 +85,28 @@ void add_weighted(const T* weights, int64_t room, const T* values, int64_t count
   }
 }
 
-// Calls f(first, constant) for blocks of at most four of M queries.
-template <class F>
-inline void by_queries(int64_t M, F&& f) {
-  int64_t m = 0;
-  for (; m + 4 <= M; m += 4) f(m, std::integral_constant<int, 4>{});
-  if (M - m == 3) f(m, std::integral_constant<int, 3>{});
-  if (M - m == 2) f(m, std::integral_constant<int, 2>{});
-  if (M - m == 1) f(m, std::integral_constant<int, 1>{});
-}
-
 // What a thread works with; kept from call to call.
 template <class T>
 struct Workspace {
   std::vector<T> memory;
   T *q, *numbers, *steps, *minima, *scores, *factors;
+  Turned<T> turned;
   // Tokens that ``factors`` belong to, the first of those at hand.
   int64_t room, scaled;
 
   void reserve(const Attention<T>& a) {
     constexpr int64_t N = kLanes<T>;
     const int64_t tokens = std::max({a.page_tokens, a.sink_keys.count, int64_t{4}});
-    room = (tokens + N - 1) / N * N;
+    // Scores are written four at a time, from any token on.
+    room = (tokens + 3 + N - 1) / N * N;
     const int64_t pairs = (std::max(a.key.pairs(), a.value.pairs()) + N - 1) / N * N;
-    memory.resize(a.M() * a.D + room * a.D + 2 * pairs + (a.M() + 1) * room + N);
+    const int64_t turns = Turned<T>::room(a.M(), a.D);
+    memory.resize(a.M() * a.D + room * a.D + 2 * pairs + (a.M() + 1) * room + turns + N);
     const uintptr_t start = reinterpret_cast<uintptr_t>(memory.data());
     q = reinterpret_cast<T*>((start + kVectorBytes - 1) / kVectorBytes * kVectorBytes);
     numbers = q + a.M() * a.D, steps = numbers + room * a.D, minima = steps + pairs, scores = minima + pairs;
     factors = scores + a.M() * room;
+    turned.take(factors + room, a.M(), a.D);
   }
 };
 
@@ -198,6 +152,15 @@ void soften(const Attention<T>& a, int64_t b, int64_t first, int64_t count, Work
   }
 }
 
+// Numbers of the tokens at hand times the factors of their tokens.
+template <class T>
+void scale_numbers(const Attention<T>& a, Workspace<T>& w) {
+  for (int64_t t = 0; t < w.scaled; ++t) {
+    for (int64_t d = 0; d < a.D; ++d) w.numbers[t * a.D + d] *= w.factors[t];
+  }
+  w.scaled = 0;
+}
+
 // Scores or weights of the tokens at hand times the factors of their tokens.
 template <class T>
 void scale_tokens(const Attention<T>& a, Workspace<T>& w) {
@@ -208,15 +171,20 @@ void scale_tokens(const Attention<T>& a, Workspace<T>& w) {
   }
 }
 
-// Let the queries see ``count`` more tokens from position ``first``; read_keys and read_values fill w.numbers.
+// Scores of tokens [first, last) of w.numbers by queries q.
+template <class T>
+void score(const Attention<T>& a, const T* q, int64_t first, int64_t last, Workspace<T>& w) {
+  by_queries(a.M(), [&](int64_t m, auto R) {
+    products<R>(q + m * a.D, w.numbers + first * a.D, last - first, a.D, w.room, w.scores + m * w.room + first);
+  });
+}
+
+// Let the queries see ``count`` more tokens from position ``first``; score_keys fills w.scores, read_values w.numbers.
 template <class T, class Keys, class Values>
 void take(const Attention<T>& a, int64_t b, int64_t first, int64_t count, Workspace<T>& w, T* top, T* sum_of, T* acc,
-          Keys&& read_keys, Values&& read_values) {
+          Keys&& score_keys, Values&& read_values) {
   w.scaled = 0;
-  read_keys();
-  by_queries(a.M(), [&](int64_t m, auto R) {
-    products<R>(w.q + m * a.D, w.numbers, count, a.D, w.room, w.scores + m * w.room);
-  });
+  score_keys();
   scale_tokens(a, w);
   soften(a, b, first, count, w, top, sum_of, acc);
   w.scaled = 0;
@@ -234,11 +202,44 @@ void read_side(const Attention<T>& a, const Side& side, const Tokens& exact, int
   const int64_t first = p * a.page_tokens, from = std::clamp<int64_t>(packed - first, 0, count);
   if (from) {
     uint8_t* page = a.pool + a.table[b * a.pages + p] * a.stride;
-    const Record record{page + k * a.record, page + a.K * a.record};
+    const Record record{page + k * a.record, page + a.K * a.record, k};
     read_page(side, record, w.steps, w.minima, w.numbers);
     if (read_factors(side, record, w.factors)) w.scaled = from;
+    if (side.has_terms()) {
+      scale_numbers(a, w);
+      if (side.rank) add_low_rank(side, record, w.numbers);
+      if (side.outliers) add_outliers(side, record, w.numbers);
+    }
   }
   copy_tokens(exact, b, k, first, offset, from, count, a.D, w.numbers);
+}
+
+// Scores of page ``p``, whose first ``packed`` tokens stand in the frame: every block of them has queries of its own, or its
+// keys leave the frame.
+template <class T>
+void score_page(const Attention<T>& a, int64_t b, int64_t k, int64_t p, int64_t packed, int64_t count, Workspace<T>& w) {
+  const Frame<T>& frame = a.frame;
+  const int64_t block = b * frame.blocks + p * a.page_tokens / std::max<int64_t>(frame.block, 1);
+  if (!frame.block) packed = 0;
+  if (frame.turns_keys) {
+    scale_numbers(a, w);
+    for (int64_t t = 0; t < packed; t += frame.block) {
+      const int64_t own = std::min(frame.block, packed - t);
+      leave(frame, block + t / frame.block, k, own, a.D, w.numbers + t * a.D, w.turned);
+    }
+    packed = 0;
+  }
+  for (int64_t t = 0; t < packed; t += frame.block) {
+    const int64_t last = std::min(t + frame.block, packed);
+    turn_queries(frame, block + t / frame.block, k, w.q, a.M(), a.D, w.turned);
+    score(a, w.turned.q, t, last, w);
+    for (int64_t m = 0; m < a.M(); ++m) {
+      T* scores = w.scores + m * w.room;
+      for (int64_t i = t; i < last; ++i) scores[i] = scores[i] * (w.scaled ? w.factors[i] : T(1)) + w.turned.bias[m];
+    }
+  }
+  if (packed) w.scaled = 0;
+  if (packed < count) score(a, w.q, packed, count, w);
 }
 
 template <class T>
@@ -248,10 +249,14 @@ void attend_split(const Attention<T>& a, int64_t b, int64_t k, int64_t split, Wo
   T *top = a.tops + unit * M, *sum_of = a.sums + unit * M, *acc = a.accs + unit * M * D;
   std::fill_n(top, M, T(kLowest)), std::fill_n(sum_of, M, T(0)), std::fill_n(acc, M * D, T(0));
   std::memcpy(w.q, a.q + (b * a.K + k) * M * D, M * D * sizeof(T));
+  if (a.frame.block) swap_pairs(a.frame, w.q, M, D, w.turned);
   const int64_t body = n[kBody], sinks = n[kSinks];
   if (split == 0 && sinks) {
     take(a, b, 0, sinks, w, top, sum_of, acc,
-         [&] { copy_tokens(a.sink_keys, b, k, 0, 0, 0, sinks, D, w.numbers); },
+         [&] {
+           copy_tokens(a.sink_keys, b, k, 0, 0, 0, sinks, D, w.numbers);
+           score(a, w.q, 0, sinks, w);
+         },
          [&] { copy_tokens(a.sink_values, b, k, 0, 0, 0, sinks, D, w.numbers); });
   }
   // Pages before every query's window are not read.
@@ -260,7 +265,10 @@ void attend_split(const Attention<T>& a, int64_t b, int64_t k, int64_t split, Wo
   for (int64_t p = start + pages * split / a.splits; p < start + pages * (split + 1) / a.splits; ++p) {
     const int64_t first = p * a.page_tokens, count = std::min(a.page_tokens, body - first);
     take(a, b, sinks + first, count, w, top, sum_of, acc,
-         [&] { read_side(a, a.key, a.keys, b, k, p, n[kPackedKeys], n[kKeyOffset], count, w); },
+         [&] {
+           read_side(a, a.key, a.keys, b, k, p, n[kPackedKeys], n[kKeyOffset], count, w);
+           score_page(a, b, k, p, std::clamp<int64_t>(n[kPackedKeys] - first, 0, count), count, w);
+         },
          [&] { read_side(a, a.value, a.values, b, k, p, n[kPackedValues], n[kValueOffset], count, w); });
   }
 }

@@ -178,6 +178,12 @@ struct Encoder {
       uint16_t* found = codes.data() + h * block * s.channels;
       if (s.by_channel()) {
         by_channel(s, clip, own, record(h), slot / s.group, found);
+      } else if (s.axis == kStatic) {
+        const double* numbers = side.statics + 2 * record(h).head * side.head_dim;
+        for (int64_t c = 0; c < s.channels; ++c) {
+          part[c] = (own[c] - static_cast<T>(numbers[side.head_dim + c])) / static_cast<T>(numbers[c]);
+        }
+        count_edges(edges, side.book - 1, part.data(), s.channels, found);
       } else if (s.axis == kNone) {
         for (int64_t t = 0; t < block; ++t) {
           count_edges(edges, side.book - 1, own + t * side.head_dim, s.channels, found + t * s.channels);

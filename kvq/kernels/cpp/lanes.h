@@ -136,6 +136,14 @@ inline T sum(Vector<T, N> v) {
   }
 }
 
+template <class T>
+inline T dot(const T* a, const T* b, int64_t count) {
+  constexpr int N = kLanes<T>;
+  Reals<T> total = {};
+  for (int64_t i = 0; i < count; i += N) total += load<Reals<T>>(a + i) * load<Reals<T>>(b + i);
+  return sum<T, N>(total);
+}
+
 template <class T, int N>
 inline T largest(Vector<T, N> v) {
   if constexpr (N == 1) {

@@ -1,11 +1,30 @@
 """Calls of the C++ kernels: torch's tensors as they take them."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 
 from kvq.kernels.cpp.sides import CppSide
 from kvq.pages.pages import Pages
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrameNumbers:
+    """Keys in pages stand relative to their block (``kvq.transforms.frame``).
+
+    block       tokens of a block, which pages hold whole; turns_keys: keys leave the frame, and no query enters it.
+    cos, sin    [B, blocks, D], by origin; partner [D] int64: the other channel of a rotary pair.
+    matrix      [K, D, D], transposed where keys are turned, or None; mean [K, D] or None.
+    """
+
+    block: int
+    turns_keys: bool
+    cos: torch.Tensor
+    sin: torch.Tensor
+    partner: torch.Tensor
+    matrix: torch.Tensor | None
+    mean: torch.Tensor | None
 
 
 def decode_attention(
@@ -16,6 +35,7 @@ def decode_attention(
     exact: Sequence[torch.Tensor],
     sinks: Sequence[torch.Tensor] | None = None,
     *,
+    frame: FrameNumbers | None = None,
     softcap: float | None = None,
     window: int | None = None,
     sink_logits: torch.Tensor | None = None,
@@ -29,6 +49,7 @@ def decode_attention(
              position of the first query token, and the offsets of exact keys and values.
     exact    keys and values [B, K, n, D] of any dtype: body token t is at ``(t + offset) % n``.
     sinks    exact keys and values [B, K, S, D] before the body, or None.
+    frame    where packed keys stand, None: where exact ones do.
     window   a query sees itself and the ``window - 1`` tokens before it.
     sink_logits  one more logit a query head, [K, G]. bias: additive mask over sinks and body, [B, tokens].
 
@@ -37,6 +58,8 @@ def decode_attention(
     out, lse = torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(q.shape[:4])
     layout = pages.layout
     numbers = (layout.page_tokens, layout.record_bytes, pages.pool.unit, window or 0)
+    numbers += (frame.block, int(frame.turns_keys)) if frame else (0, 0)
+    turns = (frame.cos, frame.sin, frame.partner, frame.matrix, frame.mean) if frame else (None,) * 5
     torch.ops.kvq.decode_attention(
         q.contiguous(),
         pages.pool.base,
@@ -49,6 +72,7 @@ def decode_attention(
         counts,
         *(_rows(x) for x in exact),
         *((None, None) if sinks is None else (_rows(x) for x in sinks)),
+        *turns,
         softcap or 0.0,
         None if sink_logits is None else sink_logits.to(q.dtype).contiguous(),
         None if bias is None else bias.to(q.dtype).contiguous(),

@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <array>
 #include <optional>
 
 #include "decode_attention.h"
@@ -50,14 +51,18 @@ kvq::Side side_of(const Tensor& numbers, const Tensor& reals) { return {data<int
 template <class T>
 void attend(const Tensor& q, const Tensor& pool, const Tensor& table, const std::vector<int64_t>& n, const kvq::Side& key,
             const kvq::Side& value, const Tensor& counts, const Tensor& keys, const Tensor& values,
-            const std::optional<Tensor>& sink_keys, const std::optional<Tensor>& sink_values, double softcap,
-            const std::optional<Tensor>& sink_logits, const std::optional<Tensor>& bias, Tensor& out, Tensor& lse) {
+            const std::optional<Tensor>& sink_keys, const std::optional<Tensor>& sink_values,
+            const std::array<std::optional<Tensor>, 5>& frame, double softcap, const std::optional<Tensor>& sink_logits,
+            const std::optional<Tensor>& bias, Tensor& out, Tensor& lse) {
   kvq::Attention<T> a{
       .B = q.size(0), .K = q.size(1), .G = q.size(2), .L = q.size(3), .D = q.size(4), .splits = 1, .page_tokens = n[0],
       .record = n[1], .stride = n[2], .pages = table.size(1), .window = n[3], .bias_stride = bias ? bias->stride(0) : 0,
       .counts = data<int32_t>(counts), .pool = data<uint8_t>(pool), .table = data<int64_t>(table), .key = key,
       .value = value, .keys = tokens_of(keys), .values = tokens_of(values), .sink_keys = {}, .sink_values = {},
       .q = data<T>(q), .sink_logits = data<T>(sink_logits), .bias = data<T>(bias), .softcap = static_cast<T>(softcap),
+      .frame = {.block = n[4], .blocks = frame[0] ? frame[0]->size(1) : 0, .turns_keys = n[5] != 0,
+                .cos = data<T>(frame[0]), .sin = data<T>(frame[1]), .matrix = data<T>(frame[3]), .mean = data<T>(frame[4]),
+                .partner = data<int64_t>(frame[2])},
       .tops = nullptr, .sums = nullptr, .accs = nullptr};
   if (sink_keys) a.sink_keys = tokens_of(*sink_keys), a.sink_values = tokens_of(*sink_values);
   const auto run = [](int64_t threads, const auto& f) { parallel(threads, f); };
@@ -67,11 +72,13 @@ void attend(const Tensor& q, const Tensor& pool, const Tensor& table, const std:
 void decode_attention(const Tensor q, const Tensor pool, const Tensor table, std::vector<int64_t> numbers,
                       const Tensor key, const Tensor key_reals, const Tensor value, const Tensor value_reals,
                       const Tensor counts, const Tensor keys, const Tensor values, std::optional<Tensor> sink_keys,
-                      std::optional<Tensor> sink_values, double softcap, std::optional<Tensor> sink_logits,
-                      std::optional<Tensor> bias, Tensor out, Tensor lse) {
+                      std::optional<Tensor> sink_values, std::optional<Tensor> cos, std::optional<Tensor> sin,
+                      std::optional<Tensor> partner, std::optional<Tensor> matrix, std::optional<Tensor> mean,
+                      double softcap, std::optional<Tensor> sink_logits, std::optional<Tensor> bias, Tensor out,
+                      Tensor lse) {
   const auto run = q.scalar_type() == ScalarType::Double ? attend<double> : attend<float>;
   run(q, pool, table, numbers, side_of(key, key_reals), side_of(value, value_reals), counts, keys, values, sink_keys,
-      sink_values, softcap, sink_logits, bias, out, lse);
+      sink_values, {cos, sin, partner, matrix, mean}, softcap, sink_logits, bias, out, lse);
 }
 
 bool pack(const Tensor x, const Tensor ranges, Tensor pool, const Tensor table, const Tensor side, const Tensor reals,
@@ -154,7 +161,7 @@ STABLE_TORCH_LIBRARY(kvq, m) {
   m.def(
       "decode_attention(Tensor q, Tensor pool, Tensor table, int[] numbers, Tensor key, Tensor key_reals, Tensor value, "
       "Tensor value_reals, Tensor counts, Tensor keys, Tensor values, Tensor? sink_keys, Tensor? sink_values, "
-      "float softcap, Tensor? sink_logits, Tensor? bias, Tensor(a!) out, Tensor(b!) lse) -> ()");
+      "Tensor? cos, Tensor? sin, Tensor? partner, Tensor? matrix, Tensor? mean, float softcap, Tensor? sink_logits, Tensor? bias, Tensor(a!) out, Tensor(b!) lse) -> ()");
   m.def(
       "pack(Tensor x, Tensor ranges, Tensor(a!) pool, Tensor table, Tensor side, Tensor reals, int record, int stride) "
       "-> bool");

@@ -84,7 +84,7 @@ bool pack_heads(const Pack& p, int64_t b, int64_t k, int64_t heads) {
     if (!storable<T>(x.data(), heads * block * D, storable_limit<T>(side))) return false;
     const int64_t slot = t % side.page_tokens;
     uint8_t* page = p.pool + p.table[b * p.pages + t / side.page_tokens] * p.stride;
-    const auto record = [&](int64_t h) { return Record{page + (k + h) * p.record, page + p.K * p.record}; };
+    const auto record = [&](int64_t h) { return Record{page + (k + h) * p.record, page + p.K * p.record, k + h}; };
     if (corrected) exact = x;
     if (normed) take_lengths<T>(side, heads, block, x.data(), sizes.data());
     for (int64_t i = 0; i < side.slices; ++i) {

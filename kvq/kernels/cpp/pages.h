@@ -16,12 +16,12 @@ constexpr int kMostLevels = 16;
 constexpr int fields_of(int bits) { return bits == 2 ? 8 : bits == 3 ? 16 : bits == 4 ? 4 : 2; }
 constexpr int containers_of(int bits) { return bits == 3 ? 3 : 1; }
 
-// What shares metadata: nothing, channels of a token, tokens of a channel.
-enum Axis { kNone, kToken, kChannel };
+// What shares metadata: nothing, channels of a token, tokens of a channel; or channels have static numbers.
+enum Axis { kNone, kToken, kChannel, kStatic };
 // How metadata is stored: kvq/pages/meta.py.
 enum Meta { kFloat16, kE4M3, kE8M0, kZero8, kRange8 };
 // How numbers become codes, as the codecs choose them: kvq/kernels/cpp/sides.py.
-enum Encoding { kReadOnly, kMinMax, kSymmetric, kUnit, kAbsMax, kBookRange, kE2M1, kCast };
+enum Encoding { kReadOnly, kMinMax, kSymmetric, kUnit, kAbsMax, kBookRange, kE2M1, kCast, kStaticRange };
 enum Correct { kLength, kSameLength, kLeastSquares };
 
 // Channels [first, first + channels) of a head, in planes of ``block`` tokens; bits 0: e4m3 bytes.
@@ -31,23 +31,33 @@ struct Slice {
 
   int64_t groups() const { return channels / group; }
   // Groups of a block of tokens.
-  int64_t pairs() const { return axis == kNone ? 0 : axis == kChannel ? block / group * channels : block * groups(); }
+  int64_t pairs() const {
+    if (axis == kStatic) return channels;
+    return axis == kNone ? 0 : axis == kChannel ? block / group * channels : block * groups();
+  }
   int64_t block_bytes() const { return 2 * rows * containers_of(bits) * width; }
   bool by_channel() const { return axis == kChannel; }
 };
 
 // One side of a record, as ``sides.py`` writes it. The reals: a static factor, levels and the edges between them, and of
-// every slice the share of a range that its codes span.
+// every slice the share of a range that its codes span; then scales and offsets of channels, [K, 2, head_dim], if static.
+// Beside the codes lie, added to what they name, factors A [tokens, rank] and B [blocks, head_dim, rank], and outliers:
+// ``outliers`` of each token at channels of all heads, or of each channel at tokens of a block.
 struct Side {
-  int64_t slices, head_dim, page_tokens, norm_at, norm_shared, correct, encoding, book;
+  int64_t slices, head_dim, page_tokens, norm_at, norm_shared, correct, encoding, book, rank, rank_block, token_at,
+      block_at, factor_bytes, outliers, outlier_block, index_at, value_at, index_bytes;
   const Slice* slice;
-  const double *reals, *levels, *edges, *clip;
-  static constexpr int kNumbers = 8;
+  const double *reals, *levels, *edges, *clip, *statics;
+  static constexpr int kNumbers = 18;
 
   Side(const int64_t* n, const double* r)
       : slices(n[0]), head_dim(n[1]), page_tokens(n[2]), norm_at(n[3]), norm_shared(n[4]), correct(n[5]),
-        encoding(n[6]), book(n[7]), slice(reinterpret_cast<const Slice*>(n + kNumbers)), reals(r), levels(r + 1),
-        edges(levels + kMostLevels), clip(edges + kMostLevels - 1) {}
+        encoding(n[6]), book(n[7]), rank(n[8]), rank_block(n[9]), token_at(n[10]), block_at(n[11]), factor_bytes(n[12]),
+        outliers(n[13]), outlier_block(n[14]), index_at(n[15]), value_at(n[16]), index_bytes(n[17]), slice(reinterpret_cast<const Slice*>(n + kNumbers)), reals(r), levels(r + 1),
+        edges(levels + kMostLevels), clip(edges + kMostLevels - 1), statics(clip + n[0]) {}
+
+  // Whether something is added to what codes name, so that factors of tokens cannot wait for the scores.
+  bool has_terms() const { return rank || outliers; }
 
   double scale() const { return reals[0]; }
   int64_t pairs() const {
@@ -60,6 +70,7 @@ struct Side {
 // Where a page's bytes of one head lie, and those that its heads share.
 struct Record {
   uint8_t *own, *common;
+  int64_t head;
   uint8_t* at(bool shared, int64_t offset) const { return (shared ? common : own) + offset; }
 };
 
@@ -183,7 +194,7 @@ inline void by_kind(const Slice& s, bool book, F&& f) {
   const auto with_axis = [&](auto bits, auto levels) {
     if (s.axis == kNone) f(bits, levels, std::integral_constant<int, kNone>{});
     if (s.axis == kToken) f(bits, levels, std::integral_constant<int, kToken>{});
-    if (s.axis == kChannel) f(bits, levels, std::integral_constant<int, kChannel>{});
+    if (s.axis == kChannel || s.axis == kStatic) f(bits, levels, std::integral_constant<int, kChannel>{});
   };
   const auto with_bits = [&](auto levels) {
     if (s.bits == 2) with_axis(std::integral_constant<int, 2>{}, levels);
@@ -213,7 +224,12 @@ void read_slice(const Side& side, const Slice& s, Record record, const T* levels
   const int64_t rows = s.by_channel() ? s.block / s.group : 0;
   for (int64_t t = 0; t < side.page_tokens; t += s.block, bytes += s.block_bytes()) {
     const int64_t block = t / s.block;
-    if (count) {
+    if (s.axis == kStatic) {
+      const double* own = side.statics + 2 * record.head * side.head_dim;
+      for (int64_t c = 0; c < count; ++c) {
+        steps[c] = static_cast<T>(own[c]), minima[c] = static_cast<T>(own[side.head_dim + c]);
+      }
+    } else if (count) {
       read_pairs(s, side.book, record.at(s.shared, s.meta_at + block * count * size),
                  record.own + s.range_at + block * rows * 4, count, steps, minima);
     }
@@ -250,6 +266,59 @@ bool read_factors(const Side& side, Record record, T* out) {
     store(out + t, from_half<T>(load_words<T>(at + 2 * t)) * scale);
   }
   return true;
+}
+
+// A B^T of every block, added to out [page_tokens, head_dim]; one column of the factors after the other.
+template <class T>
+void add_low_rank(const Side& side, Record record, T* out) {
+  constexpr int N = kLanes<T>;
+  const int64_t D = side.head_dim;
+  const auto number = [&](const uint8_t* at, int64_t i) {
+    if (side.factor_bytes == 2) return half_to<T>(reinterpret_cast<const uint16_t*>(at)[i]);
+    return from_e4m3<T>(Ints<T>{} + at[i])[0];
+  };
+  T column[kMostHeadDim];
+  for (int64_t t = 0; t < side.page_tokens; ++t) {
+    const int64_t block = t / side.rank_block;
+    const uint8_t* b = record.own + side.block_at + block * D * side.rank * side.factor_bytes;
+    if (t % side.rank_block) continue;
+    for (int64_t r = 0; r < side.rank; ++r) {
+      for (int64_t d = 0; d < D; ++d) column[d] = number(b, d * side.rank + r);
+      for (int64_t i = t; i < t + side.rank_block; ++i) {
+        const T weight = number(record.own + side.token_at, i * side.rank + r);
+        for (int64_t d = 0; d < D; d += N) {
+          store(out + i * D + d, load<Reals<T>>(out + i * D + d) + load<Reals<T>>(column + d) * weight);
+        }
+      }
+    }
+  }
+}
+
+// Outliers of a page, added to out [page_tokens, head_dim].
+template <class T>
+void add_outliers(const Side& side, Record record, T* out) {
+  const int64_t D = side.head_dim, n = side.outliers;
+  const bool by_token = side.outlier_block == 0;
+  const uint8_t* index = record.at(by_token, side.index_at);
+  const uint16_t* value = reinterpret_cast<const uint16_t*>(record.at(by_token, side.value_at));
+  const auto place = [&](int64_t i) -> int64_t {
+    return side.index_bytes == 1 ? index[i] : reinterpret_cast<const uint16_t*>(index)[i];
+  };
+  if (by_token) {
+    const int64_t first = record.head * D;
+    for (int64_t i = 0; i < side.page_tokens * n; ++i) {
+      const int64_t channel = place(i) - first;
+      if (channel >= 0 && channel < D) out[i / n * D + channel] += half_to<T>(value[i]);
+    }
+    return;
+  }
+  for (int64_t t = 0; t < side.page_tokens; t += side.outlier_block, out += side.outlier_block * D) {
+    const int64_t block = t / side.outlier_block * D * n;
+    for (int64_t i = 0; i < D * n; ++i) {
+      const int64_t token = place(block + i);
+      if (token < side.outlier_block) out[token * D + i / n] += half_to<T>(value[block + i]);
+    }
+  }
 }
 
 }  // namespace kvq

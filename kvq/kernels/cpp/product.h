@@ -1,8 +1,20 @@
 // Vectors of a head times its matrix: what transforms of a few tokens cost, without the calls around small products.
 #pragma once
-#include "decode_attention.h"
+#include <vector>
+
+#include "tokens.h"
 
 namespace kvq {
+
+// Calls f(first, constant) for blocks of at most four of M queries.
+template <class F>
+inline void by_queries(int64_t M, F&& f) {
+  int64_t m = 0;
+  for (; m + 4 <= M; m += 4) f(m, std::integral_constant<int, 4>{});
+  if (M - m == 3) f(m, std::integral_constant<int, 3>{});
+  if (M - m == 2) f(m, std::integral_constant<int, 2>{});
+  if (M - m == 1) f(m, std::integral_constant<int, 1>{});
+}
 
 // out [R, D] = offset + x [R, D] . matrix [D, D], whose rows R vectors share; offset [D] or null.
 template <int R, class T>

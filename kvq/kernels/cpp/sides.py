@@ -5,16 +5,16 @@ from dataclasses import dataclass
 
 import torch
 
-from kvq.pages.layout import ATOM, SIDES, PageLayout, Place
+from kvq.pages.layout import ATOM, SECTION_BYTES, SIDES, PageLayout, Place
 from kvq.pages.pages import Pages
 from kvq.pages.view import Slice, View, Viewed
 
 # ``kMostHeadDim`` and ``kMostLevels`` of pages.h.
 LARGEST_HEAD = 1024
 MOST_LEVELS = 16
-_AXES = ("none", "token", "channel")
+_AXES = ("none", "token", "channel", "static")
 _META = ("float16", "e4m3", "e8m0", "zero8", "range8")
-_ENCODINGS = ("", "minmax", "symmetric", "unit", "absmax", "range", "e2m1", "cast")
+_ENCODINGS = ("", "minmax", "symmetric", "unit", "absmax", "range", "e2m1", "cast", "calibrated")
 _CORRECT = (None, "length", "least_squares")
 
 
@@ -61,11 +61,13 @@ def _side(view: View | str, layout: PageLayout, name: str) -> CppSide | str:
         _CORRECT.index(view.correct),
         _ENCODINGS.index(view.encoding),
         len(view.levels),
+        *_terms(view, places),
     )
     numbers = [*header, *(number for part in view.slices for number in _slice_numbers(part, view, places))]
     levels = [*view.levels, *[0.0] * (MOST_LEVELS - len(view.levels))]
     edges = [*view.edges, *[0.0] * (MOST_LEVELS - 1 - len(view.edges))]
-    reals = [view.scale, *levels, *edges, *(part.clip for part in view.slices)]
+    statics = [number for head in view.statics for numbers in head for number in numbers]
+    reals = [view.scale, *levels, *edges, *(part.clip for part in view.slices), *statics]
     return CppSide(
         numbers=torch.tensor(numbers, dtype=torch.int64),
         reals=torch.tensor(reals, dtype=torch.float64),
@@ -73,18 +75,33 @@ def _side(view: View | str, layout: PageLayout, name: str) -> CppSide | str:
     )
 
 
+def _terms(view: View, places: Mapping[str, Place]) -> tuple[int, ...]:
+    """Of factors and outliers: how many, of what blocks, where, and their bytes."""
+    rank, block, token_at, block_at, size = 0, 1, 0, 0, 0
+    if view.low_rank is not None:
+        rank, block = view.low_rank
+        token, own = places["low_rank_token"], places["low_rank_block"]
+        token_at, block_at, size = token.start, own.start, SECTION_BYTES[own.dtype]
+    outliers = (0, 0, 0, 0, 0)
+    if view.outliers is not None:
+        index, value = places["outlier_index"], places["outlier_value"]
+        outliers = (*view.outliers, index.start, value.start, SECTION_BYTES[index.dtype])
+    return rank, block, token_at, block_at, size, *outliers
+
+
 def _slice_numbers(part: Slice, view: View, places: Mapping[str, Place]) -> tuple[int, ...]:
     """``kvq::Slice``."""
     layout, e4m3 = part.layout, part.layout.format == "e4m3"
     meta, ends = places.get(f"{part.prefix}meta"), places.get(f"{part.prefix}meta_range")
-    axis = "none" if layout.meta is None else layout.axis
+    axis = layout.axis if layout.meta is not None else "static" if view.statics else "none"
+    group = {"none": layout.head_dim, "static": layout.page_tokens}.get(axis, layout.group)
     return (
         places[f"{part.prefix}words"].start,
         meta.start if meta else 0,
         ends.start if ends else 0,
         0 if e4m3 else layout.bits,
         _AXES.index(axis),
-        layout.head_dim if axis == "none" else layout.group,
+        group,
         layout.rows,
         layout.chunks,
         layout.width,

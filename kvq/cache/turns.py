@@ -1,0 +1,45 @@
+"""Rotations of queries to the origins of blocks, for kernels that read keys in a frame: made once for all layers."""
+
+import torch
+
+from kvq.kernels.cpp.launch import FrameNumbers
+from kvq.transforms.frame import Frame
+
+
+class Turns:
+    """Cosines and sines by origin, kept from step to step: blocks that have come since are added."""
+
+    def __init__(self):
+        self._held: dict[tuple, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
+
+    def of(self, frame: Frame, origins: torch.Tensor, queries: int, dtype: torch.dtype) -> FrameNumbers:
+        """For ``origins`` [B, N] of a frame's blocks and so many queries of a KV head, on the CPU."""
+        cos, sin = self._turns(frame, origins, dtype)
+        matrix, mean = frame.reader(torch.device("cpu"), dtype) if frame.chain else (None, None)
+        # A block that is shorter than there are queries turns its keys.
+        turns_keys = frame.block < queries
+        if turns_keys and matrix is not None:
+            matrix = matrix.transpose(-1, -2).contiguous()
+        return FrameNumbers(
+            block=frame.block,
+            turns_keys=turns_keys,
+            cos=cos,
+            sin=sin,
+            partner=frame.partner,
+            matrix=matrix,
+            mean=mean if mean is not None and bool(mean.any()) else None,
+        )
+
+    def _turns(self, frame: Frame, origins: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        key = frame.rope, frame.head_dim, frame.block, dtype
+        held, cos, sin = self._held.get(key, (origins[:, :0], None, None))
+        known = held.shape[1]
+        if known > origins.shape[1] or len(held) != len(origins) or not torch.equal(held, origins[:, :known]):
+            known = 0
+        if known == origins.shape[1] and cos is not None:
+            return cos, sin
+        fresh = [part.to(dtype).contiguous() for part in frame.turns(origins[:, known:], dtype)]
+        if known:
+            fresh = [torch.cat([old, new], dim=1) for old, new in zip((cos, sin), fresh)]
+        self._held[key] = (origins, *fresh)
+        return self._held[key][1:]
