@@ -59,7 +59,7 @@ def attend(
     if store.kept is not None and mask is not None:
         mask = _stored_columns(store, snapshot, mask)
     many = any(view.stop - view.start > 1 for views in snapshot.views for view in views)
-    ran = store.serving(q.dtype).attending(fused.obstacle(snapshot, mask, valid), many)
+    ran = store.serving(q.dtype).attending(fused.obstacle(snapshot, mask, valid, options.softcap), many)
     store.ran.add(ran)
     if ran.impl == "triton":
         return fused.attend(store, snapshot, q, options, steps, lse)

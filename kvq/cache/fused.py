@@ -11,6 +11,7 @@ from functools import lru_cache
 
 import torch
 
+from kvq.cache import chunk
 from kvq.cache.fused_pack import pages_of
 from kvq.cache.snapshot import Snapshot, group_rows
 from kvq.cache.store import HeadStore
@@ -19,7 +20,8 @@ from kvq.kernels.decode_attention import decode_attention
 from kvq.kernels.decode_attention.decode_plan import DecodePlan
 from kvq.kernels.dispatch import LARGEST_QUERIES
 from kvq.kernels.types import Exact, Query
-from kvq.pages.layout import DEFAULT_PAGE_TOKENS, SIDES, PageLayout, SideLayout
+from kvq.kernels.unpack import unpack_pages
+from kvq.pages.layout import SIDES, PageLayout, SideLayout
 from kvq.pages.pages import Pages
 
 # Tokens that are decoded at once for the two-pass form.
@@ -97,7 +99,7 @@ class _Counts:
         return [low, self.keys, self.values, self.ends, self.positions, self.key_offsets, self.value_offsets]
 
 
-def obstacle(snapshot: Snapshot, mask, valid) -> str | None:
+def obstacle(snapshot: Snapshot, mask, valid, softcap: float | None) -> str | None:
     """What this forward has against the kernels, or None."""
     if valid is not None:
         return "pads among the new tokens"
@@ -105,8 +107,15 @@ def obstacle(snapshot: Snapshot, mask, valid) -> str | None:
         return "a mask other than the causal one"
     if snapshot.spans is None:
         return "rows that read different states"
-    longest = max((stop - start for start, stop in snapshot.spans), default=0)
-    return f"{longest} query tokens at once, more than {LARGEST_QUERIES}" if longest > LARGEST_QUERIES else None
+    longest = _longest(snapshot)
+    if longest > LARGEST_QUERIES and softcap is not None:
+        return f"{longest} query tokens at once, more than {LARGEST_QUERIES}, and a softcap"
+    return None
+
+
+def _longest(snapshot: Snapshot) -> int:
+    """Most query tokens that read one state."""
+    return max((stop - start for start, stop in snapshot.spans), default=0)
 
 
 def attend(
@@ -116,6 +125,8 @@ def attend(
 
     lse [B, kv_heads, group, L] gets the log-sum-exp, which the kernels write anyway; None if nobody asks.
     """
+    if _longest(snapshot) > LARGEST_QUERIES:
+        return chunk.attend(store, snapshot, q, options, lse)
     B, K, G, _, D = q.shape
     rows, sinks = snapshot.views, store.group.sinks
     two_passes = store.serving(q.dtype).two_passes is not None
@@ -166,25 +177,30 @@ def _exact(store: HeadStore, snapshot: Snapshot, step: _Step) -> Exact:
 
 
 def _dense_pages(store: HeadStore, packed: dict[str, tuple[int, ...]]) -> Pages:
-    """Decode the packed tokens of every row into fp16 pages, rotary embedding included."""
-    size, group = DEFAULT_PAGE_TOKENS, store.group
-    B, K, D = len(store.tables), store.heads, group.head_dim
+    """The packed tokens of every row in fp16 pages, keys as they are after the rotary embedding."""
+    size, group = store.group.layout.page_tokens, store.group
+    B, K, D = len(store.tables), len(group.heads), group.head_dim
     count = max(1, -(-max(max(packed[side]) for side in SIDES) // size))
     pool = torch.empty(B, count, K, len(SIDES), size, D, dtype=torch.float16, device=store.pool.device)
+    no_unpack = store.serving(torch.float16).no_unpack
     for i, side in enumerate(SIDES):
+        if no_unpack[side] is None and (side == "value" or group.frame is None):
+            lengths = torch.tensor(packed[side], dtype=torch.int32).to(pool.device, non_blocking=True)
+            unpack_pages(pages_of(store), side, lengths, pool[:, :, :, i].transpose(1, 2), impl="triton")
+            continue
         for rows in group_rows(list(packed[side])):
             stop = packed[side][rows[0]]
             for start in range(0, stop, DENSE_TOKENS):
-                numbers = store.decoded(side, rows, start, min(stop, start + DENSE_TOKENS), torch.float32)
+                numbers = chunk.unpacked(store, side, rows, start, min(stop, start + DENSE_TOKENS), torch.float16)
                 tokens = -(-numbers.shape[2] // size) * size
                 numbers = torch.nn.functional.pad(numbers, (0, 0, 0, tokens - numbers.shape[2]))
-                numbers = numbers.unflatten(2, (-1, size)).transpose(1, 2).to(torch.float16)
+                numbers = numbers.unflatten(2, (-1, size)).transpose(1, 2)
                 pool[rows, start // size : (start + tokens) // size, :, i] = numbers
     table = torch.arange(B * count, dtype=torch.int32, device=pool.device).view(B, count)
-    return Pages.of(_dense_layout(D), pool.view(torch.uint8).view(B * count, K, -1), table)
+    return Pages.of(_dense_layout(D, size), pool.view(torch.uint8).view(B * count, K, -1), table)
 
 
 @lru_cache(maxsize=16)
-def _dense_layout(head_dim: int) -> PageLayout:
-    side = SideLayout(format="dense", bits=16, head_dim=head_dim, page_tokens=DEFAULT_PAGE_TOKENS)
+def _dense_layout(head_dim: int, page_tokens: int) -> PageLayout:
+    side = SideLayout(format="dense", bits=16, head_dim=head_dim, page_tokens=page_tokens)
     return PageLayout(key=side, value=side)

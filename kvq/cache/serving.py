@@ -9,7 +9,15 @@ from transformers.utils import logging
 from kvq.cache.plan import HeadGroup
 from kvq.kernels.cpp import build
 from kvq.kernels.cpp.sides import CppSide, sides_of
-from kvq.kernels.dispatch import LARGEST_HEAD, Choice, choose, why_no_attention, why_no_layout, why_no_triton
+from kvq.kernels.dispatch import (
+    LARGEST_HEAD,
+    Choice,
+    choose,
+    why_no_attention,
+    why_no_layout,
+    why_no_side,
+    why_no_triton,
+)
 from kvq.pages.layout import SIDES
 from kvq.transforms.rope_bias import RopeOffset
 
@@ -32,6 +40,7 @@ class Serving:
     no_triton: str | None
     no_cpp: str | None
     two_passes: str | None
+    no_unpack: Mapping[str, str | None]
     no_pack: Mapping[str, str | None]
     cpp_sides: Mapping[str, CppSide]
     cpp_packs: Mapping[str, CppSide | None]
@@ -85,6 +94,7 @@ def serving_of(group: HeadGroup, device: torch.device, dtype: torch.dtype, impl:
         no_triton=no_triton,
         no_cpp=_why_not_compiled(group, sides) if cpp else "it was not asked for",
         two_passes=why_two_passes(group),
+        no_unpack={side: no_triton or _why_no_unpack(group, side) for side in SIDES},
         no_pack=no_pack,
         cpp_sides=known_sides,
         cpp_packs={name: side if (side := known_sides.get(name)) and side.packs else None for name in SIDES},
@@ -114,6 +124,12 @@ def why_two_passes(group: HeadGroup) -> str | None:
         if isinstance(numbers, str):
             return f"{side}: {numbers}"
     return why_no_attention(group.layout)
+
+
+def _why_no_unpack(group: HeadGroup, side: str) -> str | None:
+    """Why the unpack kernel does not write a side's numbers as they stand in pages, or None."""
+    numbers = group.codecs[side].static_numbers()
+    return numbers if isinstance(numbers, str) else why_no_side(group.layout.side(side))
 
 
 def _why_no_pack(group: HeadGroup, side: str) -> str | None:

@@ -83,7 +83,7 @@ def why_no_layout(layout: PageLayout) -> str | None:
     if tokens & (tokens - 1) or tokens < 16:
         return f"pages of {tokens} tokens, not a power of two of at least 16"
     for name in ("key", "value"):
-        reason = _why_no_side(layout.side(name))
+        reason = why_no_side(layout.side(name))
         if reason is not None:
             return f"{name}: {reason}"
     return None
@@ -103,7 +103,8 @@ def why_no_attention(layout: PageLayout) -> str | None:
     return reason
 
 
-def _why_no_side(side: SideLayout) -> str | None:
+def why_no_side(side: SideLayout) -> str | None:
+    """Why the kernels do not read or write one side of a page, or None."""
     if side.format not in ("affine", "book", "e4m3", "dense") and not side.tiers:
         return f"format {side.format!r}"
     for section in side.extras:

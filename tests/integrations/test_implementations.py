@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from kvq.cache import implementations
+from kvq.cache import chunk, implementations
 from kvq.errors import KernelError
 from kvq.integrations.runtime import new_cache, quantized_cache
 from kvq.kernels.dispatch import interpreted, why_no_triton
@@ -85,6 +85,21 @@ def test_triton_gives_the_logits_of_the_reference(model, name):
 
 
 @needs_triton
+@pytest.mark.parametrize("name", ["kivi2", "tiers", "short tiers", "outliers", "pre-RoPE"])
+def test_chunks_through_triton_give_the_logits_of_the_reference(model, name, monkeypatch):
+    """Chunks of 37 tokens in a batch of rows of different lengths: pages are unpacked 64 tokens at a time."""
+    monkeypatch.setattr(chunk, "SCRATCH_TOKENS", 64)
+    ids, mask = tokens(2, 240), torch.ones(2, 240, dtype=torch.long, device=DEVICE)
+    mask[1, :21] = 0
+    want, _ = logits(model, RECIPES[name], "reference", ids, [37, 1, 37], mask)
+    found, cache = logits(model, RECIPES[name], "triton", ids, [37, 1, 37], mask)
+    assert all(ran.startswith("triton (asked for") for ran in implementations(cache))
+    assert (found - want).abs().max() < 4e-3 * want.abs().max()
+    exact, _ = logits(model, load_recipe("fp16"), "auto", ids, [37, 1, 37], mask)
+    assert (exact - want).abs().max() > 4 * (found - want).abs().max()
+
+
+@needs_triton
 def test_generate_through_triton_gives_the_tokens_of_the_reference(model):
     ids, found = tokens(1, 90), {}
     for impl in ("triton", "reference"):
@@ -146,8 +161,10 @@ def test_asking_for_one_never_gives_another(model):
         logits(model, RECIPES["int4"], "cpp", ids, [2])
     with pytest.raises(KernelError, match="not an implementation"):
         logits(model, RECIPES["int4"], "cuda", ids, [1])
-    with pytest.raises(KernelError, match="17 query tokens at once"):
-        logits(model, RECIPES["int4"], "triton", ids, [17])
+    padded = torch.ones(1, 60, dtype=torch.long, device=DEVICE)
+    padded[:, -3] = 0
+    with pytest.raises(KernelError, match=r"pads among the new tokens|a mask other than"):
+        logits(model, RECIPES["int4"], "triton", ids, [17], padded)
     _, cache = logits(model, RECIPES["int4"], "auto", ids, [2, 1])
     wanted = ("triton (Triton",) if DEVICE == "cuda" else ("cpp (tensors", "reference (tensors")
     assert all(ran.startswith(wanted) for ran in implementations(cache))

@@ -2,7 +2,7 @@
 
 import torch
 
-from kvq.kernels.dispatch import Choice, choose, why_no_layout, why_no_strides
+from kvq.kernels.dispatch import Choice, choose, why_no_side, why_no_strides
 from kvq.pages.pages import Pages
 
 
@@ -12,21 +12,25 @@ def unpack_pages(
     lengths: torch.Tensor,
     out: torch.Tensor,
     *,
+    first_page: int = 0,
     impl: str = "auto",
 ) -> Choice:
-    """Dequantize the first ``lengths[b]`` tokens of every sequence into out [B, KV heads, tokens, head_dim].
+    """Dequantize the first ``lengths[b]`` tokens of every sequence, from page ``first_page`` on, as many as fit, into
+    out [B, KV heads, tokens, head_dim] (for ``impl="triton"`` also [B, KV heads, pages, page_tokens, head_dim]).
 
     lengths [B] int32. What follows them in ``out`` is left alone. Returns what ran.
     """
-    ran = choose(impl, out.device, why_no_layout(pages.layout) or why_no_strides(out=out))
+    ran = choose(impl, out.device, why_no_side(pages.layout.side(side)) or why_no_strides(out=out))
     if ran.impl == "triton":
         from kvq.kernels.unpack import launch
 
-        launch.unpack(pages, side, lengths, out).run()
+        launch.unpack(pages, side, lengths, out, first_page).run()
         return ran
     dtype = torch.promote_types(out.dtype, torch.float32)
+    size = pages.layout.page_tokens
     for b, length in enumerate(lengths.tolist()):
-        used = -(-length // pages.layout.page_tokens)
-        if used:
-            out[b, :, :length] = pages.part(0, used, [b]).dense(side, dtype)[0, :, :length].to(out.dtype)
+        count = min(length - first_page * size, out.shape[2])
+        if count > 0:
+            used = pages.part(first_page, first_page - (-count // size), [b])
+            out[b, :, :count] = used.dense(side, dtype)[0, :, :count].to(out.dtype)
     return ran

@@ -8,7 +8,7 @@ from kvq.kernels.device.words import bias_of, known, unpack
 from kvq.kernels.pack.kernel import PACK_ROWS
 
 
-@triton.jit(do_not_specialize=["table_stride", "first_page", "book"])
+@triton.jit(do_not_specialize=["table_stride", "first_page", "room", "book"])
 def unpack_pages(
     pool,
     table,
@@ -16,10 +16,12 @@ def unpack_pages(
     out,
     out_batch_stride,
     out_head_stride,
+    out_page_stride,
     out_token_stride,
     table_stride,
     page_stride,
     first_page,
+    room,
     static_scale,
     book,
     S: tl.constexpr,
@@ -29,13 +31,14 @@ def unpack_pages(
 ):
     """Grid (BLOCKS blocks of PACK_ROWS rows a page, B, KV heads): one side to out [B, KV heads, tokens, head_dim].
 
-    lengths [B] int32: tokens that there are; what lies after them is left alone. out begins with page ``first_page``.
+    lengths [B] int32: tokens that there are; what lies after them is left alone. out begins with page ``first_page``
+    and has room for ``room`` tokens.
     """
     local = tl.program_id(0) // BLOCKS
     page = first_page + local
     sequence = tl.program_id(1)
     head = tl.program_id(2)
-    length = tl.load(lengths + sequence) - page * S.page_tokens
+    length = tl.minimum(tl.load(lengths + sequence) - page * S.page_tokens, room - local * S.page_tokens)
     if length <= 0:
         return
     wide = sequence.to(tl.int64)
@@ -43,7 +46,7 @@ def unpack_pages(
     record = pool + number * page_stride + head * RECORD
     records = record, record + (tl.num_programs(2) - head) * RECORD
     to = out + wide * out_batch_stride + head.to(tl.int64) * out_head_stride
-    to += (local * S.page_tokens).to(tl.int64) * out_token_stride
+    to += local.to(tl.int64) * out_page_stride
     row = tl.program_id(0) % BLOCKS * PACK_ROWS + tl.arange(0, PACK_ROWS)
     for i in tl.static_range(slices(S)):
         _unpack_slice(records, row, length, to, out_token_stride, static_scale, book, slice_of(S, i), ASM)
