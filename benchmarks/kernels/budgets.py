@@ -93,6 +93,18 @@ INSTANCES = [
         sms=(90,),
         budget=Budget(registers=255, shared=32 * KIB, lane_instructions=2.8, logic=1.15),
     ),
+    # The keys of klt2, scales of channels by page, with values of 2 bits without a table; two tiles in flight.
+    *(
+        Instance(
+            key="4.2.2.2c128r",
+            value="even2",
+            group=group,
+            settings=(("page_tokens", 128),),
+            sms=(90,),
+            budget=Budget(registers=255, shared=80 * KIB, lane_instructions=1.7, logic=0.95),
+        )
+        for group in (4, 8)
+    ),
 ]
 
 

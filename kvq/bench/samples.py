@@ -6,6 +6,7 @@ from dataclasses import replace
 import torch
 
 from kvq.codecs.affine import AffineCodec
+from kvq.codecs.levels import even
 from kvq.codecs.tiers import TiersCodec
 from kvq.pages.layout import PageLayout, Section, SideLayout
 from kvq.pages.meta import largest_scales, to_e4m3, to_ue5m3
@@ -22,7 +23,8 @@ def side_of(width: str, head_dim: int, page_tokens: int) -> SideLayout:
     4/32    the same for groups of 32 channels                  4s      a scale and no minimum
     e4m3    fp8                                                 book4   levels of a book times a norm a token
     nf4     levels of a book times a scale a token              mx4     levels times a power of two for 32 channels
-    dense   fp16 numbers                                        4.2.0.2c64  tiers of channels, 0: not stored
+    even2   the same, levels evenly spaced                      4.2.0.2c64  tiers of channels, 0: not stored
+    dense   fp16 numbers
 
     Letters at the end: r metadata in the format range8, z zero8, f e4m3; t one scale for all heads of a token, n norms
     of tokens over all heads.
@@ -32,9 +34,10 @@ def side_of(width: str, head_dim: int, page_tokens: int) -> SideLayout:
         return SideLayout(format="dense", bits=16, **common)
     if width == "e4m3":
         return SideLayout(format="e4m3", bits=8, **common)
-    if width.startswith("book"):
-        norm = Section(name="norm", shape=())
-        return SideLayout(format="book", bits=int(width[4:]), meta_terms=0, extras=(norm,), **common)
+    if width.startswith(("book", "even")):
+        extras = (Section(name="norm", shape=()),)
+        evenly = width.startswith("even")
+        return SideLayout(format="book", bits=int(width[4:]), meta_terms=0, evenly=evenly, extras=extras, **common)
     if width == "nf4":
         return SideLayout(format="book", bits=4, meta_terms=1, group=head_dim, **common)
     if width == "mx4":
@@ -59,6 +62,8 @@ def levels_of(side: SideLayout) -> tuple[float, ...] | None:
     """Levels for a book, as from a normal distribution; None for other formats."""
     if side.format != "book":
         return None
+    if side.evenly:
+        return tuple(even(side.bits).tolist())
     middles = (torch.arange(2**side.bits, dtype=torch.float64) + 0.5) / 2**side.bits
     return tuple(torch.special.ndtri(middles).half().tolist())
 

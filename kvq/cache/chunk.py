@@ -113,6 +113,8 @@ def _merged(a: Partial, b: Partial) -> Partial:
 def _flash(q, k, v, causal: bool, scale: float) -> Partial:
     """Attention of q [b, H, L, D] over k, v [b, H, n, D] without a score matrix: output like q, log-sum-exp fp32."""
     aten = torch.ops.aten
+    # These operators ask nobody: a vector must be in one piece, or they read others.
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     if q.device.type == "cpu":
         return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)[:2]
     if q.dtype in (torch.float16, torch.bfloat16):

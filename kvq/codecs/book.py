@@ -16,6 +16,7 @@ to other levels than it encodes by). A constant group has scale 0 and decodes to
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -82,7 +83,16 @@ class BookCodec(Codec):
             group=self.grouping.group,
             meta_terms=self.meta_terms,
             meta_shared=self.grouping.shared,
+            evenly=self._evenly,
         )
+
+    @cached_property
+    def _evenly(self) -> bool:
+        """Whether levels are evenly spaced about zero, to a few roundings of float64, and kernels can use that."""
+        if self.meta_terms == 2 or (self.meta_terms == 1 and self.grouping.axis == "channel"):
+            return False
+        even = torch.linspace(-1, 1, len(self.levels), dtype=torch.float64)
+        return bool(torch.allclose(self.levels.double().cpu(), even * self.levels[-1].double().cpu(), 1e-14, 1e-14))
 
     def encode(self, x: torch.Tensor) -> Encoded:
         """Encode x [..., K, T, head_dim]; ``meta`` has (scale, offset), or (scale,) for absmax, in its last dimension.
@@ -210,8 +220,8 @@ class Book(GroupedSpec):
     """Codes that name the levels of a static codebook, times a scale.
 
     bits          2, 3 or 4.
-    levels        ``lloyd_max`` (for the normal distribution), ``normal_float`` (QLoRA), ``uniform``, or ``calibrated``
-                  (k-means over statistics).
+    levels        ``lloyd_max`` and ``even`` (for the normal distribution), ``normal_float`` (QLoRA), ``uniform``, or
+                  ``calibrated`` (k-means over statistics).
     scale         ``unit``; ``absmax``, ``range`` (middle and half range) or ``moments`` (mean and deviation) of every
                   group; or ``calibrated`` (a static range per channel).
     axis, group   what shares a scale (``GroupedSpec``), for scales that are taken over groups.

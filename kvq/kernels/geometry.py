@@ -36,6 +36,7 @@ class Side:
     terms         numbers of metadata a group: 2 (scale, minimum), 1 (scale) or 0; meta: their format.
     meta_shared, norm_shared   whether metadata, norms lie in the record that the heads of a page share.
     scaled        whether tokens have a scale of their own (metadata or norm).
+    evenly        codes are centred on zero, and their distance is a static factor (levels of a book without a table).
     limited       whether they are bounded by ``Pool.value_limit`` (values).
     group         numbers that share a scale; groups: channel groups of a token (1 if by_channel).
     fields        codes in a container of ``words`` 16-bit words; field f, container w is token part ``f // chunks`` and
@@ -57,6 +58,7 @@ class Side:
     meta_shared: bool
     norm_shared: bool
     scaled: bool
+    evenly: bool
     limited: bool
     group: int
     groups: int
@@ -118,11 +120,12 @@ def _in_one_piece(layout: SideLayout, places: Mapping[str, Place], whole: SideLa
     width = layout.head_dim // 2 if e4m3 else layout.width
     groups = layout.head_dim // layout.group if terms and not by_channel else 1
     block = max(ATOM, _power_of_two_divisor(width, layout.group if groups > 1 else width))
-    ptx, constraints = {"e4m3": _no_ptx, "dense": _no_ptx, "book": book_ptx}.get(layout.format, unpack_ptx)(layout.bits)
+    makers = {"e4m3": _no_ptx, "dense": _no_ptx, "book": unpack_ptx if layout.evenly else book_ptx}
+    ptx, constraints = makers.get(layout.format, unpack_ptx)(layout.bits)
     offsets = {part: place.start for part, place in places.items()}
     norm_offset = offsets.get("norm", -1)
     return Side(
-        kind=layout.format,
+        kind="affine" if layout.evenly else layout.format,
         bits=layout.bits,
         first=first,
         by_channel=by_channel,
@@ -131,6 +134,7 @@ def _in_one_piece(layout: SideLayout, places: Mapping[str, Place], whole: SideLa
         meta_shared=layout.meta_shared,
         norm_shared=norm_offset >= 0 and places["norm"].shared,
         scaled=terms > 0 or norm_offset >= 0,
+        evenly=layout.evenly,
         limited=whole.scaled_by_token,
         group=layout.group,
         groups=groups,

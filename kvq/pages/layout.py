@@ -102,6 +102,8 @@ class SideLayout:
     meta_terms    numbers of metadata per group: 2, 1, or 0 for none.
     meta_format   a key of ``META_FORMATS``.
     meta_shared   the group is all heads' numbers of a token, and ``group`` is head_dim.
+    evenly        book, axis token, at most one number of metadata: the levels are evenly spaced about zero, so that a
+                  centred code times their distance says as much as a level.
     permuted      stored channels are not the model's: they have changed places among the heads.
     extras        sections beside ``meta``.
     tiers         format ``sections`` of equal slices of channels, in order: the layout of one block of each, or None
@@ -117,6 +119,7 @@ class SideLayout:
     meta_terms: int = 2
     meta_format: str = "float16"
     meta_shared: bool = False
+    evenly: bool = False
     permuted: bool = False
     extras: tuple[Section, ...] = ()
     tiers: tuple["SideLayout | None", ...] = ()

@@ -38,6 +38,7 @@ SPECS = {
     "kvquant-key": book(3, "calibrated", "calibrated", q_norm=True, weights="fisher") | TOKEN_OUTLIERS,
     "kvquant-value": book(2, "calibrated", "range", axis="token", group="token") | TOKEN_OUTLIERS,
     "turboquant": book(3, "lloyd_max", "unit", norm={"over": "head", "correct": "length"}),
+    "even": book(2, "even", "unit", norm={"over": "head", "correct": "length"}),
     "turboquant-signs": book(2, "lloyd_max", "unit", norm={"over": "head"}, signs={"seed": 3}),
     "turboquant-outliers": book(2, "lloyd_max", "unit", norm={"over": "head", "correct": "least_squares"})
     | TOKEN_OUTLIERS,

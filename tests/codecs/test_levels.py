@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kvq.codecs.levels import lloyd_max, make_levels, midpoints, normal_float, uniform
+from kvq.codecs.levels import even, lloyd_max, make_levels, midpoints, normal_float, uniform
 
 # QLoRA's NF4 table as bitsandbytes ships it, to float32.
 NF4 = [
@@ -34,6 +34,24 @@ def test_lloyd_max_error_on_normal_numbers_is_the_known_one(bits):
     levels = lloyd_max(bits)
     nearest = levels[torch.bucketize(x, midpoints(levels))]
     assert (nearest - x).square().mean().item() == pytest.approx(DISTORTION[bits], rel=0.01)
+
+
+# Max (1960), table II: distance of the levels and distortion of the best uniform quantizer.
+EVEN = {1: (1.5958, 0.3634), 2: (0.9957, 0.1188), 3: (0.5860, 0.03744), 4: (0.3352, 0.01154)}
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_even_levels_are_those_of_the_best_uniform_quantizer(bits):
+    levels, (step, distortion) = even(bits), EVEN[bits]
+    assert torch.allclose(levels.diff(), torch.tensor(step, dtype=torch.float64), atol=6e-5)
+    assert torch.equal(levels, -levels.flip(0))
+    x = torch.linspace(-9, 9, 2_000_001, dtype=torch.float64)
+    weight = torch.exp(-x.square() / 2)
+    for factor, best in ((1.0, True), (1.02, False), (0.98, False)):
+        named = levels * factor
+        error = (named[torch.bucketize(x, midpoints(named))] - x).square()
+        error = ((error * weight).sum() / weight.sum()).item()
+        assert error == pytest.approx(distortion, rel=2e-3) if best else error > ((1 + 1e-6) * distortion)
 
 
 def test_every_level_is_the_mean_of_what_goes_to_it():

@@ -22,6 +22,8 @@ from kvq.pages.layout import PageLayout
 
 # Query columns of a program, a power of two.
 MOST_COLUMNS = 16
+# Columns of a matrix product.
+PRODUCT_COLUMNS = 8
 # Waves that the work list has room for.
 MOST_WAVES = 2
 ITEM = 4
@@ -52,6 +54,9 @@ def geometry_of(layout: PageLayout, heads: int, group: int, queries: int, sm: in
     """heads: KV heads; group: query heads of a KV head; queries: query tokens; sm: compute capability, 90 for 9.0."""
     key, value = sides_of(layout)
     columns = min(MOST_COLUMNS, 1 << (group * queries - 1).bit_length())
+    if key.by_channel:
+        # Queries are scaled for every page: with as many columns as a product has, in its own arrangement.
+        columns = max(columns, PRODUCT_COLUMNS)
     parameters = decode_parameters(key, value, columns, sm)
     tile = tile_of(key, value, warps=parameters.warps, rows=parameters.rows, split=parameters.split)
     return Geometry(

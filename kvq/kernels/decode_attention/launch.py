@@ -8,7 +8,7 @@ from kvq.kernels.decode_attention.decode_plan import DecodePlan, Geometry
 from kvq.kernels.decode_attention.exact_tokens import decode_exact
 from kvq.kernels.decode_attention.merge import decode_merge
 from kvq.kernels.decode_attention.split import decode_split
-from kvq.kernels.device.launch import Launch, books, limit_of
+from kvq.kernels.device.launch import Launch, books, factor, limit_of
 from kvq.kernels.types import Exact, Query
 from kvq.pages.pages import Pages
 
@@ -40,8 +40,8 @@ def _shared_constants(geometry: Geometry, pages: Pages, query: Query) -> dict[st
 def _scalars(pages: Pages, query: Query) -> tuple:
     return (
         float(query.scale),
-        float(pages.key_scale),
-        float(pages.value_scale),
+        factor(pages, "key"),
+        factor(pages, "value"),
         float(query.softcap or 1.0),
         int(query.window or 0),
     )

@@ -29,7 +29,7 @@ def _room(S):
 
     A scale of plain codes is at most the fp16 range over their steps, any other at most the largest fp16 number.
     """
-    plain = S.kind == "affine" and S.meta == "float16" and S.norm_offset < 0
+    plain = S.kind == "affine" and S.meta == "float16" and S.norm_offset < 0 and not S.evenly
     return {2: 0, 3: 1, 4: 2, 8: 6}[S.bits] if plain else 0
 
 
@@ -221,7 +221,8 @@ def store_partial(
                 bias = tl.max(bias, 1, keep_dims=True) * bias_of(V, chunk_at(V, n))
             else:
                 row = tl.arange(0, 16)[None, :, None]
-                bias = tl.sum(tl.where(row == chunk_at(V, n), bias, 0.0), 1, keep_dims=True)
+                # Row 15 is what all fields have in common: no chunk has that number.
+                bias = tl.sum(tl.where((row == chunk_at(V, n)) | (row == 15), bias, 0.0), 1, keep_dims=True)
             x -= bias
         x = tl.sum(x * share, 0) * (inverse * value_scale)[None, :]
         channel = head_channels(n, V)[:, None]

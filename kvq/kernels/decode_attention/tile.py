@@ -36,7 +36,7 @@ from kvq.kernels.device.sections import (
     slice_of,
     slices,
 )
-from kvq.kernels.device.words import bias_of, exp2, known, unpack
+from kvq.kernels.device.words import bias_of, exp2, known, middle_of, unpack
 
 
 @triton.jit
@@ -426,15 +426,16 @@ def add_packed_values(
 def _bias_rows(V: tl.constexpr, part: tl.constexpr, T: tl.constexpr):
     """What the rounded weights are multiplied by for the bias sums, [W, 16, R].
 
-    Ones where a field's bias depends on its chunk alone; else row j holds the bias of chunk j in this part.
+    Ones where a field's bias depends on its chunk alone; else row j holds the bias of chunk j in this part, without the
+    code's middle, which may be a half and is in row 15.
     """
     if V.parts == 1:
         return tl.full([T.warps, 16, T.rows], 1.0, tl.float16)
     else:
         row = tl.arange(0, 16)[None, :, None]
-        rows = tl.full([T.warps, 16, T.rows], bias_of(V, part * V.chunks), tl.float16)
-        for chunk in tl.static_range(1, known(V.chunks)):
-            rows = tl.where(row == chunk, bias_of(V, part * V.chunks + chunk), rows).to(tl.float16)
+        rows = tl.full([T.warps, 16, T.rows], middle_of(V), tl.float16)
+        for chunk in tl.static_range(known(V.chunks)):
+            rows = tl.where(row == chunk, bias_of(V, part * V.chunks + chunk) - middle_of(V), rows).to(tl.float16)
         return rows
 
 

@@ -44,8 +44,18 @@ def limit_of(pages: Pages, unread: torch.Tensor) -> torch.Tensor:
 
 
 def books(pages: Pages) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Registers of both sides' levels, or () where a side has no book."""
-    return tuple(() if levels is None else book_registers(levels) for levels in (pages.key_levels, pages.value_levels))
+    """Registers of both sides' levels, or () where a side has no book or needs no table of it."""
+    found = []
+    for side, levels in (("key", pages.key_levels), ("value", pages.value_levels)):
+        found.append(() if levels is None or pages.layout.side(side).evenly else book_registers(levels))
+    return tuple(found)
+
+
+def factor(pages: Pages, side: str) -> float:
+    """The static factor of a side's numbers as kernels read them: its scale, times the distance of even levels."""
+    levels = pages.key_levels if side == "key" else pages.value_levels
+    scale = float(pages.key_scale if side == "key" else pages.value_scale)
+    return scale * (levels[1] - levels[0]) if levels is not None and pages.layout.side(side).evenly else scale
 
 
 def pieces(longest: int, page_tokens: int) -> int:

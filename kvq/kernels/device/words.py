@@ -40,7 +40,16 @@ def bias_of(S, f):
     no minimum)."""
     if S.kind != "affine":
         return 0.0
-    return float(S.table[f].bias + (2 ** (S.bits - 1) if S.terms == 1 else 0))
+    return float(S.table[f].bias + middle_of(S))
+
+
+@triton.constexpr_function
+def middle_of(S):
+    """The code that stands for zero before a minimum is added: of symmetric codes 2^(bits - 1), of evenly spaced levels
+    the middle, else 0."""
+    if S.evenly:
+        return (2**S.bits - 1) / 2
+    return float(2 ** (S.bits - 1)) if S.terms == 1 else 0.0
 
 
 @triton.constexpr_function

@@ -3,7 +3,7 @@
 import torch
 
 from kvq.kernels import dispatch
-from kvq.kernels.device.launch import Launch, books, exactly
+from kvq.kernels.device.launch import Launch, books, exactly, factor
 from kvq.kernels.geometry import sides_of
 from kvq.kernels.pack.kernel import PACK_ROWS
 from kvq.kernels.unpack.kernel import unpack_pages
@@ -32,7 +32,7 @@ def unpack(pages: Pages, side: str, lengths: torch.Tensor, out: torch.Tensor, fi
             pages.pool.unit,
             first_page,
             room,
-            float(pages.key_scale if side == "key" else pages.value_scale),
+            factor(pages, side),
             books(pages)[0 if side == "key" else 1],
         ),
         constants={"S": own, "BLOCKS": blocks, "RECORD": pages.layout.record_bytes, "ASM": sm},

@@ -67,6 +67,8 @@ CASES = [
     Case(key="4c32s", value="4/32sf", counts=((64, 70, 75), (0, 0, 9), (192, 192, 200))),
     Case(key="8st", value="2tn"),
     Case(key="4tn", value="8st"),
+    # Levels evenly spaced, read without a table.
+    *(Case(key=f"even{n}", value=f"even{n}", head_dim=d) for n, d in ((2, 64), (3, 64), (3, 128), (4, 64))),
     # Head sizes.
     *(Case(key="4", value="4", head_dim=d) for d in (80, 128)),
     *(Case(key="2", value="3", head_dim=d) for d in (96, 256)),
