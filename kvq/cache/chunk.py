@@ -39,8 +39,8 @@ def attend(store: HeadStore, snapshot: Snapshot, q: torch.Tensor, options, lse: 
         for view in snapshot.views[rows[0]]:
             at = (rows, slice(None), slice(None), slice(view.start, view.stop))
             found, own = _attend_rows(store, snapshot, rows, view, q[at], options)
-            if options.sinks is not None:
-                learned = options.sinks.float().view(1, *q.shape[1:3], 1).expand(own.shape)
+            if options.sink_logits is not None:
+                learned = options.sink_logits.float().view(1, *q.shape[1:3], 1).expand(own.shape)
                 found, own = _merged((found, own), (torch.zeros_like(found), learned))
             out[at] = found.to(q.dtype)
             if lse is not None:

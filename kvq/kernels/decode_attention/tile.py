@@ -198,13 +198,13 @@ def packed_scores(
     """
     if K.by_channel:
         scores = _scores_by_channel(records, row, query, book, K, T, ASM)
-        if K.norm_offset < 0:
-            return scores
-        lengths = ()
-        for b in tl.static_range(known(T.blocks)):
-            norm = load_norm(records, row + b * T.stride, keep[b], K, MASKED)
-            lengths = lengths + (scores[b] * norm[:, :, None],)
-        return lengths
+        if K.norm_offset >= 0:
+            lengths = ()
+            for b in tl.static_range(known(T.blocks)):
+                norm = load_norm(records, row + b * T.stride, keep[b], K, MASKED)
+                lengths = lengths + (scores[b] * norm[:, :, None],)
+            scores = lengths
+        return scores
     else:
         vectors, sums, negative = query
         raw = ()

@@ -131,19 +131,20 @@ def load_meta(records, index, group, keep, S: tl.constexpr, MASKED: tl.constexpr
             return scale, scale.to(tl.float32) * (minimum.to(tl.float32) * minimum_share(S))
         else:
             return scale, minimum
-    record = records[1] if S.meta_shared else records[0]
-    if S.meta == "float16":
-        at = record.to(tl.pointer_type(tl.float16)) + (S.meta_offset // 2 + index)
-        scale = tl.load(at, mask=keep, other=0.0) if MASKED else tl.load(at)
-        return scale, scale
     else:
-        at = record + (S.meta_offset + index)
-        byte = (tl.load(at, mask=keep, other=0) if MASKED else tl.load(at)).to(tl.int32)
-        if S.meta == "e8m0":
-            scale = (byte << 23).to(tl.float32, bitcast=True)
+        record = records[1] if S.meta_shared else records[0]
+        if S.meta == "float16":
+            at = record.to(tl.pointer_type(tl.float16)) + (S.meta_offset // 2 + index)
+            scale = tl.load(at, mask=keep, other=0.0) if MASKED else tl.load(at)
+            return scale, scale
         else:
-            scale = e4m3_to_half(byte)
-        return scale, scale
+            at = record + (S.meta_offset + index)
+            byte = (tl.load(at, mask=keep, other=0) if MASKED else tl.load(at)).to(tl.int32)
+            if S.meta == "e8m0":
+                scale = (byte << 23).to(tl.float32, bitcast=True)
+            else:
+                scale = e4m3_to_half(byte)
+            return scale, scale
 
 
 @triton.jit
