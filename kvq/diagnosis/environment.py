@@ -13,6 +13,7 @@ from kvq.kernels.cpp.build import unavailable
 from kvq.kernels.dispatch import triton_version, why_no_triton
 from kvq.models.describe import ModelSpec, describe
 from kvq.models.resolve import check_weights, load_config, resolve_model
+from kvq.models.whole import check_whole
 from kvq.recipe import load_recipe
 
 PACKAGES = (
@@ -34,8 +35,10 @@ def environment() -> dict[str, Any]:
 def examine(model: str) -> dict[str, Any]:
     """A model's cache geometry, and which engines can have it in FP8. Raises KvqError if it cannot be quantized."""
     folder = resolve_model(model)
-    spec = describe(load_config(folder))
+    config = load_config(folder)
+    spec = describe(config)
     check_weights(folder)
+    check_whole(folder, config)
     return {"model": model, "quantizable": True, **spec.to_dict(), "fp8": _fp8(spec)}
 
 

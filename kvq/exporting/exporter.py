@@ -37,7 +37,8 @@ from kvq.exporting.targets.repack import METHODS, repack
 from kvq.exporting.targets.scheme import engine_view
 from kvq.models.builtin import BUILTIN, MODEL_NAME
 from kvq.models.describe import ModelSpec, describe
-from kvq.models.resolve import load_config, resolve_model, weights_fingerprint
+from kvq.models.resolve import INDEX_FILE, load_config, resolve_model, weights_fingerprint
+from kvq.models.whole import check_whole
 from kvq.recipe import Recipe, load_recipe
 from kvq.transforms.fold_plan import FoldPlan
 
@@ -104,7 +105,10 @@ def export(
     recipe, to = load_recipe(recipe), find_target(target)
     source, folder = resolve_model(model).resolve(), Path(out).expanduser().resolve()
     config = _source_config(source, to)
-    spec = describe(load_config(source))
+    _refuse_foreign_links(source)
+    model_config = load_config(source)
+    spec = describe(model_config)
+    check_whole(source, model_config)
     fingerprint = weights_fingerprint(source)
     loaded = stats if stats is None or isinstance(stats, Stats) else Stats.load(stats)
     if loaded is not None:
@@ -306,6 +310,20 @@ def _base_name(model: str | Path, source: Path) -> str:
     text = str(model)
     is_hub_id = isinstance(model, str) and _HUB_ID.fullmatch(text) and not Path(text).exists()
     return text if is_hub_id else source.name
+
+
+def _refuse_foreign_links(source: Path) -> None:
+    """A link is followed within its folder, and from a snapshot of the hub's cache to its blobs. Raises CheckpointError
+    for others: an export is uploaded, and must hold nothing that its maker did not put into the model's folder."""
+    homes = [source, source.parent.parent / "blobs"] if source.parent.name == "snapshots" else [source]
+    for pattern in ("config.json", "*.safetensors", INDEX_FILE, *_COMPANIONS):
+        for file in source.glob(pattern):
+            target = file.resolve()
+            if not any(target.is_relative_to(home) for home in homes):
+                raise CheckpointError(
+                    f"{str(file.relative_to(source))!r} of model {source.name!r} leads out of its folder, to {target}: "
+                    "put the file itself there, so that an export takes no other file along."
+                )
 
 
 def _companions(source: Path) -> dict[str, bytes]:

@@ -7,7 +7,15 @@ from importlib.metadata import version
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import BertConfig, Gemma3TextConfig, MambaConfig, Olmo2Config, RwkvConfig, T5Config
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    Gemma3TextConfig,
+    MambaConfig,
+    Olmo2Config,
+    RwkvConfig,
+    T5Config,
+)
 
 WITHOUT_CACHE = {
     "mamba": (MambaConfig(architectures=["MambaForCausalLM"]), ("'mamba'",)),
@@ -25,6 +33,18 @@ def folder_of(tmp_path):
         folder = tmp_path / "model"
         config.save_pretrained(folder)
         save_file({"x": torch.zeros(1)}, folder / "model.safetensors")
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def whole_folder_of(folder_of):
+    """A folder that holds the model of a config, random weights and all."""
+
+    def make(config):
+        folder = folder_of(config)
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
         return folder
 
     return make
@@ -55,18 +75,20 @@ def test_doctor_names_versions_and_what_will_run(run):
     assert "attention: reference" in result.stdout
 
 
-def test_doctor_and_inspect_say_which_layers_can_be_quantized(run, folder_of):
-    config = Gemma3TextConfig(num_hidden_layers=6, head_dim=64, architectures=["Gemma3ForCausalLM"])
-    folder = folder_of(config)
+def test_doctor_and_inspect_say_which_layers_can_be_quantized(run, whole_folder_of):
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "vocab_size": 32}
+    config = Gemma3TextConfig(num_hidden_layers=6, head_dim=64, architectures=["Gemma3ForCausalLM"], **sizes)
+    folder = whole_folder_of(config)
     assert "can be quantized: 1 of 6 layers" in run("doctor", folder).stdout
     report = json.loads(run("inspect", folder, "--json", "-").stdout)
     assert report["kind"] == "model"
     assert [layer["kind"] for layer in report["layers"]] == ["sliding"] * 5 + ["full"]
 
 
-def test_doctor_says_which_engines_take_fp8_scales(run, folder_of):
-    config = Olmo2Config(num_hidden_layers=1, hidden_size=64, num_attention_heads=2, architectures=["Olmo2ForCausalLM"])
-    found = json.loads(run("doctor", folder_of(config), "--json", "-").stdout)["model"]["fp8"]
+def test_doctor_says_which_engines_take_fp8_scales(run, whole_folder_of):
+    sizes = {"hidden_size": 64, "intermediate_size": 32, "vocab_size": 32}
+    config = Olmo2Config(num_hidden_layers=1, num_attention_heads=2, architectures=["Olmo2ForCausalLM"], **sizes)
+    found = json.loads(run("doctor", whole_folder_of(config), "--json", "-").stdout)["model"]["fp8"]
     assert found["SGLang 0.5.23"] == "no: it loads no KV scales for Olmo2ForCausalLM"
     assert found["vLLM 0.33"].startswith("--target vllm")
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from kvq.calib.artefacts import fit_artefacts
 from kvq.calib.observers import Range
@@ -84,7 +84,8 @@ def test_the_card_warns_first(source, tmp_path):
 @pytest.mark.parametrize("linking", [True, False])
 def test_shards_are_linked_or_copied(source, tmp_path, monkeypatch, linking):
     """Same bytes either way; an index of several shards is taken over as it is."""
-    shards = {f"model-0000{i}-of-00002.safetensors": {f"w{i}": torch.ones(3) * i} for i in (1, 2)}
+    tensors = sorted(load_file(source / "model.safetensors").items())
+    shards = {f"model-0000{i}-of-00002.safetensors": dict(tensors[i - 1 :: 2]) for i in (1, 2)}
     (source / "model.safetensors").unlink()
     for name, tensors in shards.items():
         save_file(tensors, source / name, metadata={"format": "pt"})
@@ -102,10 +103,12 @@ def test_shards_are_linked_or_copied(source, tmp_path, monkeypatch, linking):
 
 def test_links_of_the_hub_cache_are_resolved(source, tmp_path):
     """A hub snapshot holds symbolic links to blobs: the export must hold files."""
-    blob = tmp_path / "blob"
-    shutil.move(source / "model.safetensors", blob)
-    (source / "model.safetensors").symlink_to(blob)
-    export(source, "kivi2", tmp_path / "out")
+    blob, snapshot = tmp_path / "models--a--b/blobs/0", tmp_path / "models--a--b/snapshots/0"
+    blob.parent.mkdir(parents=True)
+    shutil.copytree(source, snapshot)
+    shutil.move(snapshot / "model.safetensors", blob)
+    (snapshot / "model.safetensors").symlink_to(blob)
+    export(snapshot, "kivi2", tmp_path / "out")
     assert not (tmp_path / "out/model.safetensors").is_symlink()
     assert os.path.samefile(blob, tmp_path / "out/model.safetensors")
 
@@ -130,13 +133,17 @@ def test_bytes_do_not_depend_on_the_release_of_transformers(tmp_path, monkeypatc
         "max_position_embeddings": 128, "torch_dtype": "float16",
     }  # fmt: skip
     (source / "config.json").write_text(json.dumps(config))
-    save_file({"w": torch.zeros(4)}, source / "model.safetensors", metadata={"format": "pt"})
+    sizes = {"self_attn.q_proj": (64, 64), "self_attn.k_proj": (32, 64), "self_attn.v_proj": (32, 64),
+             "self_attn.o_proj": (64, 64), "mlp.gate_proj": (64, 64), "mlp.up_proj": (64, 64), "mlp.down_proj": (64, 64),
+             "input_layernorm": (64,), "post_attention_layernorm": (64,)}  # fmt: skip
+    weights = {f"model.layers.{i}.{name}.weight": torch.zeros(size) for i in (0, 1) for name, size in sizes.items()}
+    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
     export(source, "kivi2", tmp_path / "out")
     digest = hashlib.sha256()
     for name, content in contents(tmp_path / "out").items():
         # The manifest holds nothing but hashes of the others.
         digest.update(name.encode() + content if name != MANIFEST else b"")
-    assert digest.hexdigest() == "e4420cf6996fe71a455213e36f825b25e13dcba8f15896bd87c1a3ef655edf8c"
+    assert digest.hexdigest() == "316e95fb1de9dc745fd373e6270d8d5d0a0cc637d05e832ece384166c9dd680c"
 
 
 def test_calibrated_scales_are_absmax_over_448(source, tmp_path):
@@ -320,3 +327,32 @@ def test_killed_at_any_moment(source, tmp_path):
     assert int(fresh[2]) > 10
     assert int(fresh[3]) >= 1
     assert int(forced[1]) > int(fresh[1])
+
+
+def test_a_link_out_of_the_folder_is_not_taken_along(source, tmp_path):
+    """An export is uploaded. Control: a link within it."""
+    secret = tmp_path / "secret.json"
+    secret.write_text("{}")
+    (source / "vocab.json").symlink_to(secret)
+    with pytest.raises(CheckpointError, match=r"'vocab.json' of model .* leads out of its folder"):
+        export(source, "int4", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    (source / "vocab.json").unlink()
+    (source / "own.json").write_text("{}")
+    (source / "vocab.json").symlink_to(source / "own.json")
+    export(source, "int4", tmp_path / "out")
+    assert (tmp_path / "out" / "vocab.json").read_text() == "{}"
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "reason"),
+    [("num_hidden_layers", 3, "lacks the weight 'model.layers.2."), ("intermediate_size", 32, "has the shape")],
+)
+def test_half_a_model_is_not_exported(source, tmp_path, setting, value, reason):
+    """More layers in the config than stored, other shapes: nothing is written. The rest of the file is the control."""
+    config = json.loads((source / "config.json").read_text())
+    assert config[setting] != value
+    (source / "config.json").write_text(json.dumps(config | {setting: value}))
+    with pytest.raises(CheckpointError, match=reason):
+        export(source, "int4", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
