@@ -134,8 +134,8 @@ def test_bytes_do_not_depend_on_the_release_of_transformers(tmp_path, monkeypatc
     }  # fmt: skip
     (source / "config.json").write_text(json.dumps(config))
     sizes = {"self_attn.q_proj": (64, 64), "self_attn.k_proj": (32, 64), "self_attn.v_proj": (32, 64),
-             "self_attn.o_proj": (64, 64), "mlp.gate_proj": (64, 64), "mlp.up_proj": (64, 64), "mlp.down_proj": (64, 64),
-             "input_layernorm": (64,), "post_attention_layernorm": (64,)}  # fmt: skip
+             "self_attn.o_proj": (64, 64), "mlp.gate_proj": (64, 64), "mlp.up_proj": (64, 64),
+             "mlp.down_proj": (64, 64), "input_layernorm": (64,), "post_attention_layernorm": (64,)}  # fmt: skip
     weights = {f"model.layers.{i}.{name}.weight": torch.zeros(size) for i in (0, 1) for name, size in sizes.items()}
     save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
     export(source, "kivi2", tmp_path / "out")
