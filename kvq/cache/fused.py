@@ -11,7 +11,7 @@ from functools import lru_cache
 
 import torch
 
-from kvq.cache import chunk
+import kvq.cache.chunk as chunk
 from kvq.cache.fused_pack import pages_of
 from kvq.cache.snapshot import Snapshot, group_rows
 from kvq.cache.store import HeadStore
