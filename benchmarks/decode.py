@@ -21,12 +21,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, Quan
 
 from kvq.cache import cache_nbytes, implementations, make_plan
 from kvq.cache import model_attention as attention
+from kvq.calib.artefacts import stand_in_artefacts
 from kvq.calib.data import builtin_text
 from kvq.integrations.runtime import install, new_cache, uninstall
 from kvq.models.describe import describe
 from kvq.models.resolve import resolve_model
 from kvq.recipe import load_recipe
 
+RECIPES = ["klt4", "klt3", "klt2", "kivi2", "int4", "turboquant3", "kvquant3"]
 NATIVE = {
     "quanto-4": {"backend": "quanto", "nbits": 4, "q_group_size": 64},
     "quanto-2": {"backend": "quanto", "nbits": 2, "q_group_size": 64},
@@ -46,7 +48,7 @@ class Method:
         elif name == "DynamicCache":
             self.cache = DynamicCache(config=model.config)
         else:
-            self.plan = make_plan(load_recipe(name), describe(model.config), artefacts)
+            self.plan = make_plan(load_recipe(name), describe(model.config), artefacts or made_up(model, name))
             install(model, self.plan)
             self.cache = new_cache(model)
             uninstall(model)
@@ -135,17 +137,21 @@ def run(model, tokenizer, context: int, names: list[str], artefacts, turns: int,
     return rows
 
 
-def unit_scales(model) -> dict[str, torch.Tensor]:
-    """Speed and bytes of fp8 do not depend on its scales."""
-    layers = describe(model.config).full_layers
-    return {f"layers.{layer.index}.{side}.scale": torch.tensor(1.0) for layer in layers for side in ("key", "value")}
+def made_up(model, name: str) -> dict[str, torch.Tensor]:
+    """Artefacts that calibration would make: speed and bytes do not depend on their numbers."""
+    found = stand_in_artefacts(load_recipe(name), describe(model.config))
+    for what, own in found.items():
+        if own.ndim > 1 and own.shape[-1] == own.shape[-2]:
+            # A matrix of a transform must have an inverse.
+            found[what] = torch.eye(own.shape[-1], dtype=own.dtype).expand(own.shape).clone()
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="builtin")
     parser.add_argument("--contexts", type=int, nargs="+", default=[512, 2048, 8192])
-    parser.add_argument("--recipes", nargs="+", default=["kivi2", "kivi4", "int4", "int8", "fp8"])
+    parser.add_argument("--recipes", nargs="+", default=RECIPES)
     parser.add_argument("--native", nargs="*", default=list(NATIVE), choices=list(NATIVE))
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--turns", type=int, default=7)
@@ -159,7 +165,7 @@ def main() -> None:
     rows = []
     for context in args.contexts:
         names = ["DynamicCache", *args.recipes, *args.native]
-        rows += run(model, tokenizer, context, names, unit_scales(model), args.turns, args.tokens)
+        rows += run(model, tokenizer, context, names, {}, args.turns, args.tokens)
         for row in rows[-len(names) :]:
             native = f"{row['vs_best_native']:.2f}x" if row["vs_best_native"] else "-"
             off = f"{row['bytes_off_prediction']:.1%}" if row["bytes_off_prediction"] is not None else "-"
