@@ -94,7 +94,7 @@ def unpacked(store: HeadStore, side: str, rows: list[int], start: int, stop: int
     framed = side == "key" and store.group.frame is not None
     first = start // store.group.layout.page_tokens
     begin = first * store.group.layout.page_tokens
-    shape = len(rows), len(store.group.heads), stop - begin, store.group.head_dim
+    shape = len(rows), store.heads, stop - begin, store.group.head_dim
     scratch = torch.empty(shape, dtype=torch.float32 if framed else dtype, device=store.pool.device)
     lengths = torch.full(shape[:1], stop, dtype=torch.int32, device=scratch.device)
     unpack_pages(pages_of(store, rows), side, lengths, scratch, first_page=first, impl="triton")

@@ -179,7 +179,7 @@ def _exact(store: HeadStore, snapshot: Snapshot, step: _Step) -> Exact:
 def _dense_pages(store: HeadStore, packed: dict[str, tuple[int, ...]]) -> Pages:
     """The packed tokens of every row in fp16 pages, keys as they are after the rotary embedding."""
     size, group = store.group.layout.page_tokens, store.group
-    B, K, D = len(store.tables), len(group.heads), group.head_dim
+    B, K, D = len(store.tables), store.heads, group.head_dim
     count = max(1, -(-max(max(packed[side]) for side in SIDES) // size))
     pool = torch.empty(B, count, K, len(SIDES), size, D, dtype=torch.float16, device=store.pool.device)
     no_unpack = store.serving(torch.float16).no_unpack

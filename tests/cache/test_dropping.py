@@ -225,7 +225,9 @@ def test_the_compiled_kernel_reads_tables_and_lengths_by_head(tiny_config, name,
 )
 def test_the_triton_kernels_read_tables_and_lengths_by_head(tiny_config, name, model):
     """Queries and weights are rounded to 16 bits there. The last step reads a block that the survivors have filled."""
-    assert check(tiny_config, name, "triton", 5e-3, model, torch.float32, later=(1, 13, 1))[1] == {"triton"}
+    # Chunks of more than 16 tokens are read otherwise, and not with a softcap.
+    later = (1, 13 if model == "softcap" else 40, 1)
+    assert check(tiny_config, name, "triton", 5e-3, model, torch.float32, later=later)[1] == {"triton"}
 
 
 @pytest.mark.parametrize("name", ["tokens", "keys before RoPE"])
