@@ -16,6 +16,7 @@ from kvq.calib.observers.histogram import bin_edges
 from kvq.calib.stats import LayerStats
 from kvq.errors import DataError
 from kvq.models.rope import Rope
+from kvq.transforms.frame import turned_moments
 
 # Tokens drawn: enough for an error, and few enough to try many recipes. Real windows are used up to a length.
 TOKENS = 256
@@ -91,7 +92,7 @@ def layer_tokens(layer: LayerStats, rope: Rope | None, scaling: float, seed: int
     Raises DataError if the layer holds too little.
     """
     windows = _real(layer)
-    heads = layer["key.range"].absmax.shape[0]
+    heads = layer["value.range"].absmax.shape[0]
     sinks = layer.get("sinks")
     first = sinks.share[:, 0].unflatten(0, (heads, -1)).mean(1) if sinks else torch.zeros(heads)
     if windows is not None:
@@ -100,7 +101,7 @@ def layer_tokens(layer: LayerStats, rope: Rope | None, scaling: float, seed: int
         energy = rows.transpose(1, 2) @ rows / rows.shape[1]
         scaling = layer["reservoir"].scaling
     else:
-        query, energy = None, _energy(layer)
+        query, energy = None, _energy(layer, rope)
         key, value = _drawn(layer, rope, seed)
     if energy is None:
         raise DataError(
@@ -123,9 +124,13 @@ def _real(layer: LayerStats) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] 
     return tuple(torch.stack([w[i][:, :length].float() for w in windows]) for i in range(3))
 
 
-def _energy(layer: LayerStats) -> torch.Tensor | None:
+def _energy(layer: LayerStats, rope: Rope | None) -> torch.Tensor | None:
     if "query.moments" in layer:
         return layer["query.moments"].second.float()
+    if "query_pre.moments" in layer:
+        second = layer["query_pre.moments"].second
+        places = torch.arange(0, TOKENS, 4)
+        return turned_moments(rope, torch.zeros_like(second[..., 0]), second, places, reads=True)[1].float()
     return torch.diag_embed(layer["query.range"].rms.square()) if "query.range" in layer else None
 
 

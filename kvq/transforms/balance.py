@@ -13,10 +13,13 @@ Both traces are (tr L^1/2), its least value, where P^T C P = P^-1 M P^-T = L^1/2
 keys is left out of C, because it costs nothing once ``shift`` or a scale by channel takes it.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from kvq.errors import DataError
+from kvq.settings import check_flag
 from kvq.shapes import Float, checked
 from kvq.transforms.fit_data import FitData
 from kvq.transforms.hadamard_matrix import hadamard_matrix
@@ -45,11 +48,32 @@ class MomentsSpec(TransformSpec):
 
 
 @register_transform("balance")
+@dataclass(frozen=True, kw_only=True)
 class BalanceSpec(MomentsSpec):
-    """The closed-form matrix that gives what is stored and what reads it one covariance, then a Hadamard."""
+    """The closed-form matrix that gives what is stored and what reads it one covariance, then a Hadamard.
+
+    alone   as if all channels were read alike, by the second moment about zero of what is stored: for values, whose
+            mean costs range like everything else where no shift takes it. No weights are read.
+    """
+
+    alone: bool | None = None
+
+    def check(self) -> None:
+        check_flag("alone", self.alone)
+
+    def needs(self, side):
+        return (f"{side}.range", f"{side}.moments") if self.alone else super().needs(side)
+
+    def reads_output(self, side) -> bool:
+        return side == "value" and not self.alone
 
     def fit(self, data: FitData) -> dict[str, torch.Tensor]:
-        return {"matrix": balancing(*reading_moments(data)).float()}
+        if self.alone:
+            stored = data.moment(data.side).double()
+            reader = torch.eye(stored.shape[-1], dtype=torch.float64).expand_as(stored)
+        else:
+            stored, reader = reading_moments(data)
+        return {"matrix": balancing(stored, reader).float()}
 
 
 def reading_moments(data: FitData) -> tuple[torch.Tensor, torch.Tensor]:

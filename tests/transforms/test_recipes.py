@@ -122,7 +122,9 @@ def test_a_softcap_refuses_shifts_and_nothing_else():
     spec = describe(config)
     for name in TRANSFORMED:
         recipe = load_recipe(name)
-        shifts = any(step.kind == "shift" for step in recipe.transforms.key)
+        # Readers add again, block by block, what a shift relative to the page takes away.
+        outside = recipe.transforms.key[: len(recipe.transforms.key) - recipe.transforms.framed_steps]
+        shifts = any(step.kind == "shift" for step in outside)
         if shifts:
             with pytest.raises(
                 RecipeError, match="'shift' of keys is not exact for 'gemma2', whose layer 1 has a logit"
