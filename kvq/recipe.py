@@ -146,6 +146,13 @@ class Recipe:
         return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
     @property
+    def is_bound_to_positions(self) -> bool:
+        """True if some part is fitted to keys after RoPE, and so suits the positions of the calibration text alone."""
+        base = self._base()
+        heads = [base, *(self._overridden(base, pattern, own) for pattern, own in self.layers.items())]
+        return any(head.is_bound_to_positions for head in heads)
+
+    @property
     def is_exact(self) -> bool:
         """True if nothing is quantized anywhere (the fp16 control)."""
         return self._base().is_exact and not any("key" in o or "value" in o for o in self.layers.values())

@@ -11,6 +11,7 @@ from kvq.exporting.exporter import is_export
 from kvq.exporting.folding import FOLDED, fold_lines, is_plain_export
 from kvq.exporting.manifest import read_manifest
 from kvq.exporting.memory import memory_plan
+from kvq.exporting.model_card import context_limit
 from kvq.exporting.simulated_engine import is_engine_export, simulated_plan
 from kvq.models.resolve import check_weights, load_config
 from kvq.pages.layout import SIDES
@@ -62,6 +63,7 @@ def _own_format(folder: Path) -> tuple[dict[str, Any], dict[str, str], dict[str,
         "recipe": f"{plan.recipe.name}: {plan.recipe.summary}",
         "recipe hash": plan.recipe.hash,
         "transforms": "\n".join(transforms) or "none",
+        "contexts": context_limit(plan.recipe, provenance) or "any",
         "weights fingerprint": provenance["weights_fingerprint"],
     }
     memory = memory_plan(plan.model, plan.recipe).to_dict()

@@ -8,6 +8,7 @@ import yaml
 
 from kvq.cache import CachePlan
 from kvq.exporting.memory import MemoryPlan
+from kvq.recipe import Recipe
 
 CARD = "README.md"
 _LICENCE_KEYS = ("license", "license_name", "license_link")
@@ -115,7 +116,7 @@ def model_card(plan: CachePlan, memory: MemoryPlan, provenance: Mapping[str, Any
         recipe=plan.recipe.name,
         summary=f" ({plan.recipe.summary})" if plan.recipe.summary else "",
         weights="with exact transforms folded in" if plan.folded else "unchanged",
-        recipe_table=recipe_table(plan),
+        recipe_table=recipe_table(plan, context_limit(plan.recipe, provenance)),
         memory_table=_memory_table(memory),
         bits=memory.bits_per_element,
         provenance_table=provenance_table(provenance),
@@ -157,14 +158,24 @@ def _table(head: tuple[str, ...], rows: list[tuple]) -> str:
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
 
 
-def recipe_table(plan: CachePlan) -> str:
-    """The recipe as a table of the card."""
+def context_limit(recipe: Recipe, provenance: Mapping[str, Any]) -> str | None:
+    """For which contexts a recipe was fitted, in words; None if it holds at every position."""
+    if not recipe.is_bound_to_positions:
+        return None
+    data = (provenance.get("statistics") or {}).get("data") or {}
+    return f"up to {data['seq_len']} tokens, as calibrated" if "seq_len" in data else "as long as the calibration text"
+
+
+def recipe_table(plan: CachePlan, contexts: str | None = None) -> str:
+    """The recipe as a table of the card. ``contexts``: those that it was fitted for, if it does not hold for all."""
     recipe = plan.recipe
     rows = [(side, _settings(getattr(recipe, side).to_dict())) for side in ("key", "value")]
     for side, steps in recipe.transforms.to_dict().items():
         rows.append((f"{side} transforms", " then ".join(_settings(step).removeprefix("kind ") for step in steps)))
     rows.append(("exact tokens", f"first {recipe.tokens.sinks}, last {recipe.tokens.window}"))
     rows += [(f"layers {pattern}", _override(override)) for pattern, override in recipe.layers.items()]
+    if contexts:
+        rows.append(("fitted for contexts", contexts))
     if recipe.paper:
         rows.append(("paper", recipe.paper))
     return _table(("part", "setting"), rows)

@@ -51,9 +51,11 @@ def facts_table(title: str, facts: Mapping[str, Any]) -> Table:
     return table
 
 
-def recipes_table(rows: Iterable[Mapping[str, str]]) -> Table:
-    columns = (Column("name", no_wrap=True), Column("summary"), Column("paper", no_wrap=True))
-    return new_table("Recipes", *columns, rows=((row["name"], row["summary"], row["paper"]) for row in rows))
+def recipes_table(rows: Iterable[Mapping[str, Any]]) -> Table:
+    columns = (Column("name", no_wrap=True), Column("summary"), Column("contexts"), Column("paper", no_wrap=True))
+    bound = {True: "as long as the calibration text", False: "any"}
+    shown = ((row["name"], row["summary"], bound[row["is_bound_to_positions"]], row["paper"]) for row in rows)
+    return new_table("Recipes", *columns, rows=shown)
 
 
 LAYER_KINDS = {
