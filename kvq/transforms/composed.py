@@ -41,7 +41,10 @@ class Composed:
         # Head by head, so that a batch repeats no matrix; the changes of order cost nothing beside those of dtype.
         wide = x.transpose(0, 1).to(self.dtype, memory_format=torch.contiguous_format).reshape(K, B * M, D)
         wide = torch.bmm(wide, matrix) if offset is None else torch.baddbmm(offset, wide, matrix)
-        return wide.view(K, B, M, D).transpose(0, 1).to(x.dtype).contiguous()
+        out = wide.view(K, B, M, D).transpose(0, 1)
+        if out.dtype == x.dtype:
+            return out.contiguous()
+        return out.to(x.dtype, memory_format=torch.contiguous_format)
 
     def _map(self, direction: str) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(P [K, D, D], m [K, 1, D] or None) of x' = x P + m."""
