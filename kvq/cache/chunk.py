@@ -74,15 +74,17 @@ def _attend_rows(store, snapshot, rows: list[int], view: View, q: torch.Tensor, 
         tokens[side] = torch.cat([part.to(q.dtype) for part in parts], dim=2)
     # The queries' own tokens are the last of these, and the only ones that some query may not see.
     before = tokens["key"].shape[2] - L
-    own = [tokens[side][:, :, before:].repeat_interleave(G, dim=1) for side in SIDES]
-    found = _flash(q.reshape(b, K * G, L, D), *own, True, options.scaling)
+    keys, values = (tokens[side][:, :, before:].repeat_interleave(G, dim=1) for side in SIDES)
+    found = _flash(q.reshape(b, K * G, L, D), keys, values, True, options.scaling)
     found = found[0].reshape(b, K, G * L, D).float(), found[1].reshape(b, K, G * L)
     folded = q.reshape(b, K, G * L, D)
     if before:
-        found = _merged(found, _flash(folded, *(tokens[side][:, :, :before] for side in SIDES), False, options.scaling))
+        keys, values = (tokens[side][:, :, :before] for side in SIDES)
+        found = _merged(found, _flash(folded, keys, values, False, options.scaling))
     for start in range(0, low, SCRATCH_TOKENS):
-        scratch = [unpacked(store, side, rows, start, min(low, start + SCRATCH_TOKENS), q.dtype) for side in SIDES]
-        found = _merged(found, _flash(folded, *scratch, False, options.scaling))
+        stop = min(low, start + SCRATCH_TOKENS)
+        keys, values = (unpacked(store, side, rows, start, stop, q.dtype) for side in SIDES)
+        found = _merged(found, _flash(folded, keys, values, False, options.scaling))
     return found[0].view(b, K, G, L, D), found[1].view(b, K, G, L)
 
 
