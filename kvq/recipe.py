@@ -20,7 +20,7 @@ import yaml
 from kvq.codecs.spec import CodecSpec, merge_codec, parse_codec
 from kvq.errors import RecipeError, suggest
 from kvq.heads import HeadSpec, TokenPolicy
-from kvq.recipes import list_recipes, recipe_text
+from kvq.recipes import CALIBRATED, CONTEXTS, list_recipes, recipe_text
 from kvq.settings import build, read_yaml, refuse_unknown
 from kvq.transforms import Transforms, build_transforms
 
@@ -216,7 +216,8 @@ def parse_recipe(data: Any, source: str) -> Recipe:
     """Build a recipe from plain data. ``source`` names it in error messages."""
     if not isinstance(data, Mapping):
         raise RecipeError(f"recipe {source!r} is not a mapping: see 'kvq recipes show kivi2' for the form.")
-    refuse_unknown(data, tuple(f.name for f in dataclasses.fields(Recipe)), f"recipe {source!r}")
+    known = *(f.name for f in dataclasses.fields(Recipe)), CONTEXTS
+    refuse_unknown(data, known, f"recipe {source!r}")
     for name in ("name", "key", "value"):
         if name not in data:
             raise RecipeError(f"recipe {source!r} lacks {name!r}: see 'kvq recipes show kivi2' for the form.")
@@ -228,7 +229,7 @@ def parse_recipe(data: Any, source: str) -> Recipe:
         raise RecipeError(
             f"recipe {source!r}: layers is {layers!r}, not a mapping of patterns: write '\"0-1\": {{...}}'."
         )
-    return Recipe(
+    recipe = Recipe(
         name=data["name"],
         summary=data.get("summary", ""),
         paper=data.get("paper", ""),
@@ -238,6 +239,10 @@ def parse_recipe(data: Any, source: str) -> Recipe:
         transforms=build_transforms(data.get("transforms") or {}, f"recipe {source!r}: transforms"),
         layers={str(p): o for p, o in layers.items()},
     )
+    if CONTEXTS in data and (data[CONTEXTS] == CALIBRATED) != recipe.is_bound_to_positions:
+        told = f"leave {CONTEXTS} out" if not recipe.is_bound_to_positions else f"write '{CONTEXTS}: {CALIBRATED}'"
+        raise RecipeError(f"recipe {source!r}: {CONTEXTS} is {data[CONTEXTS]!r}, its steps say otherwise: {told}.")
+    return recipe
 
 
 def load_recipe(name_or_path: "str | Path | Recipe") -> Recipe:

@@ -1,6 +1,12 @@
 """The shipped recipes, as data: YAML files of this folder, which ``kvq.recipe`` reads and checks."""
 
 from importlib import resources
+from typing import Any
+
+import yaml
+
+# A recipe that is fitted to keys after RoPE says so itself (``Recipe.is_bound_to_positions``, which is compared).
+CONTEXTS, CALIBRATED = "contexts", "calibrated"
 
 
 def list_recipes() -> list[str]:
@@ -12,3 +18,11 @@ def list_recipes() -> list[str]:
 def recipe_text(name: str) -> str:
     """The file of a shipped recipe."""
     return resources.files(__name__).joinpath(f"{name}.yaml").read_text()
+
+
+def headline(name: str) -> dict[str, Any]:
+    """Name, summary and paper of a shipped recipe, and whether it is bound to the positions of its calibration, without
+    the torch that checking the rest of it takes."""
+    data = yaml.safe_load(recipe_text(name))
+    found = {part: data.get(part, "") for part in ("name", "summary", "paper")}
+    return found | {"is_bound_to_positions": data.get(CONTEXTS) == CALIBRATED}

@@ -10,9 +10,11 @@ from kvq.calib.collect import collect
 from kvq.calib.learn import learned_steps
 from kvq.calib.needs import ALL_NEEDS
 from kvq.diagnosis.error import stored
+from kvq.errors import RecipeError
 from kvq.models.describe import describe
 from kvq.models.rope import rope_of
 from kvq.recipe import list_recipes, load_recipe, parse_recipe
+from kvq.recipes import headline
 
 STARTS = (4096, 32768, 120000)
 # Angles are computed in float32, and codes at an edge change with them.
@@ -107,6 +109,11 @@ def test_a_basis_that_is_fitted_after_rope_loses_with_distance(model, stats, key
 
 
 def test_which_recipes_are_bound():
+    """The list, which imports no torch, is told the same by the recipes' files, and a file cannot say otherwise."""
     bound = {name for name in list_recipes() if load_recipe(name).is_bound_to_positions}
+    assert bound == {name for name in list_recipes() if headline(name)["is_bound_to_positions"]}
+    for name, told in (("klt2", "calibrated"), ("balance4", "any")):
+        with pytest.raises(RecipeError, match="its steps say otherwise"):
+            parse_recipe(load_recipe(name).to_dict() | {"contexts": told}, source=name)
     assert not bound & {"klt4", "klt3", "klt2", "klt2-light", "int4", "kivi2", "kvquant3", "skvq2", "quarot4", "qoq4"}
     assert bound >= {"balance4", "smoothrot4", "oscar2", "affinequant4", "align4"}
