@@ -21,6 +21,7 @@ import kvq
 from kvq.cache import make_plan
 from kvq.calib.artefacts import fit_artefacts, needed_artefacts
 from kvq.calib.collect import collect
+from kvq.calib.needs import needs_of
 from kvq.eval.likelihood import score_windows
 from kvq.eval.perplexity import cut_windows
 from kvq.eval.result import installed_versions
@@ -39,9 +40,10 @@ def measure(arguments: argparse.Namespace) -> dict:
     tokenizer, spec = load_tokenizer(folder), describe(load_config(folder))
     recipes = {name: load_recipe(name) for name in arguments.recipes}
     development = wikitext_tokens(Path(arguments.data), tokenizer)[:CALIBRATION_TOKENS]
+    needs = frozenset().union(*(needs_of(recipe, spec) for recipe in recipes.values()))
     stats = {
-        "development": collect(model, torch.tensor(development).view(-1, SEQ_LEN), batch_size=1),
-        "builtin": kvq.calibrate(model, tokenizer=tokenizer, full=True),
+        "development": collect(model, torch.tensor(development).view(-1, SEQ_LEN), needs=needs, batch_size=1),
+        "builtin": kvq.calibrate(model, tokenizer=tokenizer, recipe=list(recipes.values())),
     }
     plans = {
         (name, given): make_plan(recipe, spec, fit_artefacts(recipe, spec, stats[given], folder))

@@ -23,6 +23,7 @@ from rich.progress import track
 from kvq.cache import make_plan
 from kvq.calib.artefacts import fit_artefacts
 from kvq.calib.collect import collect
+from kvq.calib.needs import needs_of
 from kvq.calib.stats import Stats
 from kvq.eval.divergence import divergence
 from kvq.eval.likelihood import score_windows
@@ -50,8 +51,9 @@ def measure(arguments: argparse.Namespace) -> dict:
     spec = describe(load_config(folder))
     ids = wikitext_tokens(Path(arguments.data), load_tokenizer(folder))
     calibration = torch.tensor(ids[:CALIBRATION_TOKENS]).view(-1, SEQ_LEN)
-    stats = Stats.load(arguments.stats) if arguments.stats else collect(model, calibration, batch_size=1)
     recipes = {name: load_recipe(name) for name in arguments.recipes}
+    needs = frozenset().union(*(needs_of(recipe, spec) for recipe in recipes.values()))
+    stats = Stats.load(arguments.stats) if arguments.stats else collect(model, calibration, needs=needs, batch_size=1)
     plans = {name: make_plan(recipe, spec, fit_artefacts(recipe, spec, stats)) for name, recipe in recipes.items()}
     windows = cut_windows(ids[FIRST_TOKEN:], SEQ_LEN, limit=arguments.windows, mode=arguments.mode)
     scores = {name: [] for name in plans}
