@@ -52,15 +52,12 @@ def read_yaml(text: str, what: str) -> Any:
         raise RecipeError(f"{what} has {len(text)} characters, a recipe at most {LARGEST_YAML}: is it another file?")
     try:
         return yaml.load(text, _Loader)
-    except yaml.constructor.ConstructorError as error:
-        line = f" at line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise RecipeError(f"{what} is not readable YAML{line}: {error.problem}.") from None
     except (yaml.YAMLError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         line = f" at line {mark.line + 1}" if mark else ""
-        raise RecipeError(
-            f"{what} is not readable YAML{line}: mend it, or start from 'kvq recipes show kivi2'."
-        ) from None
+        told = isinstance(error, yaml.constructor.ConstructorError)
+        why = error.problem if told else "mend it, or start from 'kvq recipes show kivi2'"
+        raise RecipeError(f"{what} is not readable YAML{line}: {why}.") from None
 
 
 def is_count(value: Any) -> bool:

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-import yaml
 
 from kvq.atomic import check_writable, write_atomically
 from kvq.errors import RecipeError
+from kvq.settings import read_yaml
 
 if TYPE_CHECKING:
     from kvq.recipe import Recipe
@@ -107,10 +107,7 @@ def _parse_settings(context: click.Context, parameter: click.Parameter, values: 
         key, sign, value = text.partition("=")
         if not sign or not key or not value:
             raise RecipeError(f"--set {text!r} is no setting: write KEY=VALUE, for example --set key.bits=4.")
-        try:
-            settings[key.strip()] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise RecipeError(f"--set {text!r}: {value!r} is not readable YAML; quote it or mend it.") from None
+        settings[key.strip()] = read_yaml(value, f"--set {text!r}: {value!r}")
     return settings
 
 

@@ -53,6 +53,7 @@ def test_bad_recipe_files_are_refused(refuse, tmp_path):
         ("key.bits", "KEY=VALUE"),
         ("=4", "KEY=VALUE"),
         ("key.bits=[", "not readable YAML"),
+        ("key={bits: 4, bits: 2}", "stands twice"),
         ("key.bitz=4", "'bitz'"),
         ("key.bits=5", "bits=5"),
         ("nothing=1", "nothing"),
