@@ -31,6 +31,7 @@ class Serving:
 
     no_triton   against attending in the Triton kernels; no_cpp: in the C++ kernel.
     two_passes  why pages are decoded to fp16 before the kernels attend.
+    no_unpack   by side, against the unpack kernel's decoding them.
     no_pack     by side, against packing in the Triton kernel.
     cpp_sides   what the C++ kernels read. cpp_packs: by side, what they write, or None.
     """
