@@ -28,15 +28,15 @@ class Positions:
                     runs.append((index, position))
             self.counts[row] += len(own)
 
-    def of(self, rows: list[int], start: int, stop: int) -> torch.Tensor:
-        """Positions of tokens [start, stop) of some rows, int64 [len(rows), stop - start]."""
-        found = torch.empty(len(rows), stop - start, dtype=torch.long)
+    def of(self, rows: list[int], start: int, stop: int, step: int = 1) -> torch.Tensor:
+        """Positions of every ``step``-th token of [start, stop) of some rows, int64 [len(rows), tokens]."""
+        tokens = torch.arange(start, stop, step)
+        found = torch.empty(len(rows), len(tokens), dtype=torch.long)
         for i, row in enumerate(rows):
             for j, (index, position) in enumerate(self.runs[row]):
                 end = self.runs[row][j + 1][0] if j + 1 < len(self.runs[row]) else stop
-                first, last = max(index, start), min(end, stop)
-                if last > first:
-                    found[i, first - start : last - start] = torch.arange(first, last) - index + position
+                own = slice(*(max(0, -(-(bound - start) // step)) for bound in (index, end)))
+                found[i, own] = tokens[own] - index + position
         return found
 
     def crop(self, count: int) -> None:

@@ -261,20 +261,16 @@ class HeadStore:
         encoded = self.group.codecs[side].encode(tokens)
         Pages(pool=self.pool, ids=[self.tables.rows[row] for row in rows]).write(side, start, encoded)
 
-    def _positions(self, rows: list[int], start: int, stop: int) -> torch.Tensor:
-        """Rotary positions of stored body tokens [start, stop): where they stood when they came."""
-        start, stop = self.group.sinks + start, self.group.sinks + stop
+    def origins(self, rows: list[int], start: int, stop: int) -> torch.Tensor:
+        """Where the first token of every block of the frame that stored body tokens [start, stop) lie in stood when it
+        came: rotary positions, int64 [rows, blocks]."""
+        block = self.group.frame.block
+        start, stop = self.group.sinks + start // block * block, self.group.sinks + stop
         sequences = rows if self.split == 1 else [row // self.split for row in rows]
         if self.kept is None:
-            return self.positions.of(sequences, start, stop)
+            return self.positions.of(sequences, start, stop, block)
         every = [self.positions.of([b], 0, self.seen[row])[0] for b, row in zip(sequences, rows)]
-        return torch.stack([own[self.kept.seen(row, start, stop)] for own, row in zip(every, rows)])
-
-    def origins(self, rows: list[int], start: int, stop: int) -> torch.Tensor:
-        """Rotary positions of the first token of every block of the frame that body tokens [start, stop) lie in, int64
-        [rows, blocks]."""
-        block = self.group.frame.block
-        return self._positions(rows, start // block * block, stop)[:, ::block]
+        return torch.stack([own[self.kept.seen(row, start, stop)[::block]] for own, row in zip(every, rows)])
 
     def _origins(self, rows: list[int], start: int, stop: int) -> torch.Tensor:
         """Origins by token, [rows, stop - start]."""

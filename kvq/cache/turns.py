@@ -5,6 +5,8 @@ import torch
 from kvq.kernels.cpp.launch import FrameNumbers
 from kvq.transforms.frame import Frame
 
+_CPU = torch.device("cpu")
+
 
 class Turns:
     """Cosines and sines by origin, kept from step to step: blocks that have come since are added."""
@@ -15,11 +17,9 @@ class Turns:
     def of(self, frame: Frame, origins: torch.Tensor, queries: int, dtype: torch.dtype) -> FrameNumbers:
         """For ``origins`` [B, N] of a frame's blocks and so many queries of a KV head, on the CPU."""
         cos, sin = self._turns(frame, origins, dtype)
-        matrix, mean = frame.reader(torch.device("cpu"), dtype) if frame.chain else (None, None)
         # A block that is shorter than there are queries turns its keys.
         turns_keys = frame.block < queries
-        if turns_keys and matrix is not None:
-            matrix = matrix.transpose(-1, -2).contiguous()
+        matrix, mean = frame.reader(_CPU, dtype, of_keys=turns_keys)
         return FrameNumbers(
             block=frame.block,
             turns_keys=turns_keys,
@@ -27,7 +27,7 @@ class Turns:
             sin=sin,
             partner=frame.partner,
             matrix=matrix,
-            mean=mean if mean is not None and bool(mean.any()) else None,
+            mean=mean,
         )
 
     def _turns(self, frame: Frame, origins: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -38,7 +38,7 @@ class Turns:
             known = 0
         if known == origins.shape[1] and cos is not None:
             return cos, sin
-        fresh = [part.to(dtype).contiguous() for part in frame.turns(origins[:, known:], dtype)]
+        fresh = [part.contiguous() for part in frame.turns(origins[:, known:], dtype)]
         if known:
             fresh = [torch.cat([old, new], dim=1) for old, new in zip((cos, sin), fresh)]
         self._held[key] = (origins, *fresh)

@@ -23,6 +23,7 @@ from kvq.transforms.chain import Chain
 FRAME_TOKENS = 64
 # Offsets that are averaged over at a time.
 _OFFSETS = 16
+_Reader = tuple[torch.Tensor | None, torch.Tensor | None]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -66,20 +67,26 @@ class Frame:
         shape = (B, K, blocks, M)
         return chain.transform_query(turned).view(*shape, D), (turned * mean).sum(-1).view(shape)
 
-    def reader(self, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
-        """(matrix [K, D, D], mean [K, D]) with q'' = t matrix and bias = t . mean for t = R_-o q: what kernels take."""
-        key = device, dtype
+    def reader(self, device: torch.device, dtype: torch.dtype, *, of_keys: bool = False) -> _Reader:
+        """(matrix [K, D, D], mean [K, D]) with q'' = t matrix and bias = t . mean for t = R_-o q: what kernels take.
+        None for what changes nothing. ``of_keys``: the matrix transposed, for keys that leave the frame instead."""
+        if not self.chain:
+            return None, None
+        key = device, dtype, of_keys
         if key not in self._readers:
             unit = torch.eye(self.head_dim, dtype=torch.float64).expand(self.heads, -1, -1)
             mean = self.chain.inverse(torch.zeros_like(unit[:, :1]))[:, 0]
-            self._readers[key] = self.chain.transform_query(unit).to(*key).contiguous(), mean.to(*key).contiguous()
+            matrix = self.chain.transform_query(unit)
+            matrix = (matrix.transpose(-1, -2) if of_keys else matrix).to(device, dtype).contiguous()
+            self._readers[key] = matrix, mean.to(device, dtype).contiguous() if bool(mean.any()) else None
         return self._readers[key]
 
     def turns(self, origins: torch.Tensor, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
         """(cos, sin), each [*origins, D], of t = R_-o q in whatever layout the model has its pairs:
         t[c] = cos[c] q[c] + sin[c] q[partner[c]], with ``partner`` of this frame."""
         if self.rope is None:
-            return torch.ones(*origins.shape, self.head_dim, dtype=dtype), torch.zeros(*origins.shape, self.head_dim)
+            shape = *origins.shape, self.head_dim
+            return torch.ones(shape, dtype=dtype), torch.zeros(shape, dtype=dtype)
         flat, second = origins.reshape(1, -1), self._second
         ones = second.to(dtype).expand(1, 1, flat.shape[1], -1)
         by_second = self.rope.transposed(ones, flat)[0, 0]
@@ -103,7 +110,7 @@ class Frame:
         return self.rope.partners(self.head_dim)
 
     @cached_property
-    def _readers(self) -> dict[tuple[torch.device, torch.dtype], tuple[torch.Tensor, torch.Tensor]]:
+    def _readers(self) -> dict[tuple[torch.device, torch.dtype, bool], _Reader]:
         return {}
 
     def _chain(self, x: torch.Tensor) -> Chain:

@@ -43,3 +43,12 @@ def test_cropped_and_selected_rows_go_on():
     held.select([1, 1, 0])
     held.extend(torch.tensor([[3, 4], [8, 9], [8, 9]]), None)
     assert held.of([0, 1, 2], 0, 5).tolist() == [[0, 1, 2, 3, 4], [0, 1, 2, 8, 9], [5, 6, 7, 8, 9]]
+
+
+@pytest.mark.parametrize("cuts", [(7,), (1, 2, 3, 4, 5, 6, 7)])
+@pytest.mark.parametrize("step", [1, 2, 3, 5, 9])
+@pytest.mark.parametrize(("start", "stop"), [(0, 7), (1, 7), (2, 6), (3, 3)])
+def test_every_stepth_token_is_that_of_the_whole_span(cuts, step, start, stop):
+    held = stored(cuts)
+    every = held.of([0, 2, 1], start, stop)
+    assert held.of([0, 2, 1], start, stop, step).tolist() == every[:, ::step].tolist()
