@@ -305,14 +305,16 @@ def search(
     tokens          count bits in a filled cache of so many tokens instead.
     seq_len         tokens a window. windows: for sensitivities. verify_windows: to choose, and to confirm.
     anchors         options measured per side and layer; heads: give heads options of their own.
-    refine          rounds of measuring what was chosen. time_limit: seconds of measuring.
+    refine          rounds of measuring what was chosen. time_limit: seconds of the whole call, which
+                    then gives what was found.
     out             recipe file to write (.yaml; ``{budget}`` stands for the budget), with its evidence and the front
                     beside it. An interrupted call continues there when it is repeated.
     command         the command line that the evidence names.
     progress        called with (done, total, what).
 
-    The recipes are ``[point.chosen.recipe for point in result.points]``. Raises DataError for a text that is too short
-    and for budgets, floors or time limits that cannot be met; RecipeError, CheckpointError, ModelNotFoundError.
+    The recipes are ``[point.chosen.recipe for point in result.points]``. Raises DataError for a text that is too short, for budgets
+    or floors that cannot be met and for a time limit that ends before every option was tried; RecipeError,
+    CheckpointError, ModelNotFoundError.
     """
     from kvq.calib.stats import Stats
     from kvq.report.search_files import SearchFiles

@@ -42,7 +42,7 @@ from kvq.commands.common import Output, json_option, progress_bar, quiet_transfo
 @click.option(
     "--refine", default=4, show_default=True, type=click.IntRange(0), help="Rounds of measuring what was chosen."
 )
-@click.option("--time-limit", type=click.FloatRange(0, min_open=True), metavar="MINUTES", help="Bound the measuring.")
+@click.option("--time-limit", type=click.FloatRange(0, min_open=True), metavar="MINUTES", help="Bound the search.")
 @click.option("--seed", default=0, show_default=True, help="Seed of the choice of windows.")
 @json_option
 def command(model: str, out: str, output: Output, **given: Any) -> None:
@@ -50,7 +50,8 @@ def command(model: str, out: str, output: Output, **given: Any) -> None:
 
     Measures what each layer, side and head suffers from each option, allocates the bits, verifies candidates on text
     that the measuring did not see, and writes the chosen recipe, FILE, with its evidence and the front beside it:
-    FILE.evidence.json, FILE.front.png and .html. Interrupted, it goes on where it was when it is called again.
+    FILE.evidence.json, FILE.front.png and .html. Interrupted, it goes on where it was when it is called again; cut by
+    --time-limit, it writes what it has found and does the same.
 
     \b
     Examples:
@@ -85,6 +86,8 @@ def command(model: str, out: str, output: Output, **given: Any) -> None:
     for point in found.points:
         output.show(f"Wrote {files.recipes[point.budget]}")
     output.show(f"Measured for {found.seconds / 60:.1f} minutes.")
+    if not found.complete:
+        output.show("The time limit cut the search: call it again to go on where it was.")
     output.write({**front, "evidence": [evidence(found, point, line) for point in found.points]})
 
 

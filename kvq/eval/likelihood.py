@@ -4,7 +4,7 @@ The baseline is computed once per window and kept as hidden states (small), so e
 tokens; logits exist for a block of tokens at a time.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
 
@@ -65,10 +65,12 @@ def score_windows(
     chunk: int = 512,
     batch_size: int = 1,
     baseline: PreTrainedModel | None = None,
+    late: Callable[[int], bool] = lambda done: False,
 ) -> Iterator[dict[str, WindowScore]]:
     """Yield, window by window, the score under every plan (None, or a plan that quantizes nothing: the plain model).
 
     baseline   another model of the same vocabulary; None takes this model without quantization.
+    late       asked before every plan with how many are done; once it is true, the other plans are left out.
     batch_size windows a forward. Each window is given whole; its last token is only read (by papers' convention).
 
     Raises DataError if a forward gives logits that are NaN or infinite.
@@ -79,6 +81,8 @@ def score_windows(
         plain = hidden_states(baseline or model, batch)
         found = {}
         for name, plan in plans.items():
+            if late(len(found)):
+                break
             if baseline is None and not (plan and plan.layers):
                 found[name] = plain
                 continue

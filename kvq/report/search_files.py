@@ -56,7 +56,9 @@ class SearchFiles:
             proof = _beside(path, ".evidence.json")
             write_atomically(proof, json.dumps(evidence(found, point, command), default=str) + "\n")
             write_atomically(path, recipe_text(point.chosen.recipe, point, proof.name))
-        self.journal.unlink(missing_ok=True)
+        # Of a search that was cut, the journal stays: the same call goes on.
+        if found.complete:
+            self.journal.unlink(missing_ok=True)
 
 
 def _beside(path: Path, ending: str) -> Path:

@@ -44,9 +44,16 @@ class Allocation:
 
 
 def allocate(
-    table: Sequence[Entry], layers: Mapping[int, LayerSpec], budget: float, *, by_head: bool = True
+    table: Sequence[Entry],
+    layers: Mapping[int, LayerSpec],
+    budget: float,
+    *,
+    by_head: bool = True,
+    seconds: float = SOLVER_SECONDS,
 ) -> Allocation:
     """Solve the allocation. ``budget``: bits per number over all layers of ``layers``, keys and values averaged.
+
+    seconds   after which the solver gives the best that it has.
 
     Raises DataError if even the smallest options need more, naming what they need.
     """
@@ -104,10 +111,12 @@ def allocate(
                 LinearConstraint(structure.tocsr(), totals, totals),
                 LinearConstraint(cost[None], -np.inf, budget),
             ],
-            options={"time_limit": SOLVER_SECONDS, "mip_rel_gap": RELATIVE_GAP},
+            options={"time_limit": seconds, "mip_rel_gap": RELATIVE_GAP},
         )
     if found.x is None:
         least = least_bits(table, layers)
+        if budget > least + 1e-9:
+            raise DataError(f"the solver found no allocation of {budget:g} bits in {seconds:.0f} s: allow more time.")
         raise DataError(
             f"budget={budget:g} bits is below {least:.2f}, the least that this search space can store: raise it, or "
             "add smaller options to the space."

@@ -47,10 +47,14 @@ class Journal(Answers):
         return self.found[job]
 
     def do_together(self, jobs: Sequence[str], work: Callable[[], Iterable[Any]]) -> None:
-        """Work jobs out at once, and remember the results; each gets its share of the time."""
+        """Work jobs out at once, and remember the results; each gets its share of the time.
+
+        ``work`` may stop early: what it gives are the results of the first jobs.
+        """
         start = time.monotonic()
         found = list(work())
-        seconds = (time.monotonic() - start) / len(jobs)
+        jobs = jobs[: len(found)]
+        seconds = (time.monotonic() - start) / max(len(jobs), 1)
         self.put([(job, {"found": own, "seconds": seconds}) for job, own in zip(jobs, found)])
         # As they were kept, so that a fresh result and a remembered one are the same numbers.
         self.found |= {job: row["found"] for job, row in zip(jobs, self.get(jobs))}

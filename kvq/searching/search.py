@@ -2,8 +2,10 @@
 
 import importlib.util
 import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +13,15 @@ import torch
 
 from kvq.calib.stats import Stats
 from kvq.errors import DataError, RecipeError, suggest
+from kvq.eval.lm_head import hidden_states
 from kvq.eval.measured_bits import measured_bits
 from kvq.eval.result import installed_versions
 from kvq.models.describe import ModelSpec, describe
 from kvq.models.resolve import load_config, load_model, load_tokenizer, resolve_model, weights_fingerprint
 from kvq.recipe import Recipe
-from kvq.searching.allocate import Allocation, allocate, least_bits
+from kvq.searching.allocate import SOLVER_SECONDS, Allocation, allocate, least_bits
 from kvq.searching.assemble import recipe_of
+from kvq.searching.deadline import CHOOSING, CONFIRMING, FITTING, MEASURING, REFINING, Deadline
 from kvq.searching.journal import Journal, identity_hash
 from kvq.searching.sensitivity import Entry, Sensitivity
 from kvq.searching.space import Space, expand, load_space
@@ -27,8 +31,8 @@ from kvq.searching.verify import METRICS, Measured, Verifier
 
 logger = logging.getLogger(__name__)
 
-# Of the time limit, what measuring sensitivities may take; the rest is for verification.
-MEASURING_SHARE = 0.7
+# Of the time limit, what one allocation may take.
+SOLVER_SHARE = 0.02
 UNIFORM_CANDIDATES = 2
 FRONT_POINTS = 4
 
@@ -45,7 +49,7 @@ class Settings:
     anchors         options measured for each side of each layer; the others are interpolated.
     heads           measure head shares, and give heads options of their own.
     refine          rounds in which what an allocation chose by interpolation is measured, and allocated again.
-    time_limit      seconds; measuring stops at a share of it.
+    time_limit      seconds of the whole run: measuring stops at a share of it, and what was found is verified and given.
     """
 
     budgets: tuple[float, ...]
@@ -106,7 +110,10 @@ class Point:
 
 @dataclass(frozen=True, kw_only=True)
 class Search:
-    """What a search found. ``front``: allocations over the range of bits, measured on the choosing part."""
+    """What a search found. ``front``: allocations over the range of bits, measured on the choosing part.
+
+    complete   False if the time limit cut it: the same call goes on where it was.
+    """
 
     settings: Settings
     points: tuple[Point, ...]
@@ -115,6 +122,7 @@ class Search:
     left_out: Mapping[str, str]
     facts: Mapping[str, Any]
     seconds: float
+    complete: bool = True
 
 
 def search(
@@ -137,11 +145,12 @@ def search(
     journal       file to go on from, and to keep what is found in.
     progress      called with (stage, done, total).
 
-    Raises DataError for a text that is too short, a budget or floor that cannot be met or a time limit that does not
-    suffice; RecipeError for a space without options; CheckpointError for another model's statistics.
+    Raises DataError for a text that is too short, a budget or floor that cannot be met or a time limit that ends before
+    every option was tried; RecipeError for a space without options; CheckpointError for another model's statistics.
     """
     if importlib.util.find_spec("scipy") is None:
         raise DataError("a search needs scipy: pip install 'kvq-toolkit[search]'.")
+    deadline = Deadline(settings.time_limit)
     folder = resolve_model(model)
     spec = describe(load_config(folder))
     fingerprint = weights_fingerprint(folder)
@@ -171,7 +180,9 @@ def search(
     loaded = load_model(folder)
     facts |= {"dtype": str(loaded.dtype).removeprefix("torch."), "device": loaded.device.type, "mode": "stream"}
     try:
-        return _Run(loaded, spec, stats, folder, expanded, settings, text, log, names, progress, facts).result()
+        return _Run(
+            loaded, spec, stats, folder, expanded, settings, text, log, names, progress, facts, deadline
+        ).result()
     finally:
         log.close()
 
@@ -184,11 +195,24 @@ def _saw(stats: Stats | None, identity: Mapping[str, Mapping[str, Any]]) -> bool
 
 class _Run:
     def __init__(
-        self, model, spec: ModelSpec, stats, folder, space: Space, settings, text: Text, log, names, progress, facts
+        self,
+        model,
+        spec: ModelSpec,
+        stats,
+        folder,
+        space: Space,
+        settings,
+        text: Text,
+        log,
+        names,
+        progress,
+        facts,
+        deadline: Deadline,
     ):
+        self.deadline, self.complete = deadline, True
         self.model, self.spec, self.settings, self.text, self.log = model, spec, settings, text, log
         self.names, self.progress, self.facts = names, progress or (lambda *_: None), facts
-        self.variants = Variants(space, spec, stats, folder)
+        self.variants = Variants(space, spec, stats, folder, self._late(FITTING))
         self.left_out = dict(self.variants.left_out)
         self.sensitivity = Sensitivity(
             model,
@@ -204,26 +228,29 @@ class _Run:
 
     def result(self) -> Search:
         settings = self.settings
-        late = self.sensitivity.run(self._late, lambda *done: self.progress("Measuring", *done))
+        self._reserve()
+        late = self.sensitivity.run(self._late(MEASURING), lambda *done: self.progress("Measuring", *done))
         self.left_out |= dict.fromkeys(late, "time limit")
         if settings.heads and not self.sensitivity.heads_used:
             self.left_out["heads"] = "not measured, so that the heads of a layer are stored alike"
         self.table = self._refined()
         by_budget = {budget: self._candidates(budget) for budget in settings.budgets}
         front = self._front()
-        every = [c.recipe for rows in by_budget.values() for c in rows] + [c.recipe for c in front]
-        found = self._measure("choosing", every, self.text.choosing)
-        by_budget = {b: [_with(c, found) for c in rows] for b, rows in by_budget.items()}
+        # Each budget's first candidate is measured at any rate, so those come first.
+        ranked = [c.recipe for row in zip_longest(*by_budget.values()) for c in row if c is not None]
+        every = ranked + [c.recipe for c in front]
+        found = self._measure("choosing", every, self.text.choosing, CHOOSING, least=len(by_budget))
+        by_budget = {b: _measured(rows, found) for b, rows in by_budget.items()}
         chosen = {b: self._choose(b, rows) for b, rows in by_budget.items()}
-        confirming = [c.recipe for pair in chosen.values() for c in pair if c is not None]
-        confirmed = self._measure("confirming", confirming, self.text.confirming)
+        confirming = [c.recipe for pair in zip(*chosen.values()) for c in pair if c is not None]
+        confirmed = self._measure("confirming", confirming, self.text.confirming, CONFIRMING, least=len(chosen))
         points = tuple(self._point(b, *chosen[b], by_budget[b], confirmed) for b in settings.budgets)
         for point in points:
             self._hold_floors(point.budget, point.confirmed)
         return Search(
             settings=settings,
             points=points,
-            front=tuple(_with(c, found) for c in front),
+            front=tuple(_measured(front, found)),
             table=tuple(self.table),
             left_out=self.left_out,
             facts={
@@ -234,31 +261,59 @@ class _Run:
                 "refining_rounds": self.settings.refine,
             },
             seconds=self.log.seconds,
+            complete=self.complete,
         )
+
+    def _reserve(self) -> None:
+        """Keep time for the least that verifies: a window of each part, one recipe a budget and the exact model."""
+        if self.deadline.limit is not None:
+            start = time.monotonic()
+            hidden_states(self.model, self.text.choosing[:1])
+            self.deadline.reserve = 2 * (1 + len(self.settings.budgets)) * (time.monotonic() - start)
 
     def _refined(self) -> list[Entry]:
         """The table once no allocation chooses what is interpolated, or time or rounds are over."""
         for done in range(self.settings.refine):
+            if self._late(REFINING)(0.0):
+                self.left_out[f"rounds {done + 1} to {self.settings.refine} of refining"] = "time limit"
+                break
             self.progress("Refining", done, self.settings.refine)
             table = self.sensitivity.table()
             ways = (False, True) if self.sensitivity.heads_used else (False,)
-            allocations = [
-                allocate(table, self.variants.layers, budget, by_head=way)
-                for budget in self.settings.budgets
-                for way in ways
-            ]
+            allocations = [self._allocate(table, budget, way) for budget in self.settings.budgets for way in ways]
             entries = {choice.entry: None for allocation in allocations for choice in allocation.choices}
-            if not self.sensitivity.refine(entries, self._late):
+            if not self.sensitivity.refine(entries, self._late(REFINING)):
                 break
         return self.sensitivity.table()
 
-    def _late(self) -> bool:
-        limit = self.settings.time_limit
-        return limit is not None and self.log.seconds > MEASURING_SHARE * limit
+    def _allocate(self, table: Sequence[Entry], budget: float, by_head: bool) -> Allocation:
+        seconds = self.deadline.part(SOLVER_SHARE, SOLVER_SECONDS)
+        return allocate(table, self.variants.layers, budget, by_head=by_head, seconds=seconds)
 
-    def _measure(self, part: str, recipes: Sequence[Recipe], windows: torch.Tensor) -> dict[str, Measured]:
+    def _late(self, share: float) -> Callable[[float], bool]:
+        """Says that work of so many seconds would end after a share of the time limit, and remembers that it did."""
+
+        def late(ahead: float = 0.0) -> bool:
+            passed = self.deadline.passed(share, ahead)
+            self.complete &= not passed
+            return passed
+
+        return late
+
+    def _measure(
+        self, part: str, recipes: Sequence[Recipe], windows: torch.Tensor, share: float, least: int
+    ) -> dict[str, Measured]:
+        self.deadline.reserve = 0.0 if part == "confirming" else self.deadline.reserve / 2
         title = {"choosing": "Choosing", "confirming": "Confirming"}[part]
-        return self.verifier.measure(part, recipes, windows, lambda *done: self.progress(title, *done))
+        found = self.verifier.measure(
+            part, recipes, windows, lambda *done: self.progress(title, *done), self._late(share), least
+        )
+        used = min(own.windows for own in found.values())
+        if used < len(windows):
+            self.left_out[f"{len(windows) - used} of {len(windows)} windows of {part}"] = "time limit"
+        if lost := len({recipe.hash for recipe in recipes} - set(found)):
+            self.left_out[f"{part} of {lost} of {len(recipes)} recipes"] = "time limit"
+        return found
 
     def bits(self, recipe: Recipe) -> float:
         """Stored bits per number, as the budget counts them."""
@@ -271,7 +326,7 @@ class _Run:
         """The allocation under a budget whose recipe keeps it in stored bytes."""
         wanted = budget
         for _ in range(8):
-            allocation = allocate(self.table, self.variants.layers, wanted, by_head=by_head)
+            allocation = self._allocate(self.table, wanted, by_head)
             how = "by layer and head" if by_head else "by layer"
             summary = f"Found by kvq search for {self.facts['model']} at {budget:g} bits: bits {how} where they matter"
             recipe = recipe_of(allocation, self.variants.space, self.variants.layers, name, summary)
@@ -331,6 +386,9 @@ class _Run:
         steps = [low * (high / low) ** (i / (FRONT_POINTS - 1)) for i in range(FRONT_POINTS)] if high > low else []
         found = []
         for budget in steps:
+            if self._late(REFINING)():
+                self.left_out[f"front at {budget:.2f} bits"] = "time limit"
+                continue
             try:
                 found.append(self._allocated(budget, f"front-{budget:.2f}", by_head=False))
             except DataError as error:
@@ -355,6 +413,8 @@ class _Run:
 
     def _point(self, budget, chosen: Candidate, uniform: Candidate | None, rows, confirmed) -> Point:
         plan = self.verifier.plan(chosen.recipe)
+        if uniform is not None and uniform.recipe.hash not in confirmed:
+            uniform = None
         return Point(
             budget=budget,
             chosen=chosen,
@@ -366,5 +426,6 @@ class _Run:
         )
 
 
-def _with(candidate: Candidate, found: Mapping[str, Measured]) -> Candidate:
-    return replace(candidate, measured=found[candidate.recipe.hash])
+def _measured(rows: Sequence[Candidate], found: Mapping[str, Measured]) -> list[Candidate]:
+    """Candidates with what was measured, without those that time left unmeasured."""
+    return [replace(c, measured=found[c.recipe.hash]) for c in rows if c.recipe.hash in found]

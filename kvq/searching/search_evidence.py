@@ -37,6 +37,7 @@ def evidence(found: Search, point: Point, command: Sequence[str]) -> dict[str, A
         "chosen_from": [candidate_row(candidate) for candidate in point.candidates],
         "solver": _solver(chosen),
         "time_limit": found.settings.time_limit,
+        "complete": found.complete,
         "seconds_measuring": round(found.seconds, 1),
         **found.facts,
         "left_out": dict(found.left_out),

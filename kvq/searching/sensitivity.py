@@ -9,7 +9,8 @@
     refine   the same as anchors, for options that an allocation chose before they were measured.
 
 The KL of another option follows from its scan: its error times the ratio of KL to error of the measured options next to
-it, those of its own family if there are any. The table says of every number whether it was measured.
+it, those of its own family if there are any. The table says of every number whether it was measured. A layer that a time
+limit left unmeasured takes the ratios of the layers that were.
 """
 
 import math
@@ -23,6 +24,7 @@ from kvq.cache import CachePlan
 from kvq.errors import DataError
 from kvq.heads import TokenPolicy
 from kvq.pages.layout import SIDES
+from kvq.recipe import numbers_text
 from kvq.searching.journal import Journal
 from kvq.searching.measure import Damage, Probe
 from kvq.searching.space import Option
@@ -106,26 +108,31 @@ class Sensitivity:
         self.windows_used, self.heads_used = 0, False
         self._probe: tuple[tuple[int, int], Probe] | None = None
 
-    def run(self, late: Callable[[], bool], progress: Callable[[int, int], None] | None = None) -> list[str]:
-        """Do the jobs; returns what was left out for want of time. ``late`` says that the time for measuring is over.
+    def run(self, late: Callable[[float], bool], progress: Callable[[int, int], None] | None = None) -> list[str]:
+        """Do the jobs; returns what was left out for want of time. ``late`` says that work of so many seconds is too much.
 
-        Raises DataError if it is late before every unit is measured on one window.
+        Raises DataError if it is late before every option was scanned.
         """
         jobs = self._jobs()
         total = len(jobs)
         left_out: list[str] = []
+        took: dict[str, float] = {}
         for done, (name, work, last) in enumerate(jobs):
             if progress:
                 progress(done, total)
-            if name not in self.journal.found and late():
-                if not self.windows_used:
+            kind, before = name.split("/")[0], self.journal.seconds
+            if name not in self.journal.found and late(took.get(kind, 0.0)):
+                if kind in ("reuse", "scan"):
                     raise DataError(
                         f"the time limit ended the search after {done} of {total} measurements: allow more time (what "
                         "is done is kept), or use a smaller space, shorter windows or fewer anchors."
                     )
                 left_out.append(f"{total - done} of {total} measurements, for want of time")
+                if foreseen := [i for i in self.variants.layers if not self._windows_of(i)]:
+                    left_out.append(f"measuring of layers {numbers_text(foreseen)}, which is foreseen from others")
                 break
             self.journal.do(name, work)
+            took[kind] = self.journal.seconds - before or took.get(kind, 0.0)
             self.windows_used += last == "anchors"
             self.heads_used |= last == "heads"
         if progress:
@@ -134,7 +141,7 @@ class Sensitivity:
 
     def _jobs(self) -> list[tuple[str, Callable[[], object], str]]:
         """(name, work, what is complete once it is done)"""
-        layers = list(self.variants.layers)
+        layers = _spread(list(self.variants.layers))
         jobs = [("reuse", lambda: self._probe_of(0).reuses(layers), "")]
         jobs += [(f"scan/{i}", lambda i=i: self._scan(i), "") for i in layers]
         jobs += self._round("anchors", 0, layers)
@@ -226,8 +233,12 @@ class Sensitivity:
         return rows
 
     def _pooled(self, unit: Unit, option: str) -> float:
-        pooled = Damage.pooled([self._found(window, unit, option) for window in range(self.windows_used)])
+        pooled = Damage.pooled([self._found(window, unit, option) for window in self._windows_of(unit.layer)])
         return pooled.kl if self.metric == "kl" else pooled.flips
+
+    def _windows_of(self, layer: int) -> range:
+        """Windows whose measurements of a layer count: those that all layers have, or the first if none is complete."""
+        return range(self.windows_used or int(f"anchors/0/{layer}" in self.journal.found))
 
     def _found(self, window: int, unit: Unit, option: str) -> Damage:
         refined = self.journal.found.get(_refined(window, unit, option))
@@ -235,10 +246,11 @@ class Sensitivity:
 
     def table(self, everything: bool = False) -> list[Entry]:
         """Every option of every unit's front, or every option of the space."""
-        return [entry for unit in self.units for entry in self._rows(unit, everything)]
+        measured = {unit: self._measured(unit) for unit in self.units}
+        return [entry for unit in self.units for entry in self._rows(unit, measured, everything)]
 
-    def _rows(self, unit: Unit, everything: bool) -> list[Entry]:
-        errors, measured = self.errors(unit), self._measured(unit)
+    def _rows(self, unit: Unit, known: Mapping[Unit, Mapping[Option, float]], everything: bool) -> list[Entry]:
+        errors, measured = self.errors(unit), known[unit]
         shares = self._shares(unit)
         return [
             Entry(
@@ -249,14 +261,32 @@ class Sensitivity:
                 chain=repr(option.chain),
                 bits=self.bits[unit, option.name],
                 error=errors[option.name],
-                damage=self._damage(option, errors, measured),
+                damage=self._damage(option, errors, measured) if measured else self._foreseen(unit, option, known),
                 measured=option in measured,
                 shares=shares,
             )
             for option in (self.variants.space.of(unit.side) if everything else self.front(unit))
         ]
 
+    def _foreseen(self, unit: Unit, option: Option, known: Mapping[Unit, Mapping[Option, float]]) -> float:
+        """The damage in a layer that was not measured, by the ratios of those that were; the error itself if none was."""
+        error = self.errors(unit)[option.name]
+        rows = [(other, own) for other, own in known.items() if other.side == unit.side and own]
+        if error != error:
+            same = [own[option] for _, own in rows if option in own]
+            if not same:
+                raise DataError(
+                    "the time limit ended the search before a layer was measured, and this model's layers cannot be "
+                    "run alone: allow more time (what is done is kept)."
+                )
+            return sum(same) / len(same)
+        every = [(self.errors(other)[o.name], o, damage) for other, own in rows for o, damage in own.items()]
+        own = [row for row in every if row[1].family == option.family] or every
+        return between([(e, damage) for e, _, damage in own], error) if own else error
+
     def _measured(self, unit: Unit) -> dict[Option, float]:
+        if not self._windows_of(unit.layer):
+            return {}
         names = [option.name for option in self.anchors_of(unit)]
         names += [name for name in self.refined.get(unit, ()) if name not in names]
         return {self.variants.space.named(unit.side, name): self._pooled(unit, name) for name in names}
@@ -268,8 +298,11 @@ class Sensitivity:
         own = {o: damage for o, damage in measured.items() if o.family == option.family} or measured
         return between([(errors[o.name], damage) for o, damage in own.items()], errors[option.name])
 
-    def refine(self, chosen: Iterable[Entry], late: Callable[[], bool]) -> bool:
+    def refine(self, chosen: Iterable[Entry], late: Callable[[float], bool]) -> bool:
         """Measure chosen entries that were interpolated; True if something was learned before it got late."""
+        if not self.windows_used:
+            return False
+        took = 0.0
         wanted: dict[int, list[tuple[Unit, str]]] = {}
         for entry in chosen:
             unit = Unit(layer=entry.layer, side=entry.side, policy=entry.policy)
@@ -279,10 +312,12 @@ class Sensitivity:
         for rows in wanted.values():
             for window in range(self.windows_used):
                 new = [(unit, name) for unit, name in rows if _refined(window, unit, name) not in self.journal.found]
-                if new and late():
+                if new and late(took * len(new)):
                     return learned
                 if new:
+                    before = self.journal.seconds
                     self._refine(window, new)
+                    took = (self.journal.seconds - before) / len(new)
             for unit, name in rows:
                 self.refined.setdefault(unit, []).append(name)
                 learned = True
@@ -306,6 +341,13 @@ class Sensitivity:
 def _refined(window: int, unit: Unit, option: str) -> str:
     """Name of the job that measures a chosen option."""
     return f"refine/{window}/{unit.name}/{option}"
+
+
+def _spread(layers: Sequence[int]) -> list[int]:
+    """The same layers with every early part of the list spread over all depths, so that a cut search has seen each."""
+    width = len(layers).bit_length()
+    order = sorted(range(len(layers)), key=lambda i: int(f"{i:0{width}b}"[::-1], 2))
+    return [layers[i] for i in order]
 
 
 def between(points: Sequence[tuple[float, float]], error: float) -> float:

@@ -1,6 +1,6 @@
 """Plans in which one side of one layer, or of some of its heads, is quantized and everything else is exact."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -10,7 +10,7 @@ import torch
 from kvq.cache import CachePlan, HeadGroup, make_plan
 from kvq.calib.artefacts import fit_artefacts
 from kvq.calib.stats import Stats
-from kvq.errors import KvqError, RecipeError
+from kvq.errors import DataError, KvqError, RecipeError
 from kvq.heads import TokenPolicy
 from kvq.models.describe import LayerSpec, ModelSpec
 from kvq.pages.flush import FlushRule
@@ -24,11 +24,19 @@ _ENDLESS = 1 << 40
 class Variants:
     """Plans and costs of every option of a space on one model.
 
-    ``space`` has only the options that could be made; ``left_out`` names the others, with the reason.
+    ``space`` has only the options that could be made; ``left_out`` names the others, with the reason. ``late`` says that
+    the time for fitting is over.
     """
 
-    def __init__(self, space: Space, model: ModelSpec, stats: Stats | None = None, folder: Path | None = None):
-        self.model, self.left_out = model, dict(space.left_out)
+    def __init__(
+        self,
+        space: Space,
+        model: ModelSpec,
+        stats: Stats | None = None,
+        folder: Path | None = None,
+        late: Callable[[], bool] = lambda: False,
+    ):
+        self.model, self.late, self.left_out = model, late, dict(space.left_out)
         self._artefacts: dict[tuple, dict[str, torch.Tensor]] = {}
         self._plans: dict[tuple, CachePlan] = {}
         options = {
@@ -45,6 +53,8 @@ class Variants:
         try:
             key = self._key(option)
             if key not in self._artefacts:
+                if any(key[0] == option.side for key in self._artefacts) and self.late():
+                    raise DataError("time limit")
                 recipe = option.recipe(policies[0])
                 self._artefacts[key] = fit_artefacts(recipe, self.model, stats, folder) if stats is not None else {}
             for policy in policies:

@@ -1,8 +1,8 @@
 """Measure whole recipes on text that the search did not use, and judge them by metric and floors."""
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -88,28 +88,43 @@ class Verifier:
         recipes: Sequence[Recipe],
         windows: torch.Tensor,
         progress: Callable[[int, int], None] | None = None,
+        late: Callable[[float], bool] = lambda ahead: False,
+        least: int = 1,
     ) -> dict[str, Measured]:
-        """Results by recipe hash on windows [N, T]; ``part`` names the windows."""
+        """Results by recipe hash on windows [N, T]; ``part`` names the windows.
+
+        late     says that there is no time for work of so many seconds. Then fewer windows are measured; of the first
+                 one the first ``least`` recipes at any rate, and those that are not measured on it have no result.
+        """
         hashes = list(dict.fromkeys(recipe.hash for recipe in recipes))
         plans = {recipe.hash: self.plan(recipe) for recipe in recipes}
         rows: dict[str, list[dict[str, Any]]] = {name: [] for name in hashes}
+        took = 0.0
         for number in range(len(windows)):
             if progress:
                 progress(number, len(windows))
             jobs = {name: f"{part}/{number}/{name}" for name in hashes}
             new = {name: plans[name] for name in hashes if jobs[name] not in self.journal.found}
             if new:
-                score = functools.partial(self._score, new, windows[number : number + 1])
+                if number and late(took):
+                    break
+                before = self.journal.seconds
+                needed = len(hashes) if number else sum(name in new for name in hashes[:least])
+                score = partial(self._score, new, windows[number : number + 1], partial(_cut, late, needed))
                 self.journal.do_together([jobs[name] for name in new], score)
+                took = self.journal.seconds - before
+            hashes = [name for name in hashes if jobs[name] in self.journal.found]
             for name in hashes:
                 rows[name].append(self.journal.found[jobs[name]])
         if progress:
             progress(len(windows), len(windows))
         return {name: _pooled(rows[name]) for name in hashes}
 
-    def _score(self, plans: Mapping[str, CachePlan], window: torch.Tensor) -> list[dict[str, Any]]:
-        """One window's means under each plan, as plain data."""
-        (found,) = score_windows(self.model, plans, windows_of(window), "stream")
+    def _score(
+        self, plans: Mapping[str, CachePlan], window: torch.Tensor, late: Callable[[int], bool]
+    ) -> list[dict[str, Any]]:
+        """One window's means under each plan, as plain data; of the first plans if it got late."""
+        (found,) = score_windows(self.model, plans, windows_of(window), "stream", late=late)
         return [
             {
                 "kl": float(score.kl.double().mean()),
@@ -117,8 +132,12 @@ class Verifier:
                 "delta_nll": float((score.losses.double() - score.baseline_losses.double()).mean()),
                 "tokens": len(score.kl),
             }
-            for score in (found[name] for name in plans)
+            for score in (found[name] for name in plans if name in found)
         ]
+
+
+def _cut(late: Callable[[float], bool], needed: int, done: int) -> bool:
+    return done >= needed and late(0.0)
 
 
 def _pooled(rows: Sequence[Mapping[str, Any]]) -> Measured:

@@ -1,6 +1,7 @@
 """``kvq search``."""
 
 import contextlib
+import itertools
 import json
 import signal
 import sqlite3
@@ -103,6 +104,25 @@ def test_an_interrupted_search_goes_on(run, model, text, space, tmp_path, monkey
     assert run(*arguments).exit_code == 0
     assert out.exists()
     assert not journal.exists()
+
+
+def test_a_search_that_its_time_limit_cuts_writes_its_files_and_goes_on(run, model, text, space, tmp_path, monkeypatch):
+    out = tmp_path / "mine.yaml"
+    arguments = ("search", model, "--budget", 4.5, "-o", out, "--data", text, "--space", space, *SMALL)
+    with monkeypatch.context() as patch:
+        # Seconds that pass with every look at the clock.
+        patch.setattr("kvq.searching.deadline.monotonic", map(float, itertools.count()).__next__)
+        cut = run(*arguments, "--time-limit", 10 / 60)
+    assert cut.exit_code == 0, cut.output
+    assert "call it again to go on where it was" in cut.stdout
+    proof = json.loads((tmp_path / "mine.evidence.json").read_text())
+    assert not proof["complete"]
+    assert proof["left_out"]
+    assert load_recipe(out).hash == proof["recipe_hash"]
+    assert jobs_in(tmp_path / "mine.journal.sqlite") >= 3
+    assert run(*arguments).exit_code == 0
+    assert json.loads((tmp_path / "mine.evidence.json").read_text())["complete"]
+    assert not (tmp_path / "mine.journal.sqlite").exists()
 
 
 def jobs_in(journal):

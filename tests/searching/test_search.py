@@ -1,5 +1,6 @@
 """Searches of tiny models from end to end: budgets, floors, limits, resuming, and what is found."""
 
+import itertools
 import json
 import string
 
@@ -156,13 +157,51 @@ def test_a_time_limit_that_does_not_suffice_says_so(made, text, space_data):
         run(made, text, space_data, time_limit=1e-6)
 
 
-def test_a_time_limit_leaves_out_what_it_must_and_says_so(made, text, space_data, monkeypatch):
-    calls = []
-    monkeypatch.setattr("kvq.searching.search._Run._late", lambda self: len(calls) > 10 or calls.append(1))
-    late = run(made, text, space_data)
-    assert late.facts["windows_used"] == 1
-    assert any("for want of time" in name for name in late.left_out)
-    assert late.points[0].chosen.bits <= 3.0
+@pytest.fixture
+def clock(monkeypatch):
+    """Seconds that pass with every look at the clock, so that a limit cuts a search at any decision."""
+    looks = itertools.count()
+    monkeypatch.setattr("kvq.searching.deadline.monotonic", lambda: float(next(looks)))
+    return looks
+
+
+def test_a_time_limit_bounds_the_whole_run_and_gives_what_was_found(made, text, space_data, found, tmp_path, clock):
+    """Wherever the limit falls, once every option was tried there is a recipe that was measured on other text."""
+    used = set()
+    for limit in (9, 10, 14, 20, 30, 40):
+        journal = tmp_path / f"{limit}.sqlite"
+        start = next(clock)
+        late = run(made, text, space_data, budgets=(3.0, 5.0), time_limit=limit, journal=journal)
+        # At most the looks that decide nothing any more: one a plan and window that is measured at any rate.
+        assert next(clock) - start <= limit + 8
+        assert not late.complete
+        assert late.left_out
+        for point in late.points:
+            assert point.chosen.bits <= point.budget
+            assert point.confirmed.tokens >= 95
+            assert point.chosen.measured.windows >= 1
+        used.add(late.facts["windows_used"])
+        front_rows(late), [evidence(late, point, []) for point in late.points]
+    assert {0, 1} <= used
+    # What was found is kept: the same call without a limit goes on to the answer of an undisturbed search.
+    for one, other in zip(found.points, run(made, text, space_data, budgets=(3.0, 5.0), journal=journal).points):
+        assert one.chosen.recipe.hash == other.chosen.recipe.hash
+        assert one.confirmed == other.confirmed
+
+
+def test_layers_without_a_measurement_are_foreseen_and_said_so(made, text, space_data, clock):
+    """Cut after one layer of three: the others take its ratios of damage to error, and nothing is called measured."""
+    late = run(made, text, space_data, time_limit=10)
+    measured = {entry.layer for entry in late.table if entry.measured}
+    assert measured == {0}
+    assert "measuring of layers 1-2, which is foreseen from others" in late.left_out
+    assert all(entry.damage > 0 for entry in late.table)
+
+
+def test_a_limit_that_is_long_enough_changes_nothing(made, text, space_data, found):
+    again = run(made, text, space_data, budgets=(3.0, 5.0), time_limit=1e6)
+    assert again.complete
+    assert [p.confirmed for p in again.points] == [p.confirmed for p in found.points]
 
 
 def test_exact_tokens_count_where_bits_are_of_a_filled_cache(made, text, space_data):
