@@ -312,8 +312,8 @@ def search(
     command         the command line that the evidence names.
     progress        called with (done, total, what).
 
-    The recipes are ``[point.chosen.recipe for point in result.points]``. Raises DataError for a text that is too short, for budgets
-    or floors that cannot be met and for a time limit that ends before every option was tried; RecipeError,
+    The recipes are ``[point.chosen.recipe for point in result.points]``. Raises DataError for a text that is too short,
+    for budgets or floors that cannot be met and for a time limit that ends before every option was tried; RecipeError,
     CheckpointError, ModelNotFoundError.
     """
     from kvq.calib.stats import Stats

@@ -5,6 +5,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,7 @@ class Settings:
     anchors         options measured for each side of each layer; the others are interpolated.
     heads           measure head shares, and give heads options of their own.
     refine          rounds in which what an allocation chose by interpolation is measured, and allocated again.
-    time_limit      seconds of the whole run: measuring stops at a share of it, and what was found is verified and given.
+    time_limit      seconds of the whole run: measuring stops at a share of it; what was found is verified and given.
     """
 
     budgets: tuple[float, ...]
@@ -212,7 +213,7 @@ class _Run:
         self.deadline, self.complete = deadline, True
         self.model, self.spec, self.settings, self.text, self.log = model, spec, settings, text, log
         self.names, self.progress, self.facts = names, progress or (lambda *_: None), facts
-        self.variants = Variants(space, spec, stats, folder, self._late(FITTING))
+        self.variants = Variants(space, spec, stats, folder, partial(self._late(FITTING), 0.0))
         self.left_out = dict(self.variants.left_out)
         self.sensitivity = Sensitivity(
             model,
@@ -293,7 +294,7 @@ class _Run:
     def _late(self, share: float) -> Callable[[float], bool]:
         """Says that work of so many seconds would end after a share of the time limit, and remembers that it did."""
 
-        def late(ahead: float = 0.0) -> bool:
+        def late(ahead: float) -> bool:
             passed = self.deadline.passed(share, ahead)
             self.complete &= not passed
             return passed
@@ -386,7 +387,7 @@ class _Run:
         steps = [low * (high / low) ** (i / (FRONT_POINTS - 1)) for i in range(FRONT_POINTS)] if high > low else []
         found = []
         for budget in steps:
-            if self._late(REFINING)():
+            if self._late(REFINING)(0.0):
                 self.left_out[f"front at {budget:.2f} bits"] = "time limit"
                 continue
             try:

@@ -9,8 +9,8 @@
     refine   the same as anchors, for options that an allocation chose before they were measured.
 
 The KL of another option follows from its scan: its error times the ratio of KL to error of the measured options next to
-it, those of its own family if there are any. The table says of every number whether it was measured. A layer that a time
-limit left unmeasured takes the ratios of the layers that were.
+it, those of its own family if there are any. The table says of every number whether it was measured. A layer that a
+time limit left unmeasured takes the ratios of the layers that were.
 """
 
 import math
@@ -109,7 +109,7 @@ class Sensitivity:
         self._probe: tuple[tuple[int, int], Probe] | None = None
 
     def run(self, late: Callable[[float], bool], progress: Callable[[int, int], None] | None = None) -> list[str]:
-        """Do the jobs; returns what was left out for want of time. ``late`` says that work of so many seconds is too much.
+        """Do the jobs; returns what was left out for want of time. ``late`` says that so many seconds are too much.
 
         Raises DataError if it is late before every option was scanned.
         """
@@ -269,7 +269,7 @@ class Sensitivity:
         ]
 
     def _foreseen(self, unit: Unit, option: Option, known: Mapping[Unit, Mapping[Option, float]]) -> float:
-        """The damage in a layer that was not measured, by the ratios of those that were; the error itself if none was."""
+        """The damage in a layer that was not measured, by the ratios of those that were; the error if none was."""
         error = self.errors(unit)[option.name]
         rows = [(other, own) for other, own in known.items() if other.side == unit.side and own]
         if error != error:

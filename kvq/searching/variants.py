@@ -24,8 +24,8 @@ _ENDLESS = 1 << 40
 class Variants:
     """Plans and costs of every option of a space on one model.
 
-    ``space`` has only the options that could be made; ``left_out`` names the others, with the reason. ``late`` says that
-    the time for fitting is over.
+    ``space`` has only the options that could be made; ``left_out`` names the others, with the reason. ``late`` says
+    that the time for fitting is over.
     """
 
     def __init__(
