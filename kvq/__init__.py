@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from kvq.models.describe import ModelSpec
     from kvq.models.resolve import resolve_model
     from kvq.recipe import Recipe, list_recipes, load_recipe
-    from kvq.searching.search import Search
+    from kvq.searching.outcome import Search
     from kvq.transforms import register_transform
 
     __version__: str

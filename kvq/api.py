@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from kvq.eval.result import EvalResult
     from kvq.exporting.exporter import ExportResult
     from kvq.exporting.memory import MemoryPlan
-    from kvq.searching.search import Search
+    from kvq.searching.outcome import Search
 
 Progress = Callable[[int, int, str], None]
 
@@ -277,13 +277,14 @@ def search(
     *,
     budget: float | Sequence[float],
     stats: Stats | str | Path | None = None,
-    data: str | Path = "builtin",
-    verify_data: str | Path | None = None,
+    data: str | Path | Sequence[str | Path] = "builtin",
+    verify_data: str | Path | Sequence[str | Path] = (),
     space: Mapping[str, Any] | str | Path | None = None,
     metric: str = "kl",
     floors: Mapping[str, float] | None = None,
     tokens: int | None = None,
     seq_len: int = 2048,
+    context: int | None = None,
     windows: int = 1,
     verify_windows: int = 4,
     anchors: int = 3,
@@ -299,11 +300,13 @@ def search(
 
     budget          bits a number, codes and metadata, keys and values averaged; one, or several from one measuring.
     stats           statistics, or their file, for options whose transforms need them.
-    data            text to measure on. verify_data: text that confirms; None: a part of ``data``.
+    data            text to measure on, or several. verify_data: texts that confirm; while they are fewer than two,
+                    parts of ``data`` that nothing else reads do so too.
     space           search space, as plain data or a file; None: the default.
     metric          ``kl`` or ``top1``: what is minimised. floors: what must hold, such as {"top1": 0.95}.
     tokens          count bits in a filled cache of so many tokens instead.
-    seq_len         tokens a window. windows: for sensitivities. verify_windows: to choose, and to confirm.
+    seq_len         tokens a window. windows: of a text, for sensitivities. verify_windows: to choose, and to confirm.
+    context         windows stand at positions up to so many tokens; None: from 0.
     anchors         options measured per side and layer; heads: give heads options of their own.
     refine          rounds of measuring what was chosen. time_limit: seconds of the whole call, which
                     then gives what was found.
@@ -318,21 +321,23 @@ def search(
     """
     from kvq.calib.stats import Stats
     from kvq.report.search_files import SearchFiles
-    from kvq.searching import search as searching
+    from kvq.searching.outcome import Settings
+    from kvq.searching.search import search as searching
     from kvq.searching.space import load_space
 
     budgets = (float(budget),) if isinstance(budget, int | float) else tuple(budget)
     files = SearchFiles.of(out, budgets) if out is not None else None
-    settings = searching.Settings(
-        budgets=budgets, metric=metric, floors=dict(floors or {}), tokens=tokens, seq_len=seq_len, windows=windows,
-        verify_windows=verify_windows, anchors=anchors, heads=heads, refine=refine, time_limit=time_limit, seed=seed,
+    settings = Settings(
+        budgets=budgets, metric=metric, floors=dict(floors or {}), tokens=tokens, seq_len=seq_len, context=context,
+        windows=windows, verify_windows=verify_windows, anchors=anchors, heads=heads, refine=refine,
+        time_limit=time_limit, seed=seed,
     )  # fmt: skip
-    found = searching.search(
+    found = searching(
         model,
         settings,
         stats=stats if stats is None or isinstance(stats, Stats) else Stats.load(stats),
-        data=data,
-        verify_data=verify_data,
+        data=_listed(data),
+        verify_data=_listed(verify_data),
         space=space if isinstance(space, Mapping) else load_space(space),
         progress=None if progress is None else lambda stage, done, total: progress(done, total, stage),
         journal=files.journal if files else None,
@@ -341,6 +346,10 @@ def search(
     if files is not None:
         files.write(found, command)
     return found
+
+
+def _listed(data: str | Path | Sequence[str | Path]) -> Sequence[str | Path]:
+    return (data,) if isinstance(data, str | Path) else data
 
 
 def _spec(model: ModelSpec | PreTrainedModel | PretrainedConfig | str | Path) -> ModelSpec:

@@ -26,12 +26,29 @@ from kvq.commands.common import Output, json_option, progress_bar, quiet_transfo
 @click.option(
     "--floor", "floors", multiple=True, metavar="METRIC=VALUE", help="What must hold, e.g. top1=0.95; repeatable."
 )
-@click.option("--data", default="builtin", show_default=True, metavar="builtin|FILE|HUB_ID", help="Text to measure on.")
-@click.option("--verify-data", metavar="FILE|HUB_ID", help="Text that confirms, instead of a part of --data.")
+@click.option(
+    "--data",
+    default=("builtin",),
+    show_default=True,
+    multiple=True,
+    metavar="builtin|FILE|HUB_ID",
+    help="Text to measure on; repeatable.",
+)
+@click.option(
+    "--verify-data",
+    multiple=True,
+    metavar="FILE|HUB_ID",
+    help="Text that confirms; repeatable. While there are fewer than two, parts of --data do so too.",
+)
 @click.option("--tokens", type=click.IntRange(64), help="Count bits in a filled cache of so many tokens instead.")
 @click.option("--space", metavar="FILE", help="Search space, instead of the default.")
 @click.option("--seq-len", default=2048, show_default=True, type=click.IntRange(64), help="Tokens per window.")
-@click.option("--windows", default=1, show_default=True, type=click.IntRange(1), help="Windows for sensitivities.")
+@click.option(
+    "--context", type=click.IntRange(64), help="Measure at positions up to so many tokens, instead of from 0 on."
+)
+@click.option(
+    "--windows", default=1, show_default=True, type=click.IntRange(1), help="Windows of each text for sensitivities."
+)
 @click.option(
     "--verify-windows", default=4, show_default=True, type=click.IntRange(1), help="Windows to choose, and to confirm."
 )
@@ -48,10 +65,11 @@ from kvq.commands.common import Output, json_option, progress_bar, quiet_transfo
 def command(model: str, out: str, output: Output, **given: Any) -> None:
     """Search the recipe of least damage for MODEL within a budget of bits.
 
-    Measures what each layer, side and head suffers from each option, allocates the bits, verifies candidates on text
-    that the measuring did not see, and writes the chosen recipe, FILE, with its evidence and the front beside it:
-    FILE.evidence.json, FILE.front.png and .html. Interrupted, it goes on where it was when it is called again; cut by
-    --time-limit, it writes what it has found and does the same.
+    Measures what each layer, side and head suffers from each option, allocates the bits, and verifies candidates on
+    text that the measuring did not see, at last on two held-out texts, also with transforms fitted to another text:
+    what does not lead on both leaves the place to the best recipe that treats all layers alike. Writes the chosen
+    recipe, FILE, with its evidence and the front beside it: FILE.evidence.json, FILE.front.png and .html. Interrupted,
+    it goes on where it was when it is called again; cut by --time-limit, it writes what it has found and does the same.
 
     \b
     Examples:
@@ -84,6 +102,8 @@ def command(model: str, out: str, output: Output, **given: Any) -> None:
     for name, why in found.left_out.items():
         output.show(f"Left out: {name}: {why}")
     for point in found.points:
+        if point.lost is not None:
+            output.show(f"At {point.budget:g} bits one way for all layers won: what was found led on one text only.")
         output.show(f"Wrote {files.recipes[point.budget]}")
     output.show(f"Measured for {found.seconds / 60:.1f} minutes.")
     if not found.complete:

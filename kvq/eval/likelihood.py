@@ -45,11 +45,12 @@ class WindowScore:
 @dataclass(frozen=True, kw_only=True)
 class Windows:
     """tokens int64 [N, T]; ``first[n]`` is the first scored token of window n, at least 1; ``context``: tokens of the
-    exact prompt in mode prefill, else None."""
+    exact prompt in mode prefill, else None. positions int64 [N, T]: None counts every window from 0."""
 
     tokens: torch.Tensor
     first: Sequence[int]
     context: int | None = None
+    positions: torch.Tensor | None = None
 
     @property
     def scored(self) -> int:
@@ -78,7 +79,8 @@ def score_windows(
     settings = {"chunk": chunk, "contexts": windows.context if mode == "prefill" else None}
     for start in range(0, len(windows.tokens), batch_size):
         batch = windows.tokens[start : start + batch_size]
-        plain = hidden_states(baseline or model, batch)
+        positions = None if windows.positions is None else windows.positions[start : start + batch_size]
+        plain = hidden_states(baseline or model, batch, positions)
         found = {}
         for name, plan in plans.items():
             if late(len(found)):
@@ -87,7 +89,7 @@ def score_windows(
                 found[name] = plain
                 continue
             with two_view(model, plan, mode, **settings) if plan else nullcontext():
-                found[name] = hidden_states(model, batch)
+                found[name] = hidden_states(model, batch, positions)
         for row in range(len(batch)):
             first = windows.first[start + row]
             yield score_row(baseline or model, model, plain, found, batch[row], row, first, start + row)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from kvq.atomic import check_writable, write_atomically
 from kvq.errors import CheckpointError, DataError
-from kvq.searching.search import Search
+from kvq.searching.outcome import Search
 from kvq.searching.search_evidence import evidence, front_rows, recipe_text
 
 

@@ -171,10 +171,20 @@ def search_table(found: Mapping[str, Any]) -> Table:
             number(row["measured"]["kl_stderr"], 5),
             number(row["measured"]["top1"]),
             number(row["confirmed"]["kl"] if "confirmed" in row else None, 5),
+            number(row.get("refitted_kl"), 5),
             number(row["predicted"], 5),
         )
         for row in sorted([*found["points"], *found["uniform"]], key=lambda row: (row["budget"], row["measured"]["kl"]))
     )
     title = "Search: measured on text that sensitivities did not see"
-    columns = ("recipe", "bits", "KL", "±", "top-1", "KL confirmed", Column("predicted", justify="right", style="dim"))
+    columns = (
+        "recipe",
+        "bits",
+        "KL",
+        "±",
+        "top-1",
+        "KL confirmed",
+        "KL refitted",
+        Column("predicted", justify="right", style="dim"),
+    )
     return new_table(title, *columns, rows=rows)

@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from kvq.cache import CachePlan
-from kvq.eval.likelihood import Windows, score_row
+from kvq.eval.likelihood import score_row
 from kvq.eval.lm_head import Hidden, hidden_states
 from kvq.eval.two_view import two_view
 from kvq.models.decoder import decoder_layers
@@ -45,10 +45,16 @@ class _Stop(Exception):
 
 
 class Probe:
-    """One window [1, T] of a model, its exact forward, and variants of it."""
+    """One window [1, T] of a model, its exact forward, and variants of it. ``positions`` [1, T]: None counts from 0."""
 
-    def __init__(self, model: PreTrainedModel, tokens: torch.Tensor, reuse: bool = True):
-        self.model, self.tokens = model, tokens
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokens: torch.Tensor,
+        reuse: bool = True,
+        positions: torch.Tensor | None = None,
+    ):
+        self.model, self.tokens, self.positions = model, tokens, positions
         self.blocks = decoder_layers(model) if reuse else None
         self.entering: list[torch.Tensor] = []
         self.leaving: list[torch.Tensor] = []
@@ -61,10 +67,13 @@ class Probe:
             hooks.append(block.register_forward_pre_hook(self._enter, with_kwargs=True))
             hooks.append(block.register_forward_hook(self._leave))
         try:
-            return hidden_states(self.model, self.tokens)
+            return self._run()
         finally:
             for hook in hooks:
                 hook.remove()
+
+    def _run(self) -> Hidden:
+        return hidden_states(self.model, self.tokens, self.positions)
 
     def _enter(self, module, args, kwargs):
         self.entering.append(args[0] if args else kwargs["hidden_states"])
@@ -81,7 +90,7 @@ class Probe:
         for layer in {layers[len(layers) // 2], layers[-1]}:
             try:
                 with self._from(layer):
-                    found = hidden_states(self.model, self.tokens).states
+                    found = self._run().states
             # A layer that misses what an earlier one should have left raises what its family raises.
             except (KeyError, IndexError, TypeError, AttributeError, ValueError, RuntimeError):
                 return False
@@ -117,7 +126,7 @@ class Probe:
     def _variant(self, plan: CachePlan) -> Hidden:
         (layer,) = plan.layers
         with two_view(self.model, plan, "stream"), self._from(layer) if self.blocks else contextlib.nullcontext():
-            return hidden_states(self.model, self.tokens)
+            return self._run()
 
     def damages(self, plans: Mapping[Name, CachePlan]) -> dict[Name, Damage]:
         """What each plan, of one layer, does to the model's next-token distributions."""
@@ -142,13 +151,8 @@ class Probe:
         hook = self.blocks[layer].register_forward_hook(take)
         try:
             with two_view(self.model, plan, "stream"), self._from(layer), contextlib.suppress(_Stop):
-                hidden_states(self.model, self.tokens)
+                self._run()
         finally:
             hook.remove()
         exact = self.leaving[layer]
         return float((box[0] - exact).double().square().sum() / (exact - self.entering[layer]).double().square().sum())
-
-
-def windows_of(tokens: torch.Tensor) -> Windows:
-    """Windows [N, T] of which every token but the first is scored."""
-    return Windows(tokens=tokens, first=[1] * len(tokens))

@@ -4,16 +4,14 @@ import importlib.util
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from kvq.calib.stats import Stats
-from kvq.errors import DataError, RecipeError, suggest
+from kvq.errors import DataError, RecipeError
 from kvq.eval.lm_head import hidden_states
 from kvq.eval.measured_bits import measured_bits
 from kvq.eval.result import installed_versions
@@ -22,13 +20,15 @@ from kvq.models.resolve import load_config, load_model, load_tokenizer, resolve_
 from kvq.recipe import Recipe
 from kvq.searching.allocate import SOLVER_SECONDS, Allocation, allocate, least_bits
 from kvq.searching.assemble import recipe_of
+from kvq.searching.confirm import fitted_of, held_out, refitter
 from kvq.searching.deadline import CHOOSING, CONFIRMING, FITTING, MEASURING, REFINING, Deadline
 from kvq.searching.journal import Journal, identity_hash
+from kvq.searching.outcome import Candidate, Point, Search, Settings
 from kvq.searching.sensitivity import Entry, Sensitivity
 from kvq.searching.space import Space, expand, load_space
-from kvq.searching.text_split import Text, cut_text
+from kvq.searching.text_split import Part, Text, cut_text
 from kvq.searching.variants import Variants
-from kvq.searching.verify import METRICS, Measured, Verifier
+from kvq.searching.verify import Measured, Verifier
 
 logger = logging.getLogger(__name__)
 
@@ -38,101 +38,13 @@ UNIFORM_CANDIDATES = 2
 FRONT_POINTS = 4
 
 
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """What decides a search, beside model, statistics and text.
-
-    budgets         bits per number, keys and values averaged: asymptotic, or of a filled cache at ``tokens`` tokens.
-    metric          ``kl`` or ``top1``: what is minimised.
-    floors          what the recipe must keep on unseen text (``verify.FLOORS``).
-    seq_len         tokens of a window: far more than the exact window of the policies, which else hides most damage.
-    windows         of the text that sensitivities are measured on; verify_windows: of each part that verifies.
-    anchors         options measured for each side of each layer; the others are interpolated.
-    heads           measure head shares, and give heads options of their own.
-    refine          rounds in which what an allocation chose by interpolation is measured, and allocated again.
-    time_limit      seconds of the whole run: measuring stops at a share of it; what was found is verified and given.
-    """
-
-    budgets: tuple[float, ...]
-    metric: str = "kl"
-    floors: Mapping[str, float] = field(default_factory=dict)
-    tokens: int | None = None
-    seed: int = 0
-    seq_len: int = 2048
-    windows: int = 1
-    verify_windows: int = 4
-    anchors: int = 3
-    heads: bool = True
-    refine: int = 4
-    time_limit: float | None = None
-
-    def __post_init__(self):
-        if not self.budgets or min(self.budgets) <= 0:
-            raise DataError(f"budget={self.budgets!r} is not a number of bits: use for example 2.5.")
-        if self.metric not in METRICS:
-            raise DataError(f"unknown metric {self.metric!r}.{suggest(self.metric, METRICS)}")
-        for name in ("windows", "verify_windows"):
-            if getattr(self, name) < 1:
-                raise DataError(f"{name}={getattr(self, name)} is not a number of windows: use 1 or more.")
-        if self.anchors < 2:
-            raise DataError(f"anchors={self.anchors} leaves nothing to interpolate between: use 2 or more.")
-        if self.time_limit is not None and self.time_limit <= 0:
-            raise DataError(f"time_limit={self.time_limit:g} leaves no time: use a positive number of seconds.")
-
-    def identity(self) -> dict[str, Any]:
-        """What decides each measured number; budgets, floors, windows and time choose among them."""
-        return {name: getattr(self, name) for name in ("tokens", "seed", "seq_len", "verify_windows", "anchors")}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Candidate:
-    """A recipe that was measured on the choosing part. ``allocation`` is None for a uniform one."""
-
-    recipe: Recipe
-    how: str
-    bits: float
-    predicted: float
-    measured: Measured | None = None
-    allocation: Allocation | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Point:
-    """One budget: the chosen candidate, measured again on text that did not choose it, and what it was chosen from."""
-
-    budget: float
-    chosen: Candidate
-    confirmed: Measured
-    uniform: Candidate | None
-    uniform_confirmed: Measured | None
-    filled_bits: float
-    candidates: tuple[Candidate, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Search:
-    """What a search found. ``front``: allocations over the range of bits, measured on the choosing part.
-
-    complete   False if the time limit cut it: the same call goes on where it was.
-    """
-
-    settings: Settings
-    points: tuple[Point, ...]
-    front: tuple[Candidate, ...]
-    table: tuple[Entry, ...]
-    left_out: Mapping[str, str]
-    facts: Mapping[str, Any]
-    seconds: float
-    complete: bool = True
-
-
 def search(
     model: str | Path,
     settings: Settings,
     *,
     stats: Stats | None = None,
-    data: str | Path = "builtin",
-    verify_data: str | Path | None = None,
+    data: Sequence[str | Path] = ("builtin",),
+    verify_data: Sequence[str | Path] = (),
     space: Mapping[str, Any] | None = None,
     journal: Path | None = None,
     names: Callable[[float], str] = lambda budget: f"auto-{budget:g}",
@@ -141,7 +53,8 @@ def search(
     """Search a recipe for every budget.
 
     stats         statistics of the model, for options whose transforms need them.
-    data          text of the sensitivities and of the choice; verify_data: text that confirms (None: a part of data).
+    data          texts of the sensitivities and of the choice; verify_data: texts that confirm, filled up to two by
+                  parts of ``data`` that nothing else reads (``kvq.searching.text_split``).
     space         a search space as plain data (``kvq.searching.space``); None: the default.
     journal       file to go on from, and to keep what is found in.
     progress      called with (stage, done, total).
@@ -159,6 +72,10 @@ def search(
         stats.check_model(spec, fingerprint)
     chosen = dict(space) if space is not None else load_space()
     tokenizer = load_tokenizer(folder)
+    if settings.context is not None and settings.context > spec.max_length:
+        raise DataError(
+            f"context={settings.context} is more than the {spec.max_length} tokens of this model: ask for less."
+        )
     text = cut_text(tokenizer, data, verify_data, settings)
     facts = {
         "model": model if isinstance(model, str) and not Path(model).exists() else folder.resolve().name,
@@ -176,7 +93,8 @@ def search(
         )
     expanded = expand(chosen, spec, stats, sees_exact_tokens=settings.tokens is not None)
     # More windows go on where fewer ended.
-    same = {**facts, "text": {**text.identity, "search": {**text.identity["search"], "windows": None}}}
+    kept = [row | {"windows": row["windows"] | {"measuring": None}} for row in text.identity["search"]]
+    same = {**facts, "text": {**text.identity, "search": kept}}
     log = Journal(journal, identity_hash(same))
     loaded = load_model(folder)
     facts |= {"dtype": str(loaded.dtype).removeprefix("torch."), "device": loaded.device.type, "mode": "stream"}
@@ -188,10 +106,13 @@ def search(
         log.close()
 
 
-def _saw(stats: Stats | None, identity: Mapping[str, Mapping[str, Any]]) -> bool:
-    """True if the statistics were made of the text that confirms."""
-    own = identity.get("verify", identity["search"])["documents_sha256"]
-    return stats is not None and stats.data is not None and stats.data.text_sha256 == own
+def _saw(stats: Stats | None, identity: Mapping[str, Sequence[Mapping[str, Any]]]) -> bool:
+    """True if the statistics were made of a text that confirms."""
+    if stats is None or stats.data is None:
+        return False
+    texts = [*identity["search"], *identity["verify"]]
+    confirming = [row for row in texts if set(row["windows"]) - {"choosing", "measuring"}]
+    return stats.data.text_sha256 in [row["documents_sha256"] for row in confirming]
 
 
 class _Run:
@@ -240,11 +161,11 @@ class _Run:
         # Each budget's first candidate is measured at any rate, so those come first.
         ranked = [c.recipe for row in zip_longest(*by_budget.values()) for c in row if c is not None]
         every = ranked + [c.recipe for c in front]
-        found = self._measure("choosing", every, self.text.choosing, CHOOSING, least=len(by_budget))
+        self._keep(parts=-1)
+        found = self._measure("choosing", self.verifier, every, self.text.choosing, CHOOSING, least=len(by_budget))
         by_budget = {b: _measured(rows, found) for b, rows in by_budget.items()}
         chosen = {b: self._choose(b, rows) for b, rows in by_budget.items()}
-        confirming = [c.recipe for pair in zip(*chosen.values()) for c in pair if c is not None]
-        confirmed = self._measure("confirming", confirming, self.text.confirming, CONFIRMING, least=len(chosen))
+        confirmed = self._confirmed([c.recipe for pair in zip(*chosen.values()) for c in pair if c is not None])
         points = tuple(self._point(b, *chosen[b], by_budget[b], confirmed) for b in settings.budgets)
         for point in points:
             self._hold_floors(point.budget, point.confirmed)
@@ -267,10 +188,16 @@ class _Run:
 
     def _reserve(self) -> None:
         """Keep time for the least that verifies: a window of each part, one recipe a budget and the exact model."""
+        self.forward_seconds, self.parts_left = 0.0, 1 + len(self.text.confirming)
         if self.deadline.limit is not None:
             start = time.monotonic()
-            hidden_states(self.model, self.text.choosing[:1])
-            self.deadline.reserve = 2 * (1 + len(self.settings.budgets)) * (time.monotonic() - start)
+            hidden_states(self.model, self.text.choosing.windows[:1])
+            self.forward_seconds = time.monotonic() - start
+            self._keep()
+
+    def _keep(self, parts: int = 0) -> None:
+        self.parts_left += parts
+        self.deadline.reserve = self.parts_left * (1 + len(self.settings.budgets)) * self.forward_seconds
 
     def _refined(self) -> list[Entry]:
         """The table once no allocation chooses what is interpolated, or time or rounds are over."""
@@ -302,18 +229,36 @@ class _Run:
         return late
 
     def _measure(
-        self, part: str, recipes: Sequence[Recipe], windows: torch.Tensor, share: float, least: int
+        self, part: str, verifier: Verifier, recipes: Sequence[Recipe], windows: Part, share: float, least: int
     ) -> dict[str, Measured]:
-        self.deadline.reserve = 0.0 if part == "confirming" else self.deadline.reserve / 2
-        title = {"choosing": "Choosing", "confirming": "Confirming"}[part]
-        found = self.verifier.measure(
-            part, recipes, windows, lambda *done: self.progress(title, *done), self._late(share), least
-        )
-        used = min(own.windows for own in found.values())
-        if used < len(windows):
-            self.left_out[f"{len(windows) - used} of {len(windows)} windows of {part}"] = "time limit"
+        title = "Choosing" if part == "choosing" else "Confirming"
+        progress = lambda *done: self.progress(title, *done)  # noqa: E731
+        found = verifier.measure(part, recipes, windows, progress, self._late(share), least)
+        count = len(windows.windows)
+        used = min((own.windows for own in found.values()), default=0)
+        if used < count:
+            self.left_out[f"{count - used} of {count} windows of {part}"] = "time limit"
         if lost := len({recipe.hash for recipe in recipes} - set(found)):
             self.left_out[f"{part} of {lost} of {len(recipes)} recipes"] = "time limit"
+        return found
+
+    def _confirmed(self, recipes: Sequence[Recipe]) -> dict[str, tuple[dict[str, Measured], dict[str, Measured]]]:
+        """By text that chose nothing: results with the statistics given, and with those of the windows that chose."""
+        found = {}
+        for name, part in self.text.confirming.items():
+            self._keep(parts=-1)
+            least = len(self.settings.budgets)
+            found[name] = self._measure(f"confirming {name}", self.verifier, recipes, part, CONFIRMING, least), {}
+        fitted = fitted_of(recipes, self.spec) if self.verifier.stats is not None else []
+        # Statistics take about twice a forward of each window.
+        ahead = 2 * self.forward_seconds * len(self.text.choosing.windows)
+        if fitted and self._late(CONFIRMING)(ahead):
+            self.left_out["confirming with statistics of another text"] = "time limit"
+        elif fitted:
+            again = refitter(self.verifier, fitted, self.text.choosing.windows)
+            for name, part in self.text.confirming.items():
+                own = self._measure(f"refitted {name}", again, fitted, part, CONFIRMING, least=0)
+                found[name] = found[name][0], own
         return found
 
     def bits(self, recipe: Recipe) -> float:
@@ -412,19 +357,38 @@ class _Run:
                 f"best has {value:.4f}): raise the budget, or change the floor."
             )
 
-    def _point(self, budget, chosen: Candidate, uniform: Candidate | None, rows, confirmed) -> Point:
-        plan = self.verifier.plan(chosen.recipe)
-        if uniform is not None and uniform.recipe.hash not in confirmed:
+    def _point(
+        self, budget: float, chosen: Candidate, uniform: Candidate | None, rows: Sequence[Candidate], confirmed
+    ) -> Point:
+        """What leads on every held-out text, whichever text its transforms were fitted to, else the uniform recipe."""
+        texts = {name: held_out(chosen, uniform, *own) for name, own in confirmed.items()}
+        if any(text.uniform is None for text in texts.values()):
             uniform = None
+        confirmed = Measured.pooled([text.found for text in texts.values()])
+        by_uniform = Measured.pooled([text.uniform for text in texts.values()]) if uniform else None
+        lost = None
+        led = all(text.is_led(self.settings.metric) for text in texts.values())
+        if by_uniform is not None and not led and not by_uniform.missed(self.settings.floors):
+            lost, chosen, confirmed = chosen, uniform, by_uniform
+        if chosen is uniform:
+            chosen = self._named(uniform, budget)
+        plan = self.verifier.plan(chosen.recipe)
         return Point(
             budget=budget,
             chosen=chosen,
-            confirmed=confirmed[chosen.recipe.hash],
+            confirmed=confirmed,
             uniform=uniform,
-            uniform_confirmed=confirmed[uniform.recipe.hash] if uniform else None,
+            uniform_confirmed=by_uniform,
+            held_out=texts,
+            lost=lost,
             filled_bits=measured_bits(plan, self.settings.seq_len, self.spec.dtype),
             candidates=tuple(rows),
         )
+
+    def _named(self, uniform: Candidate, budget: float) -> Candidate:
+        """A uniform recipe of the space as one that is written."""
+        summary = f"Found by kvq search for {self.facts['model']} at {budget:g} bits: one way for all layers leads"
+        return replace(uniform, recipe=replace(uniform.recipe, name=self.names(budget), summary=summary))
 
 
 def _measured(rows: Sequence[Candidate], found: Mapping[str, Measured]) -> list[Candidate]:

@@ -8,17 +8,19 @@ from typing import Any
 import yaml
 
 from kvq.recipe import Recipe
-from kvq.searching.search import Candidate, Point, Search
+from kvq.searching.outcome import Candidate, Point, Search
 from kvq.searching.sensitivity import Entry
+from kvq.searching.verify import Measured
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 def evidence(found: Search, point: Point, command: Sequence[str]) -> dict[str, Any]:
     """All that was measured and predicted for one budget, and how to measure it again.
 
     ``predicted`` numbers are sums of single-layer damages; only what stands under ``measured`` and ``confirmed`` was
-    measured on the whole recipe.
+    measured on the whole recipe. ``held_out``: the texts that chose nothing, each with the statistics given and, as
+    ``..._refitted``, with those of the windows that chose. ``lost``: what led until then, if the uniform recipe won.
     """
     chosen = point.chosen
     return {
@@ -33,6 +35,8 @@ def evidence(found: Search, point: Point, command: Sequence[str]) -> dict[str, A
         "metric": found.settings.metric,
         "floors": dict(found.settings.floors),
         "confirmed": asdict(point.confirmed),
+        "held_out": {name: asdict(text) for name, text in point.held_out.items()},
+        "lost": candidate_row(point.lost) if point.lost else None,
         "best_uniform": _uniform(point),
         "chosen_from": [candidate_row(candidate) for candidate in point.candidates],
         "solver": _solver(chosen),
@@ -78,12 +82,18 @@ def front_rows(found: Search) -> dict[str, Any]:
         "metric": found.settings.metric,
         "bits_of": _what_bits(found),
         "model": found.facts["model"],
-        "text": found.facts["text"]["search"]["source"],
+        "text": " and ".join(row["source"] for row in found.facts["text"]["search"]),
         "front": [row(candidate, None) for candidate in found.front],
-        "points": [{**row(point.chosen, point.budget), "confirmed": asdict(point.confirmed)} for point in found.points],
+        "points": [_point_row(point, row(point.chosen, point.budget)) for point in found.points],
         "uniform": [row(c, p.budget) for p in found.points for c in p.candidates if c.how == "uniform"],
         "layers": damage_by_layer(found.table),
     }
+
+
+def _point_row(point: Point, row: dict[str, Any]) -> dict[str, Any]:
+    again = [text.found_refitted for text in point.held_out.values()] if point.lost is None else []
+    refitted = Measured.pooled(again).kl if again and None not in again else None
+    return {**row, "confirmed": asdict(point.confirmed), "refitted_kl": refitted, "uniform_won": point.lost is not None}
 
 
 def damage_by_layer(table: Sequence[Entry]) -> dict[str, list[dict[str, Any]]]:
@@ -108,6 +118,8 @@ def recipe_text(recipe: Recipe, point: Point, evidence_name: str) -> str:
         f"# KL {confirmed.kl:.5f}{error} nats a token, top-1 {confirmed.top1:.4f}, {point.chosen.bits:.3f} bits.",
         f"# How, and how to measure it again: {evidence_name}",
     ]
+    if point.lost is not None:
+        lines.insert(2, "# One way for all layers won: bits by layer did not lead on every held-out text.")
     return (
         "\n".join(lines) + "\n" + yaml.safe_dump(recipe.to_dict(), sort_keys=False, width=100, default_flow_style=None)
     )

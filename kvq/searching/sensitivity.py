@@ -28,6 +28,7 @@ from kvq.recipe import numbers_text
 from kvq.searching.journal import Journal
 from kvq.searching.measure import Damage, Probe
 from kvq.searching.space import Option
+from kvq.searching.text_split import Part
 from kvq.searching.variants import Variants
 
 # Options whose error is within this factor of the best at no more bits stay: the scan is a proxy.
@@ -77,14 +78,14 @@ class Unit:
 class Sensitivity:
     """The jobs of the measuring, in order, and the table that they give.
 
-    windows   int64 [N, T]; anchors: options measured for each unit; heads: measure head shares too.
+    windows   what to measure on; anchors: options measured for each unit; heads: measure head shares too.
     """
 
     def __init__(
         self,
         model: PreTrainedModel,
         variants: Variants,
-        windows,
+        windows: Part,
         journal: Journal,
         *,
         anchors: int = 4,
@@ -109,7 +110,7 @@ class Sensitivity:
         self._probe: tuple[tuple[int, int], Probe] | None = None
 
     def run(self, late: Callable[[float], bool], progress: Callable[[int, int], None] | None = None) -> list[str]:
-        """Do the jobs; returns what was left out for want of time. ``late`` says that so many seconds are too much.
+        """Do the jobs; returns what was left out for want of time. ``late``: work of so many seconds is too much.
 
         Raises DataError if it is late before every option was scanned.
         """
@@ -147,7 +148,7 @@ class Sensitivity:
         jobs += self._round("anchors", 0, layers)
         if self.heads:
             jobs += self._round("heads", 0, layers)
-        for window in range(1, len(self.windows)):
+        for window in range(1, len(self.windows.windows)):
             jobs += self._round("anchors", window, layers)
         return jobs
 
@@ -156,11 +157,13 @@ class Sensitivity:
         return [(f"{kind}/{window}/{i}", lambda i=i: work(window, i), kind if i == layers[-1] else "") for i in layers]
 
     def _probe_of(self, window: int, tokens: int | None = None) -> Probe:
-        length = min(tokens or self.windows.shape[1], self.windows.shape[1])
+        own, positions = self.windows.windows[window : window + 1], self.windows.positions(window)
+        length = min(tokens or own.shape[1], own.shape[1])
         key = (window, length)
         if self._probe is None or self._probe[0] != key:
             reuse = self.journal.found.get("reuse", True)
-            self._probe = (key, Probe(self.model, self.windows[window : window + 1, :length], reuse))
+            at = None if positions is None else positions[:, :length]
+            self._probe = (key, Probe(self.model, own[:, :length], reuse, at))
         return self._probe[1]
 
     def _scan(self, layer: int) -> dict[str, dict[str, float]]:
@@ -269,7 +272,7 @@ class Sensitivity:
         ]
 
     def _foreseen(self, unit: Unit, option: Option, known: Mapping[Unit, Mapping[Option, float]]) -> float:
-        """The damage in a layer that was not measured, by the ratios of those that were; the error if none was."""
+        """The damage in a layer that was not measured, by the ratios of those that were, or the error if none was."""
         error = self.errors(unit)[option.name]
         rows = [(other, own) for other, own in known.items() if other.side == unit.side and own]
         if error != error:

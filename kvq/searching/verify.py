@@ -1,24 +1,24 @@
 """Measure whole recipes on text that the search did not use, and judge them by metric and floors."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 
 from kvq.cache import CachePlan, make_plan
 from kvq.calib.artefacts import fit_artefacts
 from kvq.calib.stats import Stats
 from kvq.errors import DataError, suggest
-from kvq.eval.likelihood import score_windows
+from kvq.eval.likelihood import Windows, score_windows
 from kvq.eval.paired import mean_of
 from kvq.models.describe import ModelSpec
 from kvq.recipe import Recipe
 from kvq.searching.journal import Journal
-from kvq.searching.measure import windows_of
+from kvq.searching.text_split import Part
 
 # Metrics that a floor may name: +1 for those that must not fall below it, -1 for those that must not rise above.
 FLOORS = {"top1": 1, "kl": -1, "delta_nll": -1}
@@ -43,6 +43,20 @@ class Measured:
     def better(self, metric: str) -> float:
         """A number that is less for a better recipe."""
         return self.kl if metric == "kl" else -self.top1
+
+    @classmethod
+    def pooled(cls, parts: Sequence["Measured"]) -> "Measured":
+        """Of several texts together; errors as of texts that are independent."""
+        tokens = sum(part.tokens for part in parts)
+        shares = [part.tokens / tokens for part in parts]
+
+        def error(name: str) -> float | None:
+            own = [getattr(part, name) for part in parts]
+            return None if None in own else math.hypot(*(share * e for share, e in zip(shares, own)))
+
+        means = {n: sum(s * getattr(p, n) for s, p in zip(shares, parts)) for n in ("kl", "top1", "delta_nll")}
+        errors = {name: error(name) for name in ("kl_stderr", "delta_nll_stderr")}
+        return cls(**means, **errors, tokens=tokens, windows=sum(part.windows for part in parts))
 
     def missed(self, floors: Mapping[str, float]) -> dict[str, float]:
         """Floors that are not kept, with what was measured."""
@@ -86,12 +100,12 @@ class Verifier:
         self,
         part: str,
         recipes: Sequence[Recipe],
-        windows: torch.Tensor,
+        windows: Part,
         progress: Callable[[int, int], None] | None = None,
         late: Callable[[float], bool] = lambda ahead: False,
         least: int = 1,
     ) -> dict[str, Measured]:
-        """Results by recipe hash on windows [N, T]; ``part`` names the windows.
+        """Results by recipe hash; ``part`` names the windows.
 
         late     says that there is no time for work of so many seconds. Then fewer windows are measured; of the first
                  one the first ``least`` recipes at any rate, and those that are not measured on it have no result.
@@ -99,10 +113,10 @@ class Verifier:
         hashes = list(dict.fromkeys(recipe.hash for recipe in recipes))
         plans = {recipe.hash: self.plan(recipe) for recipe in recipes}
         rows: dict[str, list[dict[str, Any]]] = {name: [] for name in hashes}
-        took = 0.0
-        for number in range(len(windows)):
+        took, count = 0.0, len(windows.windows)
+        for number in range(count):
             if progress:
-                progress(number, len(windows))
+                progress(number, count)
             jobs = {name: f"{part}/{number}/{name}" for name in hashes}
             new = {name: plans[name] for name in hashes if jobs[name] not in self.journal.found}
             if new:
@@ -110,21 +124,21 @@ class Verifier:
                     break
                 before = self.journal.seconds
                 needed = len(hashes) if number else sum(name in new for name in hashes[:least])
-                score = partial(self._score, new, windows[number : number + 1], partial(_cut, late, needed))
+                score = partial(self._score, new, windows.window(number), partial(_cut, late, needed))
                 self.journal.do_together([jobs[name] for name in new], score)
                 took = self.journal.seconds - before
             hashes = [name for name in hashes if jobs[name] in self.journal.found]
             for name in hashes:
                 rows[name].append(self.journal.found[jobs[name]])
         if progress:
-            progress(len(windows), len(windows))
+            progress(count, count)
         return {name: _pooled(rows[name]) for name in hashes}
 
     def _score(
-        self, plans: Mapping[str, CachePlan], window: torch.Tensor, late: Callable[[int], bool]
+        self, plans: Mapping[str, CachePlan], window: Windows, late: Callable[[int], bool]
     ) -> list[dict[str, Any]]:
         """One window's means under each plan, as plain data; of the first plans if it got late."""
-        (found,) = score_windows(self.model, plans, windows_of(window), "stream", late=late)
+        (found,) = score_windows(self.model, plans, window, "stream", late=late)
         return [
             {
                 "kl": float(score.kl.double().mean()),

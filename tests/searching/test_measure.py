@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from kvq.eval.likelihood import score_windows
-from kvq.searching.measure import Damage, Probe, windows_of
+from kvq.eval.likelihood import Windows, score_windows
+from kvq.searching.measure import Damage, Probe
 
 TOKENS = torch.randint(3, 100, (1, 150), generator=torch.Generator().manual_seed(2))
 
@@ -15,7 +15,7 @@ def test_a_probe_agrees_with_the_evaluation_of_the_whole_model(searched, variant
     model, _, _ = searched
     option = variants.space.named(side, name)
     plan = variants.plan(option, variants.space.tokens[0], layer)
-    (found,) = score_windows(model, {"it": plan}, windows_of(TOKENS), "stream")
+    (found,) = score_windows(model, {"it": plan}, Windows(tokens=TOKENS, first=[1]), "stream")
     damage = Probe(model, TOKENS).damages({"it": plan})["it"]
     assert damage.tokens == 149
     assert damage.kl > 1e-5

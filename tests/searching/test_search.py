@@ -3,25 +3,28 @@
 import itertools
 import json
 import string
+from dataclasses import replace
 
 import pytest
 import torch
 from transformers import Gemma3TextConfig
 
+from kvq.calib.artefacts import needed_artefacts
 from kvq.calib.collect import collect
 from kvq.calib.needs import ALL_NEEDS
 from kvq.errors import DataError
 from kvq.eval.evaluate import evaluate
 from kvq.eval.evaluated_model import load_evaluated
-from kvq.eval.likelihood import score_windows
+from kvq.eval.likelihood import Windows, score_windows
 from kvq.models.describe import describe
 from kvq.models.resolve import load_model, weights_fingerprint
 from kvq.report.drawing import png
 from kvq.report.pareto import pareto_figure, pareto_page
-from kvq.searching.measure import windows_of
-from kvq.searching.search import Settings, search
+from kvq.searching.outcome import Settings
+from kvq.searching.search import search
 from kvq.searching.search_evidence import evidence, front_rows, recipe_text
 from kvq.searching.sensitivity import Sensitivity
+from kvq.searching.verify import Verifier
 
 SMALL = {"seq_len": 96, "windows": 2, "verify_windows": 2, "anchors": 3}
 
@@ -51,9 +54,8 @@ def made(tmp_path_factory, tiny_model, tiny_tokenizer):
 def run(made, text, space_data, budgets=(3.0,), **settings):
     folder, stats = made
     own = {name: settings.pop(name) for name in ("journal", "progress") if name in settings}
-    return search(
-        folder, Settings(budgets=budgets, **SMALL | settings), stats=stats, data=text, space=space_data, **own
-    )
+    texts = {"data": (text,)} | {name: settings.pop(name) for name in ("data", "verify_data") if name in settings}
+    return search(folder, Settings(budgets=budgets, **SMALL | settings), stats=stats, space=space_data, **texts, **own)
 
 
 @pytest.fixture(scope="module")
@@ -85,13 +87,79 @@ def test_the_evidence_measures_the_same_again(found, made, text, tmp_path):
     result = evaluate(folder, file, stats=stats, data=text, seq_len=96, tasks=("divergence",))
     assert result.recipe_hash == proof["recipe_hash"]
     assert result.asymptotic_bits == pytest.approx(proof["bits"])
-    # Windows 2 and 3 of the dealt order confirm.
     evaluated = load_evaluated(folder, file, stats=stats)
     ids = evaluated.tokenizer(text.read_text(), add_special_tokens=False)["input_ids"]
-    windows = torch.tensor([ids[96 * n : 96 * n + 96] for n in proof["text"]["search"]["windows"][2:4]])
-    found_again = score_windows(evaluated.model, {"it": evaluated.plan}, windows_of(windows))
-    mean = torch.stack([score["it"].kl.double().mean() for score in found_again]).mean()
-    assert float(mean) == pytest.approx(proof["confirmed"]["kl"], rel=1e-5)
+    (dealt,) = (row["windows"] for row in proof["text"]["search"])
+    means = []
+    for half in ("first half", "second half"):
+        windows = torch.tensor([ids[96 * n : 96 * n + 96] for n in dealt[half]])
+        found_again = score_windows(evaluated.model, {"it": evaluated.plan}, Windows(tokens=windows, first=[1, 1]))
+        means.append(float(torch.stack([score["it"].kl.double().mean() for score in found_again]).mean()))
+        assert means[-1] == pytest.approx(proof["held_out"][f"{half} of {text.name}"]["found"]["kl"], rel=1e-5)
+    assert sum(means) / 2 == pytest.approx(proof["confirmed"]["kl"], rel=1e-5)
+
+
+def test_what_is_fitted_is_confirmed_with_transforms_fitted_to_another_text(found, made):
+    """The windows that chose give the other statistics; the same recipe then stores other numbers."""
+    folder, _ = made
+    point = found.points[0]
+    fitted = needed_artefacts(point.chosen.recipe, describe(load_model(folder).config))
+    assert fitted
+    for text in point.held_out.values():
+        assert text.found_refitted.kl != text.found.kl
+        assert text.found_refitted.kl == pytest.approx(text.found.kl, rel=0.5)
+        assert text.is_led("kl")
+
+
+def test_a_recipe_that_does_not_lead_on_every_held_out_text_gives_way_to_the_uniform_one(
+    made, text, space_data, found, monkeypatch
+):
+    """One text where one recipe for all layers is better, by a lie about that text alone, decides for that recipe."""
+    measure = Verifier.measure
+
+    def lie(self, part, *rest):
+        rows = measure(self, part, *rest)
+        if not part.startswith("confirming second half"):
+            return rows
+        best = found.points[0].uniform.recipe.hash
+        return {name: replace(row, kl=0.0) if name == best else row for name, row in rows.items()}
+
+    monkeypatch.setattr(Verifier, "measure", lie)
+    (point,) = run(made, text, space_data).points
+    assert point.chosen.how == "uniform"
+    assert point.chosen.recipe.name == "auto-3"
+    assert point.lost.recipe.hash == found.points[0].chosen.recipe.hash
+    assert point.confirmed == point.uniform_confirmed
+    proof = evidence(found, point, [])
+    assert proof["lost"]["recipe_hash"] == point.lost.recipe.hash
+    assert "One way for all layers won" in recipe_text(point.chosen.recipe, point, "e.json")
+
+
+def test_several_texts_measure_choose_and_confirm(made, text, space_data, tmp_path):
+    other = tmp_path / "other.txt"
+    other.write_text(text.read_text()[::-1])
+    both = run(made, text, space_data, data=(text, other), verify_windows=1, windows=1)
+    assert both.facts["windows_used"] == 2
+    assert list(both.points[0].held_out) == ["text.txt", "other.txt"]
+    one = run(made, text, space_data, data=(text,), verify_data=(other,), verify_windows=1, windows=1)
+    assert list(one.points[0].held_out) == ["text.txt", "other.txt"]
+    assert set(one.facts["text"]["search"][0]["windows"]) == {"choosing", "confirming", "measuring"}
+    with pytest.raises(DataError, match=r"'text.txt' is named twice"):
+        run(made, text, space_data, data=(text,), verify_data=(text,))
+
+
+def test_windows_stand_at_positions_up_to_the_context(made, text, space_data, found):
+    """Keys that are stored after RoPE in a basis of the first positions lose more further on; what RoPE makes of one
+    distance is the same, so the exact model does not change."""
+    far = run(made, text, space_data, context=512, budgets=(3.0, 5.0))
+    assert far.facts["settings"]["context"] == 512
+    ours, theirs = ({(e.layer, e.side, e.option): e.damage for e in f.table if e.measured} for f in (found, far))
+    shared = [key for key in ours if key in theirs]
+    assert any(ours[key] != theirs[key] for key in shared if key[1] == "key")
+    with pytest.raises(DataError, match="context=64 is less than a window"):
+        run(made, text, space_data, context=64)
+    with pytest.raises(DataError, match="is more than the"):
+        run(made, text, space_data, context=1 << 30)
 
 
 def test_predictions_are_never_given_as_measured(found):
@@ -113,8 +181,12 @@ def test_what_is_chosen_was_measured(found):
 
 
 def test_the_parts_of_the_text_share_no_window(found):
-    windows = found.facts["text"]["search"]["windows"]
-    assert len(windows) == len(set(windows)) == 2 + 2 + 2
+    (dealt,) = (row["windows"] for row in found.facts["text"]["search"])
+    assert {part: len(windows) for part, windows in dealt.items()} == {
+        "choosing": 2, "first half": 2, "second half": 2, "measuring": 2,
+    }  # fmt: skip
+    assert len({number for windows in dealt.values() for number in windows}) == 8
+    assert max(dealt["first half"]) < min(dealt["second half"])
 
 
 def test_killed_anywhere_it_goes_on_to_the_same_answer(made, text, space_data, found, tmp_path, monkeypatch):
@@ -172,8 +244,9 @@ def test_a_time_limit_bounds_the_whole_run_and_gives_what_was_found(made, text, 
         journal = tmp_path / f"{limit}.sqlite"
         start = next(clock)
         late = run(made, text, space_data, budgets=(3.0, 5.0), time_limit=limit, journal=journal)
-        # At most the looks that decide nothing any more: one a plan and window that is measured at any rate.
-        assert next(clock) - start <= limit + 8
+        # At most the looks that decide nothing any more: a few a part, for what is measured of it at any rate.
+        parts = 1 + len(late.points[0].held_out)
+        assert next(clock) - start <= limit + 4 * parts
         assert not late.complete
         assert late.left_out
         for point in late.points:
@@ -232,7 +305,7 @@ def test_few_full_attention_layers_are_found_unaided(tmp_path, tiny_model, tiny_
     tiny_model(config).save_pretrained(folder)
     tiny_tokenizer.save_pretrained(folder)
     plain = space_data | {"key": space_data["key"][1:]}
-    found = search(folder, Settings(budgets=(4.5,), **SMALL), data=text, space=plain)
+    found = search(folder, Settings(budgets=(4.5,), **SMALL), data=(text,), space=plain)
     assert {entry.layer for entry in found.table} == {3}
     assert found.points[0].chosen.bits <= 4.5
     assert describe(config).full_layers[0].index == 3
@@ -247,7 +320,7 @@ def test_a_layer_that_matters_most_gets_the_bits(tmp_path, made, text, space_dat
     model.save_pretrained(folder)
     tiny_tokenizer.save_pretrained(folder)
     plain = space_data | {"key": space_data["key"][1:]}
-    found = search(folder, Settings(budgets=(4.0,), heads=False, **SMALL), data=text, space=plain)
+    found = search(folder, Settings(budgets=(4.0,), heads=False, **SMALL), data=(text,), space=plain)
     bits = {(c.entry.side, c.entry.layer): c.entry.bits for c in found.points[0].chosen.allocation.choices}
     assert bits["value", 0] == max(bits[side, i] for side, i in bits if side == "value")
     assert bits["value", 0] > min(bits["value", 1], bits["value", 2])
