@@ -25,7 +25,7 @@ class ForwardContext:
     """Shared by a cache's packed layers; ``begin`` is called before a forward, by the hook on the model.
 
     impl       what attends and packs, see ``kvq.kernels.choice``.
-    prompt     columns of the prompt, if ``generate`` told; a first update may bring a draft behind it.
+    prompt     columns up to the end of this turn's prompt, if ``generate`` told; a draft may come with it.
     positions  [B or 1, L], rotary positions of the running forward's tokens, if the forward told.
     steps      what the kernel launches of a forward share; counters: of its stores while the device counts.
     """
@@ -34,6 +34,8 @@ class ForwardContext:
         self.impl = impl
         self.prompt: int | None = None
         self.positions: torch.Tensor | None = None
+        # A forward failed in a way that left layers with different tokens.
+        self.is_broken = False
         self.steps = Steps()
         self.counters: dict = {}
         self._mask: torch.Tensor | None = None

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from torch.utils._pytree import tree_leaves
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
 from kvq.cache.attend import Options, attend
@@ -19,6 +20,10 @@ from kvq.pages.layout import SIDES
 
 # The attribute by which the tensors that `update` returns carry the packed storage to the attention function.
 HANDLE = "kvq_handle"
+NO_OTHER_ATTENTION = (
+    "once kvq's attention has read a cache no other can; begin a new cache after leaving the quantized_cache block or "
+    "changing the attention implementation."
+)
 
 
 class Placeholder(torch.Tensor):
@@ -36,10 +41,10 @@ class Placeholder(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # pyrefly: ignore [bad-override]
-        raise CacheError(
-            f"{func} reads what lies in packed pages: once kvq's attention has read a cache no other can; "
-            "begin a new cache after changing the attention implementation."
-        )
+        for stand_in in (x for x in tree_leaves((args, kwargs)) if isinstance(x, cls)):
+            # Layers before the reader have got the tokens of this forward, those behind it have not.
+            getattr(stand_in, HANDLE).layer.context.is_broken = True
+        raise CacheError(f"{func} reads what lies in packed pages: {NO_OTHER_ATTENTION}")
 
     def __repr__(self, **_) -> str:
         return f"Placeholder(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
@@ -133,6 +138,8 @@ class PackedLayer(CacheLayerMixin):
     def __init__(self, groups: tuple[HeadGroup, ...], context: ForwardContext):
         super().__init__()
         self.groups = groups
+        # KV heads and head_dim of what may arrive.
+        self.expected = sum(len(group.heads) for group in groups), groups[0].head_dim
         self.context = context
         self.observers: list[Observer] = []
         self.stores: list[HeadStore] = []
@@ -143,15 +150,6 @@ class PackedLayer(CacheLayerMixin):
         self.holding = False
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        heads = sum(len(group.heads) for group in self.groups)
-        expected = (heads, self.groups[0].head_dim)
-        for states in (key_states, value_states):
-            if (states.shape[1], states.shape[3]) != expected:
-                raise CacheError(
-                    f"a layer planned for (heads, head_dim) = {expected} was given "
-                    f"{(states.shape[1], states.shape[3])}: the recipe was resolved for another model; "
-                    "resolve it again with kvq.make_plan."
-                )
         self.dtype, self.device = key_states.dtype, key_states.device
         self.stores = [HeadStore(group, key_states.shape[0], self.device, self.dtype) for group in self.groups]
         for store in self.stores:
@@ -160,6 +158,17 @@ class PackedLayer(CacheLayerMixin):
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
         """Store new tokens [B, kv_heads, L, head_dim]; returns what attention must use, with the handle attached."""
+        for states in (key_states, value_states):
+            if (states.shape[1], states.shape[3]) != self.expected:
+                raise CacheError(
+                    f"a layer planned for (heads, head_dim) = {self.expected} was given "
+                    f"{(states.shape[1], states.shape[3])}: its cache, or the plan, is another model's; make one with "
+                    "kvq.new_cache(model), or resolve the recipe again with kvq.make_plan."
+                )
+        if self.context.is_broken:
+            raise CacheError(
+                "some layers of this cache have tokens of a forward that failed, which others lack: begin a new cache."
+            )
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         start, new = self.length, key_states.shape[2]
@@ -179,8 +188,7 @@ class PackedLayer(CacheLayerMixin):
         columns = context.new_tokens(start, new).valid
         self.real = context.real(self.real, start, key_states.shape[0], new)
         self.length += new
-        draft_follows = start == 0 and self.recording and context.prompt is not None and new > context.prompt
-        prompt = context.prompt if draft_follows else None
+        prompt = self._prompt_before_draft(start, new) if self.recording else None
         # A single real token; what it returns must reach kvq's attention.
         stepping = new == 1 and start > 0 and columns is None and self.reads_handle
         snapshots = []
@@ -204,6 +212,11 @@ class PackedLayer(CacheLayerMixin):
         setattr(keys, HANDLE, handle)
         setattr(values, HANDLE, handle)
         return keys, values
+
+    def _prompt_before_draft(self, start: int, new: int) -> int | None:
+        """How many of the new columns are a turn's prompt; None for a draft alone, and for a first prompt alone."""
+        left = (self.context.prompt or 0) - start
+        return min(new, left) if left > 0 and (start > 0 or new > left) else None
 
     def hold(self) -> None:
         """Pack nothing until ``release``, so that tokens can be dropped while they are exact; a prompt stays lent."""
@@ -269,6 +282,7 @@ class PackedLayer(CacheLayerMixin):
     def reset(self) -> None:
         """Forget every token; storage is released."""
         self.stores, self.length, self.real, self.is_initialized = [], 0, None, False
+        self.context.is_broken = False
 
     def activate_past_recording(self) -> None:
         """Keep recent tokens exact beyond the policy, so that a rejected draft can be cropped away."""

@@ -21,7 +21,7 @@ class Snapshot:
     any, head_dim]; rows and heads are those of the store.
 
     ``exact`` is right-aligned: its last token is the newest of every row. Valid until the next update. ``prompt``: how
-    many of the first update's tokens are prompt; the others are a draft that came with it. ``views``: by row, what its
+    many of the tokens are a turn's prompt where the others are a draft that came with it. ``views``: by row, what its
     queries read.
     """
 

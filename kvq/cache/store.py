@@ -294,11 +294,12 @@ class HeadStore:
 
         One view for all of them (a prompt chunk sees its own tokens exactly and the stored state of the chunks before
         it). While past recording is on, a draft is verified as if its tokens came one by one: one view a query, after
-        the ``prompt`` tokens that may precede it in the first update.
+        the first ``prompt`` of them, which are a chunk. None: no draft follows a first update, and later ones are a
+        draft.
         """
         chunk = added
         if self.recording:
-            chunk = 0 if before else min(added, prompt or added)
+            chunk = (0 if before else added) if prompt is None else min(added, prompt)
         found, start, rules = [], 0, self.group.rules
         while start < added:
             state, stop = before + start, max(chunk, start + 1)

@@ -1,6 +1,8 @@
 """Put a packed cache into a model, and take it out again."""
 
 import functools
+import threading
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +14,7 @@ from transformers.utils import logging
 
 from kvq.cache import CachePlan, make_plan, pack_cache, packed_layers
 from kvq.cache import model_attention as attention
+from kvq.cache.layer import NO_OTHER_ATTENTION
 from kvq.calib.check import checked_artefacts
 from kvq.calib.stats import Stats
 from kvq.errors import CacheError, UnsupportedModelError
@@ -23,6 +26,10 @@ from kvq.recipe import Recipe, load_recipe
 
 logger = logging.get_logger(__name__)
 
+# Running forwards of other threads that began while a block was open, by (identity of its Runtime, thread).
+_strangers: Counter[tuple[int, int]] = Counter()
+_stranger_left = threading.Condition()
+
 
 @dataclass
 class Runtime:
@@ -30,21 +37,23 @@ class Runtime:
 
     impl   what the caches made from now on attend with: ``auto``, or ``triton``, ``cpp`` or ``reference`` and nothing
            else; may be set at any time.
+    thread the only thread whose forwards get packed caches without asking; None: all threads.
     """
 
     plan: CachePlan
     attention: str
     previous_attention: str
-    hook: torch.utils.hooks.RemovableHandle
+    hooks: tuple[torch.utils.hooks.RemovableHandle, ...]
     impl: str = "auto"
+    thread: int | None = None
 
     @property
     def recipe(self) -> Recipe:
         return self.plan.recipe
 
 
-def install(model: PreTrainedModel, plan: CachePlan, impl: str = "auto") -> Runtime:
-    """Make ``generate`` and plain calls of ``model`` use a packed cache.
+def install(model: PreTrainedModel, plan: CachePlan, impl: str = "auto", thread: int | None = None) -> Runtime:
+    """Make ``generate`` and plain calls of ``model``, in ``thread`` or in all threads, use a packed cache.
 
     A cache that the caller passes, or asks for with ``cache_implementation``, is left alone. An attention
     implementation other than the default stays, and then reads dequantized tensors.
@@ -64,24 +73,38 @@ def install(model: PreTrainedModel, plan: CachePlan, impl: str = "auto") -> Runt
         logger.warning_once(
             f"kvq: attention {previous!r} does not read packed pages; every step dequantizes the cache for it."
         )
-    hook = decoder_of(model).register_forward_pre_hook(functools.partial(_before_forward, model), with_kwargs=True)
+    decoder = decoder_of(model)
+    hooks = [decoder.register_forward_pre_hook(functools.partial(_before_forward, model), with_kwargs=True)]
+    if thread is not None:
+        hooks.append(decoder.register_forward_hook(functools.partial(_after_forward, model), always_call=True))
     model._prepare_cache_for_generation = functools.partial(_prepare_cache, model)
+    model.prepare_inputs_for_generation = functools.wraps(type(model).prepare_inputs_for_generation)(
+        functools.partial(_prepare_inputs, model)
+    )
     model.init_continuous_batching = _refuse_continuous_batching
     model.kvq = Runtime(
         plan=plan,
         attention=model.config._attn_implementation,
         previous_attention=previous,
-        hook=hook,
+        hooks=tuple(hooks),
         impl=impl,
+        thread=thread,
     )
     return model.kvq
 
 
 def uninstall(model: PreTrainedModel) -> None:
-    """Undo ``install``: the model is as it was."""
+    """Undo ``install``: the model is as it was.
+
+    Waits for forwards of other threads that began meanwhile: their masks are made for the attention that is installed.
+    """
     runtime = model.kvq
-    runtime.hook.remove()
-    del model._prepare_cache_for_generation, model.init_continuous_batching
+    runtime.hooks[0].remove()
+    with _stranger_left:
+        _stranger_left.wait_for(lambda: all(block != id(runtime) for block, _ in _strangers))
+    for hook in runtime.hooks[1:]:
+        hook.remove()
+    del model._prepare_cache_for_generation, model.prepare_inputs_for_generation, model.init_continuous_batching
     del model.kvq
     model.set_attn_implementation(runtime.previous_attention)
 
@@ -100,6 +123,9 @@ def quantized_cache(
         with kvq.quantized_cache(model, "kivi2"):
             model.generate(...)
 
+    The block serves the thread that opened it. Other threads go on with plain caches, of which they are told once;
+    ``past_key_values=kvq.new_cache(model)`` is packed in all of them.
+
     stats      statistics, or their file, for recipes that need them.
     artefacts  what they give the recipe, by name, where that is at hand already.
     impl       what attends to packed pages, see ``Runtime``.
@@ -112,7 +138,7 @@ def quantized_cache(
     chosen, spec = load_recipe(recipe), describe(model.config)
     if stats is not None:
         artefacts = checked_artefacts(chosen, spec, stats, checkpoint_of(model))
-    install(model, make_plan(chosen, spec, artefacts), impl)
+    install(model, make_plan(chosen, spec, artefacts), impl, threading.get_ident())
     try:
         yield model
     finally:
@@ -130,13 +156,13 @@ def running(model: PreTrainedModel, plan: CachePlan | None) -> Iterator[PreTrain
         uninstall(model)
     try:
         if plan is not None and plan.layers:
-            install(model, plan)
+            install(model, plan, thread=threading.get_ident())
         yield model
     finally:
         if getattr(model, "kvq", None) is not None:
             uninstall(model)
         if runtime is not None:
-            install(model, runtime.plan, runtime.impl)
+            install(model, runtime.plan, runtime.impl, runtime.thread)
 
 
 def new_cache(model: PreTrainedModel) -> DynamicCache:
@@ -158,7 +184,7 @@ def _prepare_cache(model, generation_config, model_kwargs, *args, **kwargs):
     ours = model_kwargs.get("past_key_values") is None and generation_config.cache_implementation in (None, "dynamic")
     result = type(model)._prepare_cache_for_generation(model, generation_config, model_kwargs, *args, **kwargs)
     cache = model_kwargs.get("past_key_values")
-    if ours and cache is not None:
+    if ours and cache is not None and not _is_strange(model.kvq):
         pack_cache(cache, model.kvq.plan, model.kvq.impl)
         # transformers asked for this before the layers were replaced.
         if generation_config.is_assistant:
@@ -166,6 +192,28 @@ def _prepare_cache(model, generation_config, model_kwargs, *args, **kwargs):
     for layer in packed_layers(cache)[:1]:
         layer.context.prompt = _prompt_columns(generation_config, model_kwargs)
     return result
+
+
+def _prepare_inputs(model, input_ids, *args, **kwargs):
+    """As transformers, but a later turn's first draft comes with the tokens that the cache lacks: its assisted decoding
+    forwards the whole text again, behind what is stored of it (up to 5.23)."""
+    layers = packed_layers(kwargs.get("past_key_values"))
+    is_untold = "next_sequence_length" in kwargs and kwargs["next_sequence_length"] is None
+    if is_untold and kwargs.get("is_first_iteration") and layers and kwargs.get("inputs_embeds") is None:
+        kwargs["next_sequence_length"] = input_ids.shape[1] - layers[0].get_seq_length()
+    return type(model).prepare_inputs_for_generation(model, input_ids, *args, **kwargs)
+
+
+def _is_strange(runtime: Runtime) -> bool:
+    """Whether the running thread is not the one that a block serves; it is told once."""
+    if runtime.thread is None or runtime.thread == threading.get_ident():
+        return False
+    logger.warning_once(
+        f"kvq: the quantized_cache block with recipe {runtime.recipe.name!r} belongs to another thread than this call, "
+        "whose tokens are not quantized: open the block in the thread that generates, or pass "
+        "past_key_values=kvq.new_cache(model)."
+    )
+    return True
 
 
 def _refuse_continuous_batching(*args, **kwargs):
@@ -211,23 +259,56 @@ def _running_positions(cache, args, kwargs, plan: CachePlan) -> torch.Tensor | N
 
 def _before_forward(model: PreTrainedModel, module, args, kwargs):
     """Give a forward without a cache a packed one, and tell packed layers which columns are pads."""
-    plan = model.kvq.plan
+    runtime = getattr(model, "kvq", None)
+    # Another thread may have closed the block meanwhile.
+    if runtime is None:
+        return args, kwargs
+    plan = runtime.plan
     cache = kwargs.get("past_key_values")
+    if is_strange := _is_strange(runtime):
+        with _stranger_left:
+            _strangers[id(runtime), threading.get_ident()] += 1
     use_cache = kwargs.get("use_cache")
     use_cache = module.config.use_cache if use_cache is None else use_cache
-    if cache is None and use_cache and not (module.training and torch.is_grad_enabled()):
+    if cache is None and use_cache and not is_strange and not (module.training and torch.is_grad_enabled()):
         cache = DynamicCache(config=text_config(module.config))
         pack_cache(cache, plan, model.kvq.impl)
         kwargs["past_key_values"] = cache
     layers = packed_layers(cache)
-    if cache is not None and plan.layers and not layers:
+    if cache is not None and plan.layers and not layers and not is_strange:
         logger.warning_once(
             f"kvq: a {type(cache).__name__} was given to a model that runs recipe {plan.recipe.name!r}, so its tokens "
             "are not quantized: pass none, or one of kvq.new_cache(model)."
         )
     if layers:
+        _check_reader(model, cache, layers[0])
         mask = kwargs.get("attention_mask")
         two_dimensional = isinstance(mask, torch.Tensor) and mask.ndim == 2
         positions = _running_positions(cache, args, kwargs, plan)
         layers[0].context.begin(mask.bool() if two_dimensional else None, positions)
     return args, kwargs
+
+
+def _check_reader(model: PreTrainedModel, cache, layer) -> None:
+    """Refuse a cache that this model's forward cannot read, before it stores anything."""
+    if layer.reads_handle and model.config._attn_implementation != attention.NAME:
+        raise CacheError(
+            f"attention {model.config._attn_implementation!r} cannot read this cache: {NO_OTHER_ATTENTION}"
+        )
+    needed = 1 + max(model.kvq.plan.layers, default=0)
+    if len(cache.layers) < needed:
+        raise CacheError(
+            f"a cache of {len(cache.layers)} layers was given to a model that needs {needed}: make one with "
+            "kvq.new_cache(model)."
+        )
+
+
+def _after_forward(model: PreTrainedModel, module, args, output):
+    """A forward of another thread has ended."""
+    key = id(getattr(model, "kvq", None)), threading.get_ident()
+    with _stranger_left:
+        if key in _strangers:
+            _strangers[key] -= 1
+            if not _strangers[key]:
+                del _strangers[key]
+            _stranger_left.notify_all()

@@ -124,3 +124,64 @@ def test_steps_with_gradients_on(made):
         model(TOKENS[:, :70], past_key_values=cache)
         found = [model(TOKENS[:, n : n + 1], past_key_values=cache).logits for n in range(70, TOKENS.shape[1])]
     assert torch.equal(torch.cat(found, dim=1), want)
+
+
+TURN = {"max_new_tokens": 3, "do_sample": False, "return_dict_in_generate": True}
+
+
+def second_turn(model, found):
+    ids = torch.cat([found.sequences, TOKENS[:, :9]], dim=1)
+    return model.generate(ids, past_key_values=found.past_key_values, **TURN)
+
+
+@pytest.mark.parametrize("case", ["after the block", "eager", "sdpa", "another model"])
+def test_a_cache_that_outlives_its_attention_says_so_and_never_goes_on_wrong(made, case):
+    """A second turn without kvq's attention is refused by name; the cache, of which one layer may have got the turn's
+    tokens, is then either whole or refused for good. Control: in the block it goes on."""
+    model, other = made("llama"), made("llama", initializer_range=0.1)
+    with kvq.quantized_cache(model, "int4"):
+        found = model.generate(TOKENS, **TURN)
+        whole = second_turn(model, model.generate(TOKENS, **TURN)).sequences
+    if case in ("eager", "sdpa"):
+        with kvq.quantized_cache(model, "int4"):
+            model.set_attn_implementation(case)
+            with pytest.raises(CacheError, match="no other can"):
+                second_turn(model, found)
+    else:
+        with pytest.raises(CacheError, match="no other can"):
+            second_turn(model if case == "after the block" else other, found)
+    model.set_attn_implementation("sdpa")
+    with kvq.quantized_cache(model, "int4"):
+        if case in ("eager", "sdpa"):
+            assert torch.equal(second_turn(model, found).sequences, whole)
+        else:
+            with pytest.raises(CacheError, match="of a forward that failed"):
+                second_turn(model, found)
+            found.past_key_values.reset()
+            assert torch.equal(second_turn(model, model.generate(TOKENS, **TURN)).sequences, whole)
+
+
+def test_a_cache_that_was_never_read_by_pages_serves_any_attention(made):
+    """It gives dequantized tensors, outside a block too, and then goes on inside one."""
+    model = made("llama")
+    with kvq.quantized_cache(model, "int4"):
+        caches = kvq.new_cache(model), kvq.new_cache(model)
+        want = stepped(model, caches[0])
+    outside = stepped(model, caches[1])
+    assert caches[1].layers[0].length == TOKENS.shape[1]
+    assert torch.allclose(outside, want, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"num_key_value_heads": 4}, {"head_dim": 64}, {"num_hidden_layers": 3}], ids=lambda x: next(iter(x))
+)
+def test_a_cache_of_another_model_is_refused_with_a_sentence(made, settings):
+    """What cannot hold the tokens: another number of heads or layers, another head_dim; before anything is stored."""
+    model, other = made("llama"), made("llama", **settings)
+    with kvq.quantized_cache(model, "int4"):
+        found = model.generate(TOKENS, **TURN)
+        whole = second_turn(model, model.generate(TOKENS, **TURN)).sequences
+    with kvq.quantized_cache(other, "int4"), pytest.raises(CacheError, match=r"kvq\.new_cache\(model\)"):
+        second_turn(other, found)
+    with kvq.quantized_cache(model, "int4"):
+        assert torch.equal(second_turn(model, found).sequences, whole)
