@@ -1,6 +1,7 @@
 """Put a packed cache into a model, and take it out again."""
 
 import functools
+import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -55,7 +56,7 @@ class Runtime:
 def install(model: PreTrainedModel, plan: CachePlan, impl: str = "auto", thread: int | None = None) -> Runtime:
     """Make ``generate`` and plain calls of ``model``, in ``thread`` or in all threads, use a packed cache.
 
-    A cache that the caller passes, or asks for with ``cache_implementation``, is left alone. An attention
+    A cache that the caller passes, or asks for with ``cache_implementation``, is left alone and named. An attention
     implementation other than the default stays, and then reads dequantized tensors.
     """
     if getattr(model, "kvq", None) is not None:
@@ -181,7 +182,10 @@ def new_cache(model: PreTrainedModel) -> DynamicCache:
 
 def _prepare_cache(model, generation_config, model_kwargs, *args, **kwargs):
     """Let transformers build its cache, then pack the plain layers of it."""
-    ours = model_kwargs.get("past_key_values") is None and generation_config.cache_implementation in (None, "dynamic")
+    ours = model_kwargs.get("past_key_values") is None
+    if ours and not _is_strange(model.kvq):
+        _heed_settings(model, generation_config)
+    ours = ours and generation_config.cache_implementation in (None, "dynamic")
     result = type(model)._prepare_cache_for_generation(model, generation_config, model_kwargs, *args, **kwargs)
     cache = model_kwargs.get("past_key_values")
     if ours and cache is not None and not _is_strange(model.kvq):
@@ -214,6 +218,22 @@ def _is_strange(runtime: Runtime) -> bool:
         "past_key_values=kvq.new_cache(model)."
     )
     return True
+
+
+def _heed_settings(model: PreTrainedModel, generation_config) -> None:
+    """A cache that the checkpoint's generation config names gives way to a packed one; no cache at all is somebody's
+    choice. Both are said once."""
+    recipe, wanted = model.kvq.recipe.name, generation_config.cache_implementation
+    if generation_config.use_cache is False:
+        logger.warning_once(
+            f"kvq: use_cache=False leaves nothing to quantize, so recipe {recipe!r} does nothing: remove it."
+        )
+    elif wanted not in (None, "dynamic") and wanted == model.generation_config.cache_implementation:
+        logger.warning_once(
+            f"kvq: the model's generation config names cache {wanted!r}, which is not quantized; recipe {recipe!r} "
+            "takes its place. Pass a cache of your own to have another."
+        )
+        generation_config.cache_implementation = None
 
 
 def _refuse_continuous_batching(*args, **kwargs):
@@ -274,6 +294,7 @@ def _before_forward(model: PreTrainedModel, module, args, kwargs):
         cache = DynamicCache(config=text_config(module.config))
         pack_cache(cache, plan, model.kvq.impl)
         kwargs["past_key_values"] = cache
+        _refuse_unread_scores(plan)
     layers = packed_layers(cache)
     if cache is not None and plan.layers and not layers and not is_strange:
         logger.warning_once(
@@ -287,6 +308,20 @@ def _before_forward(model: PreTrainedModel, module, args, kwargs):
         positions = _running_positions(cache, args, kwargs, plan)
         layers[0].context.begin(mask.bool() if two_dimensional else None, positions)
     return args, kwargs
+
+
+def _refuse_unread_scores(plan: CachePlan) -> None:
+    """lm-eval's own Hugging Face model scores a text with one forward that begins a cache and reads none of it."""
+    if not plan.layers or "lm_eval.models.huggingface" not in sys.modules:
+        return
+    frame = sys._getframe()
+    while frame is not None:
+        if frame.f_code.co_name == "_model_call" and frame.f_globals["__name__"] == "lm_eval.models.huggingface":
+            raise CacheError(
+                f"lm-eval's model 'hf' scores in one forward, which reads nothing that recipe {plan.recipe.name!r} "
+                "quantizes: use 'kvq eval MODEL --tasks TASK', or lm-eval's model 'kvq'."
+            )
+        frame = frame.f_back
 
 
 def _check_reader(model: PreTrainedModel, cache, layer) -> None:

@@ -1,6 +1,7 @@
 """What users do around a packed cache that once gave wrong numbers, or a dead end, without a word."""
 
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from kvq.cache import PackedLayer
 from kvq.errors import CacheError
 
 TOKENS = torch.arange(3, 84)[None] % 100
+TURN = {"max_new_tokens": 3, "do_sample": False, "return_dict_in_generate": True}
 
 
 @pytest.fixture
@@ -107,11 +109,60 @@ def test_a_cache_that_is_not_quantized_is_named(made, warnings, settings):
     assert any("Cache was given" in message and "'int4'" in message for message in warnings)
 
 
-def test_continuous_batching_is_refused(made):
+def test_a_cache_that_the_checkpoint_names_gives_way_to_the_packed_one(made, warnings):
+    """In its generation config. Control: another wish, of the call, is granted and named."""
+    model = made("llama")
+    with kvq.quantized_cache(model, "int4"):
+        want = model.generate(TOKENS, **TURN)
+        model.generation_config.cache_implementation = "static"
+        found = model.generate(TOKENS, **TURN)
+        assert isinstance(found.past_key_values.layers[0], PackedLayer)
+        assert torch.equal(found.sequences, want.sequences)
+        assert any("names cache 'static'" in message and "'int4'" in message for message in warnings)
+        warnings.clear()
+        own = model.generate(TOKENS, cache_implementation="sliding_window", **TURN)
+        assert not isinstance(own.past_key_values.layers[0], PackedLayer)
+        assert any("Cache was given" in message for message in warnings)
+    assert model.generation_config.cache_implementation == "static"
+
+
+def test_generating_without_a_cache_is_named(made, warnings):
+    model = made("llama")
+    with kvq.quantized_cache(model, "int4"):
+        model.generate(TOKENS, use_cache=False, **TURN)
+    assert any("use_cache=False" in message and "'int4'" in message for message in warnings)
+
+
+def test_scores_of_lm_evals_own_model_are_refused(made):
+    """They come from one forward. Controls: it may generate, and others may forward once."""
+    huggingface = pytest.importorskip("lm_eval.models.huggingface")
+    model = made("llama")
+    scorer = object.__new__(huggingface.HFLM)
+    scorer._model, scorer.backend, scorer.mixed_precision_dtype, scorer._device = model, "causal", None, model.device
+    scorer.tokenizer = SimpleNamespace(pad_token_id=0)
+    scorer.AUTO_MODEL_CLASS = AutoModelForCausalLM
+    plain = scorer._model_call(TOKENS)
+    with kvq.quantized_cache(model, "int4"):
+        with pytest.raises(CacheError, match="kvq eval MODEL --tasks"):
+            scorer._model_call(TOKENS)
+        with torch.no_grad():
+            assert torch.allclose(model(TOKENS).logits, plain, atol=1e-5)
+        assert scorer._model_generate(TOKENS, max_length=TOKENS.shape[1] + 2, stop=[]).shape[1] == TOKENS.shape[1] + 2
+
+
+@pytest.mark.parametrize("way", ["generate_batch", "paged", "kept manager"])
+def test_continuous_batching_is_refused(made, way):
     """Its cache is its own. Control: outside the block the model is as it was."""
     model = made("llama")
+    if way == "kept manager":
+        model._cached_continuous_batching_manager = model.init_continuous_batching()
+    ways = {
+        "generate_batch": lambda: model.generate_batch(TOKENS.tolist()),
+        "paged": lambda: model.generate(input_ids=TOKENS, cache_implementation="paged", max_new_tokens=2),
+        "kept manager": lambda: model.generate_batch(TOKENS.tolist(), persistent_manager=True),
+    }
     with kvq.quantized_cache(model, "int4"), pytest.raises(CacheError, match="continuous batching"):
-        model.generate_batch(TOKENS.tolist())
+        ways[way]()
     assert "init_continuous_batching" not in vars(model)
 
 
@@ -124,9 +175,6 @@ def test_steps_with_gradients_on(made):
         model(TOKENS[:, :70], past_key_values=cache)
         found = [model(TOKENS[:, n : n + 1], past_key_values=cache).logits for n in range(70, TOKENS.shape[1])]
     assert torch.equal(torch.cat(found, dim=1), want)
-
-
-TURN = {"max_new_tokens": 3, "do_sample": False, "return_dict_in_generate": True}
 
 
 def second_turn(model, found):
