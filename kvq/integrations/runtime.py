@@ -316,7 +316,9 @@ def _refuse_unread_scores(plan: CachePlan) -> None:
         return
     frame = sys._getframe()
     while frame is not None:
-        if frame.f_code.co_name == "_model_call" and frame.f_globals["__name__"] == "lm_eval.models.huggingface":
+        is_score = frame.f_code.co_name == "_model_call" and frame.f_globals["__name__"] == "lm_eval.models.huggingface"
+        # kvq's own model for lm-eval derives from it, and has its unquantized scores from it.
+        if is_score and not type(frame.f_locals["self"]).__module__.startswith("kvq."):
             raise CacheError(
                 f"lm-eval's model 'hf' scores in one forward, which reads nothing that recipe {plan.recipe.name!r} "
                 "quantizes: use 'kvq eval MODEL --tasks TASK', or lm-eval's model 'kvq'."
