@@ -13,7 +13,7 @@ import kvq
 PACKAGE = Path(kvq.__file__).parent
 # A part imports from its own floor and from those below it; parts of one floor form no circle either.
 FLOORS = (
-    ("errors", "shapes", "atomic", "registry", "settings", "recipes", "pages"),
+    ("errors", "shapes", "atomic", "registry", "settings", "progress", "recipes", "pages"),
     ("kernels",),
     ("codecs",),
     ("transforms", "models"),

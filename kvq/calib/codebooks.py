@@ -32,6 +32,7 @@ from kvq.calib.stats import Fit, LayerStats, Stats
 from kvq.calib.watch import Watcher, watch
 from kvq.codecs import Codec, CodecSpec
 from kvq.errors import DataError
+from kvq.models.decoder import telling
 from kvq.models.describe import ModelSpec, describe
 from kvq.models.rope import Rope
 from kvq.pages.affine import wide
@@ -209,7 +210,8 @@ def _measure(model: PreTrainedModel, batch: Batch, *, books, codecs, ropes, grad
         if batch.valid is not None:
             inputs |= {"attention_mask": batch.valid.long().to(model.device)}
             inputs |= {"position_ids": batch.positions.expand(len(batch.tokens), -1).to(model.device)}
-        logits = model(**inputs).logits
+        with telling(model, 1, len(batch.tokens)):
+            logits = model(**inputs).logits
         if gradient:
             _loss(logits, batch).backward()
     return {

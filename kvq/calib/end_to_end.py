@@ -25,6 +25,7 @@ from kvq.calib.stats import Fit, Stats
 from kvq.codecs import Codec
 from kvq.errors import DataError
 from kvq.heads import HeadSpec
+from kvq.models.decoder import telling
 from kvq.models.describe import describe
 from kvq.models.rope import Rope
 from kvq.pages.layout import SIDES
@@ -114,7 +115,9 @@ def learn_end_to_end(
     model.requires_grad_(False)
     try:
         for count in range(len(losses), steps):
-            losses.append(_step(model, layers, _text(tokens, seed, count)))
+            # The exact forward and the one that is learned on.
+            with telling(model, 2):
+                losses.append(_step(model, layers, _text(tokens, seed, count)))
             for learnable in learnables.values():
                 learnable.descend(cosine(count, steps))
             if (count + 1) % SAVE_STEPS == 0:

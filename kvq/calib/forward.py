@@ -13,7 +13,7 @@ from kvq.calib.observe import Batch, LayerPlan, Observer
 from kvq.calib.stats import LayerStats
 from kvq.calib.watch import Watcher, watch
 from kvq.errors import UnsupportedModelError
-from kvq.models.decoder import decoder_of
+from kvq.models.decoder import decoder_of, telling
 from kvq.models.describe import ModelSpec
 from kvq.models.rope import Rope, rope_of
 
@@ -26,7 +26,8 @@ _WEIGHTED = ("value.weighted_moments", "sinks")
 def measure(model: PreTrainedModel, batch: Batch, layers: Mapping[int, LayerPlan]) -> dict[int, LayerStats]:
     """Statistics of one batch by layer, on the CPU. Raises DataError for numbers that are not finite."""
     observer = Observer(batch, layers)
-    run(model, observer, batch.tokens, batch.valid, batch.positions)
+    with telling(model, 1, len(batch.tokens)):
+        run(model, observer, batch.tokens, batch.valid, batch.positions)
     return observer.result()
 
 

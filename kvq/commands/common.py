@@ -8,13 +8,16 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from kvq.atomic import check_writable, write_atomically
+from kvq.commands.estimate import Estimate
 from kvq.errors import RecipeError
+from kvq.progress import listening
 from kvq.settings import read_yaml
 
 if TYPE_CHECKING:
@@ -166,26 +169,41 @@ def progress_bar(
     part of the work that is running. tokens: of a whole part, for those whose speed is counted in tokens.
     """
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn
     from rich.text import Text
 
     class Speed(ProgressColumn):
         def render(self, task):
-            in_all = (tokens or {}).get(running, 0)
-            return Text(f"{task.speed * in_all / task.total:,.0f} tokens/s" if task.speed and in_all else "")
+            in_all, speed = (tokens or {}).get(running, 0), estimate.per_second
+            return Text(f"{speed * in_all / task.total:,.0f} tokens/s" if speed and in_all and task.total else "")
 
+    class Left(ProgressColumn):
+        def render(self, task):
+            left = estimate.left
+            return Text("-:--:--" if left is None else str(timedelta(seconds=int(left))))
+
+    estimate, running, whole = Estimate(), "", 0
     console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Speed(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Speed(), Left())
     with Progress(*columns, console=console, disable=silent or not console.is_terminal, transient=True) as progress:
         task = progress.add_task(title, total=None)
 
         def step(done: int, total: int, what: str = "") -> None:
             # Another task starts its own bar, and with it its own estimate.
-            nonlocal running
+            nonlocal running, whole
             if what != running:
                 running = what
+                estimate.restart()
                 progress.reset(task)
+            whole = done
+            estimate.at(done, total)
             progress.update(task, completed=done, total=total, description=f"{title} {what}".strip())
 
-        running = ""
-        yield step
+        def inside(steps: float) -> None:
+            # Never back: parts of a step may each count from nothing.
+            if estimate.begun is not None and estimate.done < whole + steps <= estimate.total:
+                estimate.at(whole + steps, estimate.total)
+                progress.update(task, completed=whole + steps)
+
+        with contextlib.nullcontext() if progress.disable else listening(inside):
+            yield step

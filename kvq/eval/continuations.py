@@ -18,6 +18,7 @@ from kvq.eval.lm_head import Hidden, blocks, hidden_states, log_probabilities
 from kvq.eval.results_cache import Answers, item_name, packed_tensor, unpacked_tensor
 from kvq.eval.two_view import two_view
 from kvq.eval.two_view_attention import Schedule, can_share, reads_packed
+from kvq.models.decoder import telling
 from kvq.models.describe import describe
 
 _FORKS: "WeakKeyDictionary[PreTrainedModel, bool]" = WeakKeyDictionary()
@@ -147,7 +148,8 @@ def _score(rows: Sequence[Question], model, plan, mode: str, chunk: int) -> list
     if any(len(row.continuations) > 1 for row in rows):
         branches = Branches.of(contexts, [[len(own) - 1 for own in row.continuations] for row in rows])
     prompts = contexts if mode == "prefill" else None
-    with two_view(model, plan, mode, chunk=chunk, contexts=prompts, lengths=lengths, branches=branches):
+    view = two_view(model, plan, mode, chunk=chunk, contexts=prompts, lengths=lengths, branches=branches)
+    with telling(model, 1, sum(len(row.continuations) for row in rows)), view:
         hidden = hidden_states(model, tokens, None if branches is None else branches.positions)
     scores = (_row_scores(hidden, b, row, model, plan, mode, chunk) for b, row in enumerate(rows))
     return [own.to_data() for row in scores for own in row]

@@ -15,6 +15,7 @@ from kvq.cache import CachePlan
 from kvq.eval.lm_head import Hidden, blocks, hidden_states, log_probabilities
 from kvq.eval.results_cache import packed_tensor, unpacked_tensor
 from kvq.eval.two_view import two_view
+from kvq.models.decoder import telling
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,16 +81,17 @@ def score_windows(
     for start in range(0, len(windows.tokens), batch_size):
         batch = windows.tokens[start : start + batch_size]
         positions = None if windows.positions is None else windows.positions[start : start + batch_size]
-        plain = hidden_states(baseline or model, batch, positions)
-        found = {}
-        for name, plan in plans.items():
-            if late(len(found)):
-                break
-            if baseline is None and not (plan and plan.layers):
-                found[name] = plain
-                continue
-            with two_view(model, plan, mode, **settings) if plan else nullcontext():
-                found[name] = hidden_states(model, batch, positions)
+        with telling(model, len(plans) + (baseline is None), len(batch)):
+            plain = hidden_states(baseline or model, batch, positions)
+            found = {}
+            for name, plan in plans.items():
+                if late(len(found)):
+                    break
+                if baseline is None and not (plan and plan.layers):
+                    found[name] = plain
+                    continue
+                with two_view(model, plan, mode, **settings) if plan else nullcontext():
+                    found[name] = hidden_states(model, batch, positions)
         for row in range(len(batch)):
             first = windows.first[start + row]
             yield score_row(baseline or model, model, plain, found, batch[row], row, first, start + row)

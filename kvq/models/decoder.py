@@ -1,9 +1,14 @@
 """The part of a causal model that owns its decoder layers, whatever the family calls it."""
 
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from transformers import PreTrainedModel
 
 from kvq.models.describe import text_config
+from kvq.progress import is_heard, tell
 
 
 def decoder_of(model: PreTrainedModel) -> torch.nn.Module:
@@ -23,3 +28,21 @@ def decoder_layers(model: PreTrainedModel) -> torch.nn.ModuleList | None:
         if isinstance(module, torch.nn.ModuleList) and len(module) == count:
             return module
     return None
+
+
+@contextmanager
+def telling(model: PreTrainedModel, forwards: int, steps: int = 1) -> Iterator[None]:
+    """While it is open, every decoder layer that has run tells its share of ``forwards`` forwards, which are ``steps``
+    steps of the work that is shown (``kvq.progress``)."""
+    layers = decoder_layers(model) if is_heard() else None
+    ran = itertools.count(1)
+
+    def heard(module, args, output) -> None:
+        tell(steps * min(1.0, next(ran) / (forwards * len(layers))))
+
+    hooks = [layer.register_forward_hook(heard) for layer in layers or ()]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

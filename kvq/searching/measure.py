@@ -17,7 +17,7 @@ from kvq.cache import CachePlan
 from kvq.eval.likelihood import score_row
 from kvq.eval.lm_head import Hidden, hidden_states
 from kvq.eval.two_view import two_view
-from kvq.models.decoder import decoder_layers
+from kvq.models.decoder import decoder_layers, telling
 
 Name = TypeVar("Name", bound=Hashable)
 
@@ -130,7 +130,8 @@ class Probe:
 
     def damages(self, plans: Mapping[Name, CachePlan]) -> dict[Name, Damage]:
         """What each plan, of one layer, does to the model's next-token distributions."""
-        found = {name: self._variant(plan) for name, plan in plans.items()}
+        with telling(self.model, len(plans)):
+            found = {name: self._variant(plan) for name, plan in plans.items()}
         scores = score_row(self.model, self.model, self.exact, found, self.tokens[0], 0, 1, 0)
         kl = {name: float(own.kl.double().mean()) for name, own in scores.items()}
         flips = {name: 1 - float(own.agrees.double().mean()) for name, own in scores.items()}

@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 
 from kvq.errors import RecipeError
+from kvq.progress import tell
 from kvq.settings import check_seed, is_count
 from kvq.transforms.chain import Step
 from kvq.transforms.fit_data import FitData
@@ -174,6 +175,7 @@ def learn(spec: LearnedSpec, data: FitData) -> Learned:
         loss.backward()
         learnable.descend(cosine(count, steps))
         losses.append(float(loss.detach()))
+        tell((count + 1) / steps)
     return Learned(numbers=best, losses=losses, trials=trials)
 
 

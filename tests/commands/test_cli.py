@@ -1,8 +1,10 @@
 """The group itself: help, mistyped input, exit codes, and JSON that stays alone on stdout."""
 
 import errno
+import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,6 +15,7 @@ import torch
 
 from kvq.cli import COMMANDS
 from kvq.commands.common import Output, progress_bar
+from kvq.progress import is_heard, tell
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -107,6 +110,25 @@ def test_the_progress_bar_is_silent_without_a_terminal(capsys):
         for done in range(4):
             step(done, 3)
     assert capsys.readouterr() == ("", "")
+
+
+def test_the_progress_bar_moves_inside_a_step(monkeypatch):
+    """Time left and tokens/s are there before the first step is done, and it never goes back."""
+    terminal = io.StringIO()
+    monkeypatch.setattr(terminal, "isatty", lambda: True)
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    with progress_bar("Working", tokens={"": 4000}) as step:
+        step(0, 4)
+        time.sleep(0.1)
+        tell(0.25)
+        tell(0.1)
+    # A quarter of a step of 1,000 tokens in at least 0.1 s.
+    speeds = [int(found.replace(",", "")) for found in re.findall(r"([0-9,]+) tokens/s", terminal.getvalue())]
+    assert speeds
+    assert 0 < min(speeds) <= max(speeds) <= 2500
+    assert re.search(r"[0-9]+:[0-9]{2}:[0-9]{2}", terminal.getvalue())
+    assert not is_heard()
 
 
 def test_an_interrupt_is_one_line_and_130():
