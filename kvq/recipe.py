@@ -12,6 +12,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ class Recipe:
     paper: str = ""
 
     def __post_init__(self):
-        self._base()
+        base = self._base
         for pattern, override in self.layers.items():
             if not isinstance(pattern, str) or not _LAYER_PATTERN.match(pattern):
                 raise RecipeError(
@@ -59,8 +60,9 @@ class Recipe:
                         f"layers[{pattern!r}] gives heads transforms of their own, and the heads of a layer share "
                         f"them: write the pattern without heads, as {layers!r}."
                     )
-            self._overridden(self._base(), pattern, override)
+            self._overridden(base, pattern, override)
 
+    @cached_property
     def _base(self) -> HeadSpec:
         return HeadSpec(key=self.key, value=self.value, tokens=self.tokens, transforms=self.transforms)
 
@@ -91,7 +93,7 @@ class Recipe:
 
     def for_head(self, layer: int, head: int, num_layers: int) -> HeadSpec:
         """Return what KV head ``head`` of layer ``layer`` gets; later patterns win over earlier ones."""
-        spec = self._base()
+        spec = self._base
         for pattern, override in self.layers.items():
             layers, _, heads = pattern.partition("/")
             named = layer in _indices(layers, num_layers, pattern)
@@ -148,14 +150,14 @@ class Recipe:
     @property
     def is_bound_to_positions(self) -> bool:
         """True if some part is fitted to keys after RoPE, and so suits the positions of the calibration text alone."""
-        base = self._base()
+        base = self._base
         heads = [base, *(self._overridden(base, pattern, own) for pattern, own in self.layers.items())]
         return any(head.is_bound_to_positions for head in heads)
 
     @property
     def is_exact(self) -> bool:
         """True if nothing is quantized anywhere (the fp16 control)."""
-        return self._base().is_exact and not any("key" in o or "value" in o for o in self.layers.values())
+        return self._base.is_exact and not any("key" in o or "value" in o for o in self.layers.values())
 
     def override(self, settings: Mapping[str, Any]) -> "Recipe":
         """Return a copy with dotted settings replaced, e.g. ``{"key.bits": 4, "layers.0-1.key.bits": 8}``."""

@@ -208,6 +208,8 @@ def check_transforms(recipe: Recipe, model: ModelSpec) -> None:
         if spec.is_exact:
             continue
         _refuse_inexact(spec.transforms, model, layer.index)
+        if not any(getattr(spec.transforms, side) for side in SIDES):
+            continue
         found = describe_attention(model.config).get(layer.index)
         for side in SIDES if found else ():
             for step in getattr(spec.transforms, side):

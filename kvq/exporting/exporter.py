@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +109,6 @@ def export(
     _refuse_foreign_links(source)
     model_config = load_config(source)
     spec = describe(model_config)
-    check_whole(source, model_config)
     fingerprint = weights_fingerprint(source)
     loaded = stats if stats is None or isinstance(stats, Stats) else Stats.load(stats)
     if loaded is not None:
@@ -141,7 +141,8 @@ def export(
                 folds=folds,
                 check=None,
             )
-            job, counts, files = _write(job, to, folder, force, card, progress)
+            check = partial(check_whole, source, model_config)
+            job, counts, files = _write(job, to, folder, check, force, card, progress)
             if placed != source:
                 counts = {**counts, "linked": 0, "copied": counts["linked"] + counts["copied"]}
     except OSError as error:
@@ -162,14 +163,25 @@ def export(
 
 
 def _write(
-    job: Job, to: Target, folder: Path, force: bool, card: Callable[[str], str] | None, progress: Progress | None
+    job: Job,
+    to: Target,
+    folder: Path,
+    check: Callable[[], None],
+    force: bool,
+    card: Callable[[str], str] | None,
+    progress: Progress | None,
 ) -> tuple[Job, dict[str, int], tuple[str, ...]]:
-    """Write the folder; returns the job with the fingerprint of what was written, how weights came, and all files."""
+    """Write the folder; returns the job with the fingerprint of what was written, how weights came, and all files.
+
+    ``check`` refuses a checkpoint that does not hold what its config says.
+    """
     folds = job.folds.operations
-    # Before the long work, since it refuses what the target cannot express: cards read a check, so one is made up.
-    contents = {**job.companions, **to.contents(to, replace(job, check=_NO_CHECK_YET) if folds else job)}
     with whole_folder(folder, replace=force) as work:
         with placing_weights(to.weights(job.source), work, folds) as placed:
+            # While files are copied: what refuses the checkpoint, or what the target cannot express. Cards read the
+            # check of folds, which comes last, so one is made up.
+            check()
+            contents = {**job.companions, **to.contents(to, replace(job, check=_NO_CHECK_YET) if folds else job)}
             if folds:
                 job = replace(job, check=check_folds(job.source, folds, job.model.dtype, placed.put))
         if folds:

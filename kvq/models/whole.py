@@ -2,13 +2,12 @@
 
 from pathlib import Path
 
-import torch
 from transformers import PretrainedConfig
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
-from kvq.errors import CheckpointError
+from kvq.errors import CheckpointError, UnsupportedModelError
+from kvq.models.architecture import meta_model
 from kvq.models.names import TensorNames
-from kvq.models.skeleton import without_weights
 from kvq.models.stored import tensors_of
 
 
@@ -22,8 +21,8 @@ def check_whole(folder: Path, config: PretrainedConfig) -> None:
     if hasattr(config, "quantization_config") or any(map(get_checkpoint_conversion_mapping, kinds)):
         return
     try:
-        model = without_weights(config.get_text_config(), torch.float32)
-    except (ValueError, KeyError, TypeError, RuntimeError, ImportError, AttributeError):
+        model = meta_model(config.get_text_config())
+    except UnsupportedModelError:
         # What cannot be built here is described by its config alone, and refused where it is loaded.
         return
     stored = tensors_of(folder)
