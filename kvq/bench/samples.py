@@ -147,10 +147,7 @@ def _used(pages: Pages, lengths: list[int]):
 
 
 def _numbers(section: Section, layout: SideLayout, shape, spread: float, generator) -> torch.Tensor:
-    if layout.tiers:
-        own = layout.tiers[int(section.name[len("tier") : section.name.index("_")])]
-        assert own is not None, "slices without bits have no sections"
-        layout = own
+    layout = next(own.layout for own in layout.slices if own.layout and section.name.startswith(own.prefix))
     if section.name.endswith("meta_range"):
         return torch.rand(shape, generator=generator).half() * torch.tensor([-3.0, 0.01]).half()
     if section.name == "norm":

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 import kvq.cache.fused as fused
+from kvq.cache.reading import decoded, pages_with
 from kvq.cache.snapshot import Snapshot, View, group_rows
 from kvq.cache.store import HeadStore
 from kvq.kernels.cpp import launch
@@ -263,7 +264,7 @@ class _Segments:
         scores = self._finish(scores, offset + start, offset + stop)
         if "value" not in packed:
             return partial_attention(scores, lambda weights: weights @ self._exact("value", start, stop))
-        pages, first = self.store.pages(self.rows, start, stop)
+        pages, first = pages_with(self.store, self.rows, start, stop)
         pad = (start - first, -(stop - first) % pages.layout.page_tokens)
         codec = self.store.group.codecs["value"]
         return partial_attention(
@@ -278,14 +279,14 @@ class _Segments:
         if isinstance(frame, Frame) and self.q.shape[2] < frame.block:
             return self._framed_scores(frame, start, stop)
         if frame is not None:
-            keys = self.store.decoded("key", self.rows, start, stop, self.q.dtype)
+            keys = decoded(self.store, "key", self.rows, start, stop, self.q.dtype)
             return self.q @ keys.transpose(-1, -2)
-        pages, first = self.store.pages(self.rows, start, stop)
+        pages, first = pages_with(self.store, self.rows, start, stop)
         return self.store.group.codecs["key"].scores(pages, "key", self.q)[..., start - first : stop - first]
 
     def _framed_scores(self, frame: Frame, start: int, stop: int) -> torch.Tensor:
         """Few queries are turned for every block, instead of every key of it."""
-        pages, first = self.store.pages(self.rows, start, stop)
+        pages, first = pages_with(self.store, self.rows, start, stop)
         low = start // frame.block * frame.block
         keys = self.store.group.codecs["key"].dequantized(pages, "key", self.q.dtype)[:, :, low - first : stop - first]
         queries, bias = frame.queries(self.q, self.store.origins(self.rows, start, stop))

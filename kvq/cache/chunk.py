@@ -7,6 +7,7 @@ it, and the partial results merge by log-sum-exp. No score matrix is ever there,
 import torch
 
 from kvq.cache.fused_pack import pages_of
+from kvq.cache.reading import decoded, unframed
 from kvq.cache.snapshot import Snapshot, View, group_rows
 from kvq.cache.store import HeadStore
 from kvq.kernels.decode_attention.products import Partial
@@ -92,7 +93,7 @@ def unpacked(store: HeadStore, side: str, rows: list[int], start: int, stop: int
     """Packed body tokens [start, stop), [rows, kv_heads, stop - start, head_dim], as exact ones are, by the unpack
     kernel where it serves the codec."""
     if store.serving(dtype).no_unpack[side] is not None:
-        return store.decoded(side, rows, start, stop, torch.float32).to(dtype)
+        return decoded(store, side, rows, start, stop, torch.float32).to(dtype)
     framed = side == "key" and store.group.frame is not None
     first = start // store.group.layout.page_tokens
     begin = first * store.group.layout.page_tokens
@@ -101,7 +102,7 @@ def unpacked(store: HeadStore, side: str, rows: list[int], start: int, stop: int
     lengths = torch.full(shape[:1], stop, dtype=torch.int32, device=scratch.device)
     unpack_pages(pages_of(store, rows), side, lengths, scratch, first_page=first, impl="triton")
     numbers = scratch[:, :, start - begin :]
-    return store.left(numbers, rows, start, stop).to(dtype) if framed else numbers
+    return unframed(store, numbers, rows, start, stop).to(dtype) if framed else numbers
 
 
 def _merged(a: Partial, b: Partial) -> Partial:

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from kvq.cache.reading import stored_tokens
 from kvq.cache.snapshot import Snapshot, group_rows
 from kvq.cache.store import HeadStore
 
@@ -25,7 +26,7 @@ def dense(layer: Any, side: str, snapshots: list[Snapshot] | None) -> torch.Tens
             continue
         keys = list(zip(snapshot.before, snapshot.added)) if snapshot else [(n, 0) for n in store.stored]
         for rows in group_rows(keys):
-            found = store.chains[side].inverse(store.dequantized(side, rows, snapshot))
+            found = store.chains[side].inverse(stored_tokens(store, side, rows, snapshot))
             for j, b in enumerate(rows):
                 target = found[j] if layer.real is None else _scatter(found[j], layer.real[b].to(found.device))
                 out[b, own] = target
@@ -43,7 +44,7 @@ def _by_row(layer: Any, store: HeadStore, side: str, snapshot: Snapshot | None) 
         columns = torch.arange(layer.length) if layer.real is None else layer.real[b].nonzero().squeeze(1)
         if store.kept is not None:
             columns = columns[store.kept.seen(row, 0, count)]
-        found[b, heads, columns] = store.dequantized(side, [row], snapshot)[0].to(found).squeeze(0)
+        found[b, heads, columns] = stored_tokens(store, side, [row], snapshot)[0].to(found).squeeze(0)
         stored[b, heads, columns] = True
     return store.chains[side].inverse(found).masked_fill_(~stored.unsqueeze(-1), 0)
 

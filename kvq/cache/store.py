@@ -249,7 +249,7 @@ class HeadStore:
         size = self.group.layout.page_tokens
         stop = start + tokens.shape[2]
         if side == "key" and self.group.frame is not None:
-            tokens = self.group.frame.enter(tokens, self._origins(rows, start, stop))
+            tokens = self.group.frame.enter(tokens, self.origins_by_token(rows, start, stop))
         self.tables.grow(rows, -(-stop // size))
         serving = self.serving(tokens.dtype)
         if serving.no_pack[side] is None:
@@ -272,17 +272,11 @@ class HeadStore:
         every = [self.positions.of([b], 0, self.seen[row])[0] for b, row in zip(sequences, rows)]
         return torch.stack([own[self.kept.seen(row, start, stop)[::block]] for own, row in zip(every, rows)])
 
-    def _origins(self, rows: list[int], start: int, stop: int) -> torch.Tensor:
+    def origins_by_token(self, rows: list[int], start: int, stop: int) -> torch.Tensor:
         """Origins by token, [rows, stop - start]."""
         block = self.group.frame.block
         skipped = start % block
         return self.origins(rows, start, stop).repeat_interleave(block, dim=1)[:, skipped : skipped + stop - start]
-
-    def left(self, keys: torch.Tensor, rows: list[int], start: int, stop: int) -> torch.Tensor:
-        """Decoded keys of body tokens [start, stop), [rows, kv_heads, tokens, head_dim], where exact ones stand."""
-        if self.group.frame is None:
-            return keys
-        return self.group.frame.leave(keys, self._origins(rows, start, stop))
 
     def ensure_pages(self, needed: Sequence[int]) -> None:
         """Take pages until every row has as many as ``needed`` says."""
@@ -364,42 +358,6 @@ class HeadStore:
             if side in self.sinks:
                 self.sinks[side] = self.sinks[side].index_select(0, index.to(self.sinks[side].device))
 
-    def dequantized(self, side: str, rows: list[int], snapshot: Snapshot | None = None) -> torch.Tensor:
-        """All stored tokens of rows of equal length, [len(rows), heads, tokens, head_dim], packed ones decoded; in
-        the basis of the group's transforms.
-
-        With a snapshot, as its queries see them; without, as they are stored.
-        """
-        self.settle()
-        row = rows[0]
-        count, done = self.stored[row], self.packed[side][row]
-        if snapshot is not None and snapshot.added[row]:
-            count, done = snapshot.before[row] + snapshot.added[row], snapshot.views[row][0].packed[side]
-        exact = max(0, count - self.group.sinks) - done
-        if snapshot is None:
-            tail = self.tails[side].last(rows, exact)
-        else:
-            tail = snapshot.exact[side]
-            tail = tail[rows][:, :, tail.shape[2] - exact :]
-        parts = [self.sinks[side][rows][:, :, : min(count, self.group.sinks)]] if side in self.sinks else []
-        if done:
-            parts.append(self.decoded(side, rows, 0, done, _compute_dtype(tail.dtype)).to(tail.dtype))
-        return torch.cat([*parts, tail], dim=2)
-
-    def decoded(self, side: str, rows: list[int], start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
-        """Packed body tokens [start, stop) of rows, [len(rows), kv_heads, stop - start, head_dim], as exact ones are:
-        in the basis of the group's transforms, keys after the rotary embedding."""
-        pages, first = self.pages(rows, start, stop)
-        numbers = self.group.codecs[side].dequantized(pages, side, dtype)[:, :, start - first : stop - first]
-        return self.left(numbers, rows, start, stop) if side == "key" else numbers
-
-    def pages(self, rows: list[int], start: int, stop: int) -> tuple[Pages, int]:
-        """The pages that hold body tokens [start, stop) of rows, and the first body token in them."""
-        size = self.group.layout.page_tokens
-        first, last = start // size, -(-stop // size)
-        ids = [self.tables.rows[row][first:last] for row in rows]
-        return Pages(pool=self.pool, ids=ids, tokens=None if self.pool.owned else stop - first * size), first * size
-
     @property
     def nbytes(self) -> int:
         """Every byte held: pages (free ones included), sinks and exact windows."""
@@ -426,7 +384,3 @@ def _counted(before: list[int], length: int, valid: torch.Tensor | None) -> torc
     if valid is None:
         return start + torch.arange(length)
     return start + (valid.cpu().long().cumsum(1) - 1).clamp(min=0)
-
-
-def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    return dtype if dtype == torch.float64 else torch.float32

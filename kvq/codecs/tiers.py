@@ -17,7 +17,7 @@ from kvq.codecs.spec import BLOCK_TOKENS, CodecSpec, register_codec
 from kvq.errors import RecipeError
 from kvq.pages.affine import tiered
 from kvq.pages.bits import pack_codes
-from kvq.pages.layout import ATOM, Section, SideLayout
+from kvq.pages.layout import ATOM, SideLayout, sliced_layout
 from kvq.pages.pages import Encoded
 from kvq.pages.view import Slice, View
 from kvq.settings import check_choice, is_one_of
@@ -51,45 +51,26 @@ class TiersCodec(Codec):
         return self.group
 
     @cached_property
-    def tiers(self) -> tuple[tuple[str, slice, AffineCodec], ...]:
-        """Name, channels and codec of every tier that is stored."""
-        width = self.head_dim // len(self.bits)
-        clips = self.clip or (1.0,) * len(self.bits)
+    def codecs(self) -> tuple[AffineCodec | None, ...]:
+        """By tier; None where nothing is stored."""
+        width, clips = self.head_dim // len(self.bits), self.clip or (1.0,) * len(self.bits)
+        settings = {"axis": "channel", "group": self.group, "head_dim": width, "meta": self.meta}
         return tuple(
-            (
-                f"tier{i}",
-                slice(i * width, (i + 1) * width),
-                AffineCodec(bits=bits, axis="channel", group=self.group, head_dim=width, meta=self.meta, clip=clip),
-            )
-            for i, (bits, clip) in enumerate(zip(self.bits, clips))
-            if bits
+            AffineCodec(bits=bits, clip=clip, **settings) if bits else None for bits, clip in zip(self.bits, clips)
         )
 
     def layout(self, page_tokens: int) -> SideLayout:
         """Every tier has its words in a section, one row per block, and its metadata in others."""
-        extras, inners = [], {name: codec.layout(self.group) for name, _, codec in self.tiers}
-        for name, inner in inners.items():
-            extras.append(Section(name=f"{name}_words", shape=inner.words_shape, dtype="int16", tokens=self.group))
-            extras += [
-                Section(name=f"{name}_{s.name}", shape=s.shape, dtype=s.dtype, tokens=s.tokens) for s in inner.sections
-            ]
-        return SideLayout(
-            format="sections",
-            bits=0,
-            head_dim=self.head_dim,
-            page_tokens=page_tokens,
-            meta_terms=0,
-            extras=tuple(extras),
-            tiers=tuple(inners.get(f"tier{i}") for i in range(len(self.bits))),
-        )
+        return sliced_layout([codec and codec.layout(self.group) for codec in self.codecs], page_tokens)
 
     def encode(self, x: torch.Tensor) -> Encoded:
         """Encode x [..., K, T, head_dim], whole blocks; codes are empty, everything lies in sections."""
         sections = {}
-        for name, channels, codec in self.tiers:
-            encoded = codec.encode(x[..., channels])
-            sections[f"{name}_words"] = pack_codes(encoded.codes, codec.layout(self.group))
-            sections |= {f"{name}_{part}": numbers for part, numbers in encoded.sections.items()}
+        for part, codec in zip(self.layout(self.group).slices, self.codecs):
+            if codec is not None:
+                encoded = codec.encode(x[..., part.first : part.first + part.channels])
+                own = {"words": pack_codes(encoded.codes, part.layout), **encoded.sections}
+                sections |= {f"{part.prefix}{name}": numbers for name, numbers in own.items()}
         return Encoded(codes=x.new_empty(*x.shape[:-1], 0, dtype=torch.uint8), sections=sections)
 
     def decode(self, encoded: Encoded, dtype: torch.dtype) -> torch.Tensor:
@@ -98,8 +79,9 @@ class TiersCodec(Codec):
 
     def view(self, page_tokens: int) -> View:
         parts = (
-            Slice(layout=codec.layout(self.group), prefix=f"{name}_", first=channels.start, clip=codec.clip)
-            for name, channels, codec in self.tiers
+            Slice(layout=part.layout, prefix=part.prefix, first=part.first, clip=codec.clip)
+            for part, codec in zip(self.layout(page_tokens).slices, self.codecs)
+            if codec is not None
         )
         return View(slices=tuple(parts), encoding="minmax")
 

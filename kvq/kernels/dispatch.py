@@ -93,7 +93,7 @@ def why_no_attention(layout: PageLayout) -> str | None:
     """Why the decode kernel does not read a page layout, or None."""
     reason = why_no_layout(layout)
     for name in ("key", "value"):
-        for side in layout.side(name).tiers or (layout.side(name),):
+        for side in (part.layout for part in layout.side(name).slices):
             if side is not None and side.meta is not None and side.axis == "channel":
                 block = min(side.rows, side.group)
                 if block < SMALLEST_BLOCK:
@@ -114,7 +114,7 @@ def why_no_side(side: SideLayout) -> str | None:
         return "permuted channels"
     if side.head_dim > LARGEST_HEAD:
         return f"head_dim {side.head_dim}, more than {LARGEST_HEAD}"
-    for piece in (tier for tier in side.tiers or (side,) if tier is not None):
+    for piece in (part.layout for part in side.slices if part.layout is not None):
         reason = _why_no_groups(piece)
         if reason is not None:
             return reason

@@ -93,17 +93,15 @@ class Side:
 
 def side_of(layout: SideLayout, name: str, places: Mapping[tuple[str, str], Place]) -> Side:
     """Read a side's numbers off its layout; ``places`` are those of the record, ``name`` is key or value."""
+    own = {part: place for (side, part), place in places.items() if side == name}
+    slices = [
+        _not_stored(layout, part.first, part.channels)
+        if part.layout is None
+        else _in_one_piece(part.layout, part.own(own), layout, part.first)
+        for part in layout.slices
+    ]
     if not layout.tiers:
-        return _in_one_piece(layout, {part: place for (side, part), place in places.items() if side == name}, layout)
-    width = layout.head_dim // len(layout.tiers)
-    slices = []
-    for i, tier in enumerate(layout.tiers):
-        first, prefix = i * width, f"tier{i}_"
-        if tier is None:
-            slices.append(_not_stored(layout, first, width))
-        else:
-            own = {part.removeprefix(prefix): p for (s, part), p in places.items() if s == name and prefix in part}
-            slices.append(_in_one_piece(tier, own, layout, first))
+        return slices[0]
     stored = [own for own in slices if own.kind != "none"]
     assert all(own.by_channel for own in stored), "tiers are coded along the channel axis"
     # What a tile must respect is that of the slice with the fewest rows.

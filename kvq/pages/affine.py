@@ -91,9 +91,9 @@ def tiered(sections: Mapping[str, torch.Tensor], layout: SideLayout, dtype: torc
     A slice that is not stored is zero.
     """
     found = {}
-    for i, tier in enumerate(layout.tiers):
-        if tier is not None:
-            own = {name: sections[f"tier{i}_{name}"] for name in ("words", *(part.name for part in tier.sections))}
-            found[i] = scaled(unpack_codes(own["words"], tier), own, tier, dtype)
+    for part in layout.slices:
+        if part.layout is not None:
+            own = part.own(sections)
+            found[part.first] = scaled(unpack_codes(own["words"], part.layout), own, part.layout, dtype)
     empty = torch.zeros_like(next(iter(found.values())))
-    return torch.cat([found.get(i, empty) for i in range(len(layout.tiers))], dim=-1)
+    return torch.cat([found.get(part.first, empty) for part in layout.slices], dim=-1)

@@ -49,8 +49,10 @@ Codecs that are wrapped add sections of these names, on the side that they wrap 
 
 import itertools
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 SIDES = ("key", "value")
 ATOM = 16
@@ -107,7 +109,7 @@ class SideLayout:
     permuted      stored channels are not the model's: they have changed places among the heads.
     extras        sections beside ``meta``.
     tiers         format ``sections`` of equal slices of channels, in order: the layout of one block of each, or None
-                  where nothing is stored. Slice i has its words and sections in ``extras``, named ``tier<i>_<name>``.
+                  where nothing is stored. What is stored of them lies in ``extras`` (``slices``).
     """
 
     format: str
@@ -131,6 +133,17 @@ class SideLayout:
             assert self.page_tokens % self.parts == 0, self
         if self.meta is not None:
             assert (self.head_dim if self.axis == "token" else self.page_tokens) % self.group == 0, self
+
+    @property
+    def slices(self) -> tuple["ChannelSlice", ...]:
+        """The side's channels, in order, in parts that are stored alike; of a side in one piece, the side itself."""
+        if not self.tiers:
+            return (ChannelSlice(layout=self, first=0, channels=self.head_dim, prefix=""),)
+        width = self.head_dim // len(self.tiers)
+        return tuple(
+            ChannelSlice(layout=tier, first=i * width, channels=width, prefix=f"tier{i}_")
+            for i, tier in enumerate(self.tiers)
+        )
 
     @property
     def chunks(self) -> int:
@@ -218,6 +231,45 @@ class SideLayout:
 
 def _aligned(size: int, step: int) -> int:
     return -(-size // step) * step
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChannelSlice:
+    """Channels [first, first + channels) of a head, which one grid stores.
+
+    layout   of a page, or of one block where a side has several slices; None: not stored, the channels are zero.
+    prefix   of the names of its words and sections in the page.
+    """
+
+    layout: SideLayout | None
+    first: int
+    channels: int
+    prefix: str
+
+    def own(self, parts: Mapping[str, Any]) -> dict[str, Any]:
+        """What belongs to it of a side's words and sections, by its layout's own names."""
+        return {name.removeprefix(self.prefix): part for name, part in parts.items() if name.startswith(self.prefix)}
+
+
+def sliced_layout(blocks: Sequence[SideLayout | None], page_tokens: int) -> SideLayout:
+    """Equal slices of channels, each stored as the layout of a block of it says, or not at all: every slice has its
+    words in a section, one row a block, and its metadata in others."""
+    stored = [block for block in blocks if block is not None]
+    layout = SideLayout(
+        format="sections",
+        bits=0,
+        head_dim=stored[0].head_dim * len(blocks),
+        page_tokens=page_tokens,
+        meta_terms=0,
+        tiers=tuple(blocks),
+    )
+    extras = []
+    for part in layout.slices:
+        if part.layout is not None:
+            block, shape = part.layout.page_tokens, part.layout.words_shape
+            extras.append(Section(name=f"{part.prefix}words", shape=shape, dtype="int16", tokens=block))
+            extras += [replace(section, name=f"{part.prefix}{section.name}") for section in part.layout.sections]
+    return replace(layout, extras=tuple(extras))
 
 
 @dataclass(frozen=True, kw_only=True)

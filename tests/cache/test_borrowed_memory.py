@@ -7,6 +7,7 @@ from kvq.cache.attend import Options, attend
 from kvq.cache.fused import Steps
 from kvq.cache.page_tables import PageTables
 from kvq.cache.plan import make_plan
+from kvq.cache.reading import stored_tokens
 from kvq.cache.store import HeadStore
 from kvq.calib.artefacts import stand_in_artefacts
 from kvq.errors import CacheError
@@ -64,7 +65,7 @@ def steps(store, seed: int, impl: str) -> list[torch.Tensor]:
         # A prompt attends to itself.
         if count == 1:
             found.append(attend(store, snapshot, q, None, None, options, shared))
-    found += [store.dequantized(side, [row]) for side in SIDES for row in range(ROWS)]
+    found += [stored_tokens(store, side, [row]) for side in SIDES for row in range(ROWS)]
     return found
 
 
@@ -92,7 +93,7 @@ def test_other_tables_give_other_numbers_and_a_full_table_is_an_error(group):
     good = steps(users[0], 0, "reference")
     table = users[0].tables.rows[0]
     table[0], table[1] = table[1], table[0]
-    assert not torch.equal(users[0].dequantized("key", [0]), good[-4])
+    assert not torch.equal(stored_tokens(users[0], "key", [0]), good[-4])
     users[1].tables.rows = [table[:1] for table in users[1].tables.rows]
     with pytest.raises(CacheError, match="cannot allocate pages in borrowed memory"):
         steps(users[1], 1, "reference")

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from kvq.cache.plan import make_plan
+from kvq.cache.reading import pages_with, stored_tokens
 from kvq.cache.store import HeadStore
 from kvq.calib.artefacts import stand_in_artefacts
 from kvq.errors import CacheError
@@ -103,7 +104,7 @@ def state(store, row):
     for side in ("key", "value"):
         done = store.packed[side][row]
         if done:
-            pages, _ = store.pages([row], 0, done)
+            pages, _ = pages_with(store, [row], 0, done)
             found[side, "codes"] = pages.codes(side)[0, :, :done]
             found[side, "numbers"] = store.group.codecs[side].dequantized(pages, side, torch.float32)[0, :, :done]
         found[side, "tail"] = store.tails[side].last([row], body - done)[0] if body > done else torch.empty(0)
@@ -326,7 +327,7 @@ def test_keys_before_rope_keep_the_positions_they_were_given(tiny_config):
     codec = group.codecs["key"]
     decoded = codec.decode(codec.encode(x["key"][:, :, start : start + packed]), torch.float32)
     expected = group.frame.leave(decoded, positions[:, start : start + packed])
-    found = store.dequantized("key", [0, 1])[:, :, start : start + packed]
+    found = stored_tokens(store, "key", [0, 1])[:, :, start : start + packed]
     # Taking a key back from its position rounds, so a number at the edge of two codes may change its code.
     gap = (found - expected).abs().amax(-1)
     assert (gap < 1e-4).double().mean() > 0.97

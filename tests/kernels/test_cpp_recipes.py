@@ -9,6 +9,7 @@ import torch
 from kvq.cache.attend import Options, attend
 from kvq.cache.fused import Steps
 from kvq.cache.plan import HeadGroup, make_plan
+from kvq.cache.reading import decoded, stored_tokens
 from kvq.cache.serving import serving_of
 from kvq.cache.store import HeadStore
 from kvq.calib.artefacts import stand_in_artefacts
@@ -151,10 +152,10 @@ def exact_attention(store, snapshot, q: torch.Tensor, row: int) -> torch.Tensor:
     """In float64 over the numbers that the row's pages, sinks and window stand for."""
     seen = []
     for side in SIDES:
-        numbers, sinks = store.dequantized(side, [row], snapshot).double(), store.group.sinks
+        numbers, sinks = stored_tokens(store, side, [row], snapshot).double(), store.group.sinks
         if done := store.group.rules[side].seen(snapshot.before[row]):
             # Decoded without the rounding to the tokens' own dtype.
-            numbers[:, :, sinks : sinks + done] = store.decoded(side, [row], 0, done, torch.float64)
+            numbers[:, :, sinks : sinks + done] = decoded(store, side, [row], 0, done, torch.float64)
         seen.append(numbers.unsqueeze(2))
     scores = q[row : row + 1].double() @ seen[0].transpose(-1, -2) * 0.125
     return scores.softmax(-1) @ seen[1]
