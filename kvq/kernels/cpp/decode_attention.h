@@ -1,12 +1,13 @@
 // One softmax over sinks | packed pages | exact tokens for the queries of every sequence and KV head. The tokens of a
-// sequence are cut into splits, every split keeps a running maximum and sum (FlashDecoding), and splits are merged. A
-// page is unpacked into a buffer that fits the first cache, keys first and then values in their place.
+// sequence are cut into splits, every split keeps a running maximum and sum (FlashDecoding), and splits are merged. Codes
+// are multiplied as they lie in pages where that says all of their numbers; else a page is unpacked into a buffer that fits
+// the first cache, keys first and then values in their place.
 #pragma once
 #include <atomic>
 #include <vector>
 
+#include "codes.h"
 #include "frame.h"
-#include "pages.h"
 
 namespace kvq {
 
@@ -31,6 +32,7 @@ struct Attention {
   const T *q, *sink_logits, *bias;
   T softcap;
   Frame<T> frame;
+  bool folds_keys, folds_values;
   T *tops, *sums, *accs;
   int64_t M() const { return G * L; }
 };
@@ -54,7 +56,7 @@ void products(const T* q, const T* keys, int64_t count, int64_t D, int64_t room,
     }
     // Rows have room for whole vectors, so scores beyond ``count`` may be written.
     unroll<R>([&](auto m) {
-      for (int j = 0; j < 4; ++j) scores[m * room + t + j] = sum<T, N>(dots[m][j]);
+      for (int j = 0; j < 4; ++j) scores[m * room + t + j] = sum<T>(dots[m][j]);
     });
   }
 }
@@ -89,24 +91,34 @@ void add_weighted(const T* weights, int64_t room, const T* values, int64_t count
 template <class T>
 struct Workspace {
   std::vector<T> memory;
-  T *q, *numbers, *steps, *minima, *scores, *factors;
+  T *q, *numbers, *scores, *factors;
   Turned<T> turned;
+  Folded<T> folded;
   // Tokens that ``factors`` belong to, the first of those at hand.
   int64_t room, scaled;
 
   void reserve(const Attention<T>& a) {
-    constexpr int64_t N = kLanes<T>;
-    const int64_t tokens = std::max({a.page_tokens, a.sink_keys.count, int64_t{4}});
-    // Scores are written four at a time, from any token on.
+    constexpr int64_t N = kLanes<T>, kRows = Turned<T>::kRows;
+    const int64_t tokens = std::max({a.page_tokens, a.sink_keys.count, int64_t{4}}), M = a.M(), D = a.D;
+    // Scores are written four at a time, from any token on, or by whole vectors.
     room = (tokens + 3 + N - 1) / N * N;
-    const int64_t pairs = (std::max(a.key.pairs(), a.value.pairs()) + N - 1) / N * N;
-    const int64_t turns = Turned<T>::room(a.M(), a.D);
-    memory.resize(a.M() * a.D + room * a.D + 2 * pairs + (a.M() + 1) * room + turns + N);
+    const bool turns = a.frame.block && !a.frame.turns_keys;
+    const int64_t rows = turns ? a.page_tokens / a.frame.block * M : 0;
+    const int64_t pairs = std::max({a.key.pairs(), a.value.pairs(), a.page_tokens}), groups = D / kAtom;
+    // Spans of tokens that share folded queries: whole blocks of a frame, groups of tokens.
+    const int64_t spans = a.folds_keys ? a.page_tokens / a.key.span(turns ? a.frame.block : a.page_tokens) : 0;
+    const std::pair<T**, int64_t> parts[] = {
+        {&q, M * D}, {&numbers, room * D}, {&scores, M * room}, {&factors, room},
+        {&turned.q, rows * D}, {&turned.swapped, (M + 1) * D}, {&turned.part, std::max(rows, kRows) * D},
+        {&turned.bias, rows}, {&folded.steps, pairs}, {&folded.minima, pairs},
+        {&folded.queries, std::max<int64_t>(spans, 1) * M * D}, {&folded.bases, spans * M},
+        {&folded.sums, room * 4 * N}, {&folded.weights, groups * M * room}, {&folded.shares, groups * M}};
+    int64_t total = N;
+    for (const auto& [at, count] : parts) total += (count + N - 1) / N * N;
+    memory.resize(total);
     const uintptr_t start = reinterpret_cast<uintptr_t>(memory.data());
-    q = reinterpret_cast<T*>((start + kVectorBytes - 1) / kVectorBytes * kVectorBytes);
-    numbers = q + a.M() * a.D, steps = numbers + room * a.D, minima = steps + pairs, scores = minima + pairs;
-    factors = scores + a.M() * room;
-    turned.take(factors + room, a.M(), a.D);
+    T* next = reinterpret_cast<T*>((start + kVectorBytes - 1) / kVectorBytes * kVectorBytes);
+    for (const auto& [at, count] : parts) *at = next, next += (count + N - 1) / N * N;
   }
 };
 
@@ -145,7 +157,7 @@ void soften(const Attention<T>& a, int64_t b, int64_t first, int64_t count, Work
     }
     const T shrink = std::exp(top[m] - highest);
     top[m] = highest;
-    sum_of[m] = sum_of[m] * shrink + sum<T, N>(total);
+    sum_of[m] = sum_of[m] * shrink + sum<T>(total);
     if (shrink != 1) {
       for (int64_t d = 0; d < a.D; ++d) acc[m * a.D + d] *= shrink;
     }
@@ -179,67 +191,96 @@ void score(const Attention<T>& a, const T* q, int64_t first, int64_t last, Works
   });
 }
 
-// Let the queries see ``count`` more tokens from position ``first``; score_keys fills w.scores, read_values w.numbers.
-template <class T, class Keys, class Values>
-void take(const Attention<T>& a, int64_t b, int64_t first, int64_t count, Workspace<T>& w, T* top, T* sum_of, T* acc,
-          Keys&& score_keys, Values&& read_values) {
-  w.scaled = 0;
-  score_keys();
-  scale_tokens(a, w);
-  soften(a, b, first, count, w, top, sum_of, acc);
-  w.scaled = 0;
-  read_values();
-  scale_tokens(a, w);
+// acc += weights of tokens [first, last) of w.numbers.
+template <class T>
+void add(const Attention<T>& a, int64_t first, int64_t last, Workspace<T>& w, T* acc) {
   by_queries(a.M(), [&](int64_t m, auto R) {
-    add_weighted<R>(w.scores + m * w.room, w.room, w.numbers, count, a.D, acc + m * a.D);
+    add_weighted<R>(w.scores + m * w.room + first, w.room, w.numbers + first * a.D, last - first, a.D, acc + m * a.D);
   });
 }
 
-// One side of page ``p`` as the queries see it: ``packed`` tokens from the page, the others exact.
+// One side of a page for a head, its first ``packed`` tokens packed.
 template <class T>
-void read_side(const Attention<T>& a, const Side& side, const Tokens& exact, int64_t b, int64_t k, int64_t p,
-               int64_t packed, int64_t offset, int64_t count, Workspace<T>& w) {
-  const int64_t first = p * a.page_tokens, from = std::clamp<int64_t>(packed - first, 0, count);
-  if (from) {
-    uint8_t* page = a.pool + a.table[b * a.pages + p] * a.stride;
-    const Record record{page + k * a.record, page + a.K * a.record, k};
-    read_page(side, record, w.steps, w.minima, w.numbers);
-    if (read_factors(side, record, w.factors)) w.scaled = from;
-    if (side.has_terms()) {
-      scale_numbers(a, w);
-      if (side.rank) add_low_rank(side, record, w.numbers);
-      if (side.outliers) add_outliers(side, record, w.numbers);
-    }
-  }
-  copy_tokens(exact, b, k, first, offset, from, count, a.D, w.numbers);
+Record record_of(const Attention<T>& a, int64_t b, int64_t k, int64_t p) {
+  uint8_t* page = a.pool + a.table[b * a.pages + p] * a.stride;
+  return {page + k * a.record, page + a.K * a.record, k};
 }
 
-// Scores of page ``p``, whose first ``packed`` tokens stand in the frame: every block of them has queries of its own, or its
-// keys leave the frame.
+// Page ``p`` will be read, or the exact tokens where it would be.
 template <class T>
-void score_page(const Attention<T>& a, int64_t b, int64_t k, int64_t p, int64_t packed, int64_t count, Workspace<T>& w) {
-  const Frame<T>& frame = a.frame;
-  const int64_t block = b * frame.blocks + p * a.page_tokens / std::max<int64_t>(frame.block, 1);
-  if (!frame.block) packed = 0;
-  if (frame.turns_keys) {
+void fetch(const Attention<T>& a, int64_t b, int64_t k, int64_t p) {
+  const int32_t* n = a.counts + b * kCounts;
+  if (p * a.page_tokens >= std::max(n[kPackedKeys], n[kPackedValues])) return;
+  const Record record = record_of(a, b, k, p);
+  prefetch(record.own, a.record);
+}
+
+// Numbers of a record's first ``packed`` tokens, which factors of w.factors are still to be multiplied with.
+template <class T>
+void read_numbers(const Attention<T>& a, const Side& side, Record record, int64_t packed, Workspace<T>& w) {
+  read_page(side, record, w.folded.steps, w.folded.minima, w.numbers);
+  if (read_factors(side, record, w.factors)) w.scaled = packed;
+  if (side.has_terms()) {
     scale_numbers(a, w);
-    for (int64_t t = 0; t < packed; t += frame.block) {
-      const int64_t own = std::min(frame.block, packed - t);
-      leave(frame, block + t / frame.block, k, own, a.D, w.numbers + t * a.D, w.turned);
-    }
-    packed = 0;
+    if (side.rank) add_low_rank(side, record, w.numbers);
+    if (side.outliers) add_outliers(side, record, w.numbers);
   }
-  for (int64_t t = 0; t < packed; t += frame.block) {
-    const int64_t last = std::min(t + frame.block, packed);
-    turn_queries(frame, block + t / frame.block, k, w.q, a.M(), a.D, w.turned);
-    score(a, w.turned.q, t, last, w);
+}
+
+// Scores of a page's first ``packed`` tokens, where exact keys stand or as their frame says.
+template <class T>
+void score_packed(const Attention<T>& a, int64_t b, int64_t k, int64_t p, int64_t packed, Workspace<T>& w) {
+  const Frame<T>& frame = a.frame;
+  const Record record = record_of(a, b, k, p);
+  const int64_t block = frame.block ? b * frame.blocks + p * a.page_tokens / frame.block : 0;
+  const bool turns = frame.block && !frame.turns_keys;
+  if (turns) turn_queries(frame, block, (packed + frame.block - 1) / frame.block, k, w.q, a.M(), a.D, w.turned);
+  const T* q = turns ? w.turned.q : w.q;
+  const int64_t span = turns ? frame.block : a.page_tokens;
+  if (a.folds_keys) {
+    score_page_codes(a.key, record, q, span, a.M(), packed, w.room, w.scores, w.folded);
+    if (read_factors(a.key, record, w.factors)) w.scaled = packed;
+  } else {
+    read_numbers(a, a.key, record, packed, w);
+    if (frame.turns_keys) scale_numbers(a, w);
+    for (int64_t t = 0; t < packed; t += span) {
+      const int64_t last = std::min(t + span, packed);
+      if (frame.turns_keys) {
+        for (int64_t i = t; i < last; i += frame.block) {
+          leave(frame, block + i / frame.block, k, std::min(frame.block, last - i), a.D, w.numbers + i * a.D, w.turned);
+        }
+      }
+      score(a, q + t / span * a.M() * a.D, t, last, w);
+    }
+  }
+  scale_tokens(a, w);
+  w.scaled = 0;
+  if (!turns || !frame.mean) return;
+  for (int64_t t = 0; t < packed; t += span) {
+    const int64_t last = std::min(t + span, packed);
     for (int64_t m = 0; m < a.M(); ++m) {
-      T* scores = w.scores + m * w.room;
-      for (int64_t i = t; i < last; ++i) scores[i] = scores[i] * (w.scaled ? w.factors[i] : T(1)) + w.turned.bias[m];
+      const T bias = w.turned.bias[t / span * a.M() + m];
+      for (int64_t i = t; i < last; ++i) w.scores[m * w.room + i] += bias;
     }
   }
-  if (packed) w.scaled = 0;
-  if (packed < count) score(a, w.q, packed, count, w);
+}
+
+// acc += weights of a page's first ``packed`` tokens.
+template <class T>
+void add_packed(const Attention<T>& a, int64_t b, int64_t k, int64_t p, int64_t packed, Workspace<T>& w, T* acc) {
+  const Record record = record_of(a, b, k, p);
+  if (a.folds_values) {
+    if (read_factors(a.value, record, w.factors)) w.scaled = packed;
+  } else {
+    read_numbers(a, a.value, record, packed, w);
+  }
+  scale_tokens(a, w);
+  w.scaled = 0;
+  if (a.folds_values) {
+    add_page_codes(a.value, record, w.scores, a.M(), w.room, packed, acc, w.folded);
+  } else {
+    add(a, 0, packed, w, acc);
+  }
 }
 
 template <class T>
@@ -252,24 +293,32 @@ void attend_split(const Attention<T>& a, int64_t b, int64_t k, int64_t split, Wo
   if (a.frame.block) swap_pairs(a.frame, w.q, M, D, w.turned);
   const int64_t body = n[kBody], sinks = n[kSinks];
   if (split == 0 && sinks) {
-    take(a, b, 0, sinks, w, top, sum_of, acc,
-         [&] {
-           copy_tokens(a.sink_keys, b, k, 0, 0, 0, sinks, D, w.numbers);
-           score(a, w.q, 0, sinks, w);
-         },
-         [&] { copy_tokens(a.sink_values, b, k, 0, 0, 0, sinks, D, w.numbers); });
+    copy_tokens(a.sink_keys, b, k, 0, 0, 0, sinks, D, w.numbers);
+    score(a, w.q, 0, sinks, w);
+    soften(a, b, 0, sinks, w, top, sum_of, acc);
+    copy_tokens(a.sink_values, b, k, 0, 0, 0, sinks, D, w.numbers);
+    add(a, 0, sinks, w, acc);
   }
   // Pages before every query's window are not read.
   const int64_t hidden = a.window ? std::max<int64_t>(0, n[kPosition] + 1 - a.window - sinks) : 0;
   const int64_t start = hidden / a.page_tokens, pages = (body + a.page_tokens - 1) / a.page_tokens - start;
+  fetch(a, b, k, start + pages * split / a.splits);
   for (int64_t p = start + pages * split / a.splits; p < start + pages * (split + 1) / a.splits; ++p) {
     const int64_t first = p * a.page_tokens, count = std::min(a.page_tokens, body - first);
-    take(a, b, sinks + first, count, w, top, sum_of, acc,
-         [&] {
-           read_side(a, a.key, a.keys, b, k, p, n[kPackedKeys], n[kKeyOffset], count, w);
-           score_page(a, b, k, p, std::clamp<int64_t>(n[kPackedKeys] - first, 0, count), count, w);
-         },
-         [&] { read_side(a, a.value, a.values, b, k, p, n[kPackedValues], n[kValueOffset], count, w); });
+    fetch(a, b, k, p + 1);
+    const int64_t keys = std::clamp<int64_t>(n[kPackedKeys] - first, 0, count);
+    const int64_t values = std::clamp<int64_t>(n[kPackedValues] - first, 0, count);
+    if (keys) score_packed(a, b, k, p, keys, w);
+    if (keys < count) {
+      copy_tokens(a.keys, b, k, first, n[kKeyOffset], keys, count, D, w.numbers);
+      score(a, w.q, keys, count, w);
+    }
+    soften(a, b, sinks + first, count, w, top, sum_of, acc);
+    if (values) add_packed(a, b, k, p, values, w, acc);
+    if (values < count) {
+      copy_tokens(a.values, b, k, first, n[kValueOffset], values, count, D, w.numbers);
+      add(a, values, count, w, acc);
+    }
   }
 }
 
@@ -308,6 +357,7 @@ void attend(Attention<T>& a, int64_t threads, Parallel&& parallel, T* out, T* ls
   for (int64_t b = 0; b < a.B; ++b) longest = std::max<int64_t>(longest, a.counts[b * kCounts + kBody]);
   const int64_t wanted = threads > 1 ? (kUnits * threads + a.B * a.K - 1) / (a.B * a.K) : 1;
   a.splits = std::max<int64_t>(1, std::min(wanted, longest / kSplitTokens));
+  a.folds_keys = folds(a.key, true) && !a.frame.turns_keys, a.folds_values = folds(a.value, false);
   const int64_t units = a.B * a.K * a.splits;
   std::vector<T> partial(units * a.M() * (2 + a.D));
   a.tops = partial.data(), a.sums = a.tops + units * a.M(), a.accs = a.sums + units * a.M();

@@ -15,15 +15,11 @@ struct Frame {
   const int64_t* partner = nullptr;
 };
 
-// Room for turned queries or keys.
+// Turned queries of a page's blocks, [blocks, M, D], and what is added to their scores; room for keys.
 template <class T>
 struct Turned {
+  static constexpr int64_t kRows = 16;
   T *q, *swapped, *part, *bias;
-
-  static int64_t room(int64_t M, int64_t D) { return (2 * M + 1) * D + (M + 15) / 16 * 16 + std::max(M, int64_t{16}) * D; }
-  void take(T* memory, int64_t M, int64_t D) {
-    q = memory, swapped = q + M * D, part = swapped + (M + 1) * D, bias = part + std::max(M, int64_t{16}) * D;
-  }
 };
 
 // Queries with the channels of every rotary pair exchanged.
@@ -34,25 +30,27 @@ void swap_pairs(const Frame<T>& f, const T* q, int64_t M, int64_t D, Turned<T>& 
   }
 }
 
-// Queries [M, D] as the keys of a block are read with, and what is added to their scores.
+// Queries [M, D] as the keys of ``count`` blocks are read with, and what is added to their scores.
 template <class T>
-void turn_queries(const Frame<T>& f, int64_t block, int64_t k, const T* q, int64_t M, int64_t D, Turned<T>& w) {
-  const T *cos = f.cos + block * D, *sin = f.sin + block * D;
+void turn_queries(const Frame<T>& f, int64_t block, int64_t count, int64_t k, const T* q, int64_t M, int64_t D,
+                  Turned<T>& w) {
   T* turned = f.matrix ? w.part : w.q;
-  for (int64_t m = 0; m < M; ++m) {
-    T bias = 0;
-    for (int64_t d = 0; d < D; ++d) turned[m * D + d] = cos[d] * q[m * D + d] + sin[d] * w.swapped[m * D + d];
-    if (f.mean) bias = dot(turned + m * D, f.mean + k * D, D);
-    w.bias[m] = bias;
+  for (int64_t i = 0; i < count; ++i) {
+    const T *cos = f.cos + (block + i) * D, *sin = f.sin + (block + i) * D;
+    for (int64_t m = 0; m < M; ++m) {
+      T* own = turned + (i * M + m) * D;
+      for (int64_t d = 0; d < D; ++d) own[d] = cos[d] * q[m * D + d] + sin[d] * w.swapped[m * D + d];
+      w.bias[i * M + m] = f.mean ? dot(own, f.mean + k * D, D) : T(0);
+    }
   }
-  if (f.matrix) times_matrix<T>(w.part, M, f.matrix + k * D * D, nullptr, D, w.q);
+  if (f.matrix) times_matrix<T>(w.part, count * M, f.matrix + k * D * D, nullptr, D, w.q);
 }
 
 // ``count`` keys of a block, as they are read, to where exact ones stand.
 template <class T>
 void leave(const Frame<T>& f, int64_t block, int64_t k, int64_t count, int64_t D, T* keys, Turned<T>& w) {
   const T *cos = f.cos + block * D, *sin = f.sin + block * D;
-  constexpr int64_t kRows = 16;
+  constexpr int64_t kRows = Turned<T>::kRows;
   for (int64_t t = 0; t < count; t += kRows) {
     const int64_t own = std::min(kRows, count - t);
     T* rows = keys + t * D;

@@ -42,6 +42,11 @@ inline void store(void* at, V v) {
   std::memcpy(at, &v, sizeof v);
 }
 
+// Memory that is read soon: pages are small and lie anywhere, so the processor does not foresee them.
+inline void prefetch(const void* at, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(at) + i, 0, 2);
+}
+
 template <class T>
 inline Reals<T> splat(T x) {
   return x - Reals<T>{};
@@ -125,23 +130,53 @@ inline V smaller(V a, V b) {
   return a < b ? a : b;
 }
 
-template <class T, int N>
-inline T sum(Vector<T, N> v) {
-  if constexpr (N == 1) {
+// Lanes of a and b in turns, OTHER of each: those of its own place, or, OTHER negative, of the place across.
+#if defined(__GNUC__) && !defined(__clang__)
+template <int OTHER, class T, int... I>
+inline Reals<T> halves(Reals<T> a, Reals<T> b, std::integer_sequence<int, I...>) {
+  constexpr int N = sizeof...(I), HALF = OTHER < 0 ? -OTHER : OTHER;
+  using Mask = std::conditional_t<sizeof(T) == 4, Vector<int32_t, N>, Vector<int64_t, N>>;
+  return __builtin_shuffle(a, b, Mask{(I & HALF ? N : 0) + (OTHER < 0 ? I ^ HALF : I)...});
+}
+#else
+template <int OTHER, class T, int... I>
+inline Reals<T> halves(Reals<T> a, Reals<T> b, std::integer_sequence<int, I...>) {
+  constexpr int N = sizeof...(I), HALF = OTHER < 0 ? -OTHER : OTHER;
+  return __builtin_shufflevector(a, b, ((I & HALF ? N : 0) + (OTHER < 0 ? I ^ HALF : I))...);
+}
+#endif
+
+// Sum of all lanes.
+template <class T, int HALF = kLanes<T> / 2>
+inline T sum(Reals<T> v) {
+  if constexpr (HALF == 0) {
     return v[0];
   } else {
-    typedef Vector<T, N / 2> Half;
-    const char* at = reinterpret_cast<const char*>(&v);
-    return sum<T, N / 2>(load<Half>(at) + load<Half>(at + sizeof(Half)));
+    return sum<T, HALF / 2>(v + halves<-HALF, T>(v, v, std::make_integer_sequence<int, kLanes<T>>{}));
   }
 }
 
+// Sum of ``count`` products, or of as many numbers.
 template <class T>
 inline T dot(const T* a, const T* b, int64_t count) {
   constexpr int N = kLanes<T>;
-  Reals<T> total = {};
-  for (int64_t i = 0; i < count; i += N) total += load<Reals<T>>(a + i) * load<Reals<T>>(b + i);
-  return sum<T, N>(total);
+  Reals<T> whole = {};
+  int64_t i = 0;
+  for (; i + N <= count; i += N) whole += load<Reals<T>>(a + i) * load<Reals<T>>(b + i);
+  T found = sum<T>(whole);
+  for (; i < count; ++i) found += a[i] * b[i];
+  return found;
+}
+
+template <class T>
+inline T total(const T* a, int64_t count) {
+  constexpr int N = kLanes<T>;
+  Reals<T> whole = {};
+  int64_t i = 0;
+  for (; i + N <= count; i += N) whole += load<Reals<T>>(a + i);
+  T found = sum<T>(whole);
+  for (; i < count; ++i) found += a[i];
+  return found;
 }
 
 template <class T, int N>

@@ -63,7 +63,7 @@ void attend(const Tensor& q, const Tensor& pool, const Tensor& table, const std:
       .frame = {.block = n[4], .blocks = frame[0] ? frame[0]->size(1) : 0, .turns_keys = n[5] != 0,
                 .cos = data<T>(frame[0]), .sin = data<T>(frame[1]), .matrix = data<T>(frame[3]), .mean = data<T>(frame[4]),
                 .partner = data<int64_t>(frame[2])},
-      .tops = nullptr, .sums = nullptr, .accs = nullptr};
+      .folds_keys = false, .folds_values = false, .tops = nullptr, .sums = nullptr, .accs = nullptr};
   if (sink_keys) a.sink_keys = tokens_of(*sink_keys), a.sink_values = tokens_of(*sink_values);
   const auto run = [](int64_t threads, const auto& f) { parallel(threads, f); };
   kvq::attend(a, torch::stable::get_num_threads(), run, data<T>(out), data<T>(lse));

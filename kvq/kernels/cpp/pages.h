@@ -60,6 +60,11 @@ struct Side {
   bool has_terms() const { return rank || outliers; }
 
   double scale() const { return reals[0]; }
+  // Tokens that share what is folded into their queries, which are the same for ``given`` tokens.
+  int64_t span(int64_t given) const {
+    for (int64_t i = 0; i < slices; ++i) given = std::gcd(given, slice[i].by_channel() ? slice[i].group : slice[i].block);
+    return given;
+  }
   int64_t pairs() const {
     int64_t most = 0;
     for (int64_t i = 0; i < slices; ++i) most = std::max(most, slice[i].pairs());
@@ -87,14 +92,16 @@ struct Row {
     }
   }
 
-  template <int F>
+  // MASKED: without the bits of other fields.
+  template <int F, bool MASKED = true>
   Ints<T> field() const {
+    constexpr int MASK = MASKED ? (1 << BITS) - 1 : -1;
     if constexpr (BITS == 3 && F == 15) {
       return (container[0] >> 15) | (container[1] >> 14 & 2) | (container[2] >> 13 & 4);
     } else if constexpr (BITS == 3) {
-      return container[F / 5] >> 3 * (F % 5) & 7;
+      return container[F / 5] >> 3 * (F % 5) & MASK;
     } else {
-      return container[0] >> BITS * F & ((1 << BITS) - 1);
+      return container[0] >> BITS * F & MASK;
     }
   }
 };
@@ -211,6 +218,22 @@ inline void by_kind(const Slice& s, bool book, F&& f) {
   }
 }
 
+// Scales and minima of the block of tokens from ``t``, [pairs].
+template <class T>
+void read_meta(const Side& side, const Slice& s, Record record, int64_t t, T* steps, T* minima) {
+  const int64_t count = s.pairs(), size = s.terms * (s.meta == kFloat16 ? 2 : 1), block = t / s.block;
+  if (s.axis == kStatic) {
+    const double* own = side.statics + 2 * record.head * side.head_dim;
+    for (int64_t c = 0; c < count; ++c) {
+      steps[c] = static_cast<T>(own[c]), minima[c] = static_cast<T>(own[side.head_dim + c]);
+    }
+  } else if (count) {
+    const int64_t rows = s.by_channel() ? s.block / s.group : 0;
+    read_pairs(s, side.book, record.at(s.shared, s.meta_at + block * count * size),
+               record.own + s.range_at + block * rows * 4, count, steps, minima);
+  }
+}
+
 template <class T>
 void read_slice(const Side& side, const Slice& s, Record record, const T* levels, T* steps, T* minima, T* out) {
   const uint8_t* bytes = record.own + s.words_at;
@@ -220,19 +243,8 @@ void read_slice(const Side& side, const Slice& s, Record record, const T* levels
     }
     return;
   }
-  const int64_t count = s.pairs(), size = s.terms * (s.meta == kFloat16 ? 2 : 1);
-  const int64_t rows = s.by_channel() ? s.block / s.group : 0;
   for (int64_t t = 0; t < side.page_tokens; t += s.block, bytes += s.block_bytes()) {
-    const int64_t block = t / s.block;
-    if (s.axis == kStatic) {
-      const double* own = side.statics + 2 * record.head * side.head_dim;
-      for (int64_t c = 0; c < count; ++c) {
-        steps[c] = static_cast<T>(own[c]), minima[c] = static_cast<T>(own[side.head_dim + c]);
-      }
-    } else if (count) {
-      read_pairs(s, side.book, record.at(s.shared, s.meta_at + block * count * size),
-                 record.own + s.range_at + block * rows * 4, count, steps, minima);
-    }
+    read_meta(side, s, record, t, steps, minima);
     by_kind(s, side.book, [&](auto bits, auto book, auto axis) {
       read_codes<bits, book, axis>(s, reinterpret_cast<const uint16_t*>(bytes), levels, steps, minima, side.head_dim,
                                    out + t * side.head_dim + s.first);

@@ -6,14 +6,18 @@
 
 namespace kvq {
 
-// Calls f(first, constant) for blocks of at most four of M queries.
-template <class F>
+// Calls f(first, constant) for blocks of at most MOST of M queries, 1, 2 or 4.
+template <int MOST = 4, class F>
 inline void by_queries(int64_t M, F&& f) {
   int64_t m = 0;
-  for (; m + 4 <= M; m += 4) f(m, std::integral_constant<int, 4>{});
-  if (M - m == 3) f(m, std::integral_constant<int, 3>{});
-  if (M - m == 2) f(m, std::integral_constant<int, 2>{});
-  if (M - m == 1) f(m, std::integral_constant<int, 1>{});
+  for (; m + MOST <= M; m += MOST) f(m, std::integral_constant<int, MOST>{});
+  if constexpr (MOST > 3) {
+    if (M - m == 3) f(m, std::integral_constant<int, 3>{});
+    if (M - m == 2) f(m, std::integral_constant<int, 2>{});
+  }
+  if constexpr (MOST > 1) {
+    if (M - m == 1) f(m, std::integral_constant<int, 1>{});
+  }
 }
 
 // out [R, D] = offset + x [R, D] . matrix [D, D], whose rows R vectors share; offset [D] or null.
