@@ -304,20 +304,22 @@ class PackedLayer(CacheLayerMixin):
             # As a plain cache: nothing is left, and the next tokens are a prompt.
             self.reset()
             return
-        if self.real is not None and not bool(self.real[:, self.length - count :].all()):
-            raise CacheError(f"cannot remove {count} columns: some of them are pads in some rows.")
+        # Pads among the columns were not stored.
+        counts = [count] * self.batch if self.real is None else self.real[:, -count:].sum(1).tolist()
         for store in self.stores:
-            store.crop(count)
+            store.crop(counts)
         self.length -= count
         self.real = None if self.real is None else self.real[:, : self.length]
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         self.batch_select_indices(beam_idx)
 
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Take rows by index; full pages are shared between copies of a row, never duplicated."""
+    def batch_select_indices(self, indices) -> None:
+        """Take rows by whatever indexes a tensor; full pages are shared between copies of a row, never duplicated."""
         if not self.is_initialized:
             return
+        if not isinstance(indices, torch.Tensor):
+            indices = torch.arange(self.batch)[indices, ...].reshape(-1)
         if indices.dtype == torch.bool:
             indices = indices.nonzero().squeeze(1)
         for store in self.stores:
@@ -353,6 +355,9 @@ def pack_cache(cache, plan: CachePlan, impl: str = "auto") -> None:
     if cache.layer_class_to_replicate is DynamicLayer:
         cache.layers += [DynamicLayer() for _ in range(len(cache.layers), len(plan.model.layers))]
     for index, groups in plan.layers.items():
+        if index >= len(cache.layers):
+            # The config has fewer layers for a while: the model drafts for itself with its first ones.
+            continue
         layer = cache.layers[index]
         if type(layer) is DynamicLayer and not layer.is_initialized:
             cache.layers[index] = PackedLayer(groups, context)

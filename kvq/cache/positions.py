@@ -39,9 +39,9 @@ class Positions:
                 found[i, own] = tokens[own] - index + position
         return found
 
-    def crop(self, count: int) -> None:
-        """Forget the newest ``count`` tokens of every row."""
-        self.counts = [max(0, held - count) for held in self.counts]
+    def crop(self, counts: list[int]) -> None:
+        """Forget the newest ``counts[b]`` tokens of every row."""
+        self.counts = [max(0, held - count) for held, count in zip(self.counts, counts, strict=True)]
         self.runs = [[run for run in runs if run[0] < held] for runs, held in zip(self.runs, self.counts)]
 
     def select(self, order: list[int]) -> None:

@@ -307,26 +307,27 @@ class HeadStore:
             start = stop
         return found
 
-    def crop(self, count: int) -> None:
-        """Forget the newest ``count`` tokens of every row. Raises CacheError if they are no longer exact."""
+    def crop(self, counts: list[int]) -> None:
+        """Forget the newest ``counts[b]`` tokens of every sequence. Raises CacheError if they are no longer exact."""
         self.settle()
-        seen = [n - count for n in self.seen]
+        counts = [count for count in counts for _ in range(self.split)]
+        seen = [n - count for n, count in zip(self.seen, counts, strict=True)]
         if self.kept is not None and any(self.kept.dropped_after(row, n) for row, n in enumerate(seen)):
-            raise CacheError(f"cannot remove {count} tokens: some of them were dropped already; remove fewer.")
+            raise CacheError(f"cannot remove {max(counts)} tokens: some of them were dropped already; remove fewer.")
         for side in SIDES:
             for b, held in enumerate(self.tails[side].lengths):
-                body = max(0, self.stored[b] - count - self.group.sinks)
-                if body and held - count < body - self._released(side, b, seen[b]):
+                body = max(0, self.stored[b] - counts[b] - self.group.sinks)
+                if body and held - counts[b] < body - self._released(side, b, seen[b]):
                     raise CacheError(
-                        f"cannot remove {count} tokens: some tokens before them are quantized for good and cannot "
+                        f"cannot remove {counts[b]} tokens: some tokens before them are quantized for good and cannot "
                         "become exact again; call activate_past_recording() on the cache before the tokens arrive, and "
                         f"remove at most {RECORDED_TOKENS} at a time."
                     )
-        self.seen, self.stored = seen, [n - count for n in self.stored]
+        self.seen, self.stored = seen, [n - count for n, count in zip(self.stored, counts)]
         if self.positions is not None:
-            self.positions.crop(count)
+            self.positions.crop(counts[:: self.split])
         for side in SIDES:
-            self.tails[side].crop(count)
+            self.tails[side].crop(counts)
             self.packed[side] = [min(p, self._released(side, b, seen[b])) for b, p in enumerate(self.packed[side])]
         self.tables.own_from(range(len(seen)), self._closed_pages())
 

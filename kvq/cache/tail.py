@@ -94,10 +94,14 @@ class Tail:
         self.buffer, self.borrowed = _right_align(self.newest(), real), True
         self.lengths, self.end = real.sum(1).tolist(), real.shape[1]
 
-    def crop(self, count: int) -> None:
-        """Forget the newest ``count`` tokens of every row."""
-        self.end = max(0, self.end - count)
-        self.lengths = [max(0, length - count) for length in self.lengths]
+    def crop(self, counts: list[int]) -> None:
+        """Forget the newest ``counts[b]`` tokens of every row."""
+        if len(set(counts)) == 1:
+            self.end = max(0, self.end - counts[0])
+            self.lengths = [max(0, length - counts[0]) for length in self.lengths]
+        elif self.longest:
+            newest = torch.arange(self.longest) >= self.longest - torch.tensor(counts).unsqueeze(1)
+            self.choose(~newest)
 
     def last(self, rows: list[int], count: int) -> torch.Tensor:
         """The last ``count`` tokens of some rows, [len(rows), kv_heads, count, head_dim]."""

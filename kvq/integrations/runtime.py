@@ -332,7 +332,8 @@ def _check_reader(model: PreTrainedModel, cache, layer) -> None:
         raise CacheError(
             f"attention {model.config._attn_implementation!r} cannot read this cache: {NO_OTHER_ATTENTION}"
         )
-    needed = 1 + max(model.kvq.plan.layers, default=0)
+    # A model that drafts with its own first layers has fewer of them meanwhile.
+    needed = min(1 + max(model.kvq.plan.layers, default=0), text_config(model.config).num_hidden_layers)
     if len(cache.layers) < needed:
         raise CacheError(
             f"a cache of {len(cache.layers)} layers was given to a model that needs {needed}: make one with "

@@ -89,6 +89,8 @@ class KvqQuantizer(HfQuantizer):
             _check_folder(folder, fields)
 
     def _process_model_after_weight_loading(self, model, **kwargs):
+        import torch
+
         from kvq.cache import model_attention as attention
         from kvq.integrations import runtime
 
@@ -100,6 +102,9 @@ class KvqQuantizer(HfQuantizer):
             installed.attention = "sdpa"
         # A partial over a module-level function survives deepcopy, which then holds the copy, and pickling.
         model.save_pretrained = functools.partial(save_export, model)
+        # transformers refuses both for weights that are quantized, which these are not.
+        model.half = functools.partial(torch.nn.Module.half, model)
+        model.float = functools.partial(torch.nn.Module.float, model)
         return model
 
     def is_serializable(self, *args, **kwargs) -> bool:
@@ -108,6 +113,11 @@ class KvqQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         """The weights are full precision and training builds no packed cache."""
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """All weights, and not adapters alone: what ``Trainer`` asks."""
         return True
 
 

@@ -39,7 +39,7 @@ def test_pads_have_no_position():
 
 def test_cropped_and_selected_rows_go_on():
     held = stored()
-    held.crop(4)
+    held.crop([4, 4, 4])
     held.select([1, 1, 0])
     held.extend(torch.tensor([[3, 4], [8, 9], [8, 9]]), None)
     assert held.of([0, 1, 2], 0, 5).tolist() == [[0, 1, 2, 3, 4], [0, 1, 2, 8, 9], [5, 6, 7, 8, 9]]

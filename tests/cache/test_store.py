@@ -220,7 +220,7 @@ def test_rows_that_shared_pages_are_apart_after_a_crop_to_nothing(group):
     """What comes after it is what a fresh store holds: rows do not write into each other's pages."""
     store = build(group, tokens(2, 300), [0, 300])
     store.select(torch.tensor([1, 1]))
-    store.crop(300)
+    store.crop([300] * len(store.seen))
     x = tokens(2, 300, seed=1)
     store.append(x, None)
     fresh = build(group, x, [0, 300])
@@ -299,7 +299,7 @@ def test_crop_law(group, draft):
     store.append({side: v[:, :, :100] for side, v in x.items()}, None)
     for t in range(100, 300):
         store.append({side: v[:, :, :draft] for side, v in wrong.items()}, None)
-        store.crop(draft)
+        store.crop([draft] * len(store.seen))
         store.append({side: v[:, :, t : t + 1] for side, v in x.items()}, None)
     assert_same(state(store, 0), state(build(group, x, [0, 300]), 0))
 
@@ -307,7 +307,7 @@ def test_crop_law(group, draft):
 def test_crop_of_quantized_tokens_is_refused(group):
     store = build(group, tokens(1, 300), [0, 300])
     with pytest.raises(CacheError, match="activate_past_recording"):
-        store.crop(200)
+        store.crop([200] * len(store.seen))
     assert store.seen == [300]
 
 

@@ -1,5 +1,6 @@
 """What users do around a packed cache that once gave wrong numbers, or a dead end, without a word."""
 
+import copy
 import logging
 from types import SimpleNamespace
 
@@ -9,6 +10,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 import kvq
 from kvq.cache import PackedLayer
+from kvq.calib.collect import collect
+from kvq.calib.needs import ALL_NEEDS
 from kvq.errors import CacheError
 
 TOKENS = torch.arange(3, 84)[None] % 100
@@ -233,3 +236,72 @@ def test_a_cache_of_another_model_is_refused_with_a_sentence(made, settings):
         second_turn(other, found)
     with kvq.quantized_cache(model, "int4"):
         assert torch.equal(second_turn(model, found).sequences, whole)
+
+
+def test_a_model_drafts_with_its_own_first_layers(made):
+    """``assistant_early_exit`` builds a cache of fewer layers than the plan has, and leaves the model whole."""
+    model = made("llama", num_hidden_layers=4)
+    greedy = {"max_new_tokens": 9, "do_sample": False}
+    with kvq.quantized_cache(model, "int8"):
+        want = model.generate(TOKENS, **greedy)
+        assert torch.equal(model.generate(TOKENS, assistant_early_exit=2, **greedy), want)
+        assert model.config.num_hidden_layers == 4
+        assert torch.equal(model.generate(TOKENS, **greedy), want)
+        # Control: a cache of another model is refused as before.
+        small = made("llama")
+        with kvq.quantized_cache(small, "int8"):
+            short = kvq.new_cache(small)
+        with pytest.raises(CacheError, match="a cache of 2 layers was given to a model that needs 4"):
+            model(TOKENS, past_key_values=short)
+
+
+@pytest.mark.parametrize(
+    "index", [[1], (1, 0), [True, False], range(1), slice(1, 2), torch.tensor([1, 1, 0]), torch.tensor([False, True])]
+)
+@pytest.mark.parametrize("recipe", ["kivi2", "klt2"])
+def test_rows_are_selected_by_whatever_selects_them_in_a_plain_cache(made, index, recipe):
+    model, ids = made("llama", head_dim=64), torch.arange(3, 303).view(2, 150) % 100
+    stats = None if recipe == "kivi2" else collect(model, ids[:, :64], needs=ALL_NEEDS)
+    with kvq.quantized_cache(model, recipe, stats=stats), torch.no_grad():
+        cache, other = kvq.new_cache(model), kvq.new_cache(model)
+        model(ids, past_key_values=cache)
+        cache.batch_select_indices(index)
+        model(ids[index if not isinstance(index, range) else list(index), ...], past_key_values=other)
+        assert torch.equal(cache.layers[1].keys, other.layers[1].keys)
+
+
+@pytest.mark.parametrize("recipe", ["int8", "kivi4", "klt4"])
+def test_a_crop_takes_pads_away_as_they_came(made, recipe):
+    """Rows lose as many real tokens as the removed columns hold, and go on as if these had never come."""
+    model, ids = made("llama", head_dim=64), torch.arange(3, 163).view(2, 80) % 100
+    mask = torch.ones_like(ids)
+    mask[0, -5:] = 0
+    mask[1, :3] = 0
+    token = torch.tensor([[7], [9]])
+    stats = collect(model, ids, needs=ALL_NEEDS) if recipe == "klt4" else None
+    found = []
+    with kvq.quantized_cache(model, recipe, stats=stats), torch.no_grad():
+        for columns, crop in ((80, 8), (72, 0)):
+            cache = kvq.new_cache(model)
+            cache.activate_past_recording()
+            model(ids[:, :columns], attention_mask=mask[:, :columns], past_key_values=cache)
+            cache.crop(-crop)
+            assert cache.get_seq_length() == 72
+            more = torch.cat([mask[:, :72], torch.ones(2, 1, dtype=mask.dtype)], dim=1)
+            found.append(model(token, attention_mask=more, past_key_values=cache).logits)
+    assert torch.allclose(*found, atol=1e-5)
+
+
+def test_an_export_is_trained_and_cast_as_any_model(tiny_checkpoint, tmp_path):
+    """Its weights are not quantized: ``Trainer`` takes it, and ``half`` and ``float`` change its weights."""
+    from transformers.trainer_utils import validate_quantization_for_training
+
+    folder = tmp_path / "export"
+    kvq.export(tiny_checkpoint(layers=2), folder, recipe="int4")
+    model = kvq.load(folder)
+    validate_quantization_for_training(model)
+    assert model.half().dtype == torch.float16
+    copied = copy.deepcopy(model)
+    assert copied.float().dtype == torch.float32
+    assert model.dtype == torch.float16
+    assert model.float().generate(TOKENS % 100, max_new_tokens=2, do_sample=False).shape == (1, TOKENS.shape[1] + 2)
