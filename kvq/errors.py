@@ -62,6 +62,12 @@ def listed(names: Iterable[str], last: str = "and") -> str:
     return f"{', '.join(first)} {last} {end}" if first else end
 
 
+def one_line(error: BaseException) -> str:
+    """All of an error's text as one line, cut where it is long, for use inside a sentence."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text.rstrip(".: ")[:300]
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's text, for use inside a sentence."""
     text = str(error).strip() or type(error).__name__

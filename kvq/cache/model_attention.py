@@ -14,6 +14,10 @@ from kvq.errors import UnsupportedModelError
 logger = logging.get_logger(__name__)
 
 NAME = "kvq"
+OTHER_ATTENTION = (
+    "call model.set_attn_implementation('eager') and begin a new cache, to attend to dequantized tensors instead (in a "
+    "quantized_cache block: inside it)."
+)
 
 
 def register() -> None:
@@ -73,13 +77,11 @@ def options_of(module: torch.nn.Module, query: torch.Tensor, scaling: float | No
     for name in ("position_bias", "indices"):
         if kwargs.get(name) is not None:
             raise UnsupportedModelError(
-                f"{type(module).__name__} passes {name!r} to attention, which the packed cache does not support: load "
-                "the model with attn_implementation='eager' to attend to dequantized tensors instead."
+                f"{type(module).__name__} passes {name!r} to attention, which the packed cache does not support: "
+                f"{OTHER_ATTENTION}"
             )
     if kwargs.get("output_attentions"):
-        raise UnsupportedModelError(
-            "output_attentions is not available with packed attention: load the model with attn_implementation='eager'."
-        )
+        raise UnsupportedModelError(f"output_attentions is not available with packed attention: {OTHER_ATTENTION}")
     return Options(
         scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
         softcap=kwargs.get("softcap"),

@@ -26,6 +26,16 @@ if TYPE_CHECKING:
 NOISY_LOGGERS = ("transformers", "lm_eval", "lm-eval", "datasets", "huggingface_hub", "httpx", "accelerate", "filelock")
 
 
+class Finite(click.FloatRange):
+    """A number in a range, which NaN and infinity are not."""
+
+    def convert(self, value, param, ctx):
+        found = super().convert(value, param, ctx)
+        if not math.isfinite(found):
+            self.fail(f"{value!r} is no finite number.", param, ctx)
+        return found
+
+
 class Output:
     """Where a command's results go.
 

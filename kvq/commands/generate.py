@@ -5,7 +5,7 @@ import time
 
 import click
 
-from kvq.commands.common import Output, chosen_recipe, json_option, quiet_transformers, settings_option
+from kvq.commands.common import Finite, Output, chosen_recipe, json_option, quiet_transformers, settings_option
 from kvq.errors import DataError
 
 
@@ -16,9 +16,7 @@ from kvq.errors import DataError
 @click.option("--recipe", metavar="NAME|FILE", help="Recipe for a plain model; an export brings its own.")
 @settings_option
 @click.option("--stats", metavar="STATS", help="Statistics of 'kvq calibrate', for --recipe with static scales.")
-@click.option(
-    "--temperature", type=click.FloatRange(min=0), help="Sample at this temperature; greedy without it or at 0."
-)
+@click.option("--temperature", type=Finite(min=0), help="Sample at this temperature; greedy without it or at 0.")
 @click.option("--seed", default=0, show_default=True, help="Seed of the sampling.")
 @click.option("--raw", is_flag=True, help="Give the prompt as it is, without the model's chat template.")
 @click.option("--ignore-eos", is_flag=True, help="Always generate --max-new-tokens, to measure speed.")

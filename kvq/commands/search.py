@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from kvq.commands.common import Output, json_option, progress_bar, quiet_transformers
+from kvq.commands.common import Finite, Output, json_option, progress_bar, quiet_transformers
 
 
 @click.command("search")
@@ -15,7 +15,7 @@ from kvq.commands.common import Output, json_option, progress_bar, quiet_transfo
 @click.option(
     "--budget",
     "budgets",
-    type=click.FloatRange(0, min_open=True),
+    type=Finite(0, min_open=True),
     multiple=True,
     required=True,
     metavar="BITS",
@@ -59,7 +59,7 @@ from kvq.commands.common import Output, json_option, progress_bar, quiet_transfo
 @click.option(
     "--refine", default=4, show_default=True, type=click.IntRange(0), help="Rounds of measuring what was chosen."
 )
-@click.option("--time-limit", type=click.FloatRange(0, min_open=True), metavar="MINUTES", help="Bound the search.")
+@click.option("--time-limit", type=Finite(0, min_open=True), metavar="MINUTES", help="Bound the search.")
 @click.option("--seed", default=0, show_default=True, help="Seed of the choice of windows.")
 @json_option
 def command(model: str, out: str, output: Output, **given: Any) -> None:

@@ -67,7 +67,7 @@ def install(model: PreTrainedModel, plan: CachePlan, impl: str = "auto", thread:
     previous = model.config._attn_implementation
     # Models that SDPA cannot serve (softcap, sink logits) default to eager; elsewhere eager was somebody's choice.
     default_eager = previous == "eager" and not model._supports_sdpa and model._supports_attention_backend
-    if previous == "sdpa" or default_eager:
+    if previous in ("sdpa", attention.NAME) or default_eager:
         attention.register()
         model.set_attn_implementation(attention.NAME)
     else:

@@ -96,10 +96,10 @@ class KvqQuantizer(HfQuantizer):
 
         attention.register()
         installed = runtime.install(model, self.plan)
-        if self.wanted_attention == "sdpa":
-            # An explicit wish: sdpa then reads dequantized tensors.
-            model.set_attn_implementation("sdpa")
-            installed.attention = "sdpa"
+        if self.wanted_attention in ("sdpa", "eager"):
+            # An explicit wish, also of what a model would have by itself: it then reads dequantized tensors.
+            model.set_attn_implementation(self.wanted_attention)
+            installed.attention = self.wanted_attention
         # A partial over a module-level function survives deepcopy, which then holds the copy, and pickling.
         model.save_pretrained = functools.partial(save_export, model)
         # transformers refuses both for weights that are quantized, which these are not.

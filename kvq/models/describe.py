@@ -17,7 +17,8 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 
-from kvq.errors import UnsupportedModelError
+from kvq.errors import CheckpointError, UnsupportedModelError, one_line
+from kvq.models.config_numbers import LARGEST, check_numbers
 
 # The packed word layout works in atoms of 16 channels (pages/layout.py).
 HEAD_DIM_UNIT = 16
@@ -91,8 +92,8 @@ def text_config(config: PretrainedConfig) -> PretrainedConfig:
 def describe(config: PretrainedConfig) -> ModelSpec:
     """Describe a model's cache from its config.
 
-    Raises UnsupportedModelError for an encoder, a model without a KV cache, or one whose cache does not hold plain
-    keys and values (MLA latents).
+    Raises CheckpointError for numbers that no model can have; UnsupportedModelError for an encoder, a model without a
+    KV cache, or one whose cache does not hold plain keys and values (MLA latents).
     """
     name = config.model_type
     text = text_config(config)
@@ -109,7 +110,14 @@ def describe(config: PretrainedConfig) -> ModelSpec:
     heads = getattr(text, "num_attention_heads", None)
     if not heads:
         raise UnsupportedModelError(f"{name!r} has no attention heads, so it has no KV cache to quantize.")
-    layers = tuple(_layer(text, i, layer, heads) for i, layer in enumerate(_cache_layers(text)))
+    check_numbers({field: getattr(text, field, None) for field in LARGEST}, name)
+    try:
+        layers = tuple(_layer(text, i, layer, heads) for i, layer in enumerate(_cache_layers(text)))
+    except (AttributeError, IndexError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise CheckpointError(
+            f"the config of {name!r} describes no cache ({one_line(error)}): mend it, or copy or download the model "
+            "again."
+        ) from None
     spec = ModelSpec(
         model_type=name,
         layers=layers,

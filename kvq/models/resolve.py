@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import huggingface_hub.errors
@@ -24,13 +25,28 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from kvq.errors import CheckpointError, KvqError, ModelNotFoundError, UnsupportedModelError, first_line
+from kvq.errors import CheckpointError, KvqError, ModelNotFoundError, UnsupportedModelError, first_line, one_line
 from kvq.models.builtin import BUILTIN, builtin_model_dir
+from kvq.models.config_numbers import check_numbers
 
 INDEX_FILE = "model.safetensors.index.json"
+# Bytes; the largest known have some hundred KiB.
+LARGEST_CONFIG = 16 << 20
 _HUB_PATTERNS = ["*.safetensors", "*.json", "tokenizer*", "*.model", "*.txt", "*.jinja"]
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.*", "merges.txt", "tekken.json")
+# What classes of transformers raise for a config that they cannot be built from, or weights that do not fit.
+_LOADING_FAILS = (
+    OSError,
+    ValueError,
+    LookupError,
+    TypeError,
+    RuntimeError,
+    ImportError,
+    ArithmeticError,
+    AttributeError,
+)
+_LOADING_FAILS += (AssertionError, SafetensorError)
 _SAMPLES, _SAMPLE_BYTES = 16, 64 * 1024
 _ITEM_BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
@@ -218,21 +234,41 @@ def weights_fingerprint(folder: Path) -> str:
 def load_config(folder: Path) -> PretrainedConfig:
     """Load the config of a checkpoint folder; CheckpointError if unreadable, UnsupportedModelError if unknown."""
     folder = Path(folder)
-    try:
-        model_type = json.loads((folder / "config.json").read_bytes()).get("model_type")
-    except (OSError, ValueError, AttributeError):
-        raise CheckpointError(
-            f"config.json of {folder.name!r} cannot be read: copy or download the model again."
-        ) from None
+    raw = read_config(folder)
+    model_type = raw.get("model_type")
+    check_numbers(raw, folder.name)
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError) as error:
         if isinstance(error, KvqError):
             raise
         raise UnsupportedModelError(
             f"model type {model_type!r} of {folder.name!r} is not one this release of transformers can read "
             f"({first_line(error)}): update transformers; kvq never runs code from a model folder."
         ) from None
+    # Its configs check themselves, and raise what they like.
+    except Exception as error:
+        raise CheckpointError(
+            f"config.json of {folder.name!r} is refused by transformers ({one_line(error)}): mend it, or copy or "
+            "download the model again."
+        ) from None
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The table in config.json as it stands. Raises CheckpointError if it is none, or too large or deep to be one."""
+    path = Path(folder) / "config.json"
+    try:
+        if path.stat().st_size > LARGEST_CONFIG:
+            raise CheckpointError(
+                f"config.json of {path.parent.name!r} has {path.stat().st_size:,} bytes, no config: copy or download "
+                "the model again."
+            )
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise CheckpointError(f"config.json of {path.parent.name!r} cannot be read: copy or download the model again.")
+    return found
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -292,8 +328,9 @@ def load_model(
         )
     except KvqError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError) as error:
-        raise CheckpointError(f"model {folder.name!r} cannot be loaded: {first_line(error)}.") from None
+    except _LOADING_FAILS as error:
+        why = f"it names {error}, which is unknown" if isinstance(error, KeyError) else first_line(error)
+        raise CheckpointError(f"model {folder.name!r} cannot be loaded: {why}.") from None
     missing = sorted(report["missing_keys"])
     if missing:
         # transformers would go on with random numbers in their place.

@@ -12,7 +12,7 @@ import kvq
 from kvq.cache import PackedLayer
 from kvq.calib.collect import collect
 from kvq.calib.needs import ALL_NEEDS
-from kvq.errors import CacheError
+from kvq.errors import CacheError, UnsupportedModelError
 
 TOKENS = torch.arange(3, 84)[None] % 100
 TURN = {"max_new_tokens": 3, "do_sample": False, "return_dict_in_generate": True}
@@ -305,3 +305,33 @@ def test_an_export_is_trained_and_cast_as_any_model(tiny_checkpoint, tmp_path):
     assert copied.float().dtype == torch.float32
     assert model.dtype == torch.float16
     assert model.float().generate(TOKENS % 100, max_new_tokens=2, do_sample=False).shape == (1, TOKENS.shape[1] + 2)
+
+
+EXPERTS = {"num_local_experts": 2, "num_experts_per_tok": 1}
+
+
+@pytest.mark.parametrize(("kind", "more"), [("llama", {}), ("gemma2", {}), ("gpt_oss", EXPERTS)])
+def test_eager_attention_that_is_asked_for_is_given(made, kind, more, tmp_path, tiny_tokenizer):
+    """At load and inside a block, also where it is the model's own default; the error about weights says how."""
+    model = made(kind, **more)
+    with kvq.quantized_cache(model, "int8"), torch.no_grad():
+        assert model.config._attn_implementation == "kvq"
+        cache = kvq.new_cache(model)
+        model(TOKENS[:, :70], past_key_values=cache)
+        want = model(TOKENS[:, 70:], past_key_values=cache).logits
+        with pytest.raises(UnsupportedModelError, match=r"model.set_attn_implementation\('eager'\)"):
+            model(TOKENS, output_attentions=True)
+        model.set_attn_implementation("eager")
+        cache = kvq.new_cache(model)
+        model(TOKENS[:, :70], past_key_values=cache)
+        found = model(TOKENS[:, 70:], past_key_values=cache, output_attentions=True)
+        assert isinstance(cache.layers[-1], PackedLayer)
+        assert found.attentions[-1].shape[-1] == TOKENS.shape[1]
+        # Of an error of 0.1 by the codes, what a code that falls to the other side makes.
+        assert torch.allclose(found.logits, want, atol=0.02)
+    model.save_pretrained(tmp_path / "model")
+    tiny_tokenizer.save_pretrained(tmp_path / "model")
+    kvq.export(tmp_path / "model", tmp_path / "export", recipe="int8")
+    for wanted in ("eager", None):
+        loaded = kvq.load(tmp_path / "export", attn_implementation=wanted)
+        assert loaded.config._attn_implementation == loaded.kvq.attention == (wanted or "kvq")
