@@ -29,7 +29,7 @@ import torch
 
 from kvq.bench import bench, timing
 from kvq.bench.roofline import Shape, exact_bytes
-from kvq.bench.samples import layout_of
+from kvq.bench.samples import codec_of, layout_of
 from kvq.kernels.pack import pack_tokens
 from kvq.kernels.types import Source
 from kvq.pages.pages import Pages
@@ -96,7 +96,7 @@ def packing(args) -> dict:
             if tokens == 1 and "c" in width:
                 continue
             layout = layout_of(width, "4")
-            calls = [_pack_call(layout, tokens, batch, device) for _ in range(4)]
+            calls = [_pack_call(width, layout, tokens, batch, device) for _ in range(4)]
             times = timing.time_in_turns({"pack": calls, "copy": [timing.copy_call(device)]}, device)
             moved = batch * 8 * tokens * (2 * 128 + layout.record_bytes // (2 * layout.page_tokens))
             ratio = zip(times["pack"], times["copy"])
@@ -110,7 +110,7 @@ def packing(args) -> dict:
     return {"rows": rows}
 
 
-def _pack_call(layout, tokens: int, batch: int, device):
+def _pack_call(width: str, layout, tokens: int, batch: int, device):
     x = torch.randn(batch, 8, tokens, 128, device=device, dtype=torch.bfloat16)
     count = -(-tokens // layout.page_tokens)
     pool = torch.zeros(batch * count, 8, layout.record_bytes, dtype=torch.uint8, device=device)
@@ -118,7 +118,8 @@ def _pack_call(layout, tokens: int, batch: int, device):
     pages = Pages.of(layout, pool, table)
     ranges = torch.tensor([[0, tokens]], dtype=torch.int32, device=device).repeat(batch, 1)
     source = Source(x=x, ranges=ranges, offsets=torch.zeros(batch, dtype=torch.int32, device=device), longest=tokens)
-    return lambda: pack_tokens(source, pages, "key", impl="triton")
+    codec = codec_of(width, 128)
+    return lambda: pack_tokens(source, pages, "key", codec, impl="triton")
 
 
 def model(args) -> dict:

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import torch
 
-from kvq.bench.samples import layout_of, levels_of
+from kvq.bench.samples import codec_of, layout_of, levels_of
 from kvq.kernels import dispatch
 from kvq.kernels.append.advance import advance_launch
 from kvq.kernels.append.decode_state import DecodeState, ExactStore
@@ -17,8 +17,20 @@ from kvq.kernels.types import Exact, Query, Source
 from kvq.kernels.unpack.launch import unpack
 from kvq.pages.flush import FlushRule
 from kvq.pages.pages import Pages
+from kvq.pages.pool import Pool
 
 HEADS = 8
+# Keys and values that are packed, by short names: every way to choose numbers, bits of 0, and numbers that heads share.
+PACKED = [
+    ("4", "4x"),
+    ("2c32", "2/32"),
+    ("3f", "e4m3"),
+    ("4.2.0.2c128rx", "2zx"),
+    ("2c16r", "even2l"),
+    ("2c32n", "8st"),
+    ("nf4", "book3l"),
+    ("mx4", "nv4"),
+]
 
 
 def decode_launches(
@@ -74,24 +86,31 @@ def other_launches(sm: int):
     """(name, launch) of every other kernel: what packs, moves and plans, and decoding of plain fp16 pages."""
     # Launches ask the device for its capability; here it is the target's.
     dispatch.capability = lambda device: sm
-    layout, channels = layout_of("4", "4"), layout_of("2c32", "2/32")
+    layout = layout_of("4", "4")
     batch, head_dim = 2, 128
     x = torch.zeros(batch, HEADS, 64, head_dim, dtype=torch.bfloat16)
     numbers = torch.zeros(batch, dtype=torch.int32)
     source = Source(x=x, ranges=torch.zeros(batch, 2, dtype=torch.int32), offsets=numbers, longest=64)
-    for name, side, made in (("tokens", "value", layout), ("channels", "key", channels), ("groups", "value", channels)):
-        yield f"pack {name}", pack(source, _pages(made, batch), side, 1.0)
-    yield "pack tokens clipped", pack(source, _pages(layout, batch), "key", 0.95)
-    for made in (layout, layout_of("nf4", "e4m3")):
+    for key, value in PACKED:
+        for side, width in (("key", key), ("value", value)):
+            made = _pages(layout_of(key, value, page_tokens=128), batch)
+            yield f"pack {side} {width}", pack(source, made, side, codec_of(width, head_dim).view(128))
+    tiers = layout_of("4.2.0.2c64r", "8st")
+    for made in (layout, layout_of("nf4", "e4m3"), tiers, layout_of("2c32n", "2z")):
         for side in ("key", "value"):
-            yield f"unpack {made.side(side).format}", unpack(_pages(made, batch), side, numbers, x)
+            yield (
+                f"unpack {side} {made.side(side).format} {made.side(side).bits}",
+                unpack(_pages(made, batch), side, numbers, x),
+            )
     rules = {"key": FlushRule(window=32, unit=32), "value": FlushRule(window=32)}
     state = DecodeState(batch=batch, sinks=4, **rules, impl="reference")
     yield "advance", advance_launch(vars(state), 1, state.sinks, state.key, state.value)
     store = ExactStore.empty(state, heads=HEADS, head_dim=head_dim, dtype=torch.bfloat16)
     token = x[:, :, :1]
-    for name, made in (("tokens", layout), ("channels", channels)):
-        yield f"append {name}", append(token, token, store, _pages(made, batch), state, (1.0, 1.0))
+    for key, value in PACKED:
+        made = _pages(layout_of(key, value, page_tokens=128), batch)
+        views = {"key": codec_of(key, head_dim).view(128), "value": codec_of(value, head_dim).view(128)}
+        yield f"append {key} {value}", append(token, token, store, made, state, views)
     geometry, decode = decode_launches("dense", "dense", sm=sm)
     yield "decode dense", decode["split"]
     geometry, decode = decode_launches("4", "4", sm=sm)
@@ -103,10 +122,9 @@ def other_launches(sm: int):
 
 
 def _pages(layout, batch: int) -> Pages:
-    return Pages.of(
-        layout,
-        torch.zeros(2, HEADS, layout.record_bytes, dtype=torch.uint8),
-        torch.zeros(batch, 16, dtype=torch.int32),
+    return Pages(
+        pool=Pool.borrow(torch.zeros(2, layout.page_bytes(HEADS), dtype=torch.uint8), layout, HEADS),
+        numbers=torch.zeros(batch, 16, dtype=torch.int32),
         key_levels=levels_of(layout.key),
         value_levels=levels_of(layout.value),
     )

@@ -5,9 +5,8 @@ from dataclasses import replace
 
 import torch
 
-from kvq.codecs.affine import AffineCodec
+from kvq.codecs import Codec, codec_spec
 from kvq.codecs.levels import even
-from kvq.codecs.tiers import TiersCodec
 from kvq.pages.layout import PageLayout, Section, SideLayout
 from kvq.pages.meta import largest_scales, to_e4m3, to_ue5m3
 from kvq.pages.pages import Pages
@@ -16,42 +15,64 @@ from kvq.pages.pool import Pool
 NAN_BYTE = 0x7F
 
 
-def side_of(width: str, head_dim: int, page_tokens: int) -> SideLayout:
-    """A side by a short name.
+def codec_of(width: str, head_dim: int) -> Codec:
+    """A codec by a short name.
 
     4       4-bit codes, a scale and a minimum a token          4c32    per channel, groups of 32 tokens
     4/32    the same for groups of 32 channels                  4s      a scale and no minimum
     e4m3    fp8                                                 book4   levels of a book times a norm a token
     nf4     levels of a book times a scale a token              mx4     levels times a power of two for 32 channels
-    even2   the same, levels evenly spaced                      4.2.0.2c64  tiers of channels, 0: not stored
-    dense   fp16 numbers
+    nv4     levels times an e4m3 scale for 16 channels          4.2.0.2c64  tiers of channels, 0: not stored
+    even2   as book2, levels evenly spaced
 
     Letters at the end: r metadata in the format range8, z zero8, f e4m3; t one scale for all heads of a token, n norms
-    of tokens over all heads.
+    of tokens over all heads, l norms that keep the length, x clipped.
     """
-    common = {"head_dim": head_dim, "page_tokens": page_tokens}
-    if width == "dense":
-        return SideLayout(format="dense", bits=16, **common)
     if width == "e4m3":
-        return SideLayout(format="e4m3", bits=8, **common)
-    if width.startswith(("book", "even")):
-        extras = (Section(name="norm", shape=()),)
-        evenly = width.startswith("even")
-        return SideLayout(format="book", bits=int(width[4:]), meta_terms=0, evenly=evenly, extras=extras, **common)
+        return _built(head_dim, codec="float8", scale="unit")
     if width == "nf4":
-        return SideLayout(format="book", bits=4, meta_terms=1, group=head_dim, **common)
+        return _built(head_dim, codec="book", bits=4, levels="normal_float", scale="absmax", axis="token", group="head")
     if width == "mx4":
-        return SideLayout(format="book", bits=4, meta_terms=1, meta_format="e8m0", group=min(32, head_dim), **common)
+        return _built(head_dim, codec="float4", group=min(32, head_dim), meta="e8m0")
+    if width == "nv4":
+        return _built(head_dim, codec="float4", group=16, meta="e4m3", scale="unit")
+    named = re.fullmatch(r"(book|even)(\d)(l?)", width)
+    if named:
+        levels = "even" if named[1] == "even" else "lloyd_max"
+        norm = {"over": "head"} | ({"correct": "length"} if named[3] else {})
+        return _built(head_dim, codec="book", bits=int(named[2]), levels=levels, scale="unit", norm=norm)
     bits, axis, group, marks = re.fullmatch(r"([\d.]+)([c/]?)(\d*)([a-z]*)", width).groups()
-    form = next((name for mark, name in (("r", "range8"), ("z", "zero8"), ("f", "e4m3")) if mark in marks), "float16")
+    form = next((name for mark, name in (("r", "range8"), ("z", "zero8"), ("f", "e4m3")) if mark in marks), None)
+    clip = 0.8 if "x" in marks else None
     if "." in bits:
         widths = tuple(map(int, bits.split(".")))
-        return TiersCodec(bits=widths, group=int(group), head_dim=head_dim, meta=form).layout(page_tokens)
-    settings = {"axis": "channel" if axis == "c" else "token", "group": int(group or head_dim), "meta": form}
-    codec = AffineCodec(bits=int(bits), symmetric="s" in marks, shared="t" in marks, head_dim=head_dim, **settings)
-    layout = codec.layout(page_tokens)
-    norm = Section(name="norm", shape=(), shared=True)
-    return replace(layout, extras=(*layout.extras, norm)) if "n" in marks else layout
+        return _built(head_dim, codec="tiers", bits=widths, group=int(group), meta=form, clip=clip)
+    return _built(
+        head_dim,
+        codec="affine",
+        bits=int(bits),
+        axis="channel" if axis == "c" else "token",
+        group="token" if "t" in marks else int(group or head_dim),
+        meta=form,
+        clip=clip,
+        symmetric=True if "s" in marks else None,
+        norm={"over": "token"} if "n" in marks else None,
+    )
+
+
+def _built(head_dim: int, **settings) -> Codec:
+    return codec_spec(**settings).build(head_dim)
+
+
+def codecs_of(key: str, value: str, head_dim: int = 128) -> dict[str, Codec]:
+    return {"key": codec_of(key, head_dim), "value": codec_of(value, head_dim)}
+
+
+def side_of(width: str, head_dim: int, page_tokens: int) -> SideLayout:
+    """The layout of a codec by its short name, or of ``dense`` fp16 numbers."""
+    if width == "dense":
+        return SideLayout(format="dense", bits=16, head_dim=head_dim, page_tokens=page_tokens)
+    return codec_of(width, head_dim).layout(page_tokens)
 
 
 def layout_of(key: str, value: str, head_dim: int = 128, page_tokens: int = 64) -> PageLayout:

@@ -11,7 +11,7 @@ import dataclasses
 
 import torch
 
-from kvq.cache.fused_pack import clips, pages_of
+from kvq.cache.fused_pack import pages_of
 from kvq.cache.plan import HeadGroup
 from kvq.kernels.append import launch as append_launch
 from kvq.kernels.append.decode_state import DecodeState, ExactStore
@@ -99,7 +99,7 @@ class DeviceStep:
             _fill_ring(ring, tails[side], store.bodies())
             if side in store.sinks:
                 sinks.copy_(store.sinks[side])
-        self.clips = clips(group)
+        self.views = {side: group.codecs[side].view(group.layout.page_tokens) for side in SIDES}
         self.ran = store.serving(dtype).attending(None, False)
         self._forget()
 
@@ -125,7 +125,7 @@ class DeviceStep:
         shape = keys.stride(), values.stride()
         if shape not in self._appends:
             self._appends[shape] = append_launch.append(
-                keys, values, self.exact, self.pages, self.counters.state, self.clips
+                keys, values, self.exact, self.pages, self.counters.state, self.views
             )
         self._appends[shape].run(keys, values)
 

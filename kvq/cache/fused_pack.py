@@ -24,14 +24,9 @@ def pages_of(store, rows: list[int] | None = None) -> Pages:
     )
 
 
-def clips(group) -> tuple[float, float]:
-    """Of keys and of values, the share of a group's range that the codes span."""
-    return tuple(getattr(group.codecs[side], "clip", 1.0) for side in SIDES)
-
-
 def pack(store, side: str, rows: list[int], start: int, tokens: torch.Tensor) -> None:
     """Quantize tokens [rows, kv_heads, t, head_dim] from body token ``start`` and write them to the rows' pages."""
     ranges = torch.tensor([[start, start + tokens.shape[2]]], dtype=torch.int32).expand(len(rows), 2)
     ranges = ranges.contiguous().to(tokens.device, non_blocking=True)
     source = Source(x=tokens, ranges=ranges, offsets=-ranges[:, 0].contiguous(), longest=tokens.shape[2])
-    pack_tokens(source, pages_of(store, rows), side, clip=clips(store.group)[SIDES.index(side)], impl="triton")
+    pack_tokens(source, pages_of(store, rows), side, store.group.codecs[side], impl="triton")

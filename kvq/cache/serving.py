@@ -14,10 +14,10 @@ from kvq.kernels.dispatch import (
     Choice,
     choose,
     why_no_attention,
-    why_no_layout,
     why_no_side,
     why_no_triton,
 )
+from kvq.kernels.pack import why_no_pack
 from kvq.pages.layout import SIDES
 from kvq.transforms.rope_bias import RopeOffset
 
@@ -134,9 +134,8 @@ def _why_no_unpack(group: HeadGroup, side: str) -> str | None:
 
 
 def _why_no_pack(group: HeadGroup, side: str) -> str | None:
-    """What the pack kernel writes is the plain grid, clipped or not, and fp8."""
-    encodes = group.codecs[side].kernels_encode
-    return why_no_layout(group.layout) if encodes else "the codec chooses its numbers otherwise than min-max"
+    """Why the Triton kernel does not pack a side, or None."""
+    return why_no_pack(group.codecs[side].view(group.layout.page_tokens), group.layout)
 
 
 def _why_not_compiled(group: HeadGroup, sides: Mapping[str, CppSide | str]) -> str | None:

@@ -61,11 +61,6 @@ class AffineCodec(Codec):
         """Smallest number of consecutive tokens that can be encoded alone."""
         return self.group if self.axis == "channel" else 1
 
-    @property
-    def kernels_encode(self) -> bool:
-        """True for the plain grid from a group's minimum to its maximum (``clip`` of it), stored as fp16."""
-        return not self.symmetric and not self.shared and self.meta == "float16"
-
     @cached_property
     def _grid(self) -> SideLayout:
         return self.layout(self.page_tokens)

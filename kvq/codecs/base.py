@@ -28,13 +28,10 @@ class StaticNumbers:
 class Codec(ABC):
     """Chooses numbers for one head dimension; a derived class has ``layout``, ``encode`` and ``decode`` at least.
 
-    head_dim         channels of a head.
-    kernels_encode   kernels that know the layout alone encode as ``encode`` does: minimum and maximum of a group as
-                     fp16 pairs, of the share ``clip`` of the range if the codec has one, or a cast to E4M3.
+    head_dim   channels of a head.
     """
 
     head_dim: int
-    kernels_encode: bool = False
 
     @property
     def names_heads(self) -> bool:

@@ -69,15 +69,11 @@ class Float8Codec(Codec):
         """Return the numbers that the bytes stand for, [..., T, head_dim]."""
         return from_e4m3(encoded.codes, dtype) * self.scale
 
-    @property
-    def kernels_encode(self) -> bool:
-        return self.rounding == "nearest"
-
     def static_numbers(self) -> StaticNumbers:
         return StaticNumbers(scale=float(self.scale))
 
     def view(self, page_tokens: int) -> View:
-        encoding = "cast" if self.kernels_encode else ""
+        encoding = "cast" if self.rounding == "nearest" else ""
         return View(slices=(Slice(layout=self.layout(page_tokens)),), encoding=encoding, scale=float(self.scale))
 
     def scores(self, pages: Pages, side: str, q: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,7 @@ from kvq.kernels.dispatch import interpreted, triton_version
 from kvq.kernels.types import Source
 from kvq.pages.layout import PageLayout
 from kvq.pages.pages import Pages
+from kvq.pages.pool import Pool
 
 
 @pytest.fixture(scope="session")
@@ -26,11 +27,9 @@ def empty_pages():
     """Function: pages of zeros, every row's with a table of its own."""
 
     def made(layout: PageLayout, rows: int, heads: int, pages: int, device) -> Pages:
-        pool = torch.zeros(rows * pages, heads, layout.record_bytes, dtype=torch.uint8, device=device)
+        memory = torch.zeros(rows * pages, layout.page_bytes(heads), dtype=torch.uint8, device=device)
         table = torch.arange(rows * pages, dtype=torch.int32, device=device).flip(0).view(rows, pages)
-        scales = {"key_scale": 0.02, "value_scale": 0.03}
-        scales = {name: value for name, value in scales.items() if layout.side(name[:-6]).format == "e4m3"}
-        return Pages.of(layout, pool, table, **scales)
+        return Pages(pool=Pool.borrow(memory, layout, heads), numbers=table)
 
     return made
 

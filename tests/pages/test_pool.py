@@ -192,14 +192,14 @@ def test_triton_writes_and_reads_borrowed_pages_like_torch(name, dtype, device):
     scales = {f"{side}_scale": float(codec.scale) for side, codec in zip(SIDES, (key, value), strict=True)}
     made = [Pages(pool=lender.pool, numbers=table, **scales) for table in (first, second)]
     x = {side: numbers.to(dtype) for side, numbers in tokens(0).items()}
-    length = TOKENS // 32 * 32
+    length, codecs = TOKENS // 32 * 32, {"key": key, "value": value}
     for pages, impl in zip(made, ("triton", "reference"), strict=True):
         for side in SIDES:
             for start, stop in ((0, 64), (64, 96), (96, length)):
                 ranges = torch.tensor([[start, stop]] * ROWS, dtype=torch.int32)
                 zero = torch.zeros(ROWS, dtype=torch.int32)
                 source = Source(x=x[side], ranges=ranges, offsets=zero, longest=stop - start)
-                pack_tokens(source, pages, side, impl=impl)
+                pack_tokens(source, pages, side, codecs[side], impl=impl)
     assert lender.untouched()
     for side in SIDES:
         for page in zip(first.flatten().tolist(), second.flatten().tolist(), strict=True):

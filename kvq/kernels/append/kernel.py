@@ -66,17 +66,15 @@ def append_tokens(
     sinks,
     table_stride,
     page_stride,
-    key_scale,
-    value_scale,
-    key_cut,
-    value_cut,
+    key_numbers,
+    value_numbers,
     K: tl.constexpr,
     V: tl.constexpr,
+    KEY: tl.constexpr,
+    VALUE: tl.constexpr,
     RECORD: tl.constexpr,
     NEW: tl.constexpr,
     EVERY: tl.constexpr,
-    KEY_CLIP: tl.constexpr,
-    VALUE_CLIP: tl.constexpr,
 ):
     """Grid (pages that a flush can touch, B, 2 * KV heads): keys first, then values.
 
@@ -94,29 +92,17 @@ def append_tokens(
     added = tl.load(own + 1) - before
     table_at = table + wide * table_stride
     sink_at = wide * sink_batch_stride + wide_head * sink_head_stride
-    base = pool + head * RECORD
     if side_head < heads:
         ring = key_ring + wide * ring_key_batch_stride + wide_head * ring_key_head_stride
         start, stop = tl.load(own + 2), tl.load(own + 3)
         page = start // K.page_tokens + piece
         if (start < stop) & (page * K.page_tokens < stop):
-            record = base + tl.load(table_at + page).to(tl.int64) * page_stride
-            pack_page(
-                ring,
-                page * K.page_tokens,
-                start,
-                stop,
-                0,
-                key_capacity,
-                ring_key_token_stride,
-                record,
-                limits,
-                key_cut,
-                key_scale,
-                K,
-                KEY_CLIP,
-                False,
-            )
+            base = pool + tl.load(table_at + page).to(tl.int64) * page_stride
+            rows = key_ring + wide * ring_key_batch_stride
+            tokens = rows, head, heads, ring_key_head_stride, ring_key_token_stride, 0, key_capacity
+            records = base + head * RECORD, base + heads * RECORD
+            span = page * K.page_tokens, start, stop
+            pack_page(tokens, span, records, limits, key_numbers, K, KEY, False)
         if piece == 0:
             x = keys + wide * key_batch_stride + wide_head * key_head_stride
             for t in range(0, NEW):
@@ -140,23 +126,12 @@ def append_tokens(
         start, stop = tl.load(own + 4), tl.load(own + 5)
         page = start // V.page_tokens + piece
         if (start < stop) & (page * V.page_tokens < stop):
-            record = base + tl.load(table_at + page).to(tl.int64) * page_stride
-            pack_page(
-                ring,
-                page * V.page_tokens,
-                start,
-                stop,
-                0,
-                value_capacity,
-                ring_value_token_stride,
-                record,
-                limits + head,
-                value_cut,
-                value_scale,
-                V,
-                VALUE_CLIP,
-                V.limited,
-            )
+            base = pool + tl.load(table_at + page).to(tl.int64) * page_stride
+            rows = value_ring + wide * ring_value_batch_stride
+            tokens = rows, head, heads, ring_value_head_stride, ring_value_token_stride, 0, value_capacity
+            records = base + head * RECORD, base + heads * RECORD
+            span = page * V.page_tokens, start, stop
+            pack_page(tokens, span, records, limits + head, value_numbers, V, VALUE, V.limited)
         if piece == 0:
             x = values + wide * value_batch_stride + wide_head * value_head_stride
             for t in range(0, NEW):

@@ -1,12 +1,16 @@
 """Arguments and options of the append launch."""
 
+from collections.abc import Mapping
+
 import torch
 
 from kvq.kernels.append.decode_state import DecodeState, ExactStore
 from kvq.kernels.append.kernel import append_tokens
 from kvq.kernels.device.launch import Launch, exactly, limit_of, pieces
 from kvq.kernels.geometry import sides_of
+from kvq.kernels.pack.launch import encoding_of
 from kvq.pages.pages import Pages
+from kvq.pages.view import View
 
 
 def append(
@@ -15,9 +19,12 @@ def append(
     store: ExactStore,
     pages: Pages,
     state: DecodeState,
-    clip: tuple[float, float],
+    views: Mapping[str, View],
 ) -> Launch:
+    """``views`` by side, of what the kernels pack."""
     key_side, value_side = sides_of(pages.layout)
+    key, key_numbers = encoding_of(views["key"], key_side)
+    value, value_numbers = encoding_of(views["value"], value_side)
     new, head_dim = keys.shape[2], keys.shape[3]
     flushed = max(state.key.flushed(state.most_new), state.value.flushed(state.most_new))
     sinks = store.sink_keys
@@ -45,19 +52,17 @@ def append(
             state.sinks,
             pages.table.stride(0),
             pages.pool.unit,
-            float(pages.key_scale),
-            float(pages.value_scale),
-            (1 - clip[0]) / 2,
-            (1 - clip[1]) / 2,
+            key_numbers,
+            value_numbers,
         ),
         constants={
             "K": key_side,
             "V": value_side,
+            "KEY": key,
+            "VALUE": value,
             "RECORD": pages.layout.record_bytes,
             "NEW": new,
             "EVERY": 1 << (head_dim - 1).bit_length(),
-            "KEY_CLIP": clip[0] < 1,
-            "VALUE_CLIP": clip[1] < 1,
         },
         options=exactly(),
     )

@@ -1,35 +1,56 @@
-"""Tokens into pages: quantize and pack.
+"""Tokens into pages: quantize and pack, with the bytes of a codec.
 
-``pack_tokens`` quantizes with the plain min-max grid of its layout (affine) or casts to e4m3; a codec that chooses its
-numbers otherwise packs codes with ``kvq.pages.bits``. The torch reference gives the same bytes.
+The Triton kernel packs what a codec's ``view`` tells in full; the reference is the codec itself.
 """
 
+from typing import Protocol
+
+import torch
+
 from kvq.kernels.dispatch import Choice, choose, why_no_layout, why_no_strides
-from kvq.kernels.pack.reference import pack_sequences
 from kvq.kernels.types import Source
-from kvq.pages.pages import Pages
+from kvq.pages.layout import PageLayout
+from kvq.pages.pages import Encoded, Pages
+from kvq.pages.view import View, Viewed
 
 
-def pack_tokens(
-    source: Source,
-    pages: Pages,
-    side: str,
-    *,
-    clip: float = 1.0,
-    impl: str = "auto",
-) -> Choice:
+class Packed(Viewed, Protocol):
+    """A codec, as packing takes it."""
+
+    def encode(self, x: torch.Tensor) -> Encoded: ...
+
+
+def pack_tokens(source: Source, pages: Pages, side: str, codec: Packed, *, impl: str = "auto") -> Choice:
     """Quantize a range of tokens of every sequence and write it to its pages; returns what ran.
 
-    Tokens that stand before a range in its pages keep their codes. ``clip``: share of a group's range that the codes
-    span. Raises ``pool.value_limit`` to the largest scale of values (axis token). Two sequences may share only pages
-    that neither writes to. Raises KernelError if ``impl="triton"`` cannot run.
+    codec   whose layout the side has. Tokens that stand before a range in its pages keep their codes. Raises
+    ``pool.value_limit`` to the largest scale of values (axis token). Two sequences may share only pages that neither
+    writes to. Raises KernelError if ``impl="triton"`` cannot run.
     """
-    assert pages.layout.side(side).is_plain, "a codec of its own chooses these numbers"
-    ran = choose(impl, source.x.device, why_no_layout(pages.layout) or why_no_strides(tokens=source.x))
+    view = codec.view(pages.layout.page_tokens)
+    ran = choose(impl, source.x.device, why_no_pack(view, pages.layout) or why_no_strides(tokens=source.x))
     if ran.impl == "triton":
         from kvq.kernels.pack import launch
 
-        launch.pack(source, pages, side, clip).run()
+        assert isinstance(view, View)
+        launch.pack(source, pages, side, view).run()
         return ran
-    pack_sequences(source, pages, side, clip)
+    for b, (start, stop) in enumerate(source.ranges.tolist()):
+        if stop > start:
+            slots = (torch.arange(start, stop, device=source.x.device) + int(source.offsets[b])) % source.x.shape[2]
+            last = -(-stop // pages.layout.page_tokens)
+            pages.part(0, last, [b]).write(side, start, codec.encode(source.x[b : b + 1, :, slots]))
     return ran
+
+
+def why_no_pack(view: View | str, layout: PageLayout) -> str | None:
+    """Why the Triton kernel does not write what a view says, or None."""
+    if isinstance(view, str):
+        return view
+    if view.low_rank is not None or view.outliers is not None:
+        return "numbers beside the codes are chosen in torch"
+    if view.statics:
+        return "static scales of channels"
+    if not view.encoding:
+        return "the codec chooses its numbers in torch"
+    return why_no_layout(layout)

@@ -1,164 +1,38 @@
-"""Quantize and pack: rows of words and their scales, from tokens that lie anywhere. Bulk, flush and append share this.
+"""Quantize and pack: rows of words and their metadata, from tokens that lie anywhere. Bulk, flush, append share this.
 
-The arithmetic is fp32, every operation rounds as IEEE says and none is fused, so that the bytes do not depend on how
-many tokens come at a time, nor on the device.
+What goes in tuples is said in ``encode.py``. A page is packed slice by slice: lengths and scales that several tokens
+share first, then rows of containers.
 """
 
 import triton
 import triton.language as tl
 
-from kvq.kernels.device.sections import channels_of, group_of
+from kvq.kernels.device.sections import channels_of, load_norm, local_channels, slice_of, slices
 from kvq.kernels.device.words import field_code, field_place, is_spread, known
-from kvq.pages.layout import E4M3_MAX
-
-# Adding and subtracting 1.5 * 2^23 rounds a small number to the nearest integer, halves to even.
-_ROUND = tl.constexpr(12582912.0)
-# Rows of containers handled at a time.
-PACK_ROWS = tl.constexpr(16)
-_LARGEST_E4M3 = tl.constexpr(E4M3_MAX)
-
-
-@triton.jit
-def rounded(x):
-    """The nearest integer as fp32, halves to even; |x| below 2^22."""
-    return (x + _ROUND) - _ROUND
-
-
-@triton.jit
-def to_e4m3(x):
-    """fp32 to e4m3 bytes (int32), rounded to nearest even, saturating at 448; NaN gives the NaN byte."""
-    bits = x.to(tl.int32, bitcast=True)
-    magnitude = tl.minimum(tl.abs(x), _LARGEST_E4M3)
-    # Below 2^-6 the byte counts steps of 2^-9; above, it is the upper bits of the fp32 number, rebiased by 120.
-    small = rounded(magnitude * 512.0).to(tl.int32)
-    wide = magnitude.to(tl.int32, bitcast=True)
-    normal = (wide + 0x7FFFF + (wide >> 20 & 1) >> 20) - (120 << 3)
-    byte = tl.where(magnitude < 0.015625, small, normal)
-    byte = tl.where(x != x, 0x7F, byte)
-    return byte | (bits >> 24 & 0x80)
+from kvq.kernels.pack.encode import (
+    PACK_ROWS,
+    encode_groups,
+    encode_tokens,
+    is_normed,
+    merge,
+    numbers_at,
+    slot_of,
+    store_norms,
+)
+from kvq.kernels.pack.metadata import (
+    clipped,
+    half_bits,
+    or_infinity,
+    range_of_minima,
+    store_meta,
+    store_range8,
+)
 
 
 @triton.constexpr_function
-def _steps(S):
-    return float(2**S.bits - 1)
-
-
-@triton.jit
-def _numbers(x, slot, real, channel, S: tl.constexpr):
-    """Numbers [R, C] to quantize, fp32: tokens at ``slot`` [R]."""
-    keep = real[:, None] & (channel < S.head_dim)[None, :]
-    return tl.load(x + slot[:, None] + channel[None, :], mask=keep, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _grid_of(low, high, poison, clip_cut, S: tl.constexpr, CLIP: tl.constexpr):
-    """(scale, minimum) fp16 of groups with these ends; NaN where a number was NaN or infinite."""
-    if CLIP:
-        cut = (high - low) * clip_cut
-        low, high = low + cut, high - cut
-    scale = tl.div_rn(high - low, _steps(S))
-    bad = poison != poison
-    return tl.where(bad, float("nan"), scale).to(tl.float16), tl.where(bad, float("nan"), low).to(tl.float16)
-
-
-@triton.jit
-def _codes(x, scale, minimum, S: tl.constexpr):
-    """Codes of x under fp16 scales and minima, int32; a constant group has scale 0 and codes 0."""
-    scale = scale.to(tl.float32)
-    code = rounded(tl.div_rn(x - minimum.to(tl.float32), tl.where(scale == 0.0, 1.0, scale)))
-    return tl.where(scale == 0.0, 0.0, tl.minimum(tl.maximum(code, 0.0), _steps(S))).to(tl.int32)
-
-
-@triton.jit
-def _pair_bits(scale, minimum):
-    low = scale.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
-    return low | minimum.to(tl.int16, bitcast=True).to(tl.int32) << 16
-
-
-@triton.jit
-def _merge(values, i: tl.constexpr, combine: tl.constexpr, value):
-    """The tuple with entry i combined with a value."""
-    return values[:i] + (combine(values[i], value),) + values[i + 1 :]
-
-
-@triton.jit
-def _encode_part(
-    x,
-    slot,
-    real,
-    record,
-    token,
-    limit,
-    clip_cut,
-    static_scale,
-    S: tl.constexpr,
-    CLIP: tl.constexpr,
-    LIMIT: tl.constexpr,
-):
-    """Codes of one part of some rows, by chunk and block; stores scales and minima of axis token."""
-    numbers = ()
-    for chunk in tl.static_range(known(S.chunks)):
-        for c in tl.static_range(known(S.blocks)):
-            numbers = numbers + (_numbers(x, slot, real, channels_of(chunk, c, S), S),)
-    codes = ()
-    pairs = record.to(tl.pointer_type(tl.int32)) + S.meta_offset // 4
-    if S.kind == "e4m3":
-        for i in tl.static_range(known(S.chunks * S.blocks)):
-            codes = codes + (to_e4m3(tl.div_rn(numbers[i], static_scale)),)
-    elif S.by_channel:
-        halves = record.to(tl.pointer_type(tl.float16)) + S.meta_offset // 2
-        for chunk in tl.static_range(known(S.chunks)):
-            for c in tl.static_range(known(S.blocks)):
-                at = 2 * ((token // S.group * S.head_dim)[:, None] + channels_of(chunk, c, S)[None, :])
-                scale = tl.load(halves + at, mask=real[:, None], other=0.0)
-                minimum = tl.load(halves + at + 1, mask=real[:, None], other=0.0)
-                codes = codes + (_codes(numbers[chunk * S.blocks + c], scale, minimum, S),)
-    else:
-        lows = ()
-        highs = ()
-        poisons = ()
-        for g in tl.static_range(known(S.groups)):
-            lows = lows + (tl.full([PACK_ROWS], float("inf"), tl.float32),)
-            highs = highs + (tl.full([PACK_ROWS], float("-inf"), tl.float32),)
-            poisons = poisons + (tl.full([PACK_ROWS], 0.0, tl.float32),)
-        for chunk in tl.static_range(known(S.chunks)):
-            for c in tl.static_range(known(S.blocks)):
-                own = numbers[chunk * S.blocks + c]
-                lows = _merge(lows, group_of(S, chunk, c), _smaller, tl.min(own, 1))
-                highs = _merge(highs, group_of(S, chunk, c), _larger, tl.max(own, 1))
-                poisons = _merge(poisons, group_of(S, chunk, c), _plus, tl.sum(own * 0.0, 1))
-        scales = ()
-        minima = ()
-        for g in tl.static_range(known(S.groups)):
-            scale, minimum = _grid_of(lows[g], highs[g], poisons[g], clip_cut, S, CLIP)
-            tl.store(pairs + token * S.groups + g, _pair_bits(scale, minimum), mask=real)
-            if LIMIT:
-                tl.atomic_max(limit, tl.max(tl.where(real, scale.to(tl.float32), 0.0), 0))
-            scales = scales + (scale[:, None],)
-            minima = minima + (minimum[:, None],)
-        for chunk in tl.static_range(known(S.chunks)):
-            for c in tl.static_range(known(S.blocks)):
-                own = _codes(
-                    numbers[chunk * S.blocks + c], scales[group_of(S, chunk, c)], minima[group_of(S, chunk, c)], S
-                )
-                codes = codes + (own,)
-    return codes
-
-
-@triton.jit
-def _plus(a, b):
-    return a + b
-
-
-# tl.minimum itself cannot be a compile-time argument before Triton 3.7.
-@triton.jit
-def _smaller(a, b):
-    return tl.minimum(a, b)
-
-
-@triton.jit
-def _larger(a, b):
-    return tl.maximum(a, b)
+def clips(E, i):
+    """Whether slice i leaves out a share of its ranges."""
+    return E.clips[i]
 
 
 @triton.jit
@@ -170,9 +44,9 @@ def _combined(fields, S: tl.constexpr):
     for f in tl.static_range(known(S.fields)):
         if is_spread(S, f):
             for w in tl.static_range(known(S.words)):
-                words = _merge(words, w, _either, (fields[f] >> w & 1) << 15)
+                words = merge(words, w, _either, (fields[f] >> w & 1) << 15)
         else:
-            words = _merge(words, field_place(S, f)[0], _either, fields[f] << field_place(S, f)[1])
+            words = merge(words, field_place(S, f)[0], _either, fields[f] << field_place(S, f)[1])
     if S.kind != "e4m3" and S.bits == 4:
         words = ((words[0] << 2 | words[0] >> 14) & 0xFFFF,)
     return words
@@ -184,52 +58,37 @@ def _either(a, b):
 
 
 @triton.jit
+def _token_of(row, part: tl.constexpr, S: tl.constexpr):
+    """The token of a page that part ``part`` of its rows of containers holds: rows of a unit lie together."""
+    return row // S.unit_rows * S.unit + part * S.unit_rows + row % S.unit_rows
+
+
+@triton.jit
 def _pack_rows(
-    x,
-    first_row,
-    page_token,
-    start,
-    stop,
-    offset,
-    capacity,
-    token_stride,
-    record,
-    limit,
-    clip_cut,
-    static_scale,
-    S: tl.constexpr,
-    CLIP: tl.constexpr,
-    LIMIT: tl.constexpr,
-):
-    """Encode tokens [start, stop) that lie in PACK_ROWS rows of a page, whose first token is ``page_token``.
+    tokens, span, first_row, records, limit, numbers, cut,
+    S: tl.constexpr, E: tl.constexpr, CLIP: tl.constexpr, LIMIT: tl.constexpr,
+):  # fmt: skip
+    """Encode what lies in PACK_ROWS rows of a page of ``span``: (first token of the page, start, stop).
 
     Tokens before ``start`` that share a row keep their codes; tokens from ``stop`` on become zero.
     """
+    page_token, start, stop = span
     row = first_row + tl.arange(0, PACK_ROWS)
     codes = ()
     touched = row < 0
     for part in tl.static_range(known(S.parts)):
-        inside = part * S.rows + row
+        inside = _token_of(row, part, S)
         token = page_token + inside
         real = (row < S.rows) & (token >= start) & (token < stop)
-        slot = tl.where(real, (token + offset) % capacity, 0).to(tl.int64) * token_stride
-        codes = codes + _encode_part(
-            x,
-            slot,
-            real,
-            record,
-            inside,
-            limit,
-            clip_cut,
-            static_scale,
-            S,
-            CLIP,
-            LIMIT,
-        )
+        slot = slot_of(tokens, token, real)
+        if S.by_channel:
+            codes = codes + encode_groups(tokens, records, slot, inside, real, numbers, S, E)
+        else:
+            codes = codes + encode_tokens(tokens, records, slot, inside, real, limit, numbers, S, E, CLIP, cut, LIMIT)
         touched = touched | real
     for c in tl.static_range(known(S.blocks)):
         container = c * S.block + tl.arange(0, S.block)
-        at = record.to(tl.pointer_type(tl.int16)) + (
+        at = records[0].to(tl.pointer_type(tl.int16)) + (
             S.words_offset // 2 + row[:, None] * S.row_words + container[None, :]
         )
         keep = touched[:, None] & (container < S.width)[None, :]
@@ -241,7 +100,7 @@ def _pack_rows(
         for f in tl.static_range(known(S.fields)):
             code = codes[f * S.blocks + c]
             if S.parts > 1:
-                token = (page_token + f // S.chunks * S.rows + row)[:, None]
+                token = (page_token + _token_of(row, f // S.chunks, S))[:, None]
                 code = tl.where(token < start, field_code(old, f, S), tl.where(token < stop, code, 0))
             fields = fields + (code,)
         words = _combined(fields, S)
@@ -250,104 +109,122 @@ def _pack_rows(
 
 
 @triton.jit
-def _store_channel_grids(
-    x,
-    page_token,
-    start,
-    stop,
-    offset,
-    capacity,
-    token_stride,
-    record,
-    clip_cut,
-    S: tl.constexpr,
-    CLIP: tl.constexpr,
-):
-    """Scales and minima of the page's token groups that lie in [start, stop), axis channel."""
-    pairs = record.to(tl.pointer_type(tl.int32)) + S.meta_offset // 4
-    first = tl.maximum(start - page_token, 0) // S.group
-    last = tl.minimum(stop - page_token, S.page_tokens) // S.group
-    for g in range(first, last):
-        for chunk in tl.static_range(known(S.chunks)):
-            for c in tl.static_range(known(S.blocks)):
-                channel = channels_of(chunk, c, S)
-                low = tl.full([PACK_ROWS, S.block], float("inf"), tl.float32)
-                high = tl.full([PACK_ROWS, S.block], float("-inf"), tl.float32)
-                poison = tl.full([PACK_ROWS, S.block], 0.0, tl.float32)
-                # Rows are compared one by one; only the last step crosses threads.
-                for t in range(0, S.group, PACK_ROWS):
-                    own = t + tl.arange(0, PACK_ROWS)
-                    token = page_token + g * S.group + own
-                    real = own < S.group
-                    slot = ((token + offset) % capacity).to(tl.int64) * token_stride
-                    value = _numbers(x, slot, real, channel, S)
-                    low = tl.where(real[:, None], tl.minimum(low, value), low)
-                    high = tl.where(real[:, None], tl.maximum(high, value), high)
-                    poison += value * 0.0
-                scale, minimum = _grid_of(tl.min(low, 0), tl.max(high, 0), tl.sum(poison, 0), clip_cut, S, CLIP)
-                at = pairs + g * S.head_dim + channel
-                tl.store(at, _pair_bits(scale, minimum), mask=channel < S.head_dim)
+def _store_page_norms(tokens, span, records, S: tl.constexpr):
+    """Norms of the page's tokens that lie in a range."""
+    page_token, start, stop = span
+    for first in range(0, S.page_tokens, PACK_ROWS):
+        inside = first + tl.arange(0, PACK_ROWS)
+        token = page_token + inside
+        real = (inside < S.page_tokens) & (token >= start) & (token < stop)
+        store_norms(tokens, records, token, inside, real, S)
 
 
 @triton.jit
-def pack_page(
-    x,
-    page_token,
-    start,
-    stop,
-    offset,
-    capacity,
-    token_stride,
-    record,
-    limit,
-    clip_cut,
-    static_scale,
-    S: tl.constexpr,
-    CLIP: tl.constexpr,
-    LIMIT: tl.constexpr,
-):
-    """Quantize tokens [start, stop) of one KV head into the page whose first token is ``page_token``."""
+def _ends_of_group(tokens, page_token, group, records, channel, S: tl.constexpr):
+    """(lowest, highest, NaN if one is NaN or infinite) of channels [C] over a token group of the page."""
+    low = tl.full([PACK_ROWS, S.block], float("inf"), tl.float32)
+    high = tl.full([PACK_ROWS, S.block], float("-inf"), tl.float32)
+    poison = tl.full([PACK_ROWS, S.block], 0.0, tl.float32)
+    # Rows are compared one by one; only the last step crosses threads.
+    for t in range(0, S.group, PACK_ROWS):
+        own = t + tl.arange(0, PACK_ROWS)
+        real = own < S.group
+        inside = group * S.group + own
+        value = numbers_at(tokens, tokens[1], slot_of(tokens, page_token + inside, real), real, channel, S)
+        if is_normed(S):
+            value = tl.div_rn(value, or_infinity(load_norm(records, inside, real, S, True))[:, None])
+        low = tl.where(real[:, None], tl.minimum(low, value), low)
+        high = tl.where(real[:, None], tl.maximum(high, value), high)
+        poison += value * 0.0
+    return tl.min(low, 0), tl.max(high, 0), tl.sum(poison, 0)
+
+
+@triton.jit
+def _store_group_meta(
+    tokens, span, records, numbers, cut, S: tl.constexpr, E: tl.constexpr, CLIP: tl.constexpr
+):  # fmt: skip
+    """Metadata of the page's token groups that lie in a range, axis channel."""
+    page_token, start, stop = span
+    first = tl.maximum(start - page_token, 0) // S.group
+    last = tl.minimum(stop - page_token, S.page_tokens) // S.group
+    for group in range(first, last):
+        ends = ()
+        for chunk in tl.static_range(known(S.chunks)):
+            for c in tl.static_range(known(S.blocks)):
+                channel = channels_of(chunk, c, S)
+                low, high, poison = _ends_of_group(tokens, page_token, group, records, channel, S)
+                if S.meta == "range8":
+                    low, high = clipped(tl.where(poison != poison, float("nan"), low), high, cut, CLIP)
+                    ends = ends + ((low, high),)
+                else:
+                    local = local_channels(chunk, c, S)
+                    store_meta(
+                        records[0], group * S.head_dim + local, local < S.head_dim,
+                        low, high, poison, cut, numbers[3], S, E, CLIP,
+                    )  # fmt: skip
+        if S.meta == "range8":
+            _store_relative(records, group, ends, S)
+
+
+@triton.jit
+def _store_relative(records, group, ends, S: tl.constexpr):
+    """range8: the range of the minima of all channels of a slice, then every channel's pair."""
+    least = tl.min(ends[0][0], 0)
+    most = tl.max(ends[0][0], 0)
+    poison = tl.sum(ends[0][0] * 0.0, 0)
+    for i in tl.static_range(1, known(S.chunks * S.blocks)):
+        least = tl.minimum(least, tl.min(ends[i][0], 0))
+        most = tl.maximum(most, tl.max(ends[i][0], 0))
+        poison += tl.sum(ends[i][0] * 0.0, 0)
+    start, step = range_of_minima(tl.where(poison != poison, float("nan"), least), most)
+    at = records[0].to(tl.pointer_type(tl.int32)) + (S.range_offset // 4 + group)
+    tl.store(at, half_bits(start) | half_bits(step) << 16)
+    for chunk in tl.static_range(known(S.chunks)):
+        for c in tl.static_range(known(S.blocks)):
+            local = local_channels(chunk, c, S)
+            low, high = ends[chunk * S.blocks + c]
+            store_range8(records[0], group * S.head_dim + local, local < S.head_dim, low, high, start, step, S)
+
+
+@triton.jit
+def pack_page(tokens, span, records, limit, numbers, S: tl.constexpr, E: tl.constexpr, LIMIT: tl.constexpr):
+    """Quantize tokens [start, stop) of one KV head into a page; ``span``: (first token of the page, start, stop)."""
+    page_token, start, stop = span
     first = tl.maximum(start, page_token)
     last = tl.minimum(stop, page_token + S.page_tokens)
     if first < last:
+        for i in tl.static_range(slices(S)):
+            if slice_of(S, i).kind != "none" and slice_of(S, i).by_channel:
+                if is_normed(slice_of(S, i)):
+                    _store_page_norms(tokens, span, records, slice_of(S, i))
+                    tl.debug_barrier()
+                _store_group_meta(tokens, span, records, numbers, numbers[0][i], slice_of(S, i), E, clips(E, i))
         if S.by_channel:
-            _store_channel_grids(
-                x,
-                page_token,
-                start,
-                stop,
-                offset,
-                capacity,
-                token_stride,
-                record,
-                clip_cut,
-                S,
-                CLIP,
-            )
             tl.debug_barrier()
-        from_row = 0
-        to_row = S.rows
-        if S.parts == 1 or last - first == 1:
-            from_row = (first - page_token) % S.rows
-            to_row = (last - 1 - page_token) % S.rows + 1
-        for chunk in range(from_row // PACK_ROWS, tl.cdiv(to_row, PACK_ROWS)):
-            _pack_rows(
-                x,
-                chunk * PACK_ROWS,
-                page_token,
-                start,
-                stop,
-                offset,
-                capacity,
-                token_stride,
-                record,
-                limit,
-                clip_cut,
-                static_scale,
-                S,
-                CLIP,
-                LIMIT,
-            )
+        for i in tl.static_range(slices(S)):
+            if slice_of(S, i).kind != "none":
+                _pack_slice(
+                    tokens, span, first - page_token, last - page_token, records, limit, numbers, numbers[0][i],
+                    slice_of(S, i), E, clips(E, i), LIMIT,
+                )  # fmt: skip
+
+
+@triton.jit
+def _pack_slice(
+    tokens, span, first, last, records, limit, numbers, cut,
+    S: tl.constexpr, E: tl.constexpr, CLIP: tl.constexpr, LIMIT: tl.constexpr,
+):  # fmt: skip
+    """The rows of containers that tokens [first, last) of the page lie in."""
+    from_row = 0
+    to_row = S.rows
+    if S.unit < S.page_tokens:
+        from_row = first // S.unit * S.unit_rows
+        to_row = tl.cdiv(last, S.unit) * S.unit_rows
+    elif S.parts == 1 or last - first == 1:
+        from_row = first % S.rows
+        to_row = (last - 1) % S.rows + 1
+    for chunk in range(from_row // PACK_ROWS, tl.cdiv(to_row, PACK_ROWS)):
+        _pack_rows(tokens, span, chunk * PACK_ROWS, records, limit, numbers, cut, S, E, CLIP, LIMIT)
 
 
 @triton.jit(do_not_specialize=["capacity", "table_stride"])
@@ -364,18 +241,17 @@ def pack_tokens(
     capacity,
     table_stride,
     page_stride,
-    clip_cut,
-    static_scale,
+    numbers,
     S: tl.constexpr,
+    E: tl.constexpr,
     RECORD: tl.constexpr,
-    CLIP: tl.constexpr,
     LIMIT: tl.constexpr,
 ):
     """Grid (pages that a range can touch, B, KV heads): quantize and pack one side.
 
     x         [B, KV heads, capacity, head_dim] by strides; token t is at ``(t + offsets[b]) % capacity``.
     ranges    [B, 2] int32: tokens [start, stop) to pack, in whole groups for axis channel. offsets [B] int32.
-    limits    [KV heads] fp32: raised to the largest scale stored, if LIMIT (axis token).
+    limits    [KV heads] fp32: raised to the largest scale stored, norms included, if LIMIT (scales by token).
     """
     sequence = tl.program_id(1)
     head = tl.program_id(2)
@@ -386,21 +262,9 @@ def pack_tokens(
         return
     # 64 bits: sequences and heads of a long prompt lie more than 2^31 numbers apart.
     wide = sequence.to(tl.int64)
-    number = tl.load(table + wide * table_stride + page).to(tl.int64)
-    record = pool + number * page_stride + head * RECORD
-    pack_page(
-        x + wide * x_batch_stride + head.to(tl.int64) * x_head_stride,
-        page * S.page_tokens,
-        start,
-        stop,
-        tl.load(offsets + sequence),
-        capacity,
-        x_token_stride,
-        record,
-        limits + head,
-        clip_cut,
-        static_scale,
-        S,
-        CLIP,
-        LIMIT,
-    )
+    base = pool + tl.load(table + wide * table_stride + page).to(tl.int64) * page_stride
+    heads = tl.num_programs(2)
+    own = x + wide * x_batch_stride
+    tokens = own, head, heads, x_head_stride, x_token_stride, tl.load(offsets + sequence), capacity
+    records = base + head * RECORD, base + heads * RECORD
+    pack_page(tokens, (page * S.page_tokens, start, stop), records, limits + head, numbers, S, E, LIMIT)

@@ -5,7 +5,7 @@ import triton.language as tl
 
 from kvq.kernels.device.sections import channels_of, group_of, load_meta, load_norm, local_channels, slice_of, slices
 from kvq.kernels.device.words import bias_of, known, unpack
-from kvq.kernels.pack.kernel import PACK_ROWS
+from kvq.kernels.pack.encode import PACK_ROWS
 
 
 @triton.jit(do_not_specialize=["table_stride", "first_page", "room", "book"])
@@ -70,7 +70,7 @@ def _unpack_slice(records, row, length, to, token_stride, static_scale, book, S:
             token = row // S.unit_rows * S.unit + f // S.chunks * S.unit_rows + row % S.unit_rows
             real = (row < S.rows) & (token < length)
             keep = real[:, None] & (channel < S.first + S.head_dim)[None, :]
-            x = tl.zeros([PACK_ROWS, S.block], tl.float32)
+            x = tl.full([PACK_ROWS, S.block], 0.0, tl.float32)
             if S.kind != "none":
                 x = _number(records, token, keep, real, words[f], f, c, S, ASM) * static_scale
             at = token.to(tl.int64)[:, None] * token_stride + channel[None, :]
@@ -82,11 +82,12 @@ def _number(records, token, keep, real, plane, f: tl.constexpr, c: tl.constexpr,
     """What the codes of one field stand for, fp32 [rows, C]."""
     x = plane.to(tl.float32) - bias_of(S, f)
     if S.terms > 0:
+        channel = local_channels(f % S.chunks, c, S)[None, :]
         if S.by_channel:
-            group = (token // S.group)[:, None] + tl.zeros([1, S.block], tl.int32)
-            at = group * S.head_dim + local_channels(f % S.chunks, c, S)[None, :]
+            group = (token // S.group)[:, None] + channel * 0
+            at = group * S.head_dim + channel
         else:
-            at = (token * S.groups + group_of(S, f % S.chunks, c))[:, None] + tl.zeros([1, S.block], tl.int32)
+            at = (token * S.groups + group_of(S, f % S.chunks, c))[:, None] + channel * 0
             group = at
         scale, minimum = load_meta(records, at, group, keep, S, True, ASM)
         x = x * scale.to(tl.float32)

@@ -5,7 +5,7 @@ import torch
 from kvq.kernels import dispatch
 from kvq.kernels.device.launch import Launch, books, exactly, factor
 from kvq.kernels.geometry import sides_of
-from kvq.kernels.pack.kernel import PACK_ROWS
+from kvq.kernels.pack.encode import PACK_ROWS
 from kvq.kernels.unpack.kernel import unpack_pages
 from kvq.pages.pages import Pages
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kvq.bench.samples import layout_of
+from kvq.bench.samples import codecs_of, layout_of
 from kvq.kernels.append import append_tokens
 from kvq.kernels.append.decode_state import DecodeState, ExactStore
 from kvq.kernels.pack import pack_tokens
@@ -16,7 +16,7 @@ from kvq.pages.flush import FlushRule
 )
 def test_appending_token_by_token_gives_the_bytes_of_bulk_packing(key, value, head_dim, device, empty_pages, source_of):
     """Pages, rings and sinks after 200 steps' worth of tokens; keys flush in blocks where they are per channel."""
-    layout = layout_of(key, value, head_dim)
+    layout, codecs = layout_of(key, value, head_dim), codecs_of(key, value, head_dim)
     unit = layout.key.group if layout.key.axis == "channel" else 1
     rules = {
         "key": FlushRule(window=unit, unit=unit) if unit > 1 else FlushRule(window=5),
@@ -33,7 +33,7 @@ def test_appending_token_by_token_gives_the_bytes_of_bulk_packing(key, value, he
     state.start(stored)
     body = {side: state.counters[:, 3 if side == "key" else 5].tolist() for side in rules}
     for side, ring, sinks in (("key", store.keys, store.sink_keys), ("value", store.values, store.sink_values)):
-        pack_tokens(source_of(x[:, :, 2:], [(0, n) for n in body[side]]), pages, side, impl="reference")
+        pack_tokens(source_of(x[:, :, 2:], [(0, n) for n in body[side]]), pages, side, codecs[side], impl="reference")
         for b in range(2):
             sinks[b] = x[b, :, :2]
             for t in range(body[side][b], int(stored[b]) - 2):
@@ -41,12 +41,12 @@ def test_appending_token_by_token_gives_the_bytes_of_bulk_packing(key, value, he
     for new in (1, 3, 4, 1, 2, 1):
         state.advance(new)
         fresh = torch.stack([x[b, :, n : n + new] for b, n in enumerate(state.counters[:, 0].tolist())])
-        assert append_tokens(fresh, fresh, store, pages, state, impl="triton").impl == "triton"
+        assert append_tokens(fresh, fresh, store, pages, state, codecs, impl="triton").impl == "triton"
     want = empty_pages(layout, 2, 2, 3, device)
     for side, column in (("key", 3), ("value", 5)):
         done = state.counters[:, column].tolist()
         assert done != body[side]
-        pack_tokens(source_of(x[:, :, 2:], [(0, n) for n in done]), want, side, impl="reference")
+        pack_tokens(source_of(x[:, :, 2:], [(0, n) for n in done]), want, side, codecs[side], impl="reference")
     for side, column in (("key", 3), ("value", 5)):
         lengths = state.counters[:, column].contiguous()
         dense = [torch.zeros(2, 2, 192, head_dim, device=device) for _ in range(2)]

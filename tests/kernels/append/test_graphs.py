@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kvq.bench.samples import layout_of
+from kvq.bench.samples import codecs_of, layout_of
 from kvq.kernels.append import append_tokens
 from kvq.kernels.append.decode_state import DecodeState, ExactStore
 from kvq.kernels.decode_attention import decode_attention
@@ -33,6 +33,7 @@ class Decoder:
 
     def __init__(self, device: torch.device, stored: list[int], head_dim: int = 64):
         self.layout = layout_of("4", "4", head_dim)
+        self.codecs = codecs_of("4", "4", head_dim)
         rows = len(stored)
         pool = torch.zeros(rows * 4, 2, self.layout.record_bytes, dtype=torch.uint8, device=device)
         table = torch.arange(rows * 4, dtype=torch.int32, device=device).view(rows, 4)
@@ -50,7 +51,7 @@ class Decoder:
     def step(self) -> None:
         self.state.advance(1)
         self.plan.update(self.state.lengths)
-        append_tokens(self.k, self.v, self.store, self.pages, self.state, impl="triton")
+        append_tokens(self.k, self.v, self.store, self.pages, self.state, self.codecs, impl="triton")
         exact = self.store.exact(self.state)
         decode_attention(self.query, self.pages, self.state.lengths, self.plan, exact, out=self.out, impl="triton")
 
