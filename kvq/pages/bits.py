@@ -31,23 +31,23 @@ def unpack_codes(words: torch.Tensor, layout: SideLayout) -> torch.Tensor:
 
 
 def merge_codes(words: torch.Tensor, layout: SideLayout, start: int, codes: torch.Tensor) -> None:
-    """Merge codes [K, t, head_dim] of tokens from ``start`` into a page's words [K, rows, container words, width].
+    """Merge codes [..., t, head_dim] of tokens from ``start`` into pages' words [..., rows, container words, width].
 
     Rows of containers that hold none of these tokens stay. In the others the tokens before ``start`` stay, and what
     follows the last one written becomes zero.
     """
-    heads, count = codes.shape[:2]
+    lead, count = codes.shape[:-2], codes.shape[-2]
     part, row = divmod(start, layout.rows)
     if row + count <= layout.rows:
         # The tokens lie in one part, each in a row of its own.
-        frame = codes.new_zeros(heads, layout.parts, count, layout.head_dim)
-        frame[:, part] = codes
+        frame = codes.new_zeros(*lead, layout.parts, count, layout.head_dim)
+        frame[..., part, :, :] = codes
         keep = kept_bits(layout, part, words.device)
-        target = words[:, row : row + count]
+        target = words.narrow(-3, row, count)
     else:
-        frame = codes.new_zeros(heads, layout.page_tokens, layout.head_dim)
-        frame[:, start : start + count] = codes
-        frame = frame.view(heads, layout.parts, layout.rows, layout.head_dim)
+        frame = codes.new_zeros(*lead, layout.page_tokens, layout.head_dim)
+        frame[..., start : start + count, :] = codes
+        frame = frame.view(*lead, layout.parts, layout.rows, layout.head_dim)
         before = torch.arange(layout.page_tokens, device=words.device) < start
         keep = _bits_of(layout, before.view(layout.parts, layout.rows))
         if count < layout.rows:

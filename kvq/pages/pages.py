@@ -38,10 +38,6 @@ class Encoded:
             sections[section.name] = self.sections[section.name].narrow(-1 - len(section.shape), first, last - first)
         return Encoded(codes=self.codes[..., start:stop, :], sections=sections)
 
-    def row(self, index: int) -> "Encoded":
-        """One row of the first dimension."""
-        return Encoded(codes=self.codes[index], sections={name: x[index] for name, x in self.sections.items()})
-
 
 @dataclass(frozen=True, kw_only=True)
 class Pages:
@@ -156,8 +152,7 @@ class Pages:
             if whole:
                 self._write_whole([p for ids in rows for p in ids[page : page + whole]], side, own)
             else:
-                for i, ids in enumerate(rows):
-                    self._write_tokens(ids[page], side, offset, own.row(i))
+                self._write_tokens([ids[page] for ids in rows], side, offset, own)
             position += taken
         if side == "value":
             self.pool.raise_limit(encoded.sections)
@@ -172,20 +167,22 @@ class Pages:
             numbers = numbers.unflatten(2, (-1, self.layout.page_tokens // section.tokens))
             self.pool.write(runs, places[side, section.name], numbers.transpose(1, 2).flatten(0, 1))
 
-    def _write_tokens(self, page: int, side: str, start: int, encoded: Encoded) -> None:
-        """Tokens from ``start`` of one page of one sequence."""
-        layout, places = self.layout.side(side), self.layout.places
-        count = encoded.codes.shape[-2]
-        words = self.pool.part(page, places[side, "words"])
+    def _write_tokens(self, ids: list[int], side: str, start: int, encoded: Encoded) -> None:
+        """Tokens from ``start`` of one page of every sequence."""
+        layout, places, runs = self.layout.side(side), self.layout.places, self.pool.runs(ids)
+        place = places[side, "words"]
         if layout.format in PLANE_FORMATS:
+            words = self.pool.read(runs, place)
             merge_codes(words, layout, start, encoded.codes)
+            # Of pages that are no neighbours these are a copy.
+            if len(runs) > 1:
+                self.pool.write(runs, place, words)
         else:
-            words[:, start : start + count] = encoded.codes
+            self.pool.write(runs, place, encoded.codes, start)
         for section in layout.sections:
-            where = slice(start // section.tokens, (start + count) // section.tokens)
             numbers = encoded.sections[section.name]
-            part = self.pool.part(page, places[side, section.name])
-            part[:, where] = numbers.unsqueeze(0) if section.shared else numbers
+            numbers = numbers.unsqueeze(1) if section.shared else numbers
+            self.pool.write(runs, places[side, section.name], numbers, start // section.tokens)
 
     def dense(self, side: str, dtype: torch.dtype) -> torch.Tensor:
         """The numbers of a side, dequantized: [B, heads, P * page_tokens, head_dim].

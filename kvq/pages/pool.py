@@ -170,10 +170,10 @@ class Pool:
         views = [self._view(run, place) for _, run in runs]
         return views[0] if len(views) == 1 else torch.cat(views)
 
-    def write(self, runs: Runs, place: Place, numbers: torch.Tensor) -> None:
-        """Set one part of pages to numbers [pages, heads, *shape]."""
+    def write(self, runs: Runs, place: Place, numbers: torch.Tensor, first: int = 0) -> None:
+        """Set rows of one part of pages from ``first`` on to numbers [pages, heads, rows, ...]."""
         for where, run in runs:
-            self._view(run, place).copy_(numbers[where])
+            self._view(run, place).narrow(2, first, numbers.shape[2]).copy_(numbers[where])
 
     def part(self, page: int, place: Place) -> torch.Tensor:
         """One part of one page as a view, [heads, *shape]."""

@@ -5,6 +5,7 @@ import itertools
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kvq.bench.samples import layout_of
 from kvq.codecs import AffineCodec, Float8Codec, codec_spec
@@ -16,7 +17,7 @@ from kvq.kernels.decode_attention.decode_plan import DecodePlan
 from kvq.kernels.pack import pack_tokens
 from kvq.kernels.types import Query, Source
 from kvq.pages.layout import SIDES, PageLayout
-from kvq.pages.pages import Pages
+from kvq.pages.pages import Encoded, Pages
 from kvq.pages.pool import Pool
 
 HEADS, ROWS, TOKENS, HEAD_DIM = 2, 2, 150, 64
@@ -327,3 +328,44 @@ def test_a_copy_takes_over_one_reader():
     assert pool.readers[[page, copy]].tolist() == [1, 1]
     pool.records(page).fill_(1)
     assert (pool.records(copy) == 7).all()
+
+
+class Operators(TorchDispatchMode):
+    """Counts operators."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", CODECS)
+def test_tokens_of_all_rows_are_written_at_once(name):
+    """Rows of one length cost the operators of one row where their pages are neighbours; anywhere, the bytes are those
+    of rows that are written one by one."""
+    codecs = dict(zip(SIDES, CODECS[name], strict=True))
+    layout = layout_of_codecs(*CODECS[name])
+    x = torch.randn(4, HEADS, 96, HEAD_DIM, generator=torch.Generator().manual_seed(0))
+    for ids in ([0, 1, 2, 3], [5, 0, 3, 2]):
+        together, apart = owned(layout).pool, owned(layout).pool
+        for side, codec in codecs.items():
+            unit = codec.block_tokens
+            for start, stop in ((0, 32), (32, 32 + unit)):
+                encoded = codec.encode(x[:, :, start:stop])
+                Pages(pool=together, ids=[[page] for page in ids]).write(side, start, encoded)
+                for row, page in enumerate(ids):
+                    own = codec.encode(x[row : row + 1, :, start:stop])
+                    Pages(pool=apart, ids=[[page]]).write(side, start, own)
+        assert torch.equal(together.slabs[0], apart.slabs[0])
+        assert together.slabs[0].any()
+    pool, counts = owned(layout).pool, []
+    encoded = CODECS[name][1].encode(x[:, :, :1])
+    for rows in (1, 4):
+        own = Encoded(codes=encoded.codes[:rows], sections={n: part[:rows] for n, part in encoded.sections.items()})
+        with Operators() as operators:
+            Pages(pool=pool, ids=[[page] for page in range(rows)]).write("value", 7, own)
+        counts.append(operators.count)
+    assert counts[0] == counts[1] > 0
