@@ -250,10 +250,10 @@ def _invertible(tensor: torch.Tensor) -> torch.Tensor:
     return torch.eye(tensor.shape[-1], dtype=tensor.dtype).expand_as(tensor).contiguous()
 
 
-def decode(plan, batch: int, padded: bool = False) -> tuple[list[dict], str, Pretence]:
-    """Counts of ``STEPS`` steps, what attended, and the mode (for names). ``plan`` None: an ordinary cache."""
+def decode(plan, batch: int, padded: bool = False, steps: int = STEPS) -> tuple[list[dict], str, Pretence]:
+    """Counts of steps, what attended, and the mode (for names). ``plan`` None: an ordinary cache."""
     model = made_model()
-    tokens = torch.randint(3, 100, (batch, PROMPT + WARM + STEPS), generator=torch.Generator().manual_seed(1))
+    tokens = torch.randint(3, 100, (batch, PROMPT + WARM + steps), generator=torch.Generator().manual_seed(1))
     mask = torch.ones_like(tokens)
     mask[1:, :7] = 0
     found = []
@@ -264,7 +264,7 @@ def decode(plan, batch: int, padded: bool = False) -> tuple[list[dict], str, Pre
         cache = DynamicCache(config=model.config) if plan is None else new_cache(model)
         tokens, mask = PretendedTensor(tokens), PretendedTensor(mask)
         at = 0
-        for new in [PROMPT] + [1] * (WARM + STEPS):
+        for new in [PROMPT] + [1] * (WARM + steps):
             ids, own = tokens[:, at : at + new], mask[:, : at + new] if padded else None
             at += new
             if at <= PROMPT + WARM:
@@ -279,12 +279,12 @@ def decode(plan, batch: int, padded: bool = False) -> tuple[list[dict], str, Pre
     return found, ran, mode
 
 
-def per_layer(plan, batch: int, padded: bool = False) -> dict:
+def per_layer(plan, batch: int, padded: bool = False, steps: int = STEPS) -> dict:
     """Counts of a steady step over the number of layers, and what attended."""
-    steps, ran, _ = decode(plan, batch, padded)
+    counted, ran, _ = decode(plan, batch, padded, steps)
     row = {}
     for name in COUNTED:
-        found = [counts[name] / LAYERS for counts in steps]
+        found = [counts[name] / LAYERS for counts in counted]
         row[name], row[f"worst_{name}"] = statistics.median(found), max(found)
     return row | {"ran": ran}
 

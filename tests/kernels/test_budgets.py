@@ -33,9 +33,11 @@ def test_main_loops_stay_within_their_budgets(sm):
     assert all(row["lane_instructions"] > 0.9 and row["wide_bytes"] >= row["code_bytes"] for row in rows)
 
 
-def test_every_other_kernel_compiles_without_a_stack():
-    rows = report("--sm", "90", "--others")
-    assert len(rows) >= 15
+@pytest.mark.parametrize(("sm", "least"), [(80, 16), (90, 35), (100, 16)])
+def test_every_other_kernel_compiles_without_a_stack(sm, least):
+    """All of them for one GPU; for others what packs and unpacks, every way to choose numbers among it."""
+    rows = report("--sm", str(sm), "--others")
+    assert len(rows) >= least
     assert {row["instance"]: row["over"] for row in rows if row["over"]} == {}
 
 
