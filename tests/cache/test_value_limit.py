@@ -18,7 +18,7 @@ def test_the_bound_is_the_largest_scale_in_the_pages(tiny_model, name, impl):
     if impl == "triton" and why_no_triton(torch.device(DEVICE)):
         pytest.skip(why_no_triton(torch.device(DEVICE)))
     model = tiny_model(layers=1, heads=2, kv_heads=2, head_dim=32).to(DEVICE)
-    ids = torch.randint(3, 100, (1, 57), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    ids = torch.randint(3, 100, (1, 81), generator=torch.Generator().manual_seed(0)).to(DEVICE)
     with quantized_cache(model, load_recipe(name).override({"tokens.window": 32}), impl=impl), torch.no_grad():
         cache = new_cache(model)
         model(ids[:, :40], past_key_values=cache)
@@ -27,7 +27,7 @@ def test_the_bound_is_the_largest_scale_in_the_pages(tiny_model, name, impl):
         before = [pool.value_limit.clone() for pool in pools]
         # Larger values than any before, so that the bound must move.
         model.get_submodule("model.layers.0.self_attn.v_proj").weight.mul_(8)
-        for chunk in (ids[:, 40:56], ids[:, 56:]):
+        for chunk in (ids[:, 40:80], ids[:, 80:]):
             model(chunk, past_key_values=cache)
     for store, pool, old in zip(layer.stores, pools, before):
         largest = []
