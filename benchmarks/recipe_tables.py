@@ -1,4 +1,5 @@
-"""Write the tables of recipes, in README.md and docs/recipes.md, from the measured results and the recipes themselves.
+"""Write the tables of recipes, in README.md and docs/recipes.md, and kvq/recipes/recommended.json, from the measured
+results and the recipes themselves.
 
 python benchmarks/recipe_tables.py
 
@@ -14,7 +15,9 @@ from kvq.recipe import list_recipes, load_recipe
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results"
 SOURCES = ("quality", "transforms", "codebooks")
-WINDOWS = 6
+WINDOWS, SEQ_LEN, SPEED_CONTEXT = 6, 2048, 8192
+ROLES = {"klt2": "smallest", "klt3": "balanced", "klt4": "nearly lossless"}
+RECOMMENDED = ROOT / "kvq/recipes/recommended.json"
 BEGIN, END = "<!-- recipes: begin -->\n", "<!-- recipes: end -->"
 # What the README shows: the control, what everybody knows, and the best at each size.
 SHORT = (
@@ -33,6 +36,25 @@ def measured() -> dict[str, dict]:
             if own and own.get("windows", result.get("windows")) == WINDOWS:
                 found.setdefault(row["recipe_hash"], own | {"asymptotic_bits": row["asymptotic_bits"]})
     return found
+
+
+def recommended() -> list[dict]:
+    """What the product says of the recipes that it recommends."""
+    found = measured()
+    decoded = json.loads((RESULTS / "decode_flagship.json").read_text())["rows"]
+    speeds = {row["method"]: row["vs_dynamic"] for row in decoded if row["context"] == SPEED_CONTEXT}
+    return [
+        {
+            "name": name,
+            "role": role,
+            "bits": found[load_recipe(name).hash]["asymptotic_bits"],
+            "kl": float(f"{found[load_recipe(name).hash]['kl']:.3g}"),
+            "tokens": SEQ_LEN,
+            "speed": round(speeds[name], 2),
+            "context": SPEED_CONTEXT,
+        }
+        for name, role in ROLES.items()
+    ]
 
 
 def table(names: list[str], found: dict[str, dict]) -> str:
@@ -71,6 +93,7 @@ def pages() -> dict[Path, list[str]]:
 def main() -> None:
     for path, names in pages().items():
         path.write_text(with_table(path.read_text(), names))
+    RECOMMENDED.write_text(json.dumps(recommended(), indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from kvq.cli import main
 from kvq.codecs import CODECS, PARTS
 from kvq.exporting.exporter import export
 from kvq.recipe import list_recipes, parse_recipe
+from kvq.recipes import recommended
 from kvq.transforms import TRANSFORMS
 
 ROOT = Path(__file__).parents[1]
@@ -154,3 +155,11 @@ def test_examples_import_kvq_and_nothing_inside_it(path):
 def test_the_example_generates_with_the_embedded_model(builtin_dir, capsys):
     runpy.run_path(str(ROOT / "examples/generate.py"))["main"](str(builtin_dir))
     assert "bytes of cache for" in capsys.readouterr().out
+
+
+def test_recommended_recipes_have_the_figures_of_the_results():
+    """What the product ships is what was measured of the recipes as they are: a stale figure fails."""
+    script = runpy.run_path(str(ROOT / "benchmarks/recipe_tables.py"))
+    assert recommended() == script["recommended"](), "run python benchmarks/recipe_tables.py"
+    assert [row["bits"] for row in recommended()] == sorted(row["bits"] for row in recommended())
+    assert [row["kl"] for row in recommended()] == sorted((row["kl"] for row in recommended()), reverse=True)

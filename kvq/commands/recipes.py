@@ -22,17 +22,17 @@ def command() -> None:
 @command.command("list")
 @json_option
 def list_command(output: Output) -> None:
-    """List the shipped recipes."""
-    from kvq.recipes import headline, list_recipes
-    from kvq.report.tables import recipes_table
+    """List the shipped recipes, those to begin with first."""
+    from kvq.recipes import headline, list_recipes, recommended
+    from kvq.report.tables import recipes_table, recommended_table
 
-    rows = [headline(name) for name in list_recipes()]
-    output.show(recipes_table(rows))
+    rows, first = [headline(name) for name in list_recipes()], recommended()
+    output.show(*recommended_table(first), recipes_table(rows))
     if output.target is not None:
         # A hash is of a recipe that was checked, and its codecs import torch.
         from kvq.recipe import load_recipe
 
-        output.write({"recipes": [row | {"hash": load_recipe(row["name"]).hash} for row in rows]})
+        output.write({"recommended": first, "recipes": [row | {"hash": load_recipe(row["name"]).hash} for row in rows]})
 
 
 @command.command("show")

@@ -1,5 +1,6 @@
 """The shipped recipes, as data: YAML files of this folder, which ``kvq.recipe`` reads and checks."""
 
+import json
 from importlib import resources
 from typing import Any
 
@@ -13,6 +14,15 @@ def list_recipes() -> list[str]:
     """Names of the shipped recipes, in alphabetical order."""
     files = resources.files(__name__).iterdir()
     return sorted(file.name.removesuffix(".yaml") for file in files if file.name.endswith(".yaml"))
+
+
+def recommended() -> list[dict[str, Any]]:
+    """The recipes to begin with, the smallest first, with what was measured of the embedded model on a CPU.
+
+    Each has name, role, bits (codes and metadata), kl (nats a token, windows of ``tokens``), and speed: tokens/s at
+    ``context`` tokens beside a plain cache's. ``benchmarks/recipe_tables.py`` writes them from its results.
+    """
+    return json.loads(resources.files(__name__).joinpath("recommended.json").read_text())
 
 
 def recipe_text(name: str) -> str:

@@ -1,6 +1,7 @@
 """``kvq recipes``."""
 
 import json
+import re
 
 import pytest
 import yaml
@@ -81,3 +82,13 @@ def test_a_layer_pattern_that_matches_nothing_is_refused(refuse, tiny_checkpoint
         tiny_checkpoint(head_dim=32),
         says=("'7'", "layers 0 to 1"),
     )
+
+
+def test_the_list_begins_with_those_to_begin_with(run):
+    shown = run("recipes", "list").stdout
+    head = shown[: shown.index("Recipes")]
+    assert "Recommended" in head
+    for name, role in (("klt2", "smallest"), ("klt3", "balanced"), ("klt4", "nearly lossless")):
+        assert re.search(rf"{name} +{role} +[0-9.]+ +[0-9.]+ +[0-9.]+x", head)
+    rows = json.loads(run("recipes", "list", "--json", "-").stdout)["recommended"]
+    assert [row["name"] for row in rows] == ["klt2", "klt3", "klt4"]
