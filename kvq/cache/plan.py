@@ -254,8 +254,20 @@ def _stored_alike(
         codecs = {}
         for side in SIDES:
             given = {w: tensor[places] if needed[side][w].by_head else tensor for w, tensor in own[side].items()}
-            codecs[side] = getattr(spec, side).build(layer.head_dim, given, len(heads))
+            try:
+                codecs[side] = getattr(spec, side).build(layer.head_dim, given, len(heads))
+            except RecipeError as error:
+                raise RecipeError(f"{error}{_smaller_group(getattr(spec, side), side, layer.head_dim)}") from None
         yield heads, codecs
+
+
+def _smaller_group(spec: CodecSpec, side: str, head_dim: int) -> str:
+    """How to set the largest group of channels that divides the head, if that is what a codec lacks."""
+    group = getattr(spec, "group", None)
+    fits = [g for g in (64, 32, 16) if head_dim % g == 0]
+    if getattr(spec, "axis", "token") != "token" or not isinstance(group, int) or not head_dim % group or not fits:
+        return ""
+    return f" (--set {side}.group={fits[0]})"
 
 
 def _codec_artefacts(spec: CodecSpec, needed, side: str, layer: LayerSpec, number: int, artefacts):

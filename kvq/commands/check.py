@@ -34,7 +34,9 @@ def command(
 ) -> None:
     """Check, without the engine, whether DIR loads in it, with which cache, and whether every scale is found.
 
-    Every file is compared with the hashes that the export wrote. Any error ends with exit code 2. With --engine the
+    Every file is compared with the hashes that the export wrote. The folder must load in the engine that it was written
+    for, a stranger's folder in one of them: what prevents that is an error, and ends with exit code 2; what another
+    engine says is a note. With --engine the
     shipped recipes that this engine can have are listed, and why it cannot have the others. With --run the engine is
     started: its scales must be the folder's, and its answers those of kvq's simulation.
 
@@ -51,14 +53,14 @@ def command(
         engine = engine or "vllm"
         _check_runnable(engine, engine_python)
     quiet_transformers()
-    from kvq.exporting.check import check_folder, passes, verdict
+    from kvq.exporting.check import check_folder, passes, settled, verdict
     from kvq.exporting.engines import engines, find_release
     from kvq.report.engines import engines_table, expressible_table, findings_table, serve_lines
 
     releases = [find_release(engine, version)] if engine else [find_release(name) for name in engines()]
     with progress_bar("Hashing") as step:
         reports = check_folder(Path(folder).expanduser(), releases, quick=quick, progress=step)
-    rows = [report.to_dict() for report in reports]
+    rows = [report.to_dict() for report in settled(reports)]
     output.show(engines_table(f"Check of {rows[0]['folder']}", rows), *serve_lines(rows))
     if any(row["findings"] for row in rows):
         output.show(findings_table(rows))

@@ -1,5 +1,7 @@
 """Byte law: what a plan predicts is what a filled cache holds; and recipes resolve by layer and head."""
 
+import re
+
 import pytest
 import torch
 from transformers import DynamicCache
@@ -115,3 +117,19 @@ def test_places_of_channels_and_scales_of_heads_exclude_each_other(tiny_config):
     spec = describe(tiny_config(layers=1))
     with pytest.raises(RecipeError, match="use granularity tensor"):
         make_plan(recipe, spec, stand_in_artefacts(recipe, spec))
+
+
+@pytest.mark.parametrize("name", ["kivi2", "kivi4", "flexgen4", "gear2-light", "qjl", "tokennorm2"])
+def test_a_head_that_groups_do_not_divide_is_told_how_to_go_on(tiny_config, name):
+    """Heads of 80 channels: the sentence names settings, and with them there is a plan."""
+    spec, recipe, settings = describe(tiny_config(layers=1, head_dim=80)), load_recipe(name), {}
+    while True:
+        try:
+            plan = make_plan(recipe.override(settings) if settings else recipe, spec)
+            break
+        except RecipeError as error:
+            setting, _, value = re.search(r"--set ([a-z.]+)(=)([0-9]+)", str(error)).groups()
+            assert setting not in settings
+            settings[setting] = int(value)
+    assert settings
+    assert set(plan.layers) == {0}

@@ -156,3 +156,19 @@ def test_other_commands_read_what_the_engine_would(run, folder):
     assert "recipe          fp8" in run("generate", folder, "--prompt", "ab", "--max-new-tokens", 4).stdout
     result = run("eval", folder, "--limit", 1, "--seq-len", 64, "--mode", "simulate", "--json", "-")
     assert json.loads(result.stdout)["recipe"]["name"] == "fp8"
+
+
+def test_a_sound_folder_shows_no_error(run, folder, model, tmp_path):
+    """Levels, exit code and help agree: what other engines refuse is a note, unless it is they that were asked."""
+    own = tmp_path / "packed"
+    assert run("export", model, "--recipe", "int4", "-o", own).exit_code == 0
+    for sound in (own, folder, model):
+        result = run("check", sound, "--json", "-")
+        assert result.exit_code == 0, result.stderr
+        levels = [f["level"] for engine in json.loads(result.stdout)["engines"] for f in engine["findings"]]
+        assert "error" not in levels
+    report = json.loads(run("check", own, "--json", "-").stdout)
+    loads = {engine["engine"]: engine["passes"] for engine in report["engines"]}
+    assert loads == {"transformers": True, "vllm": False, "sglang": False}
+    assert run("check", own, "--engine", "vllm").exit_code == 2
+    assert "error" in run("check", own, "--engine", "vllm").output

@@ -66,4 +66,4 @@ class Report:
         return tuple(finding for finding in self.findings if finding.level == "error")
 
     def to_dict(self) -> dict[str, Any]:
-        return {"passes": not self.errors} | asdict(self)
+        return {"passes": self.cache_dtype is not None} | asdict(self)
