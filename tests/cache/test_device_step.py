@@ -21,11 +21,18 @@ pytestmark = pytest.mark.skipif(NO_TRITON is not None, reason=str(NO_TRITON))
 
 KV_HEADS, GROUP, HEAD_DIM, BATCH = 1, 2, 32, 2
 # Tokens of a prompt after which five steps cross the end of a page.
-PROMPTS = {"tokens, sinks": 69, "blocks of keys": 93, "clipped": 69, "fp8, no window": 61}
+PROMPTS = {"tokens, sinks": 69, "blocks of keys": 93, "clipped": 69, "fp8, no window": 61, "heads share": 61}
+PROMPTS |= {"books": 69, "keys over lengths": 93}
 RECIPES = {
     "tokens, sinks": ("int4", {"tokens.sinks": 3, "tokens.window": 5}),
     "blocks of keys": ("kivi2", {"tokens.window": 32}),
     "clipped": ("int3", {"key.clip": 0.9, "value.clip": 0.8, "tokens.window": 7}),
+    "heads share": ("zeroquant8", {}),
+    "books": ("nf4", {"key.bits": 2, "value.bits": 2, "tokens.window": 7}),
+    "keys over lengths": (
+        "kivi2",
+        {"tokens.window": 32, "key.norm": {"over": "token"}, "value.clip": 0.8, "value.meta": "zero8"},
+    ),
     "fp8, no window": ("fp8", {"key.scale": "unit", "value.scale": "unit"}),
 }
 
