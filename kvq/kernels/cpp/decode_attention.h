@@ -208,7 +208,7 @@ Record record_of(const Attention<T>& a, int64_t b, int64_t k, int64_t p) {
 
 // Page ``p`` will be read, or the exact tokens where it would be.
 template <class T>
-void fetch(const Attention<T>& a, int64_t b, int64_t k, int64_t p) {
+__attribute__((always_inline)) inline void fetch(const Attention<T>& a, int64_t b, int64_t k, int64_t p) {
   const int32_t* n = a.counts + b * kCounts;
   if (p * a.page_tokens >= std::max(n[kPackedKeys], n[kPackedValues])) return;
   const Record record = record_of(a, b, k, p);

@@ -43,7 +43,8 @@ inline void store(void* at, V v) {
 }
 
 // Memory that is read soon: pages are small and lie anywhere, so the processor does not foresee them.
-inline void prefetch(const void* at, int64_t bytes) {
+// GCC drops calls of functions that do nothing else.
+__attribute__((always_inline)) inline void prefetch(const void* at, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(at) + i, 0, 2);
 }
 
