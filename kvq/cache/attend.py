@@ -6,7 +6,7 @@ import torch
 
 import kvq.cache.fused as fused
 from kvq.cache.reading import decoded, pages_with
-from kvq.cache.snapshot import Snapshot, View, group_rows
+from kvq.cache.snapshot import Snapshot, TokenSnapshot, View, group_rows
 from kvq.cache.store import HeadStore
 from kvq.kernels.cpp import launch
 from kvq.kernels.cpp.launch import FrameNumbers
@@ -55,6 +55,8 @@ def attend(
                 lse.copy_(found.view_as(lse))
             return out
         snapshot = store.snapshot_of_step()
+    if isinstance(snapshot, TokenSnapshot) and mask is None and valid is None:
+        return _attend_token(store, snapshot, q, options, steps, lse)
     if store.split > 1 and q.shape[1] > 1:
         return _attend_by_head(store, snapshot, q, mask, valid, options, steps, lse)
     if store.kept is not None and mask is not None:
@@ -180,16 +182,41 @@ def _attend_compiled(store, snapshot, rows, index: int, options: Options, q, bia
     )
 
 
+def _attend_token(store, snapshot: TokenSnapshot, q, options: Options, steps, lse) -> torch.Tensor:
+    """One token of each of several rows that are alike, in the C++ kernel; shapes as in ``attend``."""
+    serving = store.serving(q.dtype)
+    store.ran.add(serving.attending(None, False))
+    queries, rows = q.to(_score_dtype(q)) * options.scaling, len(snapshot.before)
+    out, found = launch.decode_attention(
+        queries,
+        fused.pages_of(store),
+        serving.cpp_sides,
+        steps.counts(snapshot.counts, rows),
+        [snapshot.exact[side] for side in SIDES],
+        [store.sinks[side] for side in SIDES] if store.sinks else None,
+        frame=_frame_numbers(store, range(rows), [snapshot.counts[0]] * rows, queries, steps),
+        softcap=options.softcap,
+        sink_logits=None if options.sink_logits is None else options.sink_logits.view(queries.shape[1:3]),
+    )
+    if lse is not None:
+        lse.copy_(found)
+    return out.to(q.dtype)
+
+
 def _frame_numbers(store, rows, packed: list[int], q: torch.Tensor, steps) -> FrameNumbers | None:
     """Where packed keys stand, for rows with so many of them and queries [b, K, G, L, D]; None: where exact ones do."""
     if store.group.frame is None or not any(packed):
         return None
-    if len(set(packed)) == 1:
-        origins = store.origins(rows, 0, packed[0])
-    else:
+
+    def origins() -> torch.Tensor:
+        if len(set(packed)) == 1:
+            return store.origins(list(rows), 0, packed[0])
         own = [store.origins([row], 0, n)[0] if n else torch.zeros(0, dtype=torch.long) for row, n in zip(rows, packed)]
-        origins = torch.nn.utils.rnn.pad_sequence(own, batch_first=True)
-    return steps.turns.of(store.group.frame, origins, q.shape[2] * q.shape[3], q.dtype)
+        return torch.nn.utils.rnn.pad_sequence(own, batch_first=True)
+
+    # All that origins follow from, in layers that store alike.
+    place = None if store.kept is not None else (store.group.sinks, *packed, *map(tuple, store.positions.of_rows(rows)))
+    return steps.turns.of(store.group.frame, origins, place, q.shape[2] * q.shape[3], q.dtype)
 
 
 def _bias(mask, view: View, before: int, q: torch.Tensor, end: int) -> torch.Tensor | None:

@@ -35,6 +35,14 @@ class Steps:
         self._plans: dict[tuple, DecodePlan] = {}
         self._last: tuple[tuple, _Step] | None = None
         self.turns = Turns()
+        self._told: tuple[tuple[int, ...], torch.Tensor] | None = None
+
+    def counts(self, columns: tuple[int, ...], rows: int) -> torch.Tensor:
+        """int32 [rows, columns], all rows alike; layers that are alike share it."""
+        key = (rows, *columns)
+        if self._told is None or self._told[0] != key:
+            self._told = key, torch.tensor([columns] * rows, dtype=torch.int32)
+        return self._told[1]
 
     def __reduce__(self):
         return Steps, ()

@@ -12,16 +12,22 @@ from kvq.pages.pages import Pages
 def pages_of(store, rows: list[int] | None = None) -> Pages:
     """The pages of some rows (all by default), as kernels take them."""
     table = store.tables.numbers
+    everyone = rows is None or len(rows) == len(table)
+    if everyone and store.all_pages is not None and store.all_pages.numbers is table:
+        return store.all_pages
     numbers = [store.group.codecs[side].static_numbers() for side in SIDES]
     key, value = (n if isinstance(n, StaticNumbers) else StaticNumbers() for n in numbers)
-    return Pages(
+    found = Pages(
         pool=store.pool,
-        numbers=table if rows is None or len(rows) == len(table) else table[rows],
+        numbers=table if everyone else table[rows],
         key_scale=key.scale,
         value_scale=value.scale,
         key_levels=key.levels,
         value_levels=value.levels,
     )
+    if everyone:
+        store.all_pages = found
+    return found
 
 
 def pack(store, side: str, rows: list[int], start: int, tokens: torch.Tensor) -> None:

@@ -1,5 +1,7 @@
 """Rotary positions of stored tokens, kept as runs: nearly always one run a row, whatever the length."""
 
+from collections.abc import Sequence
+
 import torch
 
 
@@ -16,17 +18,30 @@ class Positions:
 
     def extend(self, positions: torch.Tensor, valid: torch.Tensor | None) -> None:
         """Append positions [B or 1, L]; ``valid`` [B, L] marks tokens that exist (None: all)."""
+        if positions.shape[1] == 1 and valid is None:
+            for row, own in enumerate(positions.expand(len(self.runs), -1)[:, 0].tolist()):
+                self._extend(row, self.counts[row], own)
+                self.counts[row] += 1
+            return
         positions = positions.expand(len(self.runs), -1).cpu()
-        for row, runs in enumerate(self.runs):
+        for row in range(len(self.runs)):
             own = positions[row] if valid is None else positions[row][valid[row].cpu()]
             if not len(own):
                 continue
             breaks = (own.diff() != 1).nonzero().squeeze(1) + 1
             for start in [0, *breaks.tolist()]:
-                index, position = self.counts[row] + start, int(own[start])
-                if not runs or position - runs[-1][1] != index - runs[-1][0]:
-                    runs.append((index, position))
+                self._extend(row, self.counts[row] + start, int(own[start]))
             self.counts[row] += len(own)
+
+    def _extend(self, row: int, index: int, position: int) -> None:
+        """A run of a row from token ``index`` on, unless it goes on with the last one."""
+        runs = self.runs[row]
+        if not runs or position - runs[-1][1] != index - runs[-1][0]:
+            runs.append((index, position))
+
+    def of_rows(self, rows: Sequence[int]) -> list[list[tuple[int, int]]]:
+        """The runs of some rows."""
+        return [self.runs[row] for row in rows]
 
     def of(self, rows: list[int], start: int, stop: int, step: int = 1) -> torch.Tensor:
         """Positions of every ``step``-th token of [start, stop) of some rows, int64 [len(rows), tokens]."""

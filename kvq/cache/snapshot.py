@@ -39,6 +39,13 @@ class Snapshot:
         return first if alike else None
 
 
+@dataclass(frozen=True, kw_only=True)
+class TokenSnapshot(Snapshot):
+    """One token came to rows that are all alike; ``counts``: what the C++ kernel is told of each."""
+
+    counts: tuple[int, ...]
+
+
 def group_rows(keys: list) -> list[list[int]]:
     """Rows with equal keys, in order of first appearance."""
     groups: dict = {}

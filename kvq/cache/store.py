@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 import kvq.cache.fused_pack as fused_pack
+import kvq.cache.token_step as token_step
 from kvq.cache.kept import Kept
 from kvq.cache.page_tables import PageTables
 from kvq.cache.plan import HeadGroup
@@ -67,6 +68,8 @@ class HeadStore:
         # What is asked for: a name of ``kvq.kernels.dispatch.IMPLEMENTATIONS``.
         self.impl = "auto"
         self._serving: dict[tuple, Serving] = {}
+        # All rows' pages as kernels took them last (``fused_pack.pages_of``).
+        self.all_pages: Pages | None = None
         # While single tokens arrive that the device handles alone: a ``DeviceStep``; counts and tails
         # are those from before it.
         self.step: Any = None
@@ -95,8 +98,10 @@ class HeadStore:
     def _start_step(self, dtype: torch.dtype, counters: dict) -> bool:
         if self.recording or self.holding or self.split > 1 or self.kept is not None:
             return False
+        if not self.serving(dtype).steps_on_device:
+            return False
         packed = {side: [self.group.rules[side].packed(n) for n in self.seen] for side in SIDES}
-        if self.packed != packed or not self.serving(dtype).steps_on_device:
+        if self.packed != packed:
             return False
         # Triton is imported where it runs.
         from kvq.cache.device_step import DeviceStep, counters_of
@@ -147,6 +152,8 @@ class HeadStore:
         """
         self.settle()
         length = new["key"].shape[2]
+        if length == 1 and valid is None and token_step.serves(self, new["key"].dtype):
+            return token_step.append(self, new, positions)
         if self.positions is not None:
             own = _counted(self.seen[:: self.split], length, valid) if positions is None else positions
             self.positions.extend(own, valid)
@@ -368,7 +375,7 @@ class HeadStore:
         return self.pool.nbytes + exact
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"_serving": {}}
+        return self.__dict__ | {"_serving": {}, "all_pages": None}
 
     def to(self, device: torch.device) -> None:
         self.settle()

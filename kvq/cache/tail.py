@@ -51,7 +51,7 @@ class Tail:
                 joined = _right_align(joined, torch.cat([self._held(old), valid.cpu()], dim=1))
             self.buffer, self.end = joined, joined.shape[2]
         self.lengths = [length + count for length, count in zip(self.lengths, counts)]
-        return self.buffer[:, :, self.end - self.longest : self.end]
+        return self._last(self.longest)
 
     def _append(self, x: torch.Tensor, old: int) -> torch.Tensor:
         new = x.shape[2]
@@ -64,12 +64,12 @@ class Tail:
                 keep = keep.clone()
             self.buffer[:, :, :old] = keep
             self.end = old
-        self.buffer[:, :, self.end : self.end + new] = x
+        self.buffer.narrow(2, self.end, new).copy_(x)
         self.end += new
         return self.buffer
 
     def _last(self, count: int) -> torch.Tensor:
-        return self.buffer[:, :, self.end - count : self.end]
+        return self.buffer.narrow(2, self.end - count, count)
 
     def keep(self, lengths: list[int]) -> None:
         """Shorten every row to its last ``lengths[b]`` tokens; the buffer follows, within two HEADROOMs."""

@@ -1,5 +1,7 @@
 """Rotations of queries to the origins of blocks, for kernels that read keys in a frame: made once for all layers."""
 
+from collections.abc import Callable
+
 import torch
 
 from kvq.kernels.cpp.launch import FrameNumbers
@@ -13,10 +15,20 @@ class Turns:
 
     def __init__(self):
         self._held: dict[tuple, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
+        # What was asked last, and the answer: layers of a forward ask alike.
+        self._last: tuple[tuple | None, tuple[torch.Tensor, torch.Tensor]] | None = None
 
-    def of(self, frame: Frame, origins: torch.Tensor, queries: int, dtype: torch.dtype) -> FrameNumbers:
-        """For ``origins`` [B, N] of a frame's blocks and so many queries of a KV head, on the CPU."""
-        cos, sin = self._turns(frame, origins, dtype)
+    def of(
+        self, frame: Frame, origins: Callable[[], torch.Tensor], place: tuple | None, queries: int, dtype: torch.dtype
+    ) -> FrameNumbers:
+        """For ``origins()`` [B, N] of a frame's blocks and so many queries of a KV head, on the CPU.
+
+        ``place``: equal where origins are; None if nobody knows.
+        """
+        asked = None if place is None else (frame.rope, frame.head_dim, frame.block, dtype, *place)
+        if asked is None or self._last is None or self._last[0] != asked:
+            self._last = asked, self._turns(frame, origins(), dtype)
+        cos, sin = self._last[1]
         # A block that is shorter than there are queries turns its keys.
         turns_keys = frame.block < queries
         matrix, mean = frame.reader(_CPU, dtype, of_keys=turns_keys)

@@ -203,13 +203,13 @@ def test_blocks_that_come_are_turned_and_others_are_kept(group_of):
     """Cosines and sines of a cache's blocks, from step to step and for rows that change."""
     frame, turns = group_of("klt2 by page").frame, Steps().turns
     origins = torch.tensor([[0, 64, 128], [7, 71, 135]])
-    first = turns.of(frame, origins[:, :2], 3, torch.float64)
-    second = turns.of(frame, origins, 3, torch.float64)
+    first = turns.of(frame, lambda: origins[:, :2], None, 3, torch.float64)
+    second = turns.of(frame, lambda: origins, None, 3, torch.float64)
     assert torch.equal(second.cos[:, :2], first.cos)
     for part, want in zip((second.cos, second.sin), frame.turns(origins, torch.float64)):
         assert torch.equal(part, want)
-    assert turns.of(frame, origins, 3, torch.float64).cos is second.cos
-    other = turns.of(frame, origins.flip(0), 3, torch.float64)
+    assert turns.of(frame, lambda: origins, None, 3, torch.float64).cos is second.cos
+    other = turns.of(frame, lambda: origins.flip(0), None, 3, torch.float64)
     assert torch.equal(other.cos, second.cos.flip(0))
     assert not torch.equal(other.sin, second.sin)
 

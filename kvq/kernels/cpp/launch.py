@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -87,6 +88,14 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+@lru_cache(maxsize=8)
+def _ranges(rows: int, start: int, stop: int) -> torch.Tensor:
+    """int32 [rows, 3] as ``kvq::Pack`` takes it; the layers of a forward share it."""
+    # Not of whoever is in inference mode first.
+    with torch.inference_mode(False):
+        return torch.tensor([[start, stop, -start]] * rows, dtype=torch.int32)
+
+
 def pack(x: torch.Tensor, pages: Pages, side: CppSide, start: int) -> bool:
     """Quantize tokens x [B, K, t, D] of any dtype and write them from body token ``start``; axis channel: whole groups.
 
@@ -95,7 +104,7 @@ def pack(x: torch.Tensor, pages: Pages, side: CppSide, start: int) -> bool:
     Tokens before ``start`` keep their codes, those that share words with the last one written and follow it lose them.
     Returns False, with nothing of a group written, if numbers are NaN, infinite or too large for the metadata.
     """
-    ranges = torch.tensor([[start, start + x.shape[2], -start]], dtype=torch.int32).expand(x.shape[0], 3).contiguous()
+    ranges = _ranges(x.shape[0], start, start + x.shape[2])
     pages.pool.forget_limit()
     return torch.ops.kvq.pack(
         _rows(x),
