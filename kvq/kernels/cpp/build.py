@@ -1,7 +1,7 @@
 """The C++ kernels of the CPU, built when they are first asked for and kept for this torch, machine and source.
 
-A build takes half a minute of a core and happens once, in torch's folder of extensions (``TORCH_EXTENSIONS_DIR``). Processes that start
-together wait for the one that builds, and a library has its final name only when it is whole.
+A build takes half a minute of a core and happens once, in torch's folder of extensions (``TORCH_EXTENSIONS_DIR``).
+Processes that start together wait for the one that builds, and a library has its final name only when it is whole.
 """
 
 import fcntl
