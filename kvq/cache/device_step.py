@@ -4,7 +4,7 @@ A store enters this state with the first single token after a prompt, where the 
 (``Serving.steps_on_device``), and leaves it (``HeadStore.settle``) for whatever else is asked of it: several tokens,
 beams, a crop, offloading, reading what is stored. A step is one launch that packs what the rules release and stores the
 new token, and three that attend. The host counts along, so it knows when a row needs another page; only then is a table
-copied. Between two such steps every tensor keeps its address.
+copied. Between two such steps every tensor keeps its address, results included: the next step overwrites them.
 """
 
 import dataclasses
@@ -100,6 +100,9 @@ class DeviceStep:
             if side in store.sinks:
                 sinks.copy_(store.sinks[side])
         self.views = {side: group.codecs[side].view(group.layout.page_tokens) for side in SIDES}
+        self.chains = {side: chain.reusing() for side, chain in store.step_chains.items()}
+        # How often launches were made anew.
+        self.renewals = 0
         self.ran = store.serving(dtype).attending(None, False)
         self._forget()
 
@@ -109,10 +112,23 @@ class DeviceStep:
         self._grows_at = 0
         self._appends: dict = {}
         self._attends: dict = {}
+        self._outs: dict[tuple, torch.Tensor] = {}
 
     def __getstate__(self) -> dict:
         # A copy's tensors lie elsewhere.
-        return self.__dict__ | {"table": None, "_grows_at": 0, "_appends": {}, "_attends": {}, "pages": None}
+        fresh = {"table": None, "_grows_at": 0, "_appends": {}, "_attends": {}, "_outs": {}, "pages": None}
+        return self.__dict__ | fresh
+
+    @property
+    def grows_next(self) -> bool:
+        """Whether the next step takes pages, or makes its launches anew: the host must be there."""
+        return self.steps + 1 >= self._grows_at
+
+    def follow(self) -> None:
+        """Count a step that the device has made by itself: a graph that was recorded of an earlier one."""
+        if self.counters.steps == self.steps:
+            self.counters.steps += 1
+        self.steps += 1
 
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Pack what the rules release and store a token, keys and values [B, kv_heads, 1, head_dim]."""
@@ -141,34 +157,50 @@ class DeviceStep:
         self.table[:, : fresh.shape[1]] = fresh
         self.pages = dataclasses.replace(found, numbers=self.table)
         self._appends, self._attends = {}, {}
+        self.renewals += 1
 
     def attend(self, q: torch.Tensor, options) -> tuple[torch.Tensor, torch.Tensor]:
-        """Attention of queries [B, kv_heads, group, 1, head_dim], same shape out, and log-sum-exp [B, heads, 1]."""
+        """Attention of queries [B, kv_heads, group, 1, head_dim], same shape out, and log-sum-exp [B, heads, 1].
+
+        The next step overwrites both.
+        """
         self.store.ran.add(self.ran)
         B, K, G, _, D = q.shape
-        query = Query(
-            q=q.reshape(B, K * G, 1, D),
-            scale=options.scaling,
-            positions=self.counters.state.positions,
-            softcap=options.softcap,
-            sink_logits=options.sink_logits,
-        )
-        key = query.q.stride(), options.scaling, options.softcap
+        q = q.reshape(B, K * G, 1, D)
+        sinks = options.sink_logits
+        key = q.shape, q.dtype, q.stride(), options.scaling, options.softcap, sinks is None
         if key not in self._attends:
             state = self.counters.state
-            plan = self.counters.plan(self.pages.layout, K, G)
+            plan, out = self.counters.plan(self.pages.layout, K, G), self._out(q.shape, q.dtype)
+            query = Query(
+                q=q, scale=options.scaling, positions=state.positions, softcap=options.softcap, sink_logits=sinks
+            )
             self._attends[key] = (
                 plan,
+                out,
                 attention_launch.split(plan, self.pages, state.lengths, query, state.sinks),
                 attention_launch.exact(plan, self.pages, query, self.exact.exact(state)),
+                attention_launch.merge(plan, query, out, True),
             )
-        plan, split, exact = self._attends[key]
-        split.run(query.q)
-        exact.run(query.q)
-        # As the model wants it, token by token, so that nothing has to be copied.
-        out = q.new_empty(B, 1, K * G, D).transpose(1, 2)
-        attention_launch.merge(plan, query, out, True).run()
+        plan, out, split, exact, merge = self._attends[key]
+        split.run(q)
+        exact.run(q)
+        if torch.is_grad_enabled():
+            # What a graph of gradients keeps must not be overwritten.
+            out = out.new_empty(B, 1, K * G, D).transpose(1, 2)
+        merge.run(out, *merge.args[1:4], *(() if sinks is None else (sinks,)))
         return out.view(B, K, G, 1, D), plan.lse.view(B, K * G, 1)
+
+    def _out(self, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+        """Memory for attention outputs [B, heads, 1, D]: as the model wants them, token by token, so that nothing is
+        copied."""
+        if (shape, dtype) not in self._outs:
+            B, H, _, D = shape
+            # A forward outside of inference mode may write there next.
+            with torch.inference_mode(False):
+                own = torch.empty(B, 1, H, D, dtype=dtype, device=self.counters.state.device)
+            self._outs[shape, dtype] = own.transpose(1, 2)
+        return self._outs[shape, dtype]
 
     def before(self) -> list[int]:
         """Tokens by row before the last step."""

@@ -101,7 +101,7 @@ class Handle:
     def _attend_heads(self, index: int, q: torch.Tensor, row_masks, options: Options, lse) -> torch.Tensor:
         """Attention of one store's query heads, [B, kv_heads, group, L, head_dim], in the model's own basis."""
         store, snapshot = self.layer.stores[index], self.snapshots[index]
-        chains = store.step_chains if snapshot is store.step else store.chains_of(q.shape[3], q.dtype)
+        chains = snapshot.chains if snapshot is store.step else store.chains_of(q.shape[3], q.dtype)
         # Chains see [B, kv_heads, any, head_dim].
         q = chains["key"].transform_query(q.flatten(2, 3)).view_as(q)
         steps = self.layer.context.steps
@@ -217,6 +217,12 @@ class PackedLayer(CacheLayerMixin):
         """How many of the new columns are a turn's prompt; None for a draft alone, and for a first prompt alone."""
         left = (self.context.prompt or 0) - start
         return min(new, left) if left > 0 and (start > 0 or new > left) else None
+
+    def follow(self) -> None:
+        """Count a step of one token that the device has made by itself (``DeviceStep.follow``)."""
+        self.length += 1
+        for store in self.stores:
+            store.step.follow()
 
     def hold(self) -> None:
         """Pack nothing until ``release``, so that tokens can be dropped while they are exact; a prompt stays lent."""

@@ -92,7 +92,7 @@ class HeadStore:
         """
         if self.step is None and not self._start_step(new["key"].dtype, counters):
             return None
-        self.step.append(*(self.step_chains[side].forward(new[side]) for side in SIDES))
+        self.step.append(*(self.step.chains[side].forward(new[side]) for side in SIDES))
         return self.step
 
     def _start_step(self, dtype: torch.dtype, counters: dict) -> bool:

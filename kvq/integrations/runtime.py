@@ -19,6 +19,7 @@ from kvq.cache.layer import NO_OTHER_ATTENTION
 from kvq.calib.check import checked_artefacts
 from kvq.calib.stats import Stats
 from kvq.errors import CacheError, UnsupportedModelError
+from kvq.integrations.decode_graph import decoding
 from kvq.kernels.dispatch import check_implementation
 from kvq.models.decoder import decoder_of
 from kvq.models.describe import describe, text_config
@@ -38,6 +39,7 @@ class Runtime:
 
     impl   what the caches made from now on attend with: ``auto``, or ``triton``, ``cpp`` or ``reference`` and nothing
            else; may be set at any time.
+    graphs whether ``generate`` may replay recorded steps on CUDA (``kvq.integrations.decode_graph``); likewise.
     thread the only thread whose forwards get packed caches without asking; None: all threads.
     """
 
@@ -47,6 +49,7 @@ class Runtime:
     hooks: tuple[torch.utils.hooks.RemovableHandle, ...]
     impl: str = "auto"
     thread: int | None = None
+    graphs: bool = True
 
     @property
     def recipe(self) -> Recipe:
@@ -83,6 +86,7 @@ def install(model: PreTrainedModel, plan: CachePlan, impl: str = "auto", thread:
         functools.partial(_prepare_inputs, model)
     )
     model.init_continuous_batching = _refuse_continuous_batching
+    model._optimize_model_for_decode = functools.partial(decoding, model)
     model.kvq = Runtime(
         plan=plan,
         attention=model.config._attn_implementation,
@@ -106,6 +110,7 @@ def uninstall(model: PreTrainedModel) -> None:
     for hook in runtime.hooks[1:]:
         hook.remove()
     del model._prepare_cache_for_generation, model.prepare_inputs_for_generation, model.init_continuous_batching
+    del model._optimize_model_for_decode
     del model.kvq
     model.set_attn_implementation(runtime.previous_attention)
 

@@ -100,9 +100,7 @@ def rope_of(config: PretrainedConfig) -> Rope:
     Raises UnsupportedModelError, with the reason, if keys of this model cannot be taken back to before RoPE.
     """
     name = config.model_type
-    parameters = _parameters(config)
-    kind = parameters.get("rope_type", "default")
-    if kind in MOVING_TYPES:
+    if kind := moving_type(config):
         raise _refusal(name, f"its RoPE type {kind!r} changes frequencies with the text's length")
     code = importlib.import_module(
         f"transformers.models.{model_type_to_module_name(name)}.modeling_{model_type_to_module_name(name)}"
@@ -123,6 +121,12 @@ def rope_of(config: PretrainedConfig) -> Rope:
         raise _refusal(name, f"its rotary embedding works differently ({type(error).__name__})") from None
     _check_inverse(rope, name)
     return rope
+
+
+def moving_type(config: PretrainedConfig) -> str | None:
+    """A model's RoPE type if it changes frequencies with the text's length, or None."""
+    kind = _parameters(config).get("rope_type", "default")
+    return kind if kind in MOVING_TYPES else None
 
 
 def _parameters(config: PretrainedConfig) -> dict[str, Any]:

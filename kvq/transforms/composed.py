@@ -4,6 +4,7 @@ Every step is affine, x' = x P + m by head, so a chain is too. P and m are compo
 steps.
 """
 
+import copy
 from typing import Any
 
 import torch
@@ -18,6 +19,13 @@ class Composed:
         self.chain, self.heads, self.head_dim, self.device = chain, heads, head_dim, device
         self.dtype = dtype if dtype == torch.float64 else torch.float32
         self._maps: dict[str, tuple[torch.Tensor, torch.Tensor | None]] = {}
+        self._work: dict[tuple, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] | None = None
+
+    def reusing(self) -> "Composed":
+        """The same, with memory of its own for results: the next call of a direction overwrites what it gave."""
+        found = copy.copy(self)
+        found._work = {}
+        return found
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """What is stored for x [B, K, T, D], contiguous."""
@@ -35,9 +43,19 @@ class Composed:
         if direction not in self._maps:
             self._maps[direction] = self._map(direction)
         matrix, offset = self._maps[direction]
+        B, K, M, D = x.shape
+        # What a graph of gradients keeps must not be overwritten.
+        if self._work is not None and not torch.is_grad_enabled():
+            wide, moved, out = self._memory(self._work, x, direction)
+            wide.copy_(x.transpose(0, 1))
+            rows = wide.view(K, B * M, D)
+            if offset is None:
+                torch.bmm(rows, matrix, out=moved)
+            else:
+                torch.baddbmm(offset, rows, matrix, out=moved)
+            return out.copy_(moved.view(K, B, M, D).transpose(0, 1))
         if serves(x):
             return product(x, matrix, offset)
-        B, K, M, D = x.shape
         # Head by head, so that a batch repeats no matrix; the changes of order cost nothing beside those of dtype.
         wide = x.transpose(0, 1).to(self.dtype, memory_format=torch.contiguous_format).reshape(K, B * M, D)
         wide = torch.bmm(wide, matrix) if offset is None else torch.baddbmm(offset, wide, matrix)
@@ -45,6 +63,18 @@ class Composed:
         if out.dtype == x.dtype:
             return out.contiguous()
         return out.to(x.dtype, memory_format=torch.contiguous_format)
+
+    def _memory(self, held: dict, x: torch.Tensor, direction: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """For x in another order, for its products, and for the result."""
+        key = direction, x.shape, x.dtype
+        if key not in held:
+            B, K, M, D = x.shape
+            # A forward outside of inference mode may write there next.
+            with torch.inference_mode(False):
+                wide = torch.empty(K, B, M, D, dtype=self.dtype, device=x.device)
+                moved = torch.empty(K, B * M, D, dtype=self.dtype, device=x.device)
+                held[key] = wide, moved, torch.empty(B, K, M, D, dtype=x.dtype, device=x.device)
+        return held[key]
 
     def _map(self, direction: str) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(P [K, D, D], m [K, 1, D] or None) of x' = x P + m."""

@@ -4,14 +4,18 @@ The kernels run in Triton's interpreter. A layer is driven as a model drives it:
 """
 
 import copy
+import itertools
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
 
 from kvq.cache.attend import Options
 from kvq.cache.context import ForwardContext
 from kvq.cache.layer import HANDLE, PackedLayer
 from kvq.cache.plan import make_plan
+from kvq.kernels.device.launch import Launch
 from kvq.kernels.dispatch import why_no_triton
 from kvq.models.describe import describe
 from kvq.recipe import load_recipe
@@ -182,10 +186,62 @@ def test_between_new_pages_every_address_stays(tiny_config):
         state, exact = step.counters.state, step.exact
         held = [step.table, step.pages.table, exact.keys, exact.values, exact.sink_keys, state.counters, state.lengths]
         held += [launch.args[n] for launch in (*step._appends.values(),) for n in range(2, 12)]
-        held += [arg for _, *launches in step._attends.values() for one in launches for arg in one.args[1:]]
+        held += [arg for _, _, *launches in step._attends.values() for one in launches for arg in one.args[1:]]
+        held += [out for _, out, *_ in step._attends.values()]
         found.append([x.data_ptr() for x in held if isinstance(x, torch.Tensor)])
     assert found[0] == found[1] == found[2]
     assert len(found[0]) > 25
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["tokens, sinks", "rotated"])
+def test_a_step_that_packs_nothing_makes_no_tensor(tiny_config, monkeypatch, name):
+    """From keys, values and queries to the output: no operator gives memory that was not there. The first step, which
+    makes what the others use, is the control."""
+    monkeypatch.setitem(RECIPES, "rotated", ("quarot4", {"tokens.window": 8}))
+    device = Driven(tiny_config, name, "triton")
+    device.feed(75)
+    given = [[device.draw(heads, 1) for heads in (KV_HEADS, KV_HEADS, KV_HEADS * GROUP)] for _ in range(4)]
+    made, outs = [], []
+    tokens = itertools.chain(*given)
+    monkeypatch.setattr(device, "draw", lambda *_: next(tokens))
+    for _ in given:
+        with Allocations(monkeypatch) as seen:
+            outs.append(device.feed(1))
+        made.append(seen.found)
+    assert made[0]
+    assert made[1:] == [[], [], []]
+    assert len({out.data_ptr() for out in outs}) == 1
+
+
+def test_results_that_gradients_may_need_are_not_overwritten(tiny_config):
+    device = Driven(tiny_config, "tokens, sinks", "triton")
+    device.feed(75)
+    outs = [device.feed(1) for _ in range(3)]
+    assert len({out.data_ptr() for out in outs}) == 3
+
+
+class Allocations(TorchDispatchMode):
+    """The operators whose results lie in memory that none of their arguments has; kernels, interpreted, left out."""
+
+    def __init__(self, monkeypatch):
+        super().__init__()
+        self.found: list[str] = []
+        run = Launch.run
+
+        def unseen(launch, *first):
+            with _disable_current_modes():
+                run(launch, *first)
+
+        monkeypatch.setattr(Launch, "run", unseen)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        before = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        for x in tree_leaves(result):
+            if isinstance(x, torch.Tensor) and x.numel() and x.untyped_storage().data_ptr() not in before:
+                self.found.append(str(func))
+        return result
 
 
 def test_layers_share_counters_and_what_differs_does_not(tiny_config):
