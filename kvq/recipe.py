@@ -43,6 +43,9 @@ class Recipe:
     paper: str = ""
 
     def __post_init__(self):
+        # It stands in headings, tables and front matter of cards, and in names of files.
+        if not self.name.isprintable() or len(self.name) > 500 or set(self.name) & set("`|<>"):
+            raise RecipeError(f"name={self.name[:60]!r} is no name of a recipe: use one line without any of ` | < >.")
         base = self._base
         for pattern, override in self.layers.items():
             if not isinstance(pattern, str) or not _LAYER_PATTERN.match(pattern):

@@ -329,3 +329,12 @@ def test_recipes_cannot_be_changed():
         recipe().name = "other"
     head = recipe().for_head(0, 0, 1)
     assert head == HeadSpec(key=recipe().key, value=recipe().value, tokens=recipe().tokens)
+
+
+@pytest.mark.parametrize("name", ["a|b", "x: y\n- z", "<script>", "a`b", "a" * 501, "a\x1b[31m"])
+def test_a_name_that_would_be_more_than_a_name_in_a_card_is_refused(name):
+    """Cards hold it in headings, tables and front matter. Control: names of changed recipes."""
+    with pytest.raises(RecipeError, match="no name of a recipe"):
+        dataclasses.replace(load_recipe("int4"), name=name)
+    changed = "kivi2+key.bits=4, value.group=[16]"
+    assert dataclasses.replace(load_recipe("int4"), name=changed).name == changed

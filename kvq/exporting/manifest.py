@@ -11,7 +11,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from kvq.errors import CheckpointError
@@ -80,8 +80,12 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
             raise ValueError
         if not all(_is_hash(entry["sha256"]) and entry["bytes"] >= 0 for entry in entries):
             raise ValueError
+        outside = next((name for name in data["files"] if leads_out(name)), None)
     except (ValueError, KeyError, TypeError, AttributeError):
         raise CheckpointError(f"{MANIFEST!r} has been altered: copy the whole folder again, or export again.") from None
+    if outside is not None:
+        # Before anything is read: whoever made the folder also made the hash.
+        raise CheckpointError(f"{MANIFEST!r} lists {outside!r}, which is no file of its folder: do not use it.")
     if version != VERSION:
         raise CheckpointError(
             f"{MANIFEST!r} has version {version!r} and this kvq reads {VERSION}: install the kvq that wrote it."
@@ -113,6 +117,14 @@ def broken_files(
         # Weights that nobody listed would be read by engines; other strangers do no harm.
         if name.endswith(".safetensors") and "/" not in name:
             yield name, "does not belong to the export"
+
+
+def leads_out(name: object) -> bool:
+    """True for what is no name of a file inside a folder: untrusted text must not lead out of it."""
+    if not isinstance(name, str) or not name or "\0" in name or "\\" in name:
+        return True
+    path = PurePosixPath(name)
+    return path.is_absolute() or ".." in path.parts
 
 
 def _is_hash(digest: str | None) -> bool:

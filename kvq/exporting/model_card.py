@@ -1,5 +1,6 @@
 """The model card of an export: README.md with front matter."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,11 @@ weights: {noise_kl:.1e}), and {top1:.1%} of the tokens have the same most likely
 """
 
 
+def plain_markdown(text: str) -> str:
+    """Text that is not ours, as Markdown shows it: one line, without links, tags or headings of its own."""
+    return re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", " ".join(text.split()))
+
+
 def plain_card(
     plan: CachePlan, check, provenance: Mapping[str, Any], licence: Mapping[str, str], serve: str = ""
 ) -> str:
@@ -114,7 +120,7 @@ def model_card(plan: CachePlan, memory: MemoryPlan, provenance: Mapping[str, Any
     body = _BODY.format(
         base=base,
         recipe=plan.recipe.name,
-        summary=f" ({plan.recipe.summary})" if plan.recipe.summary else "",
+        summary=f" ({plain_markdown(plan.recipe.summary)})" if plan.recipe.summary else "",
         weights="with exact transforms folded in" if plan.folded else "unchanged",
         recipe_table=recipe_table(plan, context_limit(plan.recipe, provenance)),
         memory_table=_memory_table(memory),

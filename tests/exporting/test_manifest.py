@@ -6,7 +6,16 @@ import json
 import pytest
 
 from kvq.errors import CheckpointError
-from kvq.exporting.manifest import MANIFEST, broken_files, build_manifest, read_manifest, restated
+from kvq.exporting.checkpoint import to_json
+from kvq.exporting.manifest import (
+    MANIFEST,
+    _digest,
+    broken_files,
+    build_manifest,
+    leads_out,
+    read_manifest,
+    restated,
+)
 
 
 @pytest.fixture
@@ -104,3 +113,17 @@ def test_a_file_that_is_changed_on_purpose(folder):
     assert after["files"]["model.safetensors"] == before["files"]["model.safetensors"]
     (folder / MANIFEST).unlink()
     assert restated(folder, "config.json", b"{}") is None
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/hostname", "a/../../secret", "..", "C:\\secret", "", "a\0b"])
+def test_names_that_lead_out_of_the_folder_are_refused_before_anything_is_read(folder, name):
+    """A hostile manifest has a sound hash of its own."""
+    secret = folder.parent / "secret"
+    secret.write_text("private")
+    data = read_manifest(folder)
+    data["files"] = {**data["files"], name: {"bytes": 7, "sha256": hashlib.sha256(b"private").hexdigest()}}
+    (folder / MANIFEST).write_bytes(to_json(data | {"sha256": _digest(data)}))
+    with pytest.raises(CheckpointError, match="no file of its folder"):
+        read_manifest(folder)
+    # Control: a name inside is taken.
+    assert not leads_out("kvq/recipe.yaml")
