@@ -108,6 +108,14 @@ class HeadSpec:
         """How many of the last key transforms act in that frame."""
         return self.transforms.framed_steps
 
+    def codec_steps(self, side: str) -> int:
+        """How many of the last transforms of a side leave exact tokens alone."""
+        return self.transforms.codec_steps(side)
+
+    def stored_dim(self, side: str, head_dim: int) -> int:
+        """Channels of a head that the codec stores."""
+        return self.transforms.width(side, head_dim)
+
     def framing(self, side: str) -> dict[str, int | None]:
         """What ``kvq.transforms.fit.fit_steps`` wants to know of it."""
         return {"framed": self.framed_steps, "block": self.frame_tokens} if side == "key" else {}

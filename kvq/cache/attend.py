@@ -12,7 +12,7 @@ from kvq.kernels.cpp import launch
 from kvq.kernels.cpp.launch import FrameNumbers
 from kvq.kernels.decode_attention.products import Partial, merge_partials, merged_lse, partial_attention
 from kvq.pages.layout import SIDES
-from kvq.transforms.frame import Frame
+from kvq.transforms.frame import Frame, merged
 
 # Numbers unpacked at once, and scores held at once: a tile fits a core's cache, never the whole past.
 TILE_NUMBERS = 1 << 21
@@ -293,13 +293,16 @@ class _Segments:
             return partial_attention(scores, lambda weights: weights @ self._exact("value", start, stop))
         pages, first = pages_with(self.store, self.rows, start, stop)
         pad = (start - first, -(stop - first) % pages.layout.page_tokens)
-        codec = self.store.group.codecs["value"]
-        return partial_attention(
-            scores,
-            lambda weights: codec.weighted_sum(
-                pages, "value", torch.nn.functional.pad(weights, pad) if any(pad) else weights
-            ),
-        )
+        codec, frame = self.store.group.codecs["value"], self.store.group.value_frame
+
+        def weighted_sum(weights: torch.Tensor) -> torch.Tensor:
+            weights = torch.nn.functional.pad(weights, pad) if any(pad) else weights
+            if frame is None or not frame.joint:
+                return codec.weighted_sum(pages, "value", weights)
+            return weights @ merged(codec.dequantized(pages, "value", weights.dtype))
+
+        output, lse = partial_attention(scores, weighted_sum)
+        return output if frame is None else frame.outputs(output), lse
 
     def _packed_scores(self, start: int, stop: int) -> torch.Tensor:
         frame = self.store.group.frame
@@ -319,6 +322,7 @@ class _Segments:
         queries, bias = frame.queries(self.q, self.store.origins(self.rows, start, stop))
         missing = -keys.shape[2] % frame.block
         keys = torch.nn.functional.pad(keys, (0, 0, 0, missing)).unflatten(2, (-1, frame.block))
+        keys = merged(keys) if frame.joint else keys
         scores = (queries.to(keys.dtype) @ keys.transpose(-1, -2) + bias.to(keys.dtype).unsqueeze(-1)).transpose(2, 3)
         return scores.flatten(3)[..., start - low : stop - low]
 

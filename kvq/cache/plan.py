@@ -18,7 +18,7 @@ from kvq.pages.flush import FlushRule
 from kvq.pages.layout import SIDES, PageLayout
 from kvq.recipe import Recipe
 from kvq.transforms import Chain, Transforms, TransformSpec, build_chain
-from kvq.transforms.frame import Frame, block_origins
+from kvq.transforms.frame import FRAME_TOKENS, Frame, block_origins
 from kvq.transforms.rope_bias import RopeOffset
 
 
@@ -28,8 +28,8 @@ class HeadGroup:
 
     chains   transforms of keys and values; everything that is stored, exact tokens included, is in their basis.
     frame    set if the codec sees keys elsewhere than where exact ones are stored: relative to their block, before the
-             rotary embedding, or without the rotated bias of their projection. ``enter`` leads to the codec, ``leave``
-             back from it.
+             rotary embedding, without the rotated bias of their projection, or with fewer channels. ``enter`` leads to
+             the codec, ``leave`` back from it. value_frame: the same of values.
     by_head  every head has page tables and lengths of its own, and pages hold one head: heads may then keep different
              tokens. Raises RecipeError where heads share numbers, or where their numbers depend on the head.
     """
@@ -42,10 +42,13 @@ class HeadGroup:
     layout: PageLayout
     chains: Mapping[str, Chain]
     frame: Frame | RopeOffset | None = None
+    value_frame: Frame | None = None
     by_head: bool = False
 
     def __post_init__(self):
-        own = isinstance(self.frame, RopeOffset) or (self.frame is not None and bool(self.frame.chain))
+        own = isinstance(self.frame, RopeOffset) or any(
+            frame is not None and bool(frame.chain) for frame in self.frames
+        )
         names_heads = own or any(codec.names_heads for codec in self.codecs.values())
         if self.by_head and len(self.heads) > 1 and (names_heads or self.layout.shared_bytes):
             raise RecipeError(
@@ -59,7 +62,7 @@ class HeadGroup:
 
         positions   [B or 1, t] rotary positions, which matter in a frame. ``dtype``: of what is decoded.
         """
-        codec, frame = self.codecs[side], self.frame if side == "key" else None
+        codec, frame = self.codecs[side], self.frame if side == "key" else self.value_frame
         if frame is None:
             return codec.decode(codec.encode(x), dtype)
         origins = block_origins(positions, frame.block)
@@ -79,9 +82,19 @@ class HeadGroup:
         return total
 
     @property
+    def frames(self) -> tuple[Frame | RopeOffset | None, Frame | None]:
+        """Of keys and of values."""
+        return self.frame, self.value_frame
+
+    @property
+    def loses(self) -> bool:
+        """Whether pages hold fewer channels than the model's, or channels of all heads together."""
+        return any(isinstance(frame, Frame) and frame.loses for frame in self.frames)
+
+    @property
     def bits_per_element(self) -> float:
-        """Asymptotic bits per stored number: what a full page costs, padding included, keys and values averaged."""
-        return self.layout.bits_per_element(len(self.heads))
+        """Asymptotic bits per number of the model: what a full page costs, padding included, both sides averaged."""
+        return self.layout.bits_per_element(len(self.heads)) * self.layout.key.head_dim / self.head_dim
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +102,7 @@ class CachePlan:
     """What a recipe does to a model: head groups by layer index; a layer that is absent keeps its plain cache.
 
     chains   by layer and side, the transforms of all KV heads of the layer, those in a frame of keys left out.
-    framed   by layer, how many of the last key transforms act in the frame.
+    framed   by layer and side, how many of the last transforms leave exact tokens alone.
     folded   likewise, how many of the first transforms the model's weights have taken over; what is absent is 0.
     """
 
@@ -98,7 +111,7 @@ class CachePlan:
     layers: Mapping[int, tuple[HeadGroup, ...]]
     chains: Mapping[int, Mapping[str, Chain]] = field(default_factory=dict)
     folded: Mapping[int, Mapping[str, int]] = field(default_factory=dict)
-    framed: Mapping[int, int] = field(default_factory=dict)
+    framed: Mapping[int, Mapping[str, int]] = field(default_factory=dict)
 
     def predicted_bytes(self, tokens: int, itemsize: int | None = None) -> int:
         """Cache bytes of one sequence of ``tokens`` tokens over all layers, plain and sliding ones included."""
@@ -186,10 +199,10 @@ def _make_plan(recipe: Recipe, model: ModelSpec, artefacts, folded) -> CachePlan
                 )
                 for side in SIDES
             }
-            framed[layer.index] = groups[0][0].framed_steps
-            outside = len(whole["key"].steps) - framed[layer.index]
-            inside = Chain(whole["key"].steps[outside:])
-            chains[layer.index] = whole | {"key": replace(whole["key"], steps=whole["key"].steps[:outside])}
+            framed[layer.index] = {side: groups[0][0].codec_steps(side) for side in SIDES}
+            outside = {side: len(whole[side].steps) - framed[layer.index][side] for side in SIDES}
+            inside = {side: Chain(whole[side].steps[outside[side] :]) for side in SIDES}
+            chains[layer.index] = {side: replace(c, steps=c.steps[: outside[side]]) for side, c in whole.items()}
             layers[layer.index] = tuple(
                 _head_group(spec, heads, layer, codecs, chains[layer.index], inside, ropes)
                 for number, (spec, alike) in enumerate(groups)
@@ -220,8 +233,8 @@ def check_transforms(recipe: Recipe, model: ModelSpec) -> None:
 def _refuse_inexact(transforms: Transforms, model: ModelSpec, index: int) -> None:
     """Refuse a step where attention does not undo it."""
     # Readers add again what a step in a frame of keys has taken away.
-    outside = {"key": transforms.key[: len(transforms.key) - transforms.framed_steps], "value": transforms.value}
-    steps = [(side, step) for side, own in outside.items() for step in own]
+    chains = {side: getattr(transforms, side) for side in SIDES}
+    steps = [(side, step) for side, own in chains.items() for step in own[: len(own) - transforms.codec_steps(side)]]
     if not steps:
         return
     layer = describe_attention(model.config).get(index) or Attention(index=index)
@@ -241,7 +254,8 @@ def _stored_alike(
 
     A codec has one static scale, so heads with scales of their own are stored as groups of one.
     """
-    needed = {side: getattr(spec, side).artefacts(layer.head_dim, len(alike)) for side in SIDES}
+    dims = {side: spec.stored_dim(side, layer.head_dim) for side in SIDES}
+    needed = {side: getattr(spec, side).artefacts(dims[side], len(alike)) for side in SIDES}
     own = {side: _codec_artefacts(getattr(spec, side), needed[side], side, layer, number, artefacts) for side in SIDES}
     if spec.has_head_scales and any(part.joint for parts in needed.values() for part in parts.values()):
         raise RecipeError(
@@ -255,9 +269,9 @@ def _stored_alike(
         for side in SIDES:
             given = {w: tensor[places] if needed[side][w].by_head else tensor for w, tensor in own[side].items()}
             try:
-                codecs[side] = getattr(spec, side).build(layer.head_dim, given, len(heads))
+                codecs[side] = getattr(spec, side).build(dims[side], given, len(heads))
             except RecipeError as error:
-                raise RecipeError(f"{error}{_smaller_group(getattr(spec, side), side, layer.head_dim)}") from None
+                raise RecipeError(f"{error}{_smaller_group(getattr(spec, side), side, dims[side])}") from None
         yield heads, codecs
 
 
@@ -282,7 +296,7 @@ def _codec_artefacts(spec: CodecSpec, needed, side: str, layer: LayerSpec, numbe
 
 
 def _head_group(
-    spec: HeadSpec, heads: tuple[int, ...], layer: LayerSpec, codecs, chains, inside: Chain, ropes
+    spec: HeadSpec, heads: tuple[int, ...], layer: LayerSpec, codecs, chains, inside: Mapping[str, Chain], ropes
 ) -> HeadGroup:
     chains = {side: chain.of_heads(heads) for side, chain in chains.items()}
     page_tokens = max(codec.page_tokens for codec in codecs.values())
@@ -294,7 +308,8 @@ def _head_group(
         rules={side: flush_rule(getattr(spec, side), spec.tokens) for side in SIDES},
         layout=PageLayout(key=codecs["key"].layout(page_tokens), value=codecs["value"].layout(page_tokens)),
         chains=chains,
-        frame=_frame(spec, chains["key"], inside, ropes, layer, heads),
+        frame=_frame(spec, chains["key"], inside["key"], ropes, layer, heads),
+        value_frame=_plain_frame(inside["value"], layer, heads),
     )
 
 
@@ -318,9 +333,17 @@ def _frame(spec: HeadSpec, chain: Chain, inside: Chain, ropes, layer: LayerSpec,
         rope = ropes(layer.index)
         own = {"heads": len(heads), "head_dim": layer.head_dim, "chain": inside.of_heads(heads)}
         return Frame(rope=rope, block=spec.frame_tokens, **own) if rope or inside else None
+    if inside:
+        return _plain_frame(inside, layer, heads)
     biases = [step.offset for step in chain.steps if step.offset is not None]
     rope = ropes(layer.index) if biases else None
     return RopeOffset(rope, chain, biases[0]) if rope else None
+
+
+def _plain_frame(inside: Chain, layer: LayerSpec, heads) -> Frame | None:
+    """Of values, or of keys that stay rotated."""
+    own = {"heads": len(heads), "head_dim": layer.head_dim, "chain": inside.of_heads(heads)}
+    return Frame(rope=None, block=FRAME_TOKENS, **own) if inside else None
 
 
 def _of_side(artefacts: Mapping[str, torch.Tensor], layer: int, side: str) -> dict[str, torch.Tensor]:

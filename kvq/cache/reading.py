@@ -35,7 +35,9 @@ def decoded(store: HeadStore, side: str, rows: list[int], start: int, stop: int,
     basis of the group's transforms, keys after the rotary embedding."""
     pages, first = pages_with(store, rows, start, stop)
     numbers = store.group.codecs[side].dequantized(pages, side, dtype)[:, :, start - first : stop - first]
-    return unframed(store, numbers, rows, start, stop) if side == "key" else numbers
+    if side == "key":
+        return unframed(store, numbers, rows, start, stop)
+    return numbers if store.group.value_frame is None else store.group.value_frame.leave(numbers)
 
 
 def unframed(store: HeadStore, keys: torch.Tensor, rows: list[int], start: int, stop: int) -> torch.Tensor:

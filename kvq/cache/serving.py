@@ -22,6 +22,7 @@ from kvq.pages.layout import SIDES
 from kvq.transforms.rope_bias import RopeOffset
 
 logger = logging.get_logger(__name__)
+LATENT = "pages hold fewer channels than the model's, or those of all heads together"
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -81,6 +82,8 @@ def serving_of(group: HeadGroup, device: torch.device, dtype: torch.dtype, impl:
     asked = impl == "triton" or (impl == "auto" and device.type != "cpu")
     if not known:
         no_triton = no_triton or f"queries of {str(dtype).removeprefix('torch.')}"
+    if group.loses:
+        no_triton = no_triton or LATENT
     if group.head_dim > LARGEST_HEAD:
         no_triton = no_triton or f"head_dim {group.head_dim}, more than {LARGEST_HEAD}"
     no_pack = {
@@ -118,6 +121,8 @@ def _say(found: Serving) -> None:
 
 def why_two_passes(group: HeadGroup) -> str | None:
     """Why pages of this group are decoded before the kernels attend, or None if they are read as they are."""
+    if group.loses:
+        return LATENT
     if group.frame is not None:
         return "keys are stored before RoPE" if group.frame.block == 1 else "keys are stored relative to their block"
     for side in SIDES:
@@ -140,6 +145,8 @@ def _why_no_pack(group: HeadGroup, side: str) -> str | None:
 
 def _why_not_compiled(group: HeadGroup, sides: Mapping[str, CppSide | str]) -> str | None:
     """Why the C++ kernel cannot attend, or None."""
+    if group.loses:
+        return LATENT
     if isinstance(group.frame, RopeOffset):
         return "keys are stored without the bias of their projection"
     if group.frame is not None and group.layout.page_tokens % group.frame.block:

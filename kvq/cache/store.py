@@ -257,6 +257,8 @@ class HeadStore:
         stop = start + tokens.shape[2]
         if side == "key" and self.group.frame is not None:
             tokens = self.group.frame.enter(tokens, self.origins_by_token(rows, start, stop))
+        elif side == "value" and self.group.value_frame is not None:
+            tokens = self.group.value_frame.enter(tokens)
         self.tables.grow(rows, -(-stop // size))
         serving = self.serving(tokens.dtype)
         if serving.no_pack[side] is None:

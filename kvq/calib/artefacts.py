@@ -33,12 +33,13 @@ from kvq.transforms.fit import fit_steps
 
 @dataclass(frozen=True, kw_only=True)
 class _Use:
-    """One codec that reads artefacts: the heads ``heads``, group ``group`` of a layer."""
+    """One codec that reads artefacts: the heads ``heads``, group ``group`` of a layer, ``dim`` channels of each."""
 
     layer: LayerSpec
     side: str
     group: int
     heads: tuple[int, ...]
+    dim: int
     spec: CodecSpec
     sinks: int
 
@@ -71,7 +72,7 @@ def needed_artefacts(recipe: Recipe, model: ModelSpec) -> dict[str, Artefact]:
     """The artefacts that a recipe reads on this model, by name; empty for a recipe without calibration."""
     needed: dict[str, Artefact] = {}
     for use in _uses(recipe, model):
-        needed |= use.named(use.spec.artefacts(use.layer.head_dim, len(use.heads)))
+        needed |= use.named(use.spec.artefacts(use.dim, len(use.heads)))
     for layer, side, specs in _transforms(recipe, model):
         for what, own in needed_tensors(specs, layer.kv_heads, layer.head_dim).items():
             needed[artefact_name(layer.index, side, what)] = own
@@ -98,7 +99,7 @@ def fit_artefacts(
     source = FitSource(model, stats, folder) if chains else None
     for layer, side, specs in chains:
         spec = recipe.for_head(layer.index, 0, len(model.layers))
-        codec = getattr(spec, side).stand_in(layer.head_dim, layer.kv_heads)
+        codec = getattr(spec, side).stand_in(spec.stored_dim(side, layer.head_dim), layer.kv_heads)
         data = source.fit_data(layer, side, spec, codec)
         learned = partial(find_learned, stats, recipe, spec, layer.index, side)
         numbers, fitted[layer.index, side] = fit_steps(specs, data, learned, **spec.framing(side))
@@ -138,6 +139,7 @@ def _uses(recipe: Recipe, model: ModelSpec) -> Iterator[_Use]:
         groups = recipe.head_groups(layer.index, layer.kv_heads, len(model.layers))
         for number, (spec, heads) in enumerate(groups):
             for side in SIDES:
-                codec = getattr(spec, side)
+                codec, dim = getattr(spec, side), spec.stored_dim(side, layer.head_dim)
                 if codec.is_calibrated:
-                    yield _Use(layer=layer, side=side, group=number, heads=heads, spec=codec, sinks=spec.tokens.sinks)
+                    own = {"heads": heads, "dim": dim, "spec": codec, "sinks": spec.tokens.sinks}
+                    yield _Use(layer=layer, side=side, group=number, **own)

@@ -140,7 +140,7 @@ def _layers(recipe: Recipe, spec, stats: Stats, folder: Path) -> dict[int, _Laye
         head = recipe.for_head(layer.index, 0, len(spec.layers))
         if head.is_exact:
             continue
-        codecs = {s: getattr(head, s).stand_in(layer.head_dim, layer.kv_heads) for s in SIDES}
+        codecs = {s: getattr(head, s).stand_in(head.stored_dim(s, layer.head_dim), layer.kv_heads) for s in SIDES}
         own = _Layer(spec=head, codecs=codecs)
         for side in SIDES:
             specs = getattr(head.transforms, side)

@@ -43,7 +43,8 @@ class FitSource:
         attention = self.attention.get(layer.index) or Attention(index=layer.index, scaling=layer.head_dim**-0.5)
         reservoir = measured.parts.get("reservoir")
         partner, second = self._partners(layer.head_dim, attention.rotary)
-        reads = any(step.reads_output(side) for step in getattr(spec.transforms, side))
+        steps = getattr(spec.transforms, side)
+        own = getattr(attention, side) if any(step.reads_projection(side) for step in steps) else None
         return FitData(
             side=side,
             heads=layer.kv_heads,
@@ -56,7 +57,8 @@ class FitSource:
             given={name: given_of(measured, name) for name in ("query", "key", "value", "query_pre", "key_pre")},
             rope=self.rope if attention.rotary else None,
             longest=getattr(self.model.config, "max_position_embeddings", None) or LONGEST_DISTANCE,
-            output=self._output(attention, layer) if reads else None,
+            output=self._output(attention, layer) if any(step.reads_output(side) for step in steps) else None,
+            projection=self._blocks(own),
             bias=self._bias(attention, layer) if side == "key" else None,
             shared=side == "key" and attention.key_norm is not None and attention.key_norm.shared,
             exact=spec.tokens.sinks,
@@ -72,6 +74,11 @@ class FitSource:
 
     def _read(self, name: str | None) -> torch.Tensor | None:
         return None if self.weights is None or name is None else self.weights.read(name)
+
+    def _blocks(self, projection: Projection | None) -> torch.Tensor | None:
+        """Blocks of a projection into the cache, [KV heads, head_dim, hidden]."""
+        weight = self._read(projection.weight) if projection else None
+        return None if weight is None else torch.stack([weight[span] for span in projection.heads])
 
     def _output(self, attention: Attention, layer: LayerSpec) -> torch.Tensor | None:
         """Blocks of the output projection, [query heads, hidden, head_dim]."""
@@ -103,6 +110,9 @@ def given_of(measured: LayerStats, name: str) -> Measured:
         mean = found.setdefault("mean", torch.zeros_like(second[..., 0])) if name == "query_pre" else found.get("mean")
         if mean is not None:
             found["covariance"] = second - mean.unsqueeze(-1) * mean.unsqueeze(-2)
+    if f"{name}.joint_moments" in measured and "mean" in found:
+        mean = found["mean"].flatten()
+        found["joint"] = measured[f"{name}.joint_moments"].second[0] - torch.outer(mean, mean)
     refuse_infinite(found, name)
     return found
 

@@ -97,7 +97,7 @@ def learn_fits(
     if progress:
         progress(0, len(jobs))
     for layer, side, spec in dict.fromkeys((layer, side, spec) for layer, side, spec, _ in jobs):
-        codec = getattr(spec, side).stand_in(layer.head_dim, layer.kv_heads)
+        codec = getattr(spec, side).stand_in(spec.stored_dim(side, layer.head_dim), layer.kv_heads)
         data = source.fit_data(layer, side, spec, codec)
         step = partial(_learn_one, spec, layer.index, side, state_folder, _run(stats), done)
         fit_steps(getattr(spec.transforms, side), data, step, **spec.framing(side))

@@ -6,7 +6,8 @@ A need is ``tensor.kind``, or ``kind`` alone for what is measured on a layer as 
               group counted as tokens of the KV head that they read; ``query_pre`` before RoPE, moments alone, from
               which those at any distance follow; ``key_page`` relative to the first token of every 64, ranges and
               histograms alone, which do not follow.
-    kinds     ``kvq/calib/observers``: range, histogram, moments, and ``value.weighted_moments`` (weights: the attention
+    kinds     ``kvq/calib/observers``: range, histogram, moments, ``joint_moments`` of all heads together, which are as
+              large as all else and measured for recipes alone, and ``value.weighted_moments`` (weights: the attention
               that a token gets); reservoir, massive, sinks.
 
 Codecs and transforms name their own.
@@ -27,10 +28,13 @@ ALL_NEEDS = frozenset(
     + ["query_pre.moments", "key_page.range", "key_page.histogram"]
     + ["value.weighted_moments", "reservoir", "massive", "sinks"]
 )
+# Beside these, what only a recipe that names it makes anyone measure.
+JOINT_NEEDS = frozenset(f"{tensor}.joint_moments" for tensor in ("key", "key_pre", "value"))
 # What a step reads that stands relative to the page or before RoPE.
 _FRAMED = {
     "key.range": "key_pre.range",
     "key.moments": "key_pre.moments",
+    "key.joint_moments": "key_pre.joint_moments",
     "query.range": "query_pre.moments",
     "query.moments": "query_pre.moments",
 }
@@ -60,8 +64,8 @@ def needs_of(recipe: Recipe, model: ModelSpec) -> frozenset[str]:
 def check_needs(needs: Iterable[str]) -> frozenset[str]:
     """Return the needs as a set. Raises DataError for an unknown one."""
     needs = frozenset(needs)
-    for need in sorted(needs - ALL_NEEDS):
-        raise DataError(f"{need!r} is no statistic.{suggest(need, ALL_NEEDS)}")
+    for need in sorted(needs - ALL_NEEDS - JOINT_NEEDS):
+        raise DataError(f"{need!r} is no statistic.{suggest(need, ALL_NEEDS | JOINT_NEEDS)}")
     return needs
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 
 from kvq.calib.attention import AttentionOptions, probe_weights, received_weights
-from kvq.calib.observers import Histogram, Massive, Moments, Range, Reservoir, Sinks, Statistic
+from kvq.calib.observers import Histogram, JointMoments, Massive, Moments, Range, Reservoir, Sinks, Statistic
 from kvq.calib.observers.sinks import PROBES
 from kvq.calib.observers.tokens import real_tokens
 from kvq.calib.stats import LayerStats
@@ -15,7 +15,7 @@ from kvq.errors import DataError
 from kvq.models.rope import Rope
 from kvq.transforms.frame import FRAME_TOKENS
 
-_ON_TENSORS = {"range": Range, "histogram": Histogram, "moments": Moments}
+_ON_TENSORS = {"range": Range, "histogram": Histogram, "moments": Moments, "joint_moments": JointMoments}
 
 
 @dataclass(frozen=True, kw_only=True)

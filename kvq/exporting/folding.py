@@ -16,7 +16,10 @@ from kvq.transforms.fold_plan import FoldPlan, plan_folds
 
 # Field of config.json that says which transforms the weights have taken over.
 FOLDED = "kvq_folded"
-FRAMED = "it acts on keys relative to their block, which weights do not know"
+FRAMED = {
+    "key": "it acts on keys relative to their block, which weights do not know",
+    "value": "it acts on what is packed, and exact tokens stay as they are",
+}
 
 
 def plan_of_folds(plan: CachePlan, source: Path) -> FoldPlan:
@@ -29,7 +32,8 @@ def plan_of_folds(plan: CachePlan, source: Path) -> FoldPlan:
         rope = "the rotary embedding is of an unusual form"
     head_dims = {layer.index: layer.head_dim for layer in plan.model.full_layers}
     folds = plan_folds(plan.chains, head_dims, describe_attention(plan.model.config), rope, tensors_of(source))
-    framed = {index: {"key": FRAMED} for index, count in plan.framed.items() if count}
+    framed = {index: {side: FRAMED[side] for side, n in own.items() if n} for index, own in plan.framed.items()}
+    framed = {index: own for index, own in framed.items() if own}
     return replace(folds, left={i: {**framed.get(i, {}), **folds.left.get(i, {})} for i in {**framed, **folds.left}})
 
 

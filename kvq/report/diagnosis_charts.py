@@ -190,10 +190,15 @@ def _written(plan: CachePlan, index: int, side: str, x: torch.Tensor) -> torch.T
     if chain is None:
         return x
     x = chain.whole.forward(x)
-    for group in plan.layers[index] if side == "key" and plan.framed[index] else ():
-        own = list(group.heads)
-        x[:, own] = group.frame.enter(x[:, own], block_origins(torch.arange(x.shape[2])[None], group.frame.block)).to(x)
-    return x
+    if not plan.framed[index][side]:
+        return x
+    parts, heads = [], []
+    for group in plan.layers[index]:
+        frame = group.frame if side == "key" else group.value_frame
+        origins = block_origins(torch.arange(x.shape[2])[None], frame.block)
+        parts.append(frame.enter(x[:, list(group.heads)], origins).to(x))
+        heads += group.heads
+    return torch.cat(parts, dim=1)[:, torch.tensor(heads).argsort()]
 
 
 def _chosen(layers: Mapping[int, LayerTokens], diagnosis: Diagnosis) -> list[int]:

@@ -105,7 +105,8 @@ class Variants:
     def bits(self, option: Option, policy: TokenPolicy, layer: int, tokens: int | None = None) -> float:
         """Stored bits per number of this side of a layer: asymptotically, or with exact tokens at ``tokens`` tokens."""
         group = self._plans[option, policy].layers[layer][0]
-        stored = group.layout.side(option.side).bits_per_element(len(group.heads), padded=True)
+        side = group.layout.side(option.side)
+        stored = side.bits_per_element(len(group.heads), padded=True) * side.head_dim / group.head_dim
         if tokens is None:
             return stored
         packed = group.rules[option.side].packed(tokens)

@@ -30,6 +30,7 @@ from kvq.transforms.steps import Matrix
 RIDGE = 1e-3
 
 
+@dataclass(frozen=True, kw_only=True)
 class MomentsSpec(TransformSpec):
     """A matrix that follows from the moments of what is stored and of what reads it."""
 
@@ -78,9 +79,12 @@ class BalanceSpec(MomentsSpec):
 
 def reading_moments(data: FitData) -> tuple[torch.Tensor, torch.Tensor]:
     """Covariance of what is stored, and second moment of what reads it, each [K, D, D] float64."""
-    if data.side == "key":
-        return data.covariance("key").double(), data.moment("query").double()
-    return data.covariance("value").double(), _output_moment(data).double()
+    return data.covariance(data.side).double(), reading_moment(data)
+
+
+def reading_moment(data: FitData) -> torch.Tensor:
+    """The latter alone."""
+    return (data.moment("query") if data.side == "key" else _output_moment(data)).double()
 
 
 @checked

@@ -26,10 +26,12 @@ class Step(ABC):
 
     stays   why weights cannot take it over, whatever the model; None: its matrix is tried (``plan.py``).
     offset  [K, D], what keys lose where the codec is, rotated to their positions (``rope_bias.py``); None: nothing.
+    joint   what is stored of a head has parts of other heads in it.
     """
 
     stays: str | None = None
     offset: torch.Tensor | None = None
+    joint: bool = False
 
     @abstractmethod
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -104,6 +106,11 @@ class Chain:
     def __deepcopy__(self, memo) -> "Chain":
         # Nothing of a chain changes, so copies of a cache share it.
         return self
+
+    @cached_property
+    def joint(self) -> bool:
+        """Whether what is stored of a head has parts of other heads in it."""
+        return any(step.joint for step in self._left)
 
     @cached_property
     def whole(self) -> "Chain":

@@ -30,9 +30,10 @@ def fit_steps(
             data = data.framed(block)
         numbers = {}
         if spec.tensors:
-            after = build_chain([later for later in specs[i + 1 :] if not later.tensors], size)
+            after = build_chain([later for later in specs[i + 1 :] if not later.tensors], spec.width(size))
             seen = replace(data, after=after, centred=any(later.takes_mean for later in specs[i + 1 :]))
             numbers = learn(i, seen) if spec.is_learned else spec.fit(seen)
             found |= {f"transforms.{i}.{name}": tensor.contiguous() for name, tensor in numbers.items()}
         data = data.through(spec.build(size, numbers))
+        size = spec.width(size)
     return found, data

@@ -38,7 +38,8 @@ class Window:
 # Queries that read a block stand at such distances from its origin: all that a long context has, evenly.
 LONGEST_DISTANCE, DISTANCES = 4096, 128
 
-# Measurements of one tensor by KV head, float64: absmax, absmean, mean [K, D]; covariance [K, D, D], about the mean.
+# Measurements of one tensor by KV head, float64: absmax, absmean, mean [K, D]; covariance [K, D, D], about the mean;
+# joint [K D, K D], that of the channels of all heads.
 Measured = Mapping[str, torch.Tensor]
 
 
@@ -66,6 +67,7 @@ class FitData:
     partner    [D]: the other channel of a rotary pair, the channel itself where there is none; second [D] bool: the
                channel is the second of its pair.
     output     [H, hidden, D]: blocks of the output projection, or None if they are not at hand.
+    projection [K, D, hidden]: blocks of the side's own projection, or None.
     bias       [K, D]: bias of the key projection, before RoPE, or None.
     shared     one scale must serve all KV heads (a norm that they share stands between the projection and the cache).
     after      later steps that need no numbers (Hadamard), for trying candidates.
@@ -86,6 +88,7 @@ class FitData:
     given: Mapping[str, Measured]
     softcap: float | None = None
     output: torch.Tensor | None = None
+    projection: torch.Tensor | None = None
     bias: torch.Tensor | None = None
     shared: bool = False
     after: Chain = field(default_factory=Chain)
@@ -141,6 +144,14 @@ class FitData:
         """Second moment about the mean, [K, D, D]."""
         return self._of(name, "covariance")
 
+    def joint_covariance(self, name: str) -> torch.Tensor:
+        """The same of the channels of all heads together, [K D, K D]."""
+        given = self.given.get(name, {})
+        if "joint" in given:
+            return given["joint"]
+        tokens = self.tokens(name)
+        return measure(tokens.transpose(0, 1).flatten(1).unsqueeze(0))["covariance"][0]
+
     def moment(self, name: str) -> torch.Tensor:
         """Second moment about zero, [K, D, D]."""
         mean = self.mean(name)
@@ -174,9 +185,21 @@ class FitData:
                 given[name] = {"mean": mean}
                 if "covariance" in held:
                     given[name]["covariance"] = second - mean.unsqueeze(-1) * mean.unsqueeze(-2)
+                if "joint" in held:
+                    given[name]["joint"] = self._turned_joint(held, own) - torch.outer(mean.flatten(), mean.flatten())
         size = len(self.partner)
         frame = Frame(rope=self.rope, block=block, heads=self.heads, head_dim=size, chain=Chain())
         return replace(self, given=given, frame=frame)
+
+    def _turned_joint(self, held: Measured, offsets: torch.Tensor) -> torch.Tensor:
+        """Second moment about zero over all heads, [K D, K D], of keys in a frame: heads are turned alike."""
+        mean = held["mean"].flatten()
+        second = held["joint"] + torch.outer(mean, mean)
+        size = len(self.partner)
+        # Blocks of two heads, which come out transposed.
+        blocks = second.view(self.heads, size, self.heads, size).permute(0, 2, 3, 1).flatten(0, 1)
+        _, turned = turned_moments(self.rope, torch.zeros_like(blocks[..., 0]), blocks, offsets)
+        return turned.view(self.heads, self.heads, size, size).transpose(1, 2).reshape(second.shape)
 
     def through(self, step) -> "FitData":
         """What the next step sees."""
@@ -187,9 +210,14 @@ class FitData:
         # What comes before a frame commutes with RoPE.
         if self.frame is None:
             functions |= {f"{name}_pre": function for name, function in functions.items() if name != "value"}
-        given = {
-            name: _moved(held, functions[name]) if name in functions else held for name, held in self.given.items()
-        }
+        if step.joint:
+            # Measurements by head do not say what it leaves: token vectors do.
+            functions = {self.side: chain.forward}
+            given = {name: {} if name in ("query", self.side) else held for name, held in self.given.items()}
+        else:
+            given = {
+                name: _moved(held, functions[name]) if name in functions else held for name, held in self.given.items()
+            }
         if self.frame is not None:
             frame = replace(self.frame, chain=Chain((*self.frame.chain.steps, step)))
             return replace(self, frame=frame, given=given)
@@ -209,6 +237,9 @@ def _moved(held: Measured, function: Callable) -> Measured:
         found["mean"] = function(held["mean"].unsqueeze(-2)).squeeze(-2)
     if "covariance" in held:
         found["covariance"] = linear.transpose(-1, -2) @ held["covariance"] @ linear
+    if "joint" in held:
+        every = torch.block_diag(*linear)
+        found["joint"] = every.T @ held["joint"] @ every
     scale = linear.diagonal(dim1=-2, dim2=-1)
     if not bool(zero.any()) and torch.equal(linear, torch.diag_embed(scale)):
         found |= {name: held[name] * scale.abs() for name in ("absmax", "absmean") if name in held}

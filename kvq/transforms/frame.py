@@ -7,8 +7,9 @@ A key after RoPE is R_j k, j its position. With o the position of the first toke
                q'' = transform_query(R_-o R_i q),  bias = (R_-o R_i q) . inverse(0)
 
 u = 1 is before RoPE. Statistics of such keys follow from those before RoPE: the second moment is the mean over r < u of
-R_r S R_r^T, the mean likewise. Exact tokens stay as the model gives them. YaRN scales rotated keys and queries: what is
-stored is without that factor, and queries carry it twice.
+R_r S R_r^T, the mean likewise. Exact tokens stay as the model gives them, so a chain in a frame may lose channels
+(``Latent``), of keys that stay after RoPE and of values too: then there is no rotation, and no origin matters. YaRN
+scales rotated keys and queries: what is stored is without that factor, and queries carry it twice.
 """
 
 from dataclasses import dataclass
@@ -28,9 +29,9 @@ _Reader = tuple[torch.Tensor | None, torch.Tensor | None]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Frame:
-    """Where the codec of ``heads`` KV heads sees keys.
+    """Where the codec of ``heads`` KV heads sees keys, or values.
 
-    rope    the model's rotary embedding; None: this layer's keys are not rotated.
+    rope    the model's rotary embedding; None: this layer's keys are not rotated, or stay so, or these are values.
     block   tokens that share an origin, the position of the first of them; 1: keys stand before RoPE.
     chain   steps in these coordinates.
     """
@@ -41,31 +42,71 @@ class Frame:
     head_dim: int
     chain: Chain
 
-    def enter(self, keys: torch.Tensor, origins: torch.Tensor) -> torch.Tensor:
-        """Keys [B, K, T, D] after RoPE to what the codec sees; ``origins`` [B or 1, T]: of their blocks.
+    def enter(self, keys: torch.Tensor, origins: torch.Tensor | None = None) -> torch.Tensor:
+        """Keys [B, K, T, D] after RoPE to what the codec sees; ``origins`` [B or 1, T]: of their blocks, where there is
+        a rotation.
 
         16-bit keys come out in float32.
         """
         turned = keys if self.rope is None else self.rope.inverse(keys, origins)
         return self._chain(turned).forward(turned)
 
-    def leave(self, stored: torch.Tensor, origins: torch.Tensor) -> torch.Tensor:
+    def leave(self, stored: torch.Tensor, origins: torch.Tensor | None = None) -> torch.Tensor:
         """Inverse of ``enter``."""
         turned = self._chain(stored).inverse(stored)
         return turned if self.rope is None else self.rope.rotate(turned, origins)
 
     def queries(self, q: torch.Tensor, origins: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(q'' [B, K, N, M, D], bias [B, K, N, M]) of queries [B, K, M, D] at their positions, for N blocks with
-        ``origins`` [B or 1, N]: q . leave(stored) = q'' . stored + bias."""
+        """(q'' [B, K, N, M, R], bias [B, K, N, M]) of queries [B, K, M, D] at their positions, for N blocks with
+        ``origins`` [B or 1, N]: q . leave(stored) = q'' . stored + bias.
+
+        R: stored channels of a head, those of all heads where they are ``joint`` (as ``merged`` has them)."""
         B, K, M, D = q.shape
         blocks = origins.shape[1]
         turned = q.unsqueeze(2).expand(B, K, blocks, M, D).reshape(B, K, blocks * M, D)
         if self.rope is not None:
             turned = self.rope.transposed(turned, origins.repeat_interleave(M, dim=1))
-        chain = self._chain(turned)
-        mean = chain.inverse(turned.new_zeros(K, 1, D))
         shape = (B, K, blocks, M)
-        return chain.transform_query(turned).view(*shape, D), (turned * mean).sum(-1).view(shape)
+        if self.joint:
+            back, mean = self._shared(turned)
+            return (turned @ back.transpose(-1, -2)).view(*shape, -1), (turned * mean.unsqueeze(-2)).sum(-1).view(shape)
+        chain = self._chain(turned)
+        mean = chain.inverse(turned.new_zeros(K, 1, self.width))
+        return chain.transform_query(turned).view(*shape, -1), (turned * mean).sum(-1).view(shape)
+
+    def outputs(self, stored: torch.Tensor) -> torch.Tensor:
+        """What attention gives of values, [B, K, M, D], from sums of stored ones with weights that sum to one, [B, K,
+        M, R] as for ``queries``."""
+        if not self.joint:
+            return self._chain(stored).inverse(stored)
+        back, mean = self._shared(stored)
+        return stored @ back + mean.unsqueeze(-2)
+
+    @property
+    def joint(self) -> bool:
+        """Whether every head's numbers are spread over the stored channels of all."""
+        return self.chain.joint
+
+    @property
+    def loses(self) -> bool:
+        """Whether what is stored is less than the model's numbers, or of all heads together."""
+        return self.joint or self.width < self.head_dim
+
+    @cached_property
+    def width(self) -> int:
+        """Stored channels of a head."""
+        return self.chain.forward(torch.zeros(self.heads, 1, self.head_dim, dtype=torch.float64)).shape[-1]
+
+    def _shared(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(P [K, K R, D], m [K, D]) of ``inverse`` of joint channels: head k has x P[k] + m[k]."""
+        key = like.device, like.dtype
+        if key not in self._backs:
+            unit = torch.eye(self.heads * self.width, dtype=torch.float64)
+            parts = self.chain.inverse(unit.view(-1, self.heads, 1, self.width))
+            mean = self.chain.inverse(unit.new_zeros(self.heads, 1, self.width))
+            back = (parts - mean).squeeze(2).transpose(0, 1)
+            self._backs[key] = back.to(like).contiguous(), mean.squeeze(1).to(like)
+        return self._backs[key]
 
     def reader(self, device: torch.device, dtype: torch.dtype, *, of_keys: bool = False) -> _Reader:
         """(matrix [K, D, D], mean [K, D]) with q'' = t matrix and bias = t . mean for t = R_-o q: what kernels take.
@@ -110,6 +151,10 @@ class Frame:
         return self.rope.partners(self.head_dim)
 
     @cached_property
+    def _backs(self) -> dict[tuple[torch.device, torch.dtype], tuple[torch.Tensor, torch.Tensor]]:
+        return {}
+
+    @cached_property
     def _readers(self) -> dict[tuple[torch.device, torch.dtype, bool], _Reader]:
         return {}
 
@@ -136,6 +181,11 @@ def turned_moments(
         found[0] += turned(mean.unsqueeze(-2)).sum(0).squeeze(-2)
         found[1] += turned(turned(second).transpose(-1, -2)).sum(0)
     return found[0] / len(offsets), found[1] / len(offsets)
+
+
+def merged(stored: torch.Tensor) -> torch.Tensor:
+    """Stored channels of all heads side by side: [B, K, ..., R] to [B, 1, ..., K R]."""
+    return stored.movedim(1, -2).flatten(-2).unsqueeze(1)
 
 
 def block_origins(positions: torch.Tensor, block: int) -> torch.Tensor:

@@ -57,6 +57,9 @@ class TransformSpec(ABC):
     reads_magnitudes     it is fitted on magnitudes of what it sees.
     keeps_magnitudes     magnitudes after it follow from those before it, without tokens to measure again.
     why_not_framed       why it stands after RoPE and nowhere else, to be read after "because it"; None if it may.
+
+    A step that drops channels or mixes heads (``loses``) acts where the codec is, and so do those after it: exact
+    tokens stay as they are.
     """
 
     at: str | None = field(default=None, metadata={"shared": True})
@@ -80,6 +83,15 @@ class TransformSpec(ABC):
     def check(self) -> None:
         """Raise RecipeError for settings that cannot work."""
 
+    @property
+    def loses(self) -> bool:
+        """True if it stores less than it sees, or channels of all heads together."""
+        return False
+
+    def width(self, head_dim: int) -> int:
+        """Channels that it stores of ``head_dim``."""
+        return head_dim
+
     def check_chain(self, side: str, before: Sequence["TransformSpec"], after: Sequence["TransformSpec"]) -> None:
         """Raise RecipeError for other steps of the side that this one does not go with."""
 
@@ -102,6 +114,10 @@ class TransformSpec(ABC):
 
     def reads_output(self, side: str) -> bool:
         """True if it is fitted on the output projection: on the attention output, or on what reads values."""
+        return False
+
+    def reads_projection(self, side: str) -> bool:
+        """True if it is fitted on the weights of the projection that gives what is stored."""
         return False
 
     def artefacts(self, kv_heads: int, head_dim: int) -> dict[str, Artefact]:
@@ -214,6 +230,18 @@ class Transforms:
         """How many of the last steps of keys do not act after RoPE."""
         return next((len(self.key) - i for i, spec in enumerate(self.key) if spec.at not in (None, PLACES[0])), 0)
 
+    def codec_steps(self, side: str) -> int:
+        """How many of the last steps of a side act on what the codec stores, and leave exact tokens alone."""
+        chain = getattr(self, side)
+        first = next((i for i, spec in enumerate(chain) if spec.loses), len(chain))
+        return max(len(chain) - first, self.framed_steps if side == "key" else 0)
+
+    def width(self, side: str, head_dim: int) -> int:
+        """Channels of a head that the codec sees."""
+        for spec in getattr(self, side):
+            head_dim = spec.width(head_dim)
+        return head_dim
+
     @property
     def key_place(self) -> str:
         """Where the last step of keys acts."""
@@ -242,11 +270,11 @@ def build_transforms(data: Any, where: str) -> Transforms:
 
 def needed_tensors(specs: Sequence[TransformSpec], kv_heads: int, head_dim: int) -> dict[str, Artefact]:
     """By name, ``transforms.{i}.{what}``, what the steps of one side of one layer need."""
-    return {
-        f"transforms.{i}.{name}": own
-        for i, spec in enumerate(specs)
-        for name, own in spec.artefacts(kv_heads, head_dim).items()
-    }
+    found = {}
+    for i, spec in enumerate(specs):
+        found |= {f"transforms.{i}.{name}": own for name, own in spec.artefacts(kv_heads, head_dim).items()}
+        head_dim = spec.width(head_dim)
+    return found
 
 
 def build_chain(
@@ -272,4 +300,5 @@ def build_chain(
                 "STATS' and pass --stats STATS."
             )
         steps.append(spec.build(head_dim, found))
+        head_dim = spec.width(head_dim)
     return Chain(tuple(steps), folded)

@@ -4,6 +4,7 @@
     Pairs      z' = z c               w' = w / conj(c)     z, w: the two channels of a rotary pair as complex numbers
     Shift      k' = k - m             q' = q               adds one number to all logits of a query
     Matrix     k' = k P               q' = q P^-T          P invertible
+    Latent     k' = k P_r             q' = q (P^-T)_r      the first r channels of k P, of a head or of all together
 
 Values are undone by the inverse: o = o' P^-1, and o = o' + m since attention weights sum to one. Tensors of a step hold
 the KV heads of its group, [K, ...]; x is [..., K, T, D].
@@ -15,6 +16,7 @@ from functools import cached_property
 
 import torch
 
+from kvq.errors import RecipeError
 from kvq.transforms.chain import Step
 
 
@@ -120,3 +122,63 @@ class Matrix(Step):
 
     def of_heads(self, heads: Sequence[int]) -> "Matrix":
         return self if self.matrix.shape[0] == 1 else Matrix(self.matrix[list(heads)])
+
+
+@dataclass(frozen=True, eq=False)
+class Latent(Step):
+    """The first channels of k P: of each head's channels, P [K, D, D], or of those of all heads together, P [K D, K D].
+
+    width   channels that are stored for each head.
+    heads   K.
+
+    Over all heads channel c of k P lies with head c % K at place c // K, so that the heads' stored channels are alike.
+    Readers get the model's channels back (``inverse``), without what lay in the others.
+    """
+
+    matrix: torch.Tensor
+    width: int
+    heads: int
+
+    @property
+    def joint(self) -> bool:
+        return self.matrix.ndim == 2
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.joint:
+            return x @ self._first.to(x)
+        return (x.transpose(-3, -2).flatten(-2) @ self._first.to(x)).unflatten(-1, (self.heads, -1)).transpose(-3, -2)
+
+    def inverse(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.joint:
+            return x @ self._back.to(x)
+        return (x.transpose(-3, -2).flatten(-2) @ self._back.to(x)).unflatten(-1, (self.heads, -1)).transpose(-3, -2)
+
+    def transform_query(self, q: torch.Tensor) -> torch.Tensor:
+        if self.joint:
+            raise NotImplementedError("a query reads the channels of all heads: Frame.queries")
+        return q @ self._back.transpose(-1, -2).to(q)
+
+    @cached_property
+    def _first(self) -> torch.Tensor:
+        return self.matrix[..., self._kept]
+
+    @cached_property
+    def _back(self) -> torch.Tensor:
+        return torch.linalg.inv(self.matrix.double())[..., self._kept, :]
+
+    @property
+    def _kept(self) -> torch.Tensor:
+        """Columns of P that are stored, head by head."""
+        if not self.joint:
+            return torch.arange(self.width)
+        return torch.arange(self.width * self.heads).view(self.width, self.heads).T.flatten()
+
+    def of_heads(self, heads: Sequence[int]) -> "Latent":
+        if not self.joint:
+            return Latent(self.matrix[list(heads)], self.width, len(heads))
+        if list(heads) != list(range(self.heads)):
+            raise RecipeError(
+                f"a basis over a layer has channels of all its {self.heads} heads, and heads {list(heads)} are stored "
+                "apart: give all heads of the layer the same settings, or take 'over: head'."
+            )
+        return self

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kvq.calib.collect import collect
-from kvq.calib.needs import ALL_NEEDS, DEFAULT_NEEDS, check_needs, needs_of
+from kvq.calib.needs import ALL_NEEDS, DEFAULT_NEEDS, JOINT_NEEDS, check_needs, needs_of
 from kvq.calib.observers import KINDS
 from kvq.errors import DataError
 from kvq.models.describe import describe
@@ -13,7 +13,7 @@ from kvq.transforms.hadamard import HadamardSpec
 
 
 def test_every_need_has_a_kind():
-    assert {need.rpartition(".")[2] for need in ALL_NEEDS} == set(KINDS)
+    assert {need.rpartition(".")[2] for need in ALL_NEEDS | JOINT_NEEDS} == set(KINDS)
     assert DEFAULT_NEEDS < ALL_NEEDS
 
 

@@ -9,8 +9,8 @@ import torch
 
 from kvq.calib import stats as stats_module
 from kvq.calib.data import DataIdentity
-from kvq.calib.needs import ALL_NEEDS, TENSORS
-from kvq.calib.observers import KINDS, Histogram, Massive, Moments, Range, Reservoir, Sinks
+from kvq.calib.needs import ALL_NEEDS, JOINT_NEEDS, TENSORS
+from kvq.calib.observers import KINDS, Histogram, JointMoments, Massive, Moments, Range, Reservoir, Sinks
 from kvq.calib.observers.tokens import window_priorities
 from kvq.calib.stats import Fit, LayerStats, Stats, config_data
 from kvq.errors import CheckpointError, DataError
@@ -31,6 +31,7 @@ def make_layer(seed: int) -> LayerStats:
         for name in x
         for kind in (Range, Histogram, Moments)
     }
+    parts |= {f"{name}.joint_moments": JointMoments.observe(x[name]) for name in ("key", "key_pre", "value")}
     parts["query_pre.moments"] = Moments.observe(x["query"]).grouped(2)
     parts |= {"key_page.range": Range.observe(x["key"]), "key_page.histogram": Histogram.observe(x["key"])}
     parts["value.weighted_moments"] = Moments.observe(x["value"], torch.rand(2, 2, 9, generator=g))
@@ -73,7 +74,7 @@ def stats(tiny_config) -> Stats:
 
 def test_the_example_holds_one_of_everything(stats):
     """So that no kind is left out of the tests below."""
-    assert stats.needs == ALL_NEEDS
+    assert stats.needs == ALL_NEEDS | JOINT_NEEDS
     assert {need.rpartition(".")[2] for need in stats.needs} == set(KINDS)
 
 
@@ -133,7 +134,7 @@ def test_statistics_of_two_texts_join(tiny_config):
     one = make_stats(tiny_config())
     both = one.merge(other)
     for index in (0, 1, 10):
-        for need in ALL_NEEDS:
+        for need in ALL_NEEDS | JOINT_NEEDS:
             expected = one.layers[index][need].merge(other.layers[index][need]).tensors()
             got = both.layers[index][need].tensors()
             assert all(torch.equal(x, got[name]) for name, x in expected.items()), need

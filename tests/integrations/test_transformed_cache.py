@@ -39,6 +39,20 @@ RECIPES = {
     ),
     "relative to the page, by token": recipe([{"kind": "shift", "at": "page"}, HADAMARD], [HADAMARD], sinks=1),
     "before RoPE": recipe([{"kind": "shift", "at": "pre_rope"}, {"kind": "balance"}], [HADAMARD], sinks=1, window=7),
+    "one basis of all heads": recipe(
+        [{"kind": "shift", "at": "page"}, {"kind": "principal", "over": "layer"}],
+        [{"kind": "shift"}, {"kind": "principal", "over": "layer"}, HADAMARD],
+        key=CHANNEL2,
+        sinks=1,
+        window=32,
+    ),
+    "few channels": recipe(
+        [{"kind": "shift", "at": "pre_rope"}, {"kind": "principal", "over": "layer", "rank": 0.5}],
+        [{"kind": "principal", "rank": 16}],
+        sinks=1,
+        window=7,
+    ),
+    "few channels after RoPE": recipe([{"kind": "shift"}, {"kind": "principal", "rank": 16}], [], sinks=1, window=7),
     "without bias": recipe([{"kind": "smooth"}, {"kind": "rope_bias"}, HADAMARD], [HADAMARD], sinks=1),
     "without bias by channel": recipe([{"kind": "rope_bias"}], [], key=CHANNEL2),
 }

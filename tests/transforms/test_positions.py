@@ -52,12 +52,19 @@ def windows(rows, length, seed):
     return torch.randint(3, 128, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
-def planned(recipe, model, stats):
+@pytest.fixture(scope="module")
+def folder(model, tmp_path_factory):
+    made = tmp_path_factory.mktemp("model")
+    model.save_pretrained(made)
+    return made
+
+
+def planned(recipe, model, stats, folder=None):
     spec = describe(model.config)
     # What codebooks are learned from takes gradients; the law holds whatever their levels.
     if "calibrated" in (getattr(recipe.key, "levels", ""), getattr(recipe.value, "levels", "")):
         return make_plan(recipe, spec, stand_in_artefacts(recipe, spec))
-    return make_plan(recipe, spec, fit_artefacts(recipe, spec, stats))
+    return make_plan(recipe, spec, fit_artefacts(recipe, spec, stats, folder))
 
 
 def packed_error(group, keys, rope, start):
@@ -79,7 +86,7 @@ def keys_only(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_same_text_has_the_same_error_everywhere_or_the_recipe_says_so(name, model, stats, keys):
+def test_the_same_text_has_the_same_error_everywhere_or_the_recipe_says_so(name, model, stats, keys, folder):
     recipe, spec = keys_only(name), describe(model.config)
     if any(learned_steps(recipe, spec)):
         assert recipe.is_bound_to_positions == load_recipe(name).is_bound_to_positions
@@ -87,7 +94,7 @@ def test_the_same_text_has_the_same_error_everywhere_or_the_recipe_says_so(name,
         return
     if any(step.reads_output("key") or step.kind == "rope_bias" for step in recipe.transforms.key):
         pytest.skip("fitted to the weights of a checkpoint, which commute with RoPE or are the model's own")
-    group, rope = planned(recipe, model, stats).layers[0][0], rope_of(model.config)
+    group, rope = planned(recipe, model, stats, folder).layers[0][0], rope_of(model.config)
     near = packed_error(group, keys, rope, 0)
     far = [packed_error(group, keys, rope, start) for start in STARTS]
     if not recipe.is_bound_to_positions:

@@ -8,7 +8,7 @@ from kvq.calib.observers.base import Statistic
 from kvq.calib.observers.bins import Bins
 from kvq.calib.observers.histogram import Histogram
 from kvq.calib.observers.massive import Massive
-from kvq.calib.observers.moments import Moments
+from kvq.calib.observers.moments import JointMoments, Moments
 from kvq.calib.observers.range import Range
 from kvq.calib.observers.reservoir import Reservoir
 from kvq.calib.observers.sinks import Sinks
@@ -19,6 +19,7 @@ __all__ = [
     "STORED",
     "Bins",
     "Histogram",
+    "JointMoments",
     "Massive",
     "Moments",
     "Range",
@@ -35,6 +36,7 @@ KINDS: dict[str, type[Statistic]] = {
     "histogram": Histogram,
     "moments": Moments,
     "weighted_moments": Moments,
+    "joint_moments": JointMoments,
     "reservoir": Reservoir,
     "massive": Massive,
     "sinks": Sinks,

@@ -1,4 +1,5 @@
-"""Second moments of every head: sums of outer products of token vectors, optionally weighted by token."""
+"""Second moments of every head, or of all heads together: sums of outer products of token vectors, optionally weighted
+by token."""
 
 from dataclasses import dataclass
 
@@ -49,3 +50,13 @@ class Moments(Statistic):
         """From query heads [H, D, D] to the KV heads that they read: a group's heads count as more tokens."""
         products, weight = (x.unflatten(0, (kv_heads, -1)).sum(1) for x in (self.products, self.weight))
         return Moments(products=products, weight=weight)
+
+
+@dataclass(frozen=True, kw_only=True)
+class JointMoments(Moments):
+    """The same of the channels of all heads together: ``products`` [1, K D, K D]."""
+
+    @classmethod
+    def observe(cls, x: torch.Tensor, weights: torch.Tensor | None = None) -> "JointMoments":
+        """Measure x [B, K, T, D] with one weight a token, [B, 1, T] or None."""
+        return super().observe(x.transpose(1, 2).flatten(2).unsqueeze(1), weights)
