@@ -54,7 +54,9 @@ def measure(arguments: argparse.Namespace) -> dict:
     recipes = {name: load_recipe(name) for name in arguments.recipes}
     needs = frozenset().union(*(needs_of(recipe, spec) for recipe in recipes.values()))
     stats = Stats.load(arguments.stats) if arguments.stats else collect(model, calibration, needs=needs, batch_size=1)
-    plans = {name: make_plan(recipe, spec, fit_artefacts(recipe, spec, stats)) for name, recipe in recipes.items()}
+    plans = {
+        name: make_plan(recipe, spec, fit_artefacts(recipe, spec, stats, folder)) for name, recipe in recipes.items()
+    }
     windows = cut_windows(ids[FIRST_TOKEN:], SEQ_LEN, limit=arguments.windows, mode=arguments.mode)
     scores = {name: [] for name in plans}
     start = time.perf_counter()

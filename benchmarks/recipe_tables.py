@@ -4,7 +4,8 @@ results and the recipes themselves.
 python benchmarks/recipe_tables.py
 
 A recipe's numbers are those of benchmarks/results/{quality,transforms,codebooks}.json, the first that measured
-the recipe as it is now (its hash) on all six windows of the development span in mode ``stream``.
+the recipe as it is now (its hash) on all six windows of the development span in mode ``stream``; failing that, those of
+lowrank.json, of its first window alone, with a mark.
 """
 
 import json
@@ -14,7 +15,7 @@ from kvq.recipe import list_recipes, load_recipe
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results"
-SOURCES = ("quality", "transforms", "codebooks")
+SOURCES = {"quality": 6, "transforms": 6, "codebooks": 6, "lowrank": 1}
 WINDOWS, SEQ_LEN, SPEED_CONTEXT = 6, 2048, 8192
 ROLES = {"klt2": "smallest", "klt3": "balanced", "klt4": "nearly lossless"}
 RECOMMENDED = ROOT / "kvq/recipes/recommended.json"
@@ -28,13 +29,14 @@ SHORT = (
 def measured() -> dict[str, dict]:
     """{recipe hash: perplexity, kl, top1, asymptotic_bits} of every complete measurement."""
     found: dict[str, dict] = {}
-    for source in SOURCES:
+    for source, windows in SOURCES.items():
         path = RESULTS / f"{source}.json"
         result = json.loads(path.read_text()) if path.is_file() else {"recipes": {}}
         for row in result["recipes"].values():
             own = row if "kl" in row else row.get("stream")
-            if own and own.get("windows", result.get("windows")) == WINDOWS:
-                found.setdefault(row["recipe_hash"], own | {"asymptotic_bits": row["asymptotic_bits"]})
+            if own and own.get("windows", result.get("windows")) == windows:
+                mark = "" if windows == WINDOWS else "*"
+                found.setdefault(row["recipe_hash"], own | {"asymptotic_bits": row["asymptotic_bits"], "mark": mark})
     return found
 
 
@@ -74,7 +76,8 @@ def table(names: list[str], found: dict[str, dict]) -> str:
         numbers = ["-"] * 4
         if row:
             bits, kl = row["asymptotic_bits"], row["kl"]
-            numbers = [f"{bits:.2f}", f"{row['perplexity']:.2f}", f"{kl:.4f}", f"{row['top1']:.1%}"]
+            numbers = [f"{row['perplexity']:.2f}", f"{kl:.4f}", f"{row['top1']:.1%}"]
+            numbers = [f"{bits:.2f}", *(number + row["mark"] for number in numbers)]
         lines.append("| " + " | ".join([f"`{name}`", recipe.summary, recipe.paper, *numbers]) + " |")
     return "\n".join(lines) + "\n"
 

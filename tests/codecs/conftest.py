@@ -43,6 +43,9 @@ SPECS = {
     "turboquant-outliers": book(2, "lloyd_max", "unit", norm={"over": "head", "correct": "least_squares"})
     | TOKEN_OUTLIERS,
     "oscar": affine(2, "channel", 32, norm={"over": "token", "correct": "least_squares"}),
+    "float16": {"codec": "float16"},
+    "decoquant": affine(4, "token", "head", decomposed={"size": 8, "block": 32}),
+    "decoquant-outliers": affine(2, "channel", 32, decomposed={"size": 16, "block": 64}) | TOKEN_OUTLIERS,
     "float8": {"codec": "float8", "scale": "calibrated"},
     "float8-normed": {"codec": "float8", "scale": "unit", "norm": {"over": "token"}},
     "mxfp4": {"codec": "float4", "group": 32, "meta": "e8m0"},

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kvq.cache.serving import why_two_passes
+from kvq.cache.serving import LATENT, why_two_passes
 from kvq.kernels.device import launch
 from kvq.kernels.dispatch import why_no_triton
 from kvq.recipe import list_recipes, load_recipe
@@ -16,6 +16,9 @@ import host_overhead
 
 NO_TRITON = why_no_triton(torch.device("cpu"))
 pytestmark = pytest.mark.skipif(NO_TRITON is not None, reason=str(NO_TRITON))
+LOW_RANK = (
+    "eckvh", "eigenattention", "latent2", "latent2-light", "lorc", "matryoshka", "palu4", "shadowkv", "svdq2", "zack",
+)  # fmt: skip
 # Shipped recipes whose pages are decoded before kernels attend to them, and why.
 TWO_PASSES = {
     "biassafe4": "keys are stored before RoPE",
@@ -24,6 +27,8 @@ TWO_PASSES = {
     "gear4": "codec 'sparse'",
     **dict.fromkeys(("klt2", "klt2-light", "klt3", "klt4"), "keys are stored relative to their block"),
     **{f"kvquant{bits}{end}": "keys are stored before RoPE" for bits in (2, 3, 4) for end in ("", "-dense")},
+    "decoquant4": "codec 'decomposed'",
+    **dict.fromkeys(LOW_RANK, LATENT),
     "qjl": "codec 'sketch'",
     "skvq2": "keys are stored before RoPE",
 }

@@ -10,7 +10,7 @@ from kvq.cache.attend import Options, attend
 from kvq.cache.fused import Steps
 from kvq.cache.plan import HeadGroup, make_plan
 from kvq.cache.reading import decoded, stored_tokens
-from kvq.cache.serving import serving_of
+from kvq.cache.serving import LATENT, serving_of
 from kvq.cache.store import HeadStore
 from kvq.calib.artefacts import stand_in_artefacts
 from kvq.kernels.cpp import build, launch
@@ -26,12 +26,16 @@ pytestmark = pytest.mark.skipif(build.unavailable() is not None, reason=f"{build
 CPU = torch.device("cpu")
 HEADS, GROUP, HEAD_DIM = 3, 2, 64
 NAMES = [name for name in list_recipes() if not load_recipe(name).is_exact]
+LOW_RANK = (
+    "eckvh", "eigenattention", "latent2", "latent2-light", "lorc", "matryoshka", "palu4", "shadowkv", "svdq2", "zack",
+)  # fmt: skip
 # Shipped recipes that torch attends to on the CPU, and why.
 IN_TORCH = {
     "biassafe4": "keys are stored without the bias of their projection",
     "qjl": "codec 'sketch'",
     "skvq2": "codec 'permuted'",
-}
+    "decoquant4": "codec 'decomposed'",
+} | dict.fromkeys(LOW_RANK, LATENT)
 # Keys in a frame: blocks of a page and of parts of one, with and without steps there, and of fewer tokens than queries.
 FRAMED = {
     "klt2 by page": ("klt2", "page", None),
@@ -56,7 +60,7 @@ def group_of(tiny_config):
         generator = torch.Generator().manual_seed(9)
         for what, own in artefacts.items():
             # Matrices that can be inverted, and means that are not all alike.
-            if own.ndim == 3 and own.shape[1] == own.shape[2]:
+            if own.ndim > 1 and own.shape[-2] == own.shape[-1]:
                 artefacts[what] = torch.linalg.qr(torch.randn(own.shape, generator=generator, dtype=own.dtype)).Q
             elif what.endswith("mean"):
                 artefacts[what] = torch.randn(own.shape, generator=generator, dtype=own.dtype)
@@ -112,12 +116,13 @@ def test_the_recipes_that_lead_are_served(group_of):
 @pytest.mark.parametrize("name", NAMES)
 def test_the_bytes_are_those_of_the_codecs(name, dtype, group_of):
     group, tokens = group_of(name), 256
-    x, sides = numbers(tokens, dtype), sides_of(group.codecs, group.layout)
+    every, sides = numbers(tokens, dtype), sides_of(group.codecs, group.layout)
     for side in SIDES:
         own = sides[side]
         if not isinstance(own, CppSide) or not own.packs:
             continue
         slabs, unit = [], group.codecs[side].block_tokens
+        x = every[..., : group.codecs[side].head_dim]
         # Whole blocks over the end of a page, single tokens, a page from its middle.
         cuts = [0, 128, 256] if unit > 1 else [0, 37, 38, 101, 256]
         for compiled in (True, False):
