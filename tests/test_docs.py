@@ -16,7 +16,7 @@ import kvq
 from kvq.cli import main
 from kvq.codecs import CODECS, PARTS
 from kvq.exporting.exporter import export
-from kvq.recipe import list_recipes, parse_recipe
+from kvq.recipe import list_recipes, load_recipe, parse_recipe
 from kvq.recipes import recommended
 from kvq.transforms import TRANSFORMS
 
@@ -163,3 +163,14 @@ def test_recommended_recipes_have_the_figures_of_the_results():
     assert recommended() == script["recommended"](), "run python benchmarks/recipe_tables.py"
     assert [row["bits"] for row in recommended()] == sorted(row["bits"] for row in recommended())
     assert [row["kl"] for row in recommended()] == sorted((row["kl"] for row in recommended()), reverse=True)
+
+
+@pytest.mark.parametrize(("name", "gib"), [("klt2", "2.4"), ("kivi2", "3.0")])
+def test_the_first_numbers_of_the_readme_are_those_of_the_recipes(name, gib):
+    """16 bits a number are 16 GiB there: 32 layers of 8 KV heads of 128 channels, 131,072 tokens."""
+    head, tokens = load_recipe(name).for_head(0, 0, 32), 131_072
+    codecs = [spec.stand_in(128, 8) for spec in (head.key, head.value)]
+    bits = sum(codec.layout(128).bits_per_element(8, padded=True) for codec in codecs) / 2
+    exact = head.tokens.window + head.tokens.sinks
+    assert f"{(bits * (tokens - exact) + 16 * exact) / tokens:.1f}" == gib
+    assert f"{gib} GiB" in (ROOT / "README.md").read_text()[:600]
