@@ -163,7 +163,11 @@ class Recipe:
         return self._base.is_exact and not any("key" in o or "value" in o for o in self.layers.values())
 
     def override(self, settings: Mapping[str, Any]) -> "Recipe":
-        """Return a copy with dotted settings replaced, e.g. ``{"key.bits": 4, "layers.0-1.key.bits": 8}``."""
+        """Return a copy with dotted settings replaced, e.g. ``{"key.bits": 4, "layers.0-1.key.bits": 8}``.
+
+        If it stores other bytes, its name says what was changed, ``kivi2+key.bits=4``, and its summary, which was
+        written for another recipe, gives way to that.
+        """
         data = self.to_dict()
         for dotted, value in settings.items():
             parts = dotted.split(".")
@@ -184,7 +188,19 @@ class Recipe:
                     f"setting {dotted!r} is not understood: use key.*, value.*, tokens.*, transforms.key or "
                     "layers.PATTERN.key.*, for example key.bits=4."
                 )
-        return parse_recipe(data, source=self.name)
+        changed = parse_recipe(data, source=self.name)
+        if changed.hash == self.hash:
+            return changed
+        told = ",".join(f"{dotted}={_setting_text(value)}" for dotted, value in settings.items())
+        summary = f"{self.name} with {told.replace(',', ', ')}"
+        return dataclasses.replace(
+            changed, name=f"{self.name}{',' if '+' in self.name else '+'}{told}", summary=summary
+        )
+
+
+def _setting_text(value: Any) -> str:
+    """A setting's value as a name can hold it: YAML's words, on one line and without spaces."""
+    return re.sub(r"\s+", "", value if isinstance(value, str) else json.dumps(value, default=str))
 
 
 def _indices(text: str, count: int | None, pattern: str) -> set[int]:

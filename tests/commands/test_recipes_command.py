@@ -92,3 +92,25 @@ def test_the_list_begins_with_those_to_begin_with(run):
         assert re.search(rf"{name} +{role} +[0-9.]+ +[0-9.]+ +[0-9.]+x", head)
     rows = json.loads(run("recipes", "list", "--json", "-").stdout)["recommended"]
     assert [row["name"] for row in rows] == ["klt2", "klt3", "klt4"]
+
+
+def test_a_changed_recipe_is_named_so_everywhere(run, tiny_checkpoint, tmp_path):
+    """In the printed recipe, the export's config, card, manifest and dry run, and what inspect says of it. Controls: a
+    setting that changes nothing changes no name, and a changed recipe is found by its file."""
+    change, name = ("--set", "key.bits=4", "--set", "tokens.sinks=2"), "kivi2+key.bits=4,tokens.sinks=2"
+    shown = run("recipes", "show", "kivi2", *change).stdout
+    (tmp_path / "mine.yaml").write_text(shown)
+    mine = load_recipe(tmp_path / "mine.yaml")
+    assert (mine.name, mine.summary) == (name, "kivi2 with key.bits=4, tokens.sinks=2")
+    assert load_recipe("kivi2").override({"key.bits": 2}) == load_recipe("kivi2")
+    model, out = tiny_checkpoint(layers=2, head_dim=32), tmp_path / "out"
+    assert name in run("export", model, "--recipe", "kivi2", *change, "--dry-run", "-o", out).stdout.replace("\n", "")
+    run("export", model, "--recipe", "kivi2", *change, "-o", out)
+    card = (out / "README.md").read_text()
+    assert f"`{name}` (kivi2 with key.bits=4, tokens.sinks=2)" in card
+    assert "2-bit keys" not in card
+    assert yaml.safe_load(card.split("---")[1])["tags"][-1] == name
+    assert name in (out / "config.json").read_text()
+    inspected = json.loads(run("inspect", out, "--json", "-").stdout)
+    assert name in json.dumps(inspected)
+    assert "2-bit keys" not in json.dumps(inspected)
