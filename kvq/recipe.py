@@ -191,11 +191,9 @@ class Recipe:
         changed = parse_recipe(data, source=self.name)
         if changed.hash == self.hash:
             return changed
-        told = ",".join(f"{dotted}={_setting_text(value)}" for dotted, value in settings.items())
-        summary = f"{self.name} with {told.replace(',', ', ')}"
-        return dataclasses.replace(
-            changed, name=f"{self.name}{',' if '+' in self.name else '+'}{told}", summary=summary
-        )
+        told = [f"{dotted}={_setting_text(value)}" for dotted, value in settings.items()]
+        name = f"{self.name}{',' if '+' in self.name else '+'}{','.join(told)}"
+        return dataclasses.replace(changed, name=name, summary=f"{self.name} with {', '.join(told)}")
 
 
 def _setting_text(value: Any) -> str:

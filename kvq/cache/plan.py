@@ -144,13 +144,14 @@ class CachePlan:
 
     @property
     def bits_per_element(self) -> float:
-        """Asymptotic bits per number over the full-attention layers; exact layers count at the model's dtype."""
+        """Asymptotic bits per number over the full-attention layers; exact ones count 16, as what they are
+        compared with."""
         total, numbers = 0.0, 0
         for layer in self.model.full_layers:
             size = layer.kv_heads * layer.head_dim
             groups = self.layers.get(layer.index, ())
             stored = sum(len(g.heads) * layer.head_dim * g.bits_per_element for g in groups)
-            total += stored if groups else size * 8 * self.model.dtype.itemsize
+            total += stored if groups else size * 16
             numbers += size
         return total / numbers
 

@@ -22,6 +22,7 @@ def command(model: str | None, output: Output) -> None:
     """
     quiet_transformers()
     from kvq.diagnosis.environment import environment, examine
+    from kvq.report.diagnosis_tables import cause_line
     from kvq.report.tables import facts_table, layers_table
 
     report = environment()
@@ -34,6 +35,7 @@ def command(model: str | None, output: Output) -> None:
         if model is not None:
             report["model"] = examine(model)
             output.show(layers_table(report["model"]["layers"]), _verdict(model, report["model"]))
+            output.show(*(cause_line(cause) for cause in report["model"]["causes"]))
             output.show(*(f"FP8 in {engine}: {text}." for engine, text in report["model"]["fp8"].items()))
     except KvqError as error:
         report["model"] = {"model": model, "quantizable": False, "reason": str(error)}

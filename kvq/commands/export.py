@@ -1,6 +1,6 @@
 """``kvq export``: write a checkpoint whose KV cache is quantized wherever it is loaded."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -12,6 +12,10 @@ from kvq.commands.common import (
     quiet_transformers,
     settings_option,
 )
+from kvq.errors import KvqError
+
+if TYPE_CHECKING:
+    from kvq.recipe import Recipe
 
 
 def _list_targets(context: click.Context, parameter: click.Parameter, value: bool) -> None:
@@ -76,6 +80,9 @@ def command(
     quiet_transformers()
     from kvq import api
 
+    danger = _danger(model, chosen)
+    if danger is not None:
+        output.show(danger)
     if dry_run or out is None:
         _dry_run(model, chosen, given["stats"], output)
         return
@@ -92,6 +99,26 @@ def command(
         )
     output.show(f"Try it: kvq generate {out} --prompt 'Hello'" if ours else f"See what loads it: kvq check {out}")
     output.write(result)
+
+
+def _danger(model: str, recipe: "Recipe") -> str | None:
+    """What the weights say against the recipe, before anything is written; None if they say nothing."""
+    from kvq.diagnosis.causes import causes_of_weights, endangered
+    from kvq.models.describe import describe
+    from kvq.models.resolve import check_weights, load_config, resolve_model
+    from kvq.models.stored import Weights
+
+    try:
+        folder = resolve_model(model)
+        spec = describe(load_config(folder))
+        check_weights(folder)
+    except KvqError:
+        # Who exports says it, and a dry run needs no weights.
+        return None
+    cause = endangered(recipe, causes_of_weights(spec, Weights(folder)))
+    if cause is None:
+        return None
+    return f"Warning: recipe {recipe.name!r} is likely to ruin this model: {cause.text}; {cause.advice}."
 
 
 def _dry_run(model: str, recipe, stats: str | None, output: Output) -> None:

@@ -15,6 +15,7 @@ from kvq.calib.stats import LayerStats, Stats
 from kvq.models.architecture import describe_attention
 from kvq.models.describe import ModelSpec
 from kvq.models.stored import Weights
+from kvq.recipe import Recipe
 
 # Largest mean of a channel in units of what keys vary by. SmolLM2: up to 17; Qwen 2.5: hundreds.
 BIAS_RATIO = 30.0
@@ -70,6 +71,17 @@ def causes_of_weights(spec: ModelSpec, weights: Weights) -> list[Cause]:
         if ratio >= BIAS_RATIO:
             biased[layer.index] = ratio
     return ([_key_bias(biased, "the key projection's bias")] if biased else []) + few_layers(spec)
+
+
+def endangered(recipe: Recipe, causes: Sequence[Cause]) -> Cause | None:
+    """The cause that is likely to ruin a model with this recipe: a large key bias, where keys share a scale over the
+    channels of a token as they are or rotated. None if there is none, and of other steps nothing is claimed."""
+    biased = next((cause for cause in causes if cause.kind == "key_bias"), None)
+    key = recipe.key.to_dict()
+    kinds = {step.kind for step in recipe.transforms.key}
+    by_channel = key.get("axis") == "channel" or (key["codec"], key.get("scale")) == ("book", "calibrated")
+    is_safe = key["codec"] == "exact" or by_channel or bool(kinds - {"hadamard"})
+    return None if is_safe else biased
 
 
 def bias_ratio(layer: LayerStats) -> float:

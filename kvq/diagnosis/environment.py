@@ -7,12 +7,14 @@ from typing import Any
 
 import torch
 
+from kvq.diagnosis.causes import causes_of_weights
 from kvq.exporting.check.recipe_support import express
 from kvq.exporting.engines import engines, find_release
 from kvq.kernels.cpp.build import unavailable
 from kvq.kernels.dispatch import triton_version, why_no_triton
 from kvq.models.describe import ModelSpec, describe
 from kvq.models.resolve import check_weights, load_config, resolve_model
+from kvq.models.stored import Weights
 from kvq.models.whole import check_whole
 from kvq.recipe import load_recipe
 
@@ -33,13 +35,17 @@ def environment() -> dict[str, Any]:
 
 
 def examine(model: str) -> dict[str, Any]:
-    """A model's cache geometry, and which engines can have it in FP8. Raises KvqError if it cannot be quantized."""
+    """A model's cache geometry, what its weights say against recipes (``causes``), and which engines have it in FP8.
+
+    Raises KvqError if it cannot be quantized.
+    """
     folder = resolve_model(model)
     config = load_config(folder)
     spec = describe(config)
     check_weights(folder)
     check_whole(folder, config)
-    return {"model": model, "quantizable": True, **spec.to_dict(), "fp8": _fp8(spec)}
+    causes = [vars(cause) for cause in causes_of_weights(spec, Weights(folder))]
+    return {"model": model, "quantizable": True, **spec.to_dict(), "causes": causes, "fp8": _fp8(spec)}
 
 
 def _version(package: str) -> str | None:

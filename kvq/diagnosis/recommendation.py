@@ -43,10 +43,11 @@ class Diagnosis:
     def sentence(self) -> str:
         """The verdict in a sentence or two."""
         said = f"{listed(self.collapses)} would ruin this model" if self.collapses else "no recipe tried collapses"
-        best = self.recommended
+        best, untried = self.recommended, sorted(p.recipe for p in self.predictions if p.why_not)
+        more = f" Not predicted, and maybe better: {listed(untried)}." if untried else ""
         if best is None:
-            return f"{_upper(said)}, and none is predicted to cost less than {GOOD} nats per token: keep fp16."
-        return f"{_upper(said)}. Use {best.recipe}: {best.bits:.2f} bits, about {best.loss:.3f} nats per token."
+            return f"{_upper(said)}, and none is predicted to cost less than {GOOD} nats per token: keep fp16.{more}"
+        return f"{_upper(said)}. Use {best.recipe}: {best.bits:.2f} bits, about {best.loss:.3f} nats per token.{more}"
 
     def to_dict(self) -> dict[str, Any]:
         best = self.recommended

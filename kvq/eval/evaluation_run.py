@@ -188,7 +188,7 @@ class Run:
                     "plain_bytes": own.exact.plan.predicted_bytes(tokens, itemsize=2),
                     "recipe_bytes": plan.predicted_bytes(tokens, itemsize=2),
                 }
-                for tokens in MEMORY_LENGTHS
+                for tokens in _memory_lengths(plan.model.max_length)
             ],
             hashes={
                 "model": model_hash(own.folder),
@@ -202,3 +202,8 @@ class Run:
 
 def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def _memory_lengths(context: int) -> list[int]:
+    """Lengths to state memory at: none beyond the model's context, which is the last."""
+    return [*(tokens for tokens in MEMORY_LENGTHS if tokens < context), context]

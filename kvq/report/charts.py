@@ -7,7 +7,7 @@ from typing import Any
 from markupsafe import Markup
 
 from kvq.report.drawing import COLOURS, SERIES, heat_map, hint, limits, log_scale, new_chart, place_labels, styled, svg
-from kvq.report.rows import LABELS, metrics_of
+from kvq.report.rows import LABELS, metrics_of, sizes_of
 from kvq.report.verdict import pareto
 
 Result = Mapping[str, Any]
@@ -36,10 +36,11 @@ def charts_of(names: Sequence[str], results: Sequence[Result]) -> list[Chart]:
 @styled
 def bits_against_kl(names: Sequence[str], results: Sequence[Result]) -> Chart | None:
     """Size against error: the lower left is good. Needs two results that quantize."""
-    points = [(series, results[series]["bits_per_element"], own) for series, own in _divergences(results, "kl").items()]
+    sizes = sizes_of(results)
+    points = [(series, sizes[series].bits, own) for series, own in _divergences(results, "kl").items()]
     if len(points) < 2:
         return None
-    figure, axes = new_chart("bits per element, measured", "KL from baseline, nats a token")
+    figure, axes = new_chart(f"bits per element at {sizes[0].tokens:,} tokens", "KL from baseline, nats a token")
     axes.set_xlim(limits([bits for _, bits, _ in points]))
     log_scale(axes.yaxis, limits([found["kl"] for _, _, found in points], log=True))
     front = pareto(sorted((bits, found["kl"], names[series]) for series, bits, found in points))
@@ -87,8 +88,9 @@ def bits_against_score(names: Sequence[str], results: Sequence[Result]) -> Chart
 
     means = [(mean(result, "value"), mean(result, "baseline")) for result in results]
     values = [100 * value for pair in means for value in pair]
-    bits = [result["bits_per_element"] for result in results]
-    figure, axes = new_chart("bits per element, measured", "mean score, %")
+    sizes = sizes_of(results)
+    bits = [size.bits for size in sizes]
+    figure, axes = new_chart(f"bits per element at {sizes[0].tokens:,} tokens", "mean score, %")
     axes.set(xlim=limits([*bits, 16.0]), ylim=limits(values))
     axes.axhline(100 * means[0][1], color=COLOURS["soft"], lw=1.2, dashes=(5, 4))
     for series, (value, _) in enumerate(means):

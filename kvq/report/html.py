@@ -9,7 +9,7 @@ from markupsafe import Markup
 from kvq.report.charts import charts_of, head_maps, needle_maps
 from kvq.report.load import commands_of, differences
 from kvq.report.page import render
-from kvq.report.rows import Row, names_of, number, side_by_side
+from kvq.report.rows import Row, Size, names_of, number, side_by_side, sizes_of
 from kvq.report.tables import size
 from kvq.report.verdict import overall, question, verdict_of
 
@@ -20,7 +20,8 @@ COLOURS = 8
 def html_report(results: Sequence[Mapping[str, Any]]) -> str:
     """The page for one result or several (``EvalResult.to_dict()``)."""
     names = names_of(results)
-    runs = [_run(name, i % COLOURS, result) for i, (name, result) in enumerate(zip(names, results))]
+    known = zip(names, results, sizes_of(results))
+    runs = [_run(name, i % COLOURS, result, size) for i, (name, result, size) in enumerate(known)]
     return render(
         "report.html.j2",
         brand="kvq evaluation",
@@ -44,23 +45,23 @@ def _title(names: Sequence[str], results: Sequence[Mapping[str, Any]]) -> str:
     return f"{', '.join(names)} on {models[0]}" if len(models) == 1 else ", ".join(names)
 
 
-def _run(name: str, colour: int, result: Mapping[str, Any]) -> dict[str, Any]:
+def _run(name: str, colour: int, result: Mapping[str, Any], size: Size) -> dict[str, Any]:
     found = result["results"].get("divergence")
     return {
         "name": name,
         "colour": colour,
         "verdict": verdict_of(result),
         "question": question(result),
-        "tiles": _tiles(result),
+        "tiles": _tiles(result, size),
         "facts": _facts(result),
         "worst": found["worst"] if found and found["kl"] > 0 else None,
     }
 
 
-def _tiles(result: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+def _tiles(result: Mapping[str, Any], at: Size) -> list[tuple[str, str, str]]:
     """(value, what, below) of the numbers that come first."""
-    measured = f"measured at {result['bits_tokens']:,} tokens; 16 without kvq"
-    tiles = [(f"{result['bits_per_element']:.2f}", "bits per element", measured)]
+    beside = f"{result['asymptotic_bits']:.2f} in the long run, 16 without kvq"
+    tiles = [(f"{at.bits:.2f}", f"bits per element at {at.tokens:,} tokens", beside)]
     results = result["results"]
     if found := results.get("divergence"):
         error = found["kl_stderr"]
@@ -72,9 +73,8 @@ def _tiles(result: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     if found := results.get("speed"):
         where = f"at {found['context']:,} tokens, on {result['device']}"
         tiles.append((f"{found['ratio']:.2f}x", "decoding speed", where))
-    for memory in result["memory"][1:2]:
-        ratio = memory["plain_bytes"] / memory["recipe_bytes"]
-        tiles.append((f"{ratio:.1f}x", "less cache memory", f"at {memory['tokens']:,} tokens"))
+    if result["memory"]:
+        tiles.append((f"{16 / at.bits:.1f}x", "less cache memory", f"at {at.tokens:,} tokens"))
     return tiles
 
 
@@ -93,6 +93,7 @@ def _facts(result: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("mode", result["mode"] + (f", {result['chunk']} tokens a chunk" if result["chunk"] else "")),
         ("implementation", result["implementation"]),
         ("computed in", f"{result['dtype']} on {result['device']}; exact tokens counted as {result['cache_dtype']}"),
+        ("bits, measured", f"{result['bits_per_element']:.2f} at {result['bits_tokens']:,} tokens, the scored length"),
         ("bits in the long run", f"{result['asymptotic_bits']:.2f}"),
     ]
     if result["data"]:

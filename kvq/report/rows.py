@@ -91,12 +91,12 @@ def _perplexity(found: Mapping[str, Any]) -> Row:
     return Row(
         task="perplexity",
         name="",
-        measure="perplexity",
+        measure="perplexity (difference: loss, nats a token)",
         baseline=number(found["baseline"], 3),
         value=number(found["value"], 3),
         difference=with_interval(found["delta_nll"], found["low"], found["high"], 4),
         verdict=found["verdict"],
-        note=f"loss, nats a token; {found['windows']} windows",
+        note=f"{found['windows']} windows",
         estimate=found["delta_nll"],
         low=found["low"],
         high=found["high"],
@@ -149,6 +149,32 @@ def _task(task: str, found: Mapping[str, Any]) -> Iterator[Row]:
             low=metric["low"],
             high=metric["high"],
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """What a recipe's cache takes at one length: ``bits`` a number, where the compared cache has 16."""
+
+    tokens: int
+    bits: float
+
+
+def size_of(result: Mapping[str, Any], tokens: int | None = None) -> Size:
+    """The size at ``tokens`` (None: the longest) of a result's memory rows; as measured at the scored length where
+    there is no such row."""
+    rows = {row["tokens"]: row for row in result["memory"]}
+    row = rows.get(max(rows, default=0) if tokens is None else tokens)
+    if row is None:
+        return Size(tokens=result["bits_tokens"], bits=result["bits_per_element"])
+    return Size(tokens=row["tokens"], bits=16 * row["recipe_bytes"] / row["plain_bytes"])
+
+
+def sizes_of(results: Sequence[Mapping[str, Any]]) -> list[Size]:
+    """The sizes of several results at the longest length that all of them have."""
+    shared = (
+        set.intersection(*({row["tokens"] for row in result["memory"]} for result in results)) if results else set()
+    )
+    return [size_of(result, max(shared, default=0)) for result in results]
 
 
 def metrics_of(found: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:

@@ -6,15 +6,16 @@ from typing import Any
 
 from kvq.errors import listed
 from kvq.eval.paired import BETTER, SAME, UNCLEAR, WORSE
-from kvq.report.rows import LABELS, MODES, SHARES, metrics_of, name_of, with_interval
+from kvq.report.rows import LABELS, MODES, SHARES, metrics_of, name_of, size_of, sizes_of, with_interval
 
 # KL from the baseline in nats a token: rules of thumb, said as such. At 0.005 about one token in a hundred changes its
-# most likely successor, at 0.02 two or three, at 0.1 one in seven.
+# most likely successor, at 0.02 two or three, at 0.1 one in seven. A flat model has a small KL and changes many: the
+# share of the same most likely tokens has bounds of its own, and the worse of both counts.
 GRADES = (
-    (0.005, "good", "is close to lossless"),
-    (0.02, "good", "changes little"),
-    (0.1, "fair", "changes the model noticeably"),
-    (float("inf"), "poor", "changes the model strongly"),
+    (0.005, 0.97, "good", "is close to lossless"),
+    (0.02, 0.93, "good", "changes little"),
+    (0.1, 0.8, "fair", "changes the model noticeably"),
+    (float("inf"), 0.0, "poor", "changes the model strongly"),
 )
 
 
@@ -30,7 +31,8 @@ class Verdict:
 def verdict_of(result: Mapping[str, Any]) -> Verdict:
     recipe, results = name_of(result), result["results"]
     points = [*_tasks(results), *_warnings(result)]
-    saved = f"{result['bits_per_element']:.2f} bits a number at {result['bits_tokens']:,} tokens instead of 16"
+    size = size_of(result)
+    saved = f"{size.bits:.2f} bits a number at {size.tokens:,} tokens instead of 16"
     if result["asymptotic_bits"] >= 16:
         return Verdict(grade="exact", headline=f"{recipe} quantizes nothing: this is the control.", points=points)
     found = results.get("divergence")
@@ -38,7 +40,7 @@ def verdict_of(result: Mapping[str, Any]) -> Verdict:
     if found is None:
         headline = _by_tasks(recipe, results, worse, saved)
         return Verdict(grade="poor" if worse else "none", headline=headline, points=points)
-    grade, what = next((grade, what) for limit, grade, what in GRADES if found["kl"] < limit)
+    grade, what = _grade(found["kl"], found["top1"])
     if worse and grade == "good":
         grade = "fair"
         what += f" in the next token, but is shown to be worse on {listed(worse)}"
@@ -49,12 +51,18 @@ def verdict_of(result: Mapping[str, Any]) -> Verdict:
     return Verdict(grade=grade, headline=headline, points=points)
 
 
+def _grade(kl: float, top1: float) -> tuple[str, str]:
+    """The first grade whose bounds of both hold; the last one for what is no number."""
+    found = ((grade, what) for limit, same, grade, what in GRADES if kl < limit and top1 >= same)
+    return next(found, GRADES[-1][2:])
+
+
 def overall(names: Sequence[str], results: Sequence[Mapping[str, Any]]) -> str:
     """One sentence on several results: which of them no other one beats in size and in error. Empty if errors were not
     measured, or of one result that quantizes."""
     points = sorted(
-        (result["bits_per_element"], found["kl"], name)
-        for name, result in zip(names, results)
+        (size.bits, found["kl"], name)
+        for name, result, size in zip(names, results, sizes_of(results))
         if result["asymptotic_bits"] < 16 and (found := result["results"].get("divergence"))
     )
     if len(points) < 2:

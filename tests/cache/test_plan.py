@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, LlamaConfig
 
 from kvq.cache import cache_nbytes, make_plan, pack_cache
 from kvq.calib.artefacts import needed_artefacts, stand_in_artefacts
@@ -133,3 +133,10 @@ def test_a_head_that_groups_do_not_divide_is_told_how_to_go_on(tiny_config, name
             settings[setting] = int(value)
     assert settings
     assert set(plan.layers) == {0}
+
+
+def test_exact_layers_count_16_bits_whatever_the_checkpoint_has():
+    """The cache that is compared with has 16 bits too. Control: a quantized layer costs what its layout says."""
+    spec = describe(LlamaConfig(num_hidden_layers=2, dtype="float32"))
+    assert make_plan(load_recipe("fp16"), spec).bits_per_element == 16
+    assert make_plan(load_recipe("int8"), spec).bits_per_element < 9

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from kvq.diagnosis import bit_errors, diagnose, layers_of, predict
+from kvq.diagnosis import Diagnosis, Prediction, bit_errors, diagnose, layers_of, predict
 from kvq.diagnosis.predict import COLLAPSE, GOOD, predicted_loss
 from kvq.errors import RecipeError
 from kvq.recipe import load_recipe
@@ -96,3 +96,12 @@ def test_the_verdict_as_data_holds_everything(tiny_model, measured):
     assert {row["recipe"] for row in data["predictions"]} == {"int8", "kivi2"}
     assert data["collapses"] == [row["recipe"] for row in data["predictions"] if row["loss"] >= COLLAPSE]
     assert data["causes"][0]["kind"] == "few_layers"
+
+
+def test_the_verdict_names_what_was_not_predicted():
+    """A default calibration cannot fit the klt recipes: better ones may be missing. Control: with all, nothing more."""
+    known = Prediction(recipe="kivi4", bits=4.5, errors={0: 0.001}, loss=0.004)
+    missing = Prediction(recipe="klt4", why_not="they lack second moments.")
+    told = Diagnosis(predictions=(known, missing), causes=(), real_tokens=True).sentence()
+    assert told.endswith("Not predicted, and maybe better: klt4.")
+    assert "Not predicted" not in Diagnosis(predictions=(known,), causes=(), real_tokens=True).sentence()

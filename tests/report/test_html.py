@@ -79,7 +79,13 @@ def test_charts_are_drawn_from_the_numbers(several):
     assert len(re.findall(r"layer \d+: \d", text)) >= 60
     assert text.count("found</title>") == 4 * 6
     assert "Size against score" in text
-    for label in ("bits per element, measured", "KL from baseline, nats a token", "mean score, %", "layer", "depth"):
+    for label in (
+        "bits per element at 131,072 tokens",
+        "KL from baseline, nats a token",
+        "mean score, %",
+        "layer",
+        "depth",
+    ):
         assert f">{label}</text>" in text
 
 

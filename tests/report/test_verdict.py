@@ -2,6 +2,7 @@
 
 import pytest
 
+from kvq.report.html import html_report
 from kvq.report.verdict import overall, question, verdict_of
 
 
@@ -20,7 +21,7 @@ def test_the_headline_follows_the_divergence(make_result, kl, grade, says):
     verdict = verdict_of(result)
     assert verdict.grade == grade
     assert says in verdict.headline
-    assert "3.30 bits a number at 256 tokens" in verdict.headline
+    assert "3.30 bits a number at 131,072 tokens" in verdict.headline
 
 
 def test_a_task_that_is_worse_takes_the_good_grade(make_result):
@@ -93,3 +94,33 @@ def test_the_front_holds_what_nothing_beats_in_both(make_result):
     assert overall(["kivi2"], results[-1:]) == ""
     assert overall(["fp16", "kivi2"], [results[0], results[-1]]) == ""
     assert overall(["int8", "kivi2"], [results[1], results[-1]]).startswith("Each of these")
+
+
+def test_sizes_are_compared_at_one_length(make_result):
+    """At 256 tokens an exact window hides what kivi2 saves: the bits there say int4, those at the context kivi2.
+    Control: results without such rows are compared as measured."""
+
+    def measured(name, bits, later, kl):
+        memory = [{"tokens": n, "plain_bytes": 16 * n, "recipe_bytes": round(later * n)} for n in (4096, 8192)]
+        return make_result(name, kl=kl, bits_per_element=bits, memory=memory)
+
+    results = [measured("kivi2", 9.1, 2.6, 0.08), measured("int4", 4.5, 4.5, 0.07)]
+    said = overall(["kivi2", "int4"], results)
+    assert said == "Each of these trades size for error: kivi2 (2.60 bits, KL 0.0800); int4 (4.50 bits, KL 0.0700)."
+    assert "2.60 bits a number at 8,192 tokens" in verdict_of(results[0]).headline
+    page = html_report(results)
+    assert "bits per element at 8,192 tokens" in page
+    assert "bits per element at 256 tokens" not in page
+    assert "32,768" not in page
+    bare = [result | {"memory": []} for result in results]
+    assert overall(["kivi2", "int4"], bare).endswith("int4 (4.50 bits, KL 0.0700).")
+
+
+@pytest.mark.parametrize(
+    ("kl", "top1", "words"),
+    [(0.004, 0.86, "changes the model noticeably"), (0.004, 0.99, "is close to lossless"), (0.004, 0.5, "strongly")],
+)
+def test_a_small_kl_of_a_flat_model_is_not_lossless(make_result, kl, top1, words):
+    result = make_result("kivi4", kl=kl)
+    result["results"]["divergence"]["top1"] = top1
+    assert words in verdict_of(result).headline
