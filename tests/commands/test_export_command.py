@@ -28,7 +28,7 @@ def refuse_export(refuse, tmp_path):
 def test_an_export_is_a_whole_checkpoint(run, model, tmp_path):
     result = run("export", model, "--recipe", "kivi2", "--set", "key.bits=4", "-o", tmp_path / OUT, "--json", "-")
     report = json.loads(result.stdout)
-    assert report["recipe"] == "kivi2"
+    assert report["recipe"] == "kivi2+key.bits=4"
     assert report["bits_per_element"] == 4.0
     assert {"config.json", "recipe.yaml", "README.md"} <= set(report["files"])
     assert all((tmp_path / OUT / name).is_file() for name in report["files"])
