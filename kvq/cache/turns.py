@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 
 from kvq.kernels.cpp.launch import FrameNumbers
+from kvq.kernels.types import KeyFrame
 from kvq.transforms.frame import Frame
 
 _CPU = torch.device("cpu")
@@ -17,6 +18,7 @@ class Turns:
         self._held: dict[tuple, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
         # What was asked last, and the answer: layers of a forward ask alike.
         self._last: tuple[tuple | None, tuple[torch.Tensor, torch.Tensor]] | None = None
+        self._placed: dict[tuple, _Placed] = {}
 
     def of(
         self, frame: Frame, origins: Callable[[], torch.Tensor], place: tuple | None, queries: int, dtype: torch.dtype
@@ -55,3 +57,34 @@ class Turns:
             fresh = [torch.cat([old, new], dim=1) for old, new in zip((cos, sin), fresh)]
         self._held[key] = (origins, *fresh)
         return self._held[key][1:]
+
+    def on_device(self, frame: Frame, origins: torch.Tensor, device: torch.device) -> KeyFrame:
+        """For ``origins`` [B, N] of a frame's blocks, which the host knows, as the Triton kernels read them. Only what
+        has come since is computed and copied."""
+        key = frame.rope, frame.head_dim, frame.block, device
+        placed = self._placed.setdefault(key, _Placed(device))
+        return frame.key_frame(*placed.of(frame, origins))
+
+
+class _Placed:
+    """Turns on a device: one row for every origin, which sequences share, and by sequence and block its row."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.rows: dict[int, int] = {}
+        self.origins: torch.Tensor | None = None
+        self.index = self.turns = torch.empty(0)
+
+    def of(self, frame: Frame, origins: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(index [B, N] int32, turns [origins, 2, D] fp32)."""
+        if self.origins is not None and torch.equal(self.origins, origins):
+            return self.index, self.turns
+        fresh = [origin for origin in origins.unique().tolist() if origin not in self.rows]
+        if fresh:
+            made = torch.stack(frame.turns(torch.tensor(fresh)), dim=1).to(self.device)
+            self.turns = torch.cat([self.turns, made]) if self.rows else made
+            self.rows |= {origin: len(self.rows) + i for i, origin in enumerate(fresh)}
+        numbers = [[self.rows[origin] for origin in row] for row in origins.tolist()]
+        self.index = torch.tensor(numbers, dtype=torch.int32).view(origins.shape).to(self.device, non_blocking=True)
+        self.origins = origins
+        return self.index, self.turns

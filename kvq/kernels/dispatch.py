@@ -89,9 +89,11 @@ def why_no_layout(layout: PageLayout) -> str | None:
     return None
 
 
-def why_no_attention(layout: PageLayout) -> str | None:
-    """Why the decode kernel does not read a page layout, or None."""
+def why_no_attention(layout: PageLayout, frame: int = 0) -> str | None:
+    """Why the decode kernel does not read a page layout, keys of which share an origin for ``frame`` tokens, or None."""
     reason = why_no_layout(layout)
+    if frame and (frame & (frame - 1) or frame < SMALLEST_BLOCK):
+        reason = reason or f"keys relative to blocks of {frame} tokens, not a power of two of at least {SMALLEST_BLOCK}"
     for name in ("key", "value"):
         for side in (part.layout for part in layout.side(name).slices):
             if side is not None and side.meta is not None and side.axis == "channel":

@@ -196,6 +196,7 @@ class Tile:
     pages    pages of a tile, or 1; per_page: tiles of a page, or 1.
     tokens   tokens of a warp's tile; round: tokens that a program's warps handle at a time.
     fold     rows that a sum over tokens is kept at inside the loop, one a thread of a quarter warp.
+    frame    tokens that keys share an origin for, a power of two; 0: they stand where queries do.
     """
 
     warps: int
@@ -207,18 +208,21 @@ class Tile:
     tokens: int
     round: int
     fold: int
+    frame: int = 0
 
 
-def tile_of(key: Side, value: Side, *, warps: int, rows: int, split: int = 0) -> Tile:
+def tile_of(key: Side, value: Side, *, warps: int, rows: int, split: int = 0, frame: int = 0) -> Tile:
     """The tile of a page.
 
     rows    tokens of a block that are asked for; fewer are taken where scales change within that many.
     split   if not 0, a page is cut into blocks of so many tokens even where one block could hold more.
+    frame   see ``Tile``.
     """
     stride = min([key.unit_rows, value.unit_rows] + [split] * bool(split))
-    groups = [side.group for side in (key, value) if side.by_channel]
+    groups = [side.group for side in (key, value) if side.by_channel] + [frame] * bool(frame)
     if groups:
-        # Per-channel scales belong to a page and a token group: a block stays within one, a tile is one page.
+        # Per-channel scales belong to a page and a token group, turned queries to a block of the frame: a block stays
+        # within one, a tile is one page.
         stride = rows = min([stride, rows, *groups])
     pages = max(1, rows // stride)
     rows = min(rows, stride * pages)
@@ -236,4 +240,5 @@ def tile_of(key: Side, value: Side, *, warps: int, rows: int, split: int = 0) ->
         tokens=blocks * rows,
         round=warps * blocks * rows,
         fold=min(rows, 8),
+        frame=frame,
     )

@@ -30,6 +30,41 @@ class Query:
 
 
 @dataclass(frozen=True, kw_only=True)
+class KeyFrame:
+    """Where packed keys stand that are relative to their block of tokens (``kvq.transforms.frame``), as kernels read it:
+
+        t[c] = cos[c] q[c] + sin[c] q[partner[c]],    q . key = (t matrix) . stored + t . mean
+
+    Exact keys stand where queries do.
+
+    block     tokens that share an origin, counted from the first packed one.
+    index     [B, blocks] int32: by block, its row of ``turns``. turns: [origins, 2, head_dim] fp32, cos and sin.
+    partner   [head_dim] int32. matrix [KV heads, head_dim, head_dim] fp16 times ``matrix_scale``, no column of which is
+              longer than 1; mean [KV heads, head_dim] fp32; None for what changes nothing.
+    growth    how many times as long as a query t is at most.
+    """
+
+    block: int
+    index: torch.Tensor
+    turns: torch.Tensor
+    partner: torch.Tensor
+    matrix: torch.Tensor | None = None
+    matrix_scale: float = 1.0
+    mean: torch.Tensor | None = None
+    growth: float = 1.0
+
+    def left(self, b: int, stored: torch.Tensor) -> torch.Tensor:
+        """Packed keys [KV heads, tokens, head_dim] of sequence b, the first on, to where queries stand."""
+        if self.matrix is not None:
+            stored = stored @ (self.matrix.to(stored) / self.matrix_scale).transpose(-1, -2)
+        if self.mean is not None:
+            stored = stored + self.mean.to(stored).unsqueeze(1)
+        token = torch.arange(stored.shape[1], device=stored.device)
+        cos, sin = self.turns[self.index[b, token // self.block].long()].to(stored).unbind(1)
+        return (cos * stored).index_add(-1, self.partner.long(), sin * stored)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Exact:
     """Exact tokens of a batch.
 

@@ -12,11 +12,13 @@ R_r S R_r^T, the mean likewise. Exact tokens stay as the model gives them, so a 
 scales rotated keys and queries: what is stored is without that factor, and queries carry it twice.
 """
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 
+from kvq.kernels.types import KeyFrame
 from kvq.models.rope import Rope
 from kvq.transforms.chain import Chain
 
@@ -24,6 +26,8 @@ from kvq.transforms.chain import Chain
 FRAME_TOKENS = 64
 # Offsets that are averaged over at a time.
 _OFFSETS = 16
+# What bounds a column of the matrix that the Triton kernels read with (``kvq.kernels.types.KeyFrame``).
+_LONGEST_COLUMN = 1.0
 _Reader = tuple[torch.Tensor | None, torch.Tensor | None]
 
 
@@ -122,6 +126,23 @@ class Frame:
             self._readers[key] = matrix, mean.to(device, dtype).contiguous() if bool(mean.any()) else None
         return self._readers[key]
 
+    def key_frame(self, index: torch.Tensor, turns: torch.Tensor) -> KeyFrame:
+        """As the Triton kernels read it. index [B, blocks] int32: by block, its row of ``turns`` [origins, 2, D] fp32,
+        (cos, sin) of ``self.turns``; where both are."""
+        device = turns.device
+        if device not in self._kernel_readers:
+            matrix, mean = self.reader(torch.device("cpu"), torch.float64)
+            scale = 1.0
+            if matrix is not None:
+                longest = float(matrix.norm(dim=1).max().clamp_min(1e-30))
+                scale = 2.0 ** math.floor(math.log2(_LONGEST_COLUMN / longest))
+                matrix = (matrix * scale).half().to(device)
+            mean = None if mean is None else mean.float().to(device)
+            numbers = {"matrix": matrix, "matrix_scale": scale, "mean": mean}
+            growth = 1.0 if self.rope is None else self.rope.factor**0.5
+            self._kernel_readers[device] = numbers | {"partner": self.partner.int().to(device), "growth": growth}
+        return KeyFrame(block=self.block, index=index, turns=turns, **self._kernel_readers[device])
+
     def turns(self, origins: torch.Tensor, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
         """(cos, sin), each [*origins, D], of t = R_-o q in whatever layout the model has its pairs:
         t[c] = cos[c] q[c] + sin[c] q[partner[c]], with ``partner`` of this frame."""
@@ -156,6 +177,10 @@ class Frame:
 
     @cached_property
     def _readers(self) -> dict[tuple[torch.device, torch.dtype, bool], _Reader]:
+        return {}
+
+    @cached_property
+    def _kernel_readers(self) -> dict[torch.device, dict]:
         return {}
 
     def _chain(self, x: torch.Tensor) -> Chain:

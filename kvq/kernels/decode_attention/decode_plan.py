@@ -27,6 +27,8 @@ PRODUCT_COLUMNS = 8
 # Waves that the work list has room for.
 MOST_WAVES = 2
 ITEM = 4
+# Rounds that a program turns its queries for at a time: they stay in an H200's cache (50 MB) while they are read.
+TURNED_ROUNDS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,17 +50,29 @@ class Geometry:
     def column_blocks(self) -> int:
         return -(-self.group * self.queries // self.columns)
 
+    @property
+    def turned_columns(self) -> int:
+        """Query columns of a program that are turned, a power of two."""
+        return min(self.columns, 1 << (self.group * self.queries - 1).bit_length())
+
+    @property
+    def turned_blocks(self) -> int:
+        """Blocks of the frame that queries are turned to at a time, the one included that may begin before."""
+        return -(-TURNED_ROUNDS * self.tile.round // self.tile.frame) + 1 if self.tile.frame else 0
+
 
 @cache
-def geometry_of(layout: PageLayout, heads: int, group: int, queries: int, sm: int) -> Geometry:
-    """heads: KV heads; group: query heads of a KV head; queries: query tokens; sm: compute capability, 90 for 9.0."""
+def geometry_of(layout: PageLayout, heads: int, group: int, queries: int, sm: int, frame: int = 0) -> Geometry:
+    """heads: KV heads; group: query heads of a KV head; queries: query tokens; sm: compute capability, 90 for 9.0;
+    frame: see ``Tile``."""
     key, value = sides_of(layout)
     columns = min(MOST_COLUMNS, 1 << (group * queries - 1).bit_length())
-    if key.by_channel:
-        # Queries are scaled for every page: with as many columns as a product has, in its own arrangement.
+    if key.by_channel or frame:
+        # Queries are scaled or turned for every page: with as many columns as a product has, in its own arrangement.
         columns = max(columns, PRODUCT_COLUMNS)
     parameters = decode_parameters(key, value, columns, sm)
-    tile = tile_of(key, value, warps=parameters.warps, rows=parameters.rows, split=parameters.split)
+    shape = {"warps": parameters.warps, "rows": parameters.rows, "split": parameters.split}
+    tile = tile_of(key, value, **shape, frame=frame)
     return Geometry(
         layout=layout,
         key=key,
@@ -77,7 +91,7 @@ class DecodePlan:
     """Work list and workspaces of ``decode_attention`` for a batch; one plan serves every layer of a step.
 
     Everything is allocated here. ``update`` looks at lengths on the device only, so a captured graph may replay it with
-    other lengths. ``exact``: whether exact tokens (sinks, window) come with the packed ones.
+    other lengths. ``frame``: tokens of a block of the keys' frame (``KeyFrame.block``), 0 without one.
 
     ran   which implementation of ``update`` ran last.
     """
@@ -92,14 +106,15 @@ class DecodePlan:
         queries: int = 1,
         device: torch.device | str = "cpu",
         slots: int | None = None,
+        frame: int = 0,
         impl: str = "auto",
     ):
-        self.device = torch.device(device)
-        self.ran: Choice = choose(impl, self.device, why_no_attention(layout))
+        self.device, self.frame = torch.device(device), frame
+        self.ran: Choice = choose(impl, self.device, why_no_attention(layout, frame))
         self.layout, self.batch, self.heads, self.group, self.queries = layout, batch, heads, group, queries
         if self.ran.impl == "reference":
             return
-        self.geometry = geometry_of(layout, heads, group, queries, capability(self.device))
+        self.geometry = geometry_of(layout, heads, group, queries, capability(self.device), frame)
         programs = heads * self.geometry.column_blocks
         self.slots = slots or self._slots()
         self.capacity = batch + -(-MOST_WAVES * self.slots // programs)
@@ -111,6 +126,9 @@ class DecodePlan:
         self.partial = torch.empty(*partials, head_dim, device=self.device)
         self.partial_lse = torch.empty(partials, device=self.device)
         self.lse = torch.empty(batch, heads, columns, device=self.device)
+        turned = partials[0] * programs, self.geometry.turned_blocks, self.geometry.turned_columns
+        self.turned = torch.empty(*turned, head_dim, dtype=torch.float16, device=self.device)
+        self.turned_bias = torch.empty(turned, device=self.device)
 
     def _slots(self) -> int:
         """Programs that run at once."""
@@ -151,7 +169,10 @@ class DecodePlan:
     @property
     def nbytes(self) -> int:
         """Bytes of the workspaces."""
-        held = (getattr(self, name, None) for name in ("items", "spans", "partial", "partial_lse", "lse"))
+        held = (
+            getattr(self, name, None)
+            for name in ("items", "spans", "partial", "partial_lse", "lse", "turned", "turned_bias")
+        )
         return sum(tensor.nbytes for tensor in held if tensor is not None)
 
 

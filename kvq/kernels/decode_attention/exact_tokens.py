@@ -14,9 +14,11 @@ from kvq.kernels.decode_attention.split import (
     largest_shift,
     load_query,
     locate,
+    query_exponent,
     store_partial,
 )
-from kvq.kernels.decode_attention.tile import add_packed_values, packed_scores, scaled, softmax_step
+from kvq.kernels.decode_attention.tile import add_packed_values, packed_scores, scaled, softmax_step, turned_query
+from kvq.kernels.decode_attention.turn import load_turned, power_of_two, turn, turned_exponent
 from kvq.kernels.device.sections import head_channels, operands, slice_at
 from kvq.kernels.device.words import known
 
@@ -135,6 +137,7 @@ def _tokens_of(i, first, end, offset, capacity, K: tl.constexpr, T: tl.constexpr
         "items",
         "key_book",
         "value_book",
+        "frame_stride",
     ]
 )
 def decode_exact(
@@ -177,6 +180,10 @@ def decode_exact(
     items,
     key_book,
     value_book,
+    frame,
+    frame_stride,
+    growth,
+    matrix_scale,
     K: tl.constexpr,
     V: tl.constexpr,
     T: tl.constexpr,
@@ -186,6 +193,10 @@ def decode_exact(
     H: tl.constexpr,
     SOFTCAP: tl.constexpr,
     WINDOW: tl.constexpr,
+    C: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    MATRIX: tl.constexpr,
+    MEAN: tl.constexpr,
     MIXED_KEY: tl.constexpr,
     MIXED_VALUE: tl.constexpr,
     SINKS: tl.constexpr,
@@ -209,10 +220,17 @@ def decode_exact(
     real = column < HEADS * QUERIES
     wide = sequence.to(tl.int64)
     wide_head = head.to(tl.int64)
-    q_at = q + wide * q_batch_stride
-    q_at = q_at + (head * HEADS + column // QUERIES) * q_head_stride + column % QUERIES * q_token_stride
-    query, down = load_query(q_at, real, K, T.warps)
-    exact_query = _load_exact_query(q_at, real, keys.dtype.element_ty, K, T.warps)
+    q_at = q + wide * q_batch_stride + head * HEADS * q_head_stride
+    vectors_at = q_at + column // QUERIES * q_head_stride + column % QUERIES * q_token_stride
+    if T.frame == 0:
+        queries, down = load_query(vectors_at, real, K, T.warps)
+    else:
+        exponent = turned_exponent(vectors_at, real, growth, query_exponent(K), K.head_dim)
+        up = power_of_two(exponent) * matrix_scale
+        down, bias_factor = 1.0 / up, up / key_scale
+        program = ((items + sequence) * tl.num_programs(1) + head).to(tl.int64) * tl.num_programs(2) + tl.program_id(2)
+        turned, turned_bias = frame[5] + program * (BLOCKS * C * K.head_dim), frame[6] + program * (BLOCKS * C)
+    exact_query = _load_exact_query(vectors_at, real, keys.dtype.element_ty, K, T.warps)
     # Scores and values of exact tokens, in the units of packed ones.
     key_factor = 1.0 / (down * key_scale)
     value_factor = 1.0 / value_scale
@@ -264,12 +282,24 @@ def decode_exact(
         table_at = table + wide * table_stride
         last_page = (high - 1) // K.page_tokens
         for i in tl.range(low // T.round, tl.cdiv(high, T.round), num_stages=1):
-            records, row, _ = locate(i, base, shared, table_at, page_stride, tl.maximum(last_page, 0), K, T, True)
+            records, row, start = locate(i, base, shared, table_at, page_stride, tl.maximum(last_page, 0), K, T, True)
             packed_key = MIXED_KEY and (not MIXED_VALUE or key_end > value_end)
             token, key_slot, keep = _tokens_of(i, low, high, key_offset, key_capacity, K, T)
             token, value_slot, keep = _tokens_of(i, low, high, value_offset, value_capacity, K, T)
             if packed_key:
-                scores = packed_scores(records, row, keep, query, key_book, K, T, True, ASM)
+                if T.frame > 0:
+                    first_block = i * T.round // T.frame
+                    tl.debug_barrier()
+                    turn(
+                        first_block, tl.cdiv(tl.minimum((i + 1) * T.round, key_end), T.frame), q_at, q_head_stride,
+                        q_token_stride, tl.program_id(2) * H, frame[0] + wide * frame_stride, head, frame, turned,
+                        turned_bias, exponent, bias_factor, K.head_dim, HEADS, QUERIES, C, MATRIX,
+                        MEAN,
+                    )  # fmt: skip
+                    tl.debug_barrier()
+                    found = load_turned(turned, turned_bias, start - first_block * T.frame, K, T, H, C, MEAN)
+                    queries = turned_query(found, K, T, ASM)
+                scores = packed_scores(records, row, keep, queries, key_book, K, T, True, ASM)
             else:
                 scores = _exact_scores(key_at, key_slot, key_token_stride, keep, exact_query, key_factor, K, T, ASM)
             if SOFTCAP:

@@ -4,12 +4,12 @@ from typing import Any
 
 import torch
 
-from kvq.kernels.decode_attention.decode_plan import DecodePlan, Geometry
+from kvq.kernels.decode_attention.decode_plan import TURNED_ROUNDS, DecodePlan, Geometry
 from kvq.kernels.decode_attention.exact_tokens import decode_exact
 from kvq.kernels.decode_attention.merge import decode_merge
 from kvq.kernels.decode_attention.split import decode_split
 from kvq.kernels.device.launch import Launch, books, factor, limit_of
-from kvq.kernels.types import Exact, Query
+from kvq.kernels.types import Exact, KeyFrame, Query
 from kvq.pages.pages import Pages
 
 _MERGE_SPLITS = 16
@@ -22,7 +22,7 @@ def _options(geometry: Geometry, registers: int) -> dict[str, int | bool]:
     return options | ({"maxnreg": registers} if geometry.sm else {})
 
 
-def _shared_constants(geometry: Geometry, pages: Pages, query: Query) -> dict[str, Any]:
+def _shared_constants(geometry: Geometry, query: Query, frame: KeyFrame | None) -> dict[str, Any]:
     return {
         "K": geometry.key,
         "V": geometry.value,
@@ -33,6 +33,10 @@ def _shared_constants(geometry: Geometry, pages: Pages, query: Query) -> dict[st
         "H": geometry.columns,
         "SOFTCAP": query.softcap is not None,
         "WINDOW": query.window is not None,
+        "C": geometry.turned_columns,
+        "BLOCKS": geometry.turned_blocks,
+        "MATRIX": frame is not None and frame.matrix is not None,
+        "MEAN": frame is not None and frame.mean is not None,
         "ASM": geometry.sm,
     }
 
@@ -47,7 +51,23 @@ def _scalars(pages: Pages, query: Query) -> tuple:
     )
 
 
-def split(plan: DecodePlan, pages: Pages, lengths: torch.Tensor, query: Query, first_token: int) -> Launch:
+def _framed(plan: DecodePlan, frame: KeyFrame | None) -> tuple:
+    """Arguments ``frame``, ``frame_stride``, ``growth`` and ``matrix_scale`` of a kernel."""
+    if frame is None:
+        return (), 0, 1.0, 1.0
+    numbers = [frame.turns if numbers is None else numbers for numbers in (frame.matrix, frame.mean)]
+    held = (frame.index, frame.turns, frame.partner, *numbers, plan.turned, plan.turned_bias)
+    return held, frame.index.stride(0), float(frame.growth), float(frame.matrix_scale)
+
+
+def split(
+    plan: DecodePlan,
+    pages: Pages,
+    lengths: torch.Tensor,
+    query: Query,
+    first_token: int,
+    frame: KeyFrame | None = None,
+) -> Launch:
     """``lengths`` [B] int32: packed tokens on both sides; ``first_token``: position of the first of them."""
     geometry, q = plan.geometry, query.q
     return Launch(
@@ -71,13 +91,15 @@ def split(plan: DecodePlan, pages: Pages, lengths: torch.Tensor, query: Query, f
             *_scalars(pages, query),
             first_token,
             *books(pages),
+            *_framed(plan, frame),
         ),
-        constants=_shared_constants(geometry, pages, query) | {"STAGES": geometry.parameters.stages},
+        constants=_shared_constants(geometry, query, frame)
+        | {"CHUNK": TURNED_ROUNDS, "STAGES": geometry.parameters.stages},
         options=_options(geometry, geometry.parameters.registers),
     )
 
 
-def exact(plan: DecodePlan, pages: Pages, query: Query, tokens: Exact) -> Launch:
+def exact(plan: DecodePlan, pages: Pages, query: Query, tokens: Exact, frame: KeyFrame | None = None) -> Launch:
     geometry, q = plan.geometry, query.q
     sinks = tokens.sink_keys
     return Launch(
@@ -112,8 +134,9 @@ def exact(plan: DecodePlan, pages: Pages, query: Query, tokens: Exact) -> Launch
             *_scalars(pages, query),
             plan.capacity,
             *books(pages),
+            *_framed(plan, frame),
         ),
-        constants=_shared_constants(geometry, pages, query)
+        constants=_shared_constants(geometry, query, frame)
         | {"MIXED_KEY": tokens.mixed_key, "MIXED_VALUE": tokens.mixed_value, "SINKS": sinks is not None},
         # A few programs read a few hundred tokens: what counts is that nothing spills, not how many fit.
         options=_options(geometry, _MOST_REGISTERS),

@@ -2,24 +2,29 @@
 
 import torch
 
-from kvq.kernels.types import Exact, Query
+from kvq.kernels.types import Exact, KeyFrame, Query
 from kvq.pages.pages import Pages
 
 
 def dense_attention(
-    query: Query, pages: Pages, lengths: torch.Tensor, exact: Exact | None, dtype: torch.dtype
+    query: Query,
+    pages: Pages,
+    lengths: torch.Tensor,
+    exact: Exact | None,
+    dtype: torch.dtype,
+    frame: KeyFrame | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(out [B, heads, L, head_dim], lse [B, heads, L]) in ``dtype``; a query that sees nothing gets 0 and -inf."""
     outs, lses = [], []
     for b in range(query.q.shape[0]):
-        keys, values = _tokens(b, query, pages, lengths, exact, dtype)
+        keys, values = _tokens(b, query, pages, lengths, exact, dtype, frame)
         out, lse = _attend(b, query, keys, values, dtype)
         outs.append(out)
         lses.append(lse)
     return torch.stack(outs), torch.stack(lses)
 
 
-def _tokens(b: int, query, pages, lengths, exact, dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def _tokens(b: int, query, pages, lengths, exact, dtype, frame) -> tuple[torch.Tensor, torch.Tensor]:
     """All keys and values of one sequence in order of position, [KV heads, tokens, head_dim]."""
     found = []
     for side in ("key", "value"):
@@ -31,7 +36,8 @@ def _tokens(b: int, query, pages, lengths, exact, dtype) -> tuple[torch.Tensor, 
             sinks = exact.sink_keys if side == "key" else exact.sink_values
             parts.append(sinks[b, :, : min(sinks.shape[2], newest)].to(dtype))
         if used:
-            parts.append(pages.part(0, used, [b]).dense(side, dtype)[0, :, :packed])
+            numbers = pages.part(0, used, [b]).dense(side, dtype)[0, :, :packed]
+            parts.append(frame.left(b, numbers) if side == "key" and frame is not None else numbers)
         if exact is not None:
             ring = exact.keys if side == "key" else exact.values
             offset = int((exact.key_offsets if side == "key" else exact.value_offsets)[b])

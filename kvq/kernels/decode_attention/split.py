@@ -3,7 +3,8 @@
 import triton
 import triton.language as tl
 
-from kvq.kernels.decode_attention.tile import add, add_packed_values, packed_scores, softmax_step
+from kvq.kernels.decode_attention.tile import add, add_packed_values, packed_scores, softmax_step, turned_query
+from kvq.kernels.decode_attention.turn import load_turned, power_of_two, turn, turned_exponent
 from kvq.kernels.device.sections import (
     block_at,
     chunk_at,
@@ -34,7 +35,7 @@ def _room(S):
 
 
 @triton.constexpr_function
-def _query_exponent(K):
+def query_exponent(K):
     """Queries are scaled to an absolute maximum in [2^(n-1), 2^n)."""
     return _room(K) if K.by_channel else 8
 
@@ -54,7 +55,7 @@ def largest_shift(limit_at, V: tl.constexpr):
 
 @triton.jit
 def load_query(at, real, K: tl.constexpr, W: tl.constexpr):
-    """Query operands, sums and bias sums (see ``packed_scores``), and the power of two that undoes their scaling.
+    """The one query of ``packed_scores``, and the power of two that undoes its scaling.
 
     at: pointers [H] to the columns' vectors.
     """
@@ -67,7 +68,7 @@ def load_query(at, real, K: tl.constexpr, W: tl.constexpr):
         if slice_at(K, n).kind != "none":
             largest = tl.maximum(largest, tl.max(tl.abs(x)))
         vectors = vectors + (x,)
-    exponent = _query_exponent(K) - 1 - ((largest.to(tl.int32, bitcast=True) >> 23) - 127)
+    exponent = query_exponent(K) - 1 - ((largest.to(tl.int32, bitcast=True) >> 23) - 127)
     exponent = tl.minimum(tl.maximum(exponent, -100), 100)
     up = ((127 + exponent) << 23).to(tl.float32, bitcast=True)
     down = ((127 - exponent) << 23).to(tl.float32, bitcast=True)
@@ -87,7 +88,7 @@ def load_query(at, real, K: tl.constexpr, W: tl.constexpr):
                 bias = bias_of(K, part * K.chunks + chunk_at(K, n))
                 negative = add(negative, part * K.groups + group_of(K, chunk_at(K, n), block_at(K, n)), total * -bias)
         factors = factors + (tl.broadcast_to(x[None, :, :], [W, slice_at(K, n).block, H]),)
-    return (factors, sums, negative), down
+    return ((factors, sums, negative, 0.0),), down
 
 
 @triton.jit
@@ -154,7 +155,10 @@ def hidden(scores, keep, token, position, window, T: tl.constexpr, CAUSAL: tl.co
 def _round(
     i,
     state,
-    query,
+    queries,
+    turned,
+    turned_bias,
+    first_block,
     kappa,
     shift,
     cap_scale,
@@ -171,25 +175,87 @@ def _round(
     K: tl.constexpr,
     V: tl.constexpr,
     T: tl.constexpr,
+    H: tl.constexpr,
+    C: tl.constexpr,
+    MEAN: tl.constexpr,
     SOFTCAP: tl.constexpr,
     WINDOW: tl.constexpr,
     MASKED: tl.constexpr,
     ASM: tl.constexpr,
 ):
-    """Attend to round i, one tile a warp."""
+    """Attend to round i, one tile a warp. turned, turned_bias: queries of the blocks of the frame from ``first_block``
+    on."""
     softmax, values = state
     last_page = (length - 1) // K.page_tokens
     records, row, start = locate(i, base, shared, table_at, page_stride, last_page, K, T, MASKED)
     keep = ()
     for b in tl.static_range(known(T.blocks)):
         keep = keep + (start + row + b * T.stride < length,)
-    scores = packed_scores(records, row, keep, query, key_book, K, T, MASKED, ASM)
+    if T.frame > 0:
+        found = load_turned(turned, turned_bias, start - first_block * T.frame, K, T, H, C, MEAN)
+        queries = turned_query(found, K, T, ASM)
+    scores = packed_scores(records, row, keep, queries, key_book, K, T, MASKED, ASM)
     if SOFTCAP:
         scores = bounded(scores, softcap, cap_scale, T, ASM)
     if MASKED:
         scores = hidden(scores, keep, start + row, position, window, T, False, WINDOW)
     softmax, shrink, weights = softmax_step(softmax, scores, kappa, shift, T, ASM)
     return softmax, add_packed_values(values, records, row, keep, shrink, weights, value_book, V, T, MASKED, ASM)
+
+
+@triton.jit
+def _rounds(
+    first,
+    end,
+    full_first,
+    full_end,
+    state,
+    queries,
+    turned,
+    turned_bias,
+    first_block,
+    kappa,
+    shift,
+    cap_scale,
+    softcap,
+    base,
+    shared,
+    table_at,
+    page_stride,
+    length,
+    position,
+    window,
+    key_book,
+    value_book,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    T: tl.constexpr,
+    H: tl.constexpr,
+    C: tl.constexpr,
+    MEAN: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    WINDOW: tl.constexpr,
+    STAGES: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    """Attend to rounds [first, end), of which [full_first, full_end) need no mask."""
+    full_first = tl.minimum(tl.maximum(full_first, first), end)
+    full_end = tl.maximum(tl.minimum(full_end, end), full_first)
+    for i in tl.range(full_first, full_end, num_stages=STAGES):
+        state = _round(
+            i, state, queries, turned, turned_bias, first_block,
+            kappa, shift, cap_scale, softcap, base, shared, table_at, page_stride, length, position, window, key_book,
+            value_book, K, V, T, H, C, MEAN, SOFTCAP, WINDOW, False, ASM,
+        )  # fmt: skip
+    before = full_first - first
+    for j in tl.range(0, before + end - full_end, num_stages=1):
+        i = tl.where(j < before, first + j, full_end + j - before)
+        state = _round(
+            i, state, queries, turned, turned_bias, first_block,
+            kappa, shift, cap_scale, softcap, base, shared, table_at, page_stride, length, position, window, key_book,
+            value_book, K, V, T, H, C, MEAN, SOFTCAP, WINDOW, True, ASM,
+        )  # fmt: skip
+    return state
 
 
 @triton.jit
@@ -229,7 +295,7 @@ def store_partial(
         tl.store(out_at + column[None, :] * V.head_dim + channel, x, mask=real[None, :] & (channel < V.head_dim))
 
 
-@triton.jit(do_not_specialize=["table_stride", "window", "first_token", "key_book", "value_book"])
+@triton.jit(do_not_specialize=["table_stride", "window", "first_token", "key_book", "value_book", "frame_stride"])
 def decode_split(
     q,
     pool,
@@ -253,6 +319,10 @@ def decode_split(
     first_token,
     key_book,
     value_book,
+    frame,
+    frame_stride,
+    growth,
+    matrix_scale,
     K: tl.constexpr,
     V: tl.constexpr,
     T: tl.constexpr,
@@ -262,6 +332,11 @@ def decode_split(
     H: tl.constexpr,
     SOFTCAP: tl.constexpr,
     WINDOW: tl.constexpr,
+    C: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    MATRIX: tl.constexpr,
+    MEAN: tl.constexpr,
+    CHUNK: tl.constexpr,
     STAGES: tl.constexpr,
     ASM: tl.constexpr,
 ):
@@ -272,6 +347,9 @@ def decode_split(
     items    work list [items, 4] int32. lengths [B]: packed tokens, the first of which stands at position first_token.
     positions  [B] int32: of query token 0 of each sequence, if WINDOW. Packed tokens are older than every query.
     key_book, value_book   registers of ``fields.book_registers``, or () where a side has no book.
+    frame    of ``KeyFrame`` index (by ``frame_stride``), turns, partner, matrix (if MATRIX) and mean (if MEAN); then
+             room for turned queries of every program, [BLOCKS, C, head_dim] fp16, and their biases, [BLOCKS, C] fp32.
+             Queries are turned for CHUNK rounds at a time. () if T has no frame.
     out      [items, KV heads, HEADS * QUERIES, head_dim] fp32; lse the same without head_dim, base 2.
     """
     item = tl.program_id(0)
@@ -284,9 +362,14 @@ def decode_split(
     length = tl.load(lengths + sequence)
     column = tl.program_id(2) * H + tl.arange(0, H)
     real = column < HEADS * QUERIES
-    q_at = q + sequence.to(tl.int64) * q_batch_stride
-    q_at = q_at + (head * HEADS + column // QUERIES) * q_head_stride + column % QUERIES * q_token_stride
-    query, down = load_query(q_at, real, K, T.warps)
+    q_at = q + sequence.to(tl.int64) * q_batch_stride + head * HEADS * q_head_stride
+    vectors_at = q_at + column // QUERIES * q_head_stride + column % QUERIES * q_token_stride
+    if T.frame == 0:
+        queries, down = load_query(vectors_at, real, K, T.warps)
+    else:
+        exponent = turned_exponent(vectors_at, real, growth, query_exponent(K), K.head_dim)
+        up = power_of_two(exponent) * matrix_scale
+        down, bias_factor = 1.0 / up, up / key_scale
     kappa = scale * key_scale * LOG2E * down
     cap_scale = 1.0
     if SOFTCAP:
@@ -306,61 +389,30 @@ def decode_split(
     base = pool + head * RECORD
     shared = (tl.num_programs(1) - head) * RECORD
     table_at = table + sequence.to(tl.int64) * table_stride
-    full_first = tl.minimum(full_first, end)
-    full_end = tl.maximum(tl.minimum(full_end, end), full_first)
-    for i in tl.range(full_first, full_end, num_stages=STAGES):
-        state = _round(
-            i,
-            state,
-            query,
-            kappa,
-            shift,
-            cap_scale,
-            softcap,
-            base,
-            shared,
-            table_at,
-            page_stride,
-            length,
-            position,
-            window,
-            key_book,
-            value_book,
-            K,
-            V,
-            T,
-            SOFTCAP,
-            WINDOW,
-            False,
-            ASM,
-        )
-    before = full_first - first
-    for j in tl.range(0, before + end - full_end, num_stages=1):
-        i = tl.where(j < before, first + j, full_end + j - before)
-        state = _round(
-            i,
-            state,
-            query,
-            kappa,
-            shift,
-            cap_scale,
-            softcap,
-            base,
-            shared,
-            table_at,
-            page_stride,
-            length,
-            position,
-            window,
-            key_book,
-            value_book,
-            K,
-            V,
-            T,
-            SOFTCAP,
-            WINDOW,
-            True,
-            ASM,
-        )
+    if T.frame == 0:
+        state = _rounds(
+            first, end, full_first, full_end, state, queries, q, q, 0,
+            kappa, shift, cap_scale, softcap, base, shared, table_at, page_stride, length, position, window, key_book,
+            value_book, K, V, T, H, C, MEAN, SOFTCAP, WINDOW, STAGES, ASM,
+        )  # fmt: skip
+    else:
+        program = (item * tl.num_programs(1) + head).to(tl.int64) * tl.num_programs(2) + tl.program_id(2)
+        turned, turned_bias = frame[5] + program * (BLOCKS * C * K.head_dim), frame[6] + program * (BLOCKS * C)
+        for start in tl.range(first, end, CHUNK, num_stages=1):
+            stop = tl.minimum(start + CHUNK, end)
+            first_block = start * T.round // T.frame
+            # Whatever was turned before has been read, and what is turned now is read by all.
+            tl.debug_barrier()
+            turn(
+                first_block, tl.cdiv(tl.minimum(stop * T.round, length), T.frame), q_at, q_head_stride, q_token_stride,
+                tl.program_id(2) * H, frame[0] + sequence.to(tl.int64) * frame_stride, head, frame, turned, turned_bias,
+                exponent, bias_factor, K.head_dim, HEADS, QUERIES, C, MATRIX, MEAN,
+            )  # fmt: skip
+            tl.debug_barrier()
+            state = _rounds(
+                start, stop, full_first, full_end, state, (), turned, turned_bias, first_block,
+                kappa, shift, cap_scale, softcap, base, shared, table_at, page_stride, length, position, window,
+                key_book, value_book, K, V, T, H, C, MEAN, SOFTCAP, WINDOW, STAGES, ASM,
+            )  # fmt: skip
     slot = (item * tl.num_programs(1) + head).to(tl.int64) * (HEADS * QUERIES) + tl.program_id(2) * H
     store_partial(state, out + slot * V.head_dim, lse + slot, kappa, shift, value_scale, real, V, T, ASM)

@@ -13,6 +13,8 @@ The algebra (c code, P its field's bias, s scale, z minimum, p weights):
 
     (symmetric codes have no z and half their range added to P; levels of a book have no P)
 
+    (keys in a frame: every block of the frame has a query of its own, and a bias that is added to the score)
+
 so no number of a page is scaled or shifted by itself. A correction uses the same rounded fp16 factors as the product
 that it corrects, so the bias cancels exactly. Weights are kept times a power of two, chosen so that a weight times the
 largest scale nearly fills fp16: small weights and small scales keep their precision.
@@ -21,6 +23,7 @@ largest scale nearly fills fp16: small weights and small scales keep their preci
 import triton
 import triton.language as tl
 
+from kvq.kernels.decode_attention.turn import frame_of, frames
 from kvq.kernels.device.sections import (
     block_at,
     chunk_at,
@@ -33,6 +36,7 @@ from kvq.kernels.device.sections import (
     local_channels,
     operands,
     slice_at,
+    slice_number,
     slice_of,
     slices,
 )
@@ -86,14 +90,28 @@ def _token_group(S, T, b):
 
 
 @triton.constexpr_function
-def _opens_group(S, T, b):
-    return b * T.stride % S.group == 0
+def _scaled_tokens(K, T):
+    """Tokens that a scaled query is for (axis channel)."""
+    return min(K.group, T.frame) if T.frame else K.group
+
+
+@triton.constexpr_function
+def _scaled_of(K, T, b):
+    """Which of the tile's scaled queries is block b's (axis channel)."""
+    return b * T.stride // _scaled_tokens(K, T)
+
+
+@triton.constexpr_function
+def _opens_scaled(K, T, b):
+    return b * T.stride % _scaled_tokens(K, T) == 0
 
 
 @triton.constexpr_function
 def _offset_key(K, T, b):
-    """What the constant terms of a block's scores depend on: token group, and part of every slice (axis channel)."""
-    return b * T.stride // K.group, *(b * T.stride % S.unit // S.unit_rows for S in K.slices if S.kind != "none")
+    """What the constant terms of a block's scores depend on: scaled query, and part of every slice (axis channel)."""
+    return b * T.stride // _scaled_tokens(K, T), *(
+        b * T.stride % S.unit // S.unit_rows for S in K.slices if S.kind != "none"
+    )
 
 
 @triton.constexpr_function
@@ -113,6 +131,25 @@ def _less_bias(K, T, b, n):
     """Minus the bias of operand n's codes in block b."""
     S = slice_at(K, n)
     return -bias_of(S, b * T.stride % S.unit // S.unit_rows * S.chunks + chunk_at(K, n))
+
+
+@triton.constexpr_function
+def _group_at(K, n):
+    """Channel group of operand n."""
+    S = slice_at(K, n)
+    return 0 if S.groups == 1 else (chunk_at(K, n) * S.width + block_at(K, n) * S.block) // S.group
+
+
+@triton.constexpr_function
+def _sum_of(K, n):
+    """Which sum of a query operand n belongs to."""
+    return slice_number(K, n) * K.groups + _group_at(K, n)
+
+
+@triton.constexpr_function
+def _bias_at(K, part, n):
+    """Bias of operand n's codes in a part (axis token)."""
+    return bias_of(K, part * K.chunks + chunk_at(K, n))
 
 
 @triton.constexpr_function
@@ -187,49 +224,64 @@ def _token_meta(records, token, g: tl.constexpr, keep, S: tl.constexpr, MASKED: 
 
 @triton.jit
 def packed_scores(
-    records, row, keep, query, book, K: tl.constexpr, T: tl.constexpr, MASKED: tl.constexpr, ASM: tl.constexpr
+    records, row, keep, queries, book, K: tl.constexpr, T: tl.constexpr, MASKED: tl.constexpr, ASM: tl.constexpr
 ):
     """Scores of one tile, before the softmax scale: a tuple of T.blocks tensors [W, R, H].
 
     records (a head's record, that of all heads), pointers [W, 1 or R].
     row     [1 or W, R]: token of row r within its page, for block 0. keep: by block, [W, R], tokens that exist.
-    query   (operands [W, C, H] fp16, their sums by slice or channel group, minus their bias sums by part and channel
-            group).
+    queries by block of the frame, or one: (operands [W, C, H] fp16, their sums by slice or channel group, minus their
+            bias sums by part and channel group, what is added to scores of keys in a frame).
     """
     if K.by_channel:
-        scores = _scores_by_channel(records, row, query, book, K, T, ASM)
+        scores = _scores_by_channel(records, row, queries, book, K, T, ASM)
         if K.norm_offset >= 0:
             lengths = ()
             for b in tl.static_range(known(T.blocks)):
                 norm = load_norm(records, row + b * T.stride, keep[b], K, MASKED)
                 lengths = lengths + (scores[b] * norm[:, :, None],)
             scores = lengths
+    else:
+        raw = _scores_by_token(records, row, keep, queries, book, K, T, MASKED, ASM)
+        if not K.scaled:
+            scores = raw
+        else:
+            scores = ()
+            for b in tl.static_range(known(T.blocks)):
+                sums = queries[frame_of(K, T, b)][1]
+                scores = scores + (_scaled_scores(records, row, keep[b], raw, sums, b, K, T, MASKED, ASM),)
+    if T.frame == 0:
         return scores
     else:
-        vectors, sums, negative = query
-        raw = ()
+        moved = ()
         for b in tl.static_range(known(T.blocks)):
-            for g in tl.static_range(known(K.groups)):
-                start = negative[_part_of(K, T, b) * K.groups + g]
-                raw = raw + (tl.broadcast_to(start, [T.warps, T.rows, start.shape[2]]),)
-        for s in tl.static_range(_row_blocks(K, T)):
-            for c in tl.static_range(known(K.blocks)):
-                planes = _load_planes(
-                    records[0], row + s * T.stride, c * K.block, keep[s], book, K, _reads_masked(K, MASKED), False, ASM
+            moved = moved + (scores[b] + queries[frame_of(K, T, b)][3],)
+        return moved
+
+
+@triton.jit
+def _scores_by_token(
+    records, row, keep, queries, book, K: tl.constexpr, T: tl.constexpr, MASKED: tl.constexpr, ASM: tl.constexpr
+):
+    """Axis token: products with codes by block and channel group."""
+    raw = ()
+    for b in tl.static_range(known(T.blocks)):
+        for g in tl.static_range(known(K.groups)):
+            start = queries[frame_of(K, T, b)][2][_part_of(K, T, b) * K.groups + g]
+            raw = raw + (tl.broadcast_to(start, [T.warps, T.rows, start.shape[2]]),)
+    for s in tl.static_range(_row_blocks(K, T)):
+        for c in tl.static_range(known(K.blocks)):
+            planes = _load_planes(
+                records[0], row + s * T.stride, c * K.block, keep[s], book, K, _reads_masked(K, MASKED), False, ASM
+            )
+            for f in tl.static_range(known(K.fields)):
+                raw = _dot_into(
+                    raw,
+                    _block_of(K, T, f, s) * K.groups + group_of(K, f % K.chunks, c),
+                    planes[f],
+                    queries[frame_of(K, T, _block_of(K, T, f, s))][0][f % K.chunks * K.blocks + c],
                 )
-                for f in tl.static_range(known(K.fields)):
-                    raw = _dot_into(
-                        raw,
-                        _block_of(K, T, f, s) * K.groups + group_of(K, f % K.chunks, c),
-                        planes[f],
-                        vectors[f % K.chunks * K.blocks + c],
-                    )
-        if not K.scaled:
-            return raw
-        scores = ()
-        for b in tl.static_range(known(T.blocks)):
-            scores = scores + (_scaled_scores(records, row, keep[b], raw, sums, b, K, T, MASKED, ASM),)
-        return scores
+    return raw
 
 
 @triton.jit
@@ -259,19 +311,43 @@ def _scaled_scores(
 
 
 @triton.jit
-def _scores_by_channel(records, row, query, book, K: tl.constexpr, T: tl.constexpr, ASM: tl.constexpr):
-    """Axis channel: every token group of the tile has its own scaled query."""
+def turned_query(turned, K: tl.constexpr, T: tl.constexpr, ASM: tl.constexpr):
+    """The queries of ``packed_scores`` from what ``load_turned`` found; sums are left to products, [W, R, H]."""
+    queries = ()
+    for j in tl.static_range(frames(K, T)):
+        vectors, bias = turned[j]
+        sums = ()
+        negative = ()
+        for g in tl.static_range(known(slices(K) * K.groups)):
+            sums = sums + (tl.full([T.warps, T.rows, vectors[0].shape[2]], 0.0, tl.float32),)
+        for g in tl.static_range(known(0 if K.by_channel else K.parts * K.groups)):
+            negative = negative + (tl.full([T.warps, T.rows, vectors[0].shape[2]], 0.0, tl.float32),)
+        for n in tl.static_range(operands(K)):
+            if slice_at(K, n).range_offset >= 0 or (slice_at(K, n).terms == 2 and not K.by_channel):
+                ones = tl.full([T.warps, T.rows, slice_at(K, n).block], 1.0, tl.float16)
+                sums = _dot_into(sums, _sum_of(K, n), ones, vectors[n])
+            if not K.by_channel:
+                for part in tl.static_range(known(K.parts)):
+                    less = tl.full([T.warps, T.rows, K.block], -_bias_at(K, part, n), tl.float16)
+                    negative = _dot_into(negative, part * K.groups + _group_at(K, n), less, vectors[n])
+        queries = queries + ((vectors, sums, negative, bias),)
+    return queries
+
+
+@triton.jit
+def _scores_by_channel(records, row, queries, book, K: tl.constexpr, T: tl.constexpr, ASM: tl.constexpr):
+    """Axis channel: every token group of the tile, and every block of the frame, has its own scaled query."""
     scaled = ()
     scores = ()
     minima = ()
     offsets = ()
     for b in tl.static_range(known(T.blocks)):
-        if _opens_group(K, T, b):
-            own, minimum = _scaled_query(records, query, _token_group(K, T, b), K, T, ASM)
+        if _opens_scaled(K, T, b):
+            own, minimum = _scaled_query(records, queries[frame_of(K, T, b)], _token_group(K, T, b), K, T, ASM)
             scaled = scaled + (own,)
             minima = minima + (minimum,)
         if _opens_offset(K, T, b):
-            offsets = offsets + (_less_biases(minima[_token_group(K, T, b)], scaled[_token_group(K, T, b)], b, K, T),)
+            offsets = offsets + (_less_biases(minima[_scaled_of(K, T, b)], scaled[_scaled_of(K, T, b)], b, K, T),)
         scores = scores + (offsets[_offset_of(K, T, b)],)
     for i in tl.static_range(slices(K)):
         if slice_of(K, i).kind != "none":
@@ -297,7 +373,7 @@ def _add_slice(
         for c in tl.static_range(known(S.blocks)):
             planes = _load_planes(records[0], row + s * T.stride, c * S.block, row, book, S, False, False, ASM)
             for f in tl.static_range(known(S.fields)):
-                own = scaled[_token_group(K, T, _block_of(S, T, f, s))]
+                own = scaled[_scaled_of(K, T, _block_of(S, T, f, s))]
                 scores = _dot_into(scores, _block_of(S, T, f, s), planes[f], own[first + f % S.chunks * S.blocks + c])
     return scores
 
@@ -305,7 +381,7 @@ def _add_slice(
 @triton.jit
 def _scaled_query(records, query, group: tl.constexpr, K: tl.constexpr, T: tl.constexpr, ASM: tl.constexpr):
     """Query operands times the scales of a token group, and q . minimum in every row, [W, R, H]."""
-    vectors, sums, _ = query
+    vectors, sums, _, _ = query
     own = ()
     total = tl.full([T.warps, T.rows, vectors[0].shape[2]], 0.0, tl.float32)
     for i in tl.static_range(slices(K)):
