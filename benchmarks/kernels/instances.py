@@ -13,7 +13,7 @@ from kvq.kernels.decode_attention.decode_plan import geometry_of
 from kvq.kernels.decode_attention.launch import exact, merge, split
 from kvq.kernels.decode_attention.plan_items import plan_launch
 from kvq.kernels.pack.launch import pack
-from kvq.kernels.types import Exact, Query, Source
+from kvq.kernels.types import Exact, KeyFrame, Query, Source
 from kvq.kernels.unpack.launch import unpack
 from kvq.pages.flush import FlushRule
 from kvq.pages.pages import Pages
@@ -42,14 +42,17 @@ def decode_launches(
     queries: int = 1,
     head_dim: int = 128,
     page_tokens: int = 64,
+    frame: int = 0,
     **settings,
 ):
-    """(geometry, {"split", "exact", "merge"}) of one decode step. ``settings``: softcap, window."""
+    """(geometry, {"split", "exact", "merge"}) of one decode step. ``frame``: tokens of a block that keys are relative
+    to. ``settings``: softcap, window."""
     layout = layout_of(key, value, head_dim, page_tokens)
-    geometry = geometry_of(layout, HEADS, group, queries, sm)
+    geometry = geometry_of(layout, HEADS, group, queries, sm, frame)
     batch, capacity = 2, 4
     numbers = torch.zeros(batch, dtype=torch.int32)
     partial = torch.zeros(capacity + batch, HEADS, group * queries, head_dim)
+    turned = geometry.column_blocks * HEADS * (capacity + batch), geometry.turned_blocks, geometry.turned_columns
     plan = SimpleNamespace(
         geometry=geometry,
         batch=batch,
@@ -60,7 +63,10 @@ def decode_launches(
         partial=partial,
         partial_lse=partial[..., 0].contiguous(),
         lse=partial[:batch, ..., 0].contiguous(),
+        turned=torch.zeros(*turned, head_dim, dtype=torch.float16),
+        turned_bias=torch.zeros(turned),
     )
+    keys = None if not frame else _key_frame(frame, batch, head_dim)
     pages = _pages(layout, batch)
     q = torch.zeros(batch, HEADS * group, queries, head_dim, dtype=torch.bfloat16)
     query = Query(q=q, scale=head_dim**-0.5, positions=numbers, **settings)
@@ -76,8 +82,8 @@ def decode_launches(
         mixed_key=layout.key.axis == "channel",
     )
     return geometry, {
-        "split": split(plan, pages, numbers, query, 0),
-        "exact": exact(plan, pages, query, tokens),
+        "split": split(plan, pages, numbers, query, 0, keys),
+        "exact": exact(plan, pages, query, tokens, keys),
         "merge": merge(plan, query, q.clone(), True),
     }
 
@@ -116,9 +122,22 @@ def other_launches(sm: int):
     geometry, decode = decode_launches("4", "4", sm=sm)
     yield "decode exact", decode["exact"]
     yield "decode merge", decode["merge"]
+    yield "decode frame", decode_launches("4s", "4s", sm=sm, group=4, head_dim=64, frame=64)[1]["split"]
     items, spans = torch.zeros(4, 4, dtype=torch.int32), torch.zeros(batch, 2, dtype=torch.int32)
     settings = {"slots": 8, "programs": HEADS, "tile": geometry.tile, "queries": 1, "window": None, "first_token": 0}
     yield "plan", plan_launch(numbers, None, items, spans, **settings)
+
+
+def _key_frame(block: int, batch: int, head_dim: int) -> KeyFrame:
+    """With a matrix and a mean, as klt's."""
+    return KeyFrame(
+        block=block,
+        index=torch.zeros(batch, 16, dtype=torch.int32),
+        turns=torch.zeros(16, 2, head_dim),
+        partner=torch.zeros(head_dim, dtype=torch.int32),
+        matrix=torch.zeros(HEADS, head_dim, head_dim, dtype=torch.float16),
+        mean=torch.zeros(HEADS, head_dim),
+    )
 
 
 def _pages(layout, batch: int) -> Pages:

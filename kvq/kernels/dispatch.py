@@ -90,7 +90,7 @@ def why_no_layout(layout: PageLayout) -> str | None:
 
 
 def why_no_attention(layout: PageLayout, frame: int = 0) -> str | None:
-    """Why the decode kernel does not read a page layout, keys of which share an origin for ``frame`` tokens, or None."""
+    """Why the decode kernel does not read a page layout, or None. ``frame``: tokens that keys share an origin for."""
     reason = why_no_layout(layout)
     if frame and (frame & (frame - 1) or frame < SMALLEST_BLOCK):
         reason = reason or f"keys relative to blocks of {frame} tokens, not a power of two of at least {SMALLEST_BLOCK}"

@@ -31,7 +31,7 @@ class Query:
 
 @dataclass(frozen=True, kw_only=True)
 class KeyFrame:
-    """Where packed keys stand that are relative to their block of tokens (``kvq.transforms.frame``), as kernels read it:
+    """Where packed keys stand that are relative to their block of tokens (``kvq.transforms.frame``), as kernels see it:
 
         t[c] = cos[c] q[c] + sin[c] q[partner[c]],    q . key = (t matrix) . stored + t . mean
 

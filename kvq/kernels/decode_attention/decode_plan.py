@@ -10,7 +10,7 @@ pays for the partial results that it writes.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -27,6 +27,7 @@ PRODUCT_COLUMNS = 8
 # Waves that the work list has room for.
 MOST_WAVES = 2
 ITEM = 4
+MOST_REGISTERS = 255
 # Rounds that a program turns its queries for at a time: they stay in an H200's cache (50 MB) while they are read.
 TURNED_ROUNDS = 8
 
@@ -71,6 +72,9 @@ def geometry_of(layout: PageLayout, heads: int, group: int, queries: int, sm: in
         # Queries are scaled or turned for every page: with as many columns as a product has, in its own arrangement.
         columns = max(columns, PRODUCT_COLUMNS)
     parameters = decode_parameters(key, value, columns, sm)
+    if frame:
+        # Turning takes more registers than the loop: nothing else is spilled for it.
+        parameters = replace(parameters, registers=MOST_REGISTERS)
     shape = {"warps": parameters.warps, "rows": parameters.rows, "split": parameters.split}
     tile = tile_of(key, value, **shape, frame=frame)
     return Geometry(

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from kvq.kernels.decode_attention.decode_plan import TURNED_ROUNDS, DecodePlan, Geometry
+from kvq.kernels.decode_attention.decode_plan import MOST_REGISTERS, TURNED_ROUNDS, DecodePlan, Geometry
 from kvq.kernels.decode_attention.exact_tokens import decode_exact
 from kvq.kernels.decode_attention.merge import decode_merge
 from kvq.kernels.decode_attention.split import decode_split
@@ -13,7 +13,6 @@ from kvq.kernels.types import Exact, KeyFrame, Query
 from kvq.pages.pages import Pages
 
 _MERGE_SPLITS = 16
-_MOST_REGISTERS = 255
 
 
 def _options(geometry: Geometry, registers: int) -> dict[str, int | bool]:
@@ -139,7 +138,7 @@ def exact(plan: DecodePlan, pages: Pages, query: Query, tokens: Exact, frame: Ke
         constants=_shared_constants(geometry, query, frame)
         | {"MIXED_KEY": tokens.mixed_key, "MIXED_VALUE": tokens.mixed_value, "SINKS": sinks is not None},
         # A few programs read a few hundred tokens: what counts is that nothing spills, not how many fit.
-        options=_options(geometry, _MOST_REGISTERS),
+        options=_options(geometry, MOST_REGISTERS),
     )
 
 

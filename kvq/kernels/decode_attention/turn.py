@@ -101,8 +101,7 @@ def turn(
     up = power_of_two(exponent)
     x = tl.load(own + d, mask=real, other=0.0).to(tl.float32) * up
     y = tl.load(own + tl.load(partner + d, mask=inside, other=0), mask=real, other=0.0).to(tl.float32) * up
-    if MEAN:
-        centre = tl.load(mean + head * D + d, mask=inside, other=0.0) * (bias_factor / up)
+    centre = tl.load(mean + head * D + d, mask=inside & MEAN, other=0.0) * (bias_factor / up)
     block = tl.arange(0, TURNED)
     row = tl.arange(0, TURNED * C)[:, None]
     i = tl.arange(0, _padded(D))[:, None]
