@@ -128,7 +128,8 @@ class Frame:
 
     def key_frame(self, index: torch.Tensor, turns: torch.Tensor) -> KeyFrame:
         """As the Triton kernels read it. index [B, blocks] int32: by block, its row of ``turns`` [origins, 2, D] fp32,
-        (cos, sin) of ``self.turns``; where both are."""
+        (cos, sin) of ``self.turns``; where both are. Heads must have all channels, and a basis of their own."""
+        assert not self.loses, "the Triton kernels read one matrix a head"
         device = turns.device
         if device not in self._kernel_readers:
             matrix, mean = self.reader(torch.device("cpu"), torch.float64)
