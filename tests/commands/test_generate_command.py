@@ -31,7 +31,7 @@ def test_a_plain_model_takes_a_recipe(report, tiny_checkpoint):
     packed = report(model, "--prompt", "hello", "--max-new-tokens", 8, "--recipe", "kivi4", "--set", "key.bits=8")
     assert plain["text"] == exact["text"]
     assert plain["cache"]["recipe"] == exact["cache"]["recipe"] == "fp16"
-    assert packed["cache"]["recipe"] == "kivi4"
+    assert packed["cache"]["recipe"] == "kivi4+key.bits=8"
     assert "kvq attention" in packed["cache"]["implementation"]
 
 
