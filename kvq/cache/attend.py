@@ -1,6 +1,7 @@
 """Attention over one head group's segments: sinks | packed pages | exact window, merged by log-sum-exp."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -8,6 +9,7 @@ import kvq.cache.fused as fused
 from kvq.cache.reading import decoded, pages_with
 from kvq.cache.snapshot import Snapshot, TokenSnapshot, View, group_rows
 from kvq.cache.store import HeadStore
+from kvq.cache.turns import packed_origins
 from kvq.kernels.cpp import launch
 from kvq.kernels.cpp.launch import FrameNumbers
 from kvq.kernels.decode_attention.products import Partial, merge_partials, merged_lse, partial_attention
@@ -207,13 +209,7 @@ def _frame_numbers(store, rows, packed: list[int], q: torch.Tensor, steps) -> Fr
     """Where packed keys stand, for rows with so many of them and queries [b, K, G, L, D]; None: where exact ones do."""
     if store.group.frame is None or not any(packed):
         return None
-
-    def origins() -> torch.Tensor:
-        if len(set(packed)) == 1:
-            return store.origins(list(rows), 0, packed[0])
-        own = [store.origins([row], 0, n)[0] if n else torch.zeros(0, dtype=torch.long) for row, n in zip(rows, packed)]
-        return torch.nn.utils.rnn.pad_sequence(own, batch_first=True)
-
+    origins = partial(packed_origins, store, list(rows), packed)
     # All that origins follow from, in layers that store alike.
     place = None if store.kept is not None else (store.group.sinks, *packed, *map(tuple, store.positions.of_rows(rows)))
     return steps.turns.of(store.group.frame, origins, place, q.shape[2] * q.shape[3], q.dtype)

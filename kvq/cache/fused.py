@@ -1,9 +1,9 @@
 """Attention over a store's segments through the Triton kernels.
 
 What the kernels read as it lies in pages: uniform codes, tiers of them, levels of a book, norms, fp8 and fp4, of every
-width. What they do not (keys before RoPE, sparse outliers, low-rank factors) is decoded a step at a time into fp16
-pages that are thrown away after the layer, and attended to by the same kernels: two passes. docs/kernels.md has the
-reasons.
+width, and keys relative to their block. What they do not (keys before RoPE, sparse outliers, low-rank factors) is
+decoded a step at a time into fp16 pages that are thrown away after the layer, and attended to by the same kernels: two
+passes. docs/kernels.md has the reasons.
 """
 
 from dataclasses import dataclass
@@ -15,14 +15,15 @@ import kvq.cache.chunk as chunk
 from kvq.cache.fused_pack import pages_of
 from kvq.cache.snapshot import Snapshot, group_rows
 from kvq.cache.store import HeadStore
-from kvq.cache.turns import Turns
+from kvq.cache.turns import Turns, packed_origins
 from kvq.kernels.decode_attention import decode_attention
 from kvq.kernels.decode_attention.decode_plan import DecodePlan
 from kvq.kernels.dispatch import LARGEST_QUERIES
-from kvq.kernels.types import Exact, Query
+from kvq.kernels.types import Exact, KeyFrame, Query
 from kvq.kernels.unpack import unpack_pages
 from kvq.pages.layout import SIDES, PageLayout, SideLayout
 from kvq.pages.pages import Pages
+from kvq.transforms.frame import Frame
 
 # Tokens that are decoded at once for the two-pass form.
 DENSE_TOKENS = 4096
@@ -47,12 +48,15 @@ class Steps:
     def __reduce__(self):
         return Steps, ()
 
-    def step(self, layout: PageLayout, counts: "_Counts", shape: tuple[int, int, int], device: torch.device) -> "_Step":
-        """The step of this forward; layers that are alike share it. shape: KV heads, group, query tokens."""
-        key = (layout, counts, shape, device)
+    def step(
+        self, layout: PageLayout, counts: "_Counts", shape: tuple[int, int, int], device: torch.device, frame: int = 0
+    ) -> "_Step":
+        """The step of this forward; layers that are alike share it. shape: KV heads, group, query tokens; frame: tokens
+        of a block of the keys' frame."""
+        key = (layout, counts, shape, device, frame)
         if self._last is not None and self._last[0] == key:
             return self._last[1]
-        plan = self._plan((layout, len(counts.ends), *shape, device))
+        plan = self._plan((layout, len(counts.ends), *shape, device, frame))
         made = torch.tensor(counts.columns, dtype=torch.int32).to(device, non_blocking=True)
         step = _Step(
             plan=plan,
@@ -69,8 +73,9 @@ class Steps:
         if key not in self._plans:
             # Plans of other batches are not needed any more; a cache has few layouts.
             self._plans = {old: plan for old, plan in self._plans.items() if old[1] == key[1]}
-            layout, batch, heads, group, queries, device = key
+            layout, batch, heads, group, queries, device, frame = key
             settings = {"batch": batch, "heads": heads, "group": group, "queries": queries, "device": device}
+            settings["frame"] = frame
             self._plans[key] = DecodePlan(layout, impl="triton", **settings)
         return self._plans[key]
 
@@ -146,7 +151,8 @@ def attend(
         positions = tuple(before + view.start for before in snapshot.before)
         counts = _Counts(packed["key"], packed["value"], ends, positions, *_offsets(snapshot, sinks))
         length = view.stop - view.start
-        step = steps.step(pages.layout, counts, (K, G, length), q.device)
+        frame = None if two_passes else _key_frame(store, packed["key"], steps)
+        step = steps.step(pages.layout, counts, (K, G, length), q.device, 0 if frame is None else frame.block)
         query = Query(
             q=q[:, :, :, view.start : view.stop].reshape(B, K * G, length, D),
             scale=options.scaling,
@@ -155,11 +161,22 @@ def attend(
             sink_logits=options.sink_logits,
         )
         exact = _exact(store, snapshot, step)
-        found = decode_attention(query, pages, step.lengths, step.plan, exact, impl="triton")
+        found = decode_attention(query, pages, step.lengths, step.plan, exact, frame=frame, impl="triton")
         outputs.append(found.out.view(B, K, G, length, D))
         if lse is not None:
             lse[:, :, :, view.start : view.stop] = found.lse.view(B, K, G, length)
     return torch.cat(outputs, dim=3) if len(outputs) > 1 else outputs[0]
+
+
+def _key_frame(store: HeadStore, packed: tuple[int, ...], steps: Steps) -> KeyFrame | None:
+    """Where the packed keys of all rows stand; None: where exact ones do."""
+    frame = store.group.frame
+    if not isinstance(frame, Frame):
+        return None
+    origins = packed_origins(store, list(range(len(packed))), packed)
+    # A launch wants an address even where no page is there yet.
+    origins = origins if origins.shape[1] else origins.new_zeros(len(packed), 1)
+    return steps.turns.on_device(frame, origins, store.pool.device)
 
 
 def _offsets(snapshot: Snapshot, sinks: int) -> list[tuple[int, ...]]:

@@ -34,6 +34,7 @@ class Serving:
     two_passes  why pages are decoded to fp16 before the kernels attend.
     no_unpack   by side, against the unpack kernel's decoding them.
     no_pack     by side, against packing in the Triton kernel.
+    framed      whether keys enter a frame as they are packed, which torch does.
     cpp_sides   what the C++ kernels read. cpp_packs: by side, what they write, or None.
     """
 
@@ -44,6 +45,7 @@ class Serving:
     two_passes: str | None
     no_unpack: Mapping[str, str | None]
     no_pack: Mapping[str, str | None]
+    framed: bool
     cpp_sides: Mapping[str, CppSide]
     cpp_packs: Mapping[str, CppSide | None]
     _choices: dict = field(default_factory=dict, compare=False, repr=False)
@@ -56,7 +58,7 @@ class Serving:
     @property
     def steps_on_device(self) -> bool:
         """Whether single tokens are packed and attended to without the host (``kvq.cache.device_step``)."""
-        return self.no_triton is None and self.two_passes is None and not any(self.no_pack.values())
+        return not (self.framed or self.no_triton or self.two_passes or any(self.no_pack.values()))
 
     def attending(self, obstacle: str | None, many: bool) -> Choice:
         """What attends for a forward. ``obstacle``: what its mask or its tokens have against Triton, or None.
@@ -100,6 +102,7 @@ def serving_of(group: HeadGroup, device: torch.device, dtype: torch.dtype, impl:
         two_passes=why_two_passes(group),
         no_unpack={side: no_triton or _why_no_unpack(group, side) for side in SIDES},
         no_pack=no_pack,
+        framed=group.frame is not None,
         cpp_sides=known_sides,
         cpp_packs={name: side if (side := known_sides.get(name)) and side.packs else None for name in SIDES},
     )
@@ -123,13 +126,15 @@ def why_two_passes(group: HeadGroup) -> str | None:
     """Why pages of this group are decoded before the kernels attend, or None if they are read as they are."""
     if group.loses:
         return LATENT
-    if group.frame is not None:
-        return "keys are stored before RoPE" if group.frame.block == 1 else "keys are stored relative to their block"
+    if isinstance(group.frame, RopeOffset):
+        return "keys are stored without the bias of their projection"
+    if group.frame is not None and group.frame.block == 1:
+        return "keys are stored before RoPE"
     for side in SIDES:
         numbers = group.codecs[side].static_numbers()
         if isinstance(numbers, str):
             return f"{side}: {numbers}"
-    return why_no_attention(group.layout)
+    return why_no_attention(group.layout, 0 if group.frame is None else group.frame.block)
 
 
 def _why_no_unpack(group: HeadGroup, side: str) -> str | None:

@@ -1,6 +1,6 @@
 """Rotations of queries to the origins of blocks, for kernels that read keys in a frame: made once for all layers."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -9,6 +9,14 @@ from kvq.kernels.types import KeyFrame
 from kvq.transforms.frame import Frame
 
 _CPU = torch.device("cpu")
+
+
+def packed_origins(store, rows: list[int], packed: Sequence[int]) -> torch.Tensor:
+    """Origins [rows, blocks] of the first ``packed`` keys of a store's rows; 0 where a row has fewer blocks."""
+    if len(set(packed)) == 1 and packed[0]:
+        return store.origins(rows, 0, packed[0])
+    own = [store.origins([row], 0, n)[0] if n else torch.zeros(0, dtype=torch.long) for row, n in zip(rows, packed)]
+    return torch.nn.utils.rnn.pad_sequence(own, batch_first=True)
 
 
 class Turns:

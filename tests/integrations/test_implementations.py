@@ -42,7 +42,7 @@ RECIPES = {
     "outliers": load_recipe("gear4").override({"tokens.window": 64}),
 }
 # What is decoded to fp16 pages first; all else the kernels read as it lies in pages.
-TWO_PASSES = {"short tiers", "page", "pre-RoPE", "outliers"}
+TWO_PASSES = {"short tiers", "pre-RoPE", "outliers"}
 
 
 @pytest.fixture(scope="module")
