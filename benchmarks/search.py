@@ -25,7 +25,7 @@ from rich.progress import Progress
 
 from kvq.cache import CachePlan
 from kvq.calib.collect import collect
-from kvq.calib.needs import ALL_NEEDS
+from kvq.calib.needs import needs_of
 from kvq.calib.stats import Stats
 from kvq.eval.perplexity import cut_windows
 from kvq.eval.result import installed_versions
@@ -60,7 +60,11 @@ def measure(arguments: argparse.Namespace) -> dict:
     model, spec = load_model(folder, dtype=torch.float32, device="cpu"), describe(load_config(folder))
     ids = wikitext_tokens(Path(arguments.data), load_tokenizer(folder))
     calibration = torch.tensor(ids[:CALIBRATION_TOKENS]).view(-1, SEQ_LEN)
-    stats = Stats.load(arguments.stats) if arguments.stats else collect(model, calibration, needs=ALL_NEEDS)
+    named = [load_recipe(name) for name in arguments.recipes]
+    uniform = uniform_recipes(arguments.recipes) if arguments.uniform else []
+    spread = [load_recipe(name) for name in arguments.spread]
+    needs = frozenset().union(*(needs_of(recipe, spec) for recipe in (*named, *uniform, *spread)))
+    stats = Stats.load(arguments.stats) if arguments.stats else collect(model, calibration, needs=needs)
     windows = cut_windows(ids[FIRST_TOKEN:], SEQ_LEN, limit=arguments.windows).tokens
     facts = {
         "schema_version": 1,
@@ -78,9 +82,6 @@ def measure(arguments: argparse.Namespace) -> dict:
     }
     journal = Journal(Path(arguments.journal) if arguments.journal else None, identity_hash(facts))
     verifier = Verifier(model, spec, stats, folder, journal)
-    named = [load_recipe(name) for name in arguments.recipes]
-    uniform = uniform_recipes(arguments.recipes) if arguments.uniform else []
-    spread = [load_recipe(name) for name in arguments.spread]
     with Progress(console=Console(stderr=True)) as bar:
         task = bar.add_task("Measuring")
         found = verifier.measure(

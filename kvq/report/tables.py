@@ -193,15 +193,15 @@ def search_table(found: Mapping[str, Any]) -> Table:
         )
         for row in sorted([*found["points"], *found["uniform"]], key=lambda row: (row["budget"], row["measured"]["kl"]))
     )
-    title = "Search: measured on text that sensitivities did not see"
+    title = "Search: KL on text that sensitivities did not see"
     columns = (
         "recipe",
         "bits",
         "KL",
         "±",
         "top-1",
-        "KL confirmed",
-        "KL refitted",
+        "confirmed",
+        "refitted",
         Column("predicted", justify="right", style="dim"),
     )
     return new_table(title, *columns, rows=rows)
