@@ -363,10 +363,13 @@ def decode_split(
     column = tl.program_id(2) * H + tl.arange(0, H)
     real = column < HEADS * QUERIES
     q_at = q + sequence.to(tl.int64) * q_batch_stride + head * HEADS * q_head_stride
-    vectors_at = q_at + column // QUERIES * q_head_stride + column % QUERIES * q_token_stride
     if T.frame == 0:
+        # In one product: as the sum above it costs registers that sm_100 then takes from the stack.
+        vectors_at = q + sequence.to(tl.int64) * q_batch_stride
+        vectors_at = vectors_at + (head * HEADS + column // QUERIES) * q_head_stride + column % QUERIES * q_token_stride
         queries, down = load_query(vectors_at, real, K, T.warps)
     else:
+        vectors_at = q_at + column // QUERIES * q_head_stride + column % QUERIES * q_token_stride
         exponent = turned_exponent(vectors_at, real, growth, query_exponent(K), K.head_dim)
         up = power_of_two(exponent) * matrix_scale
         down, bias_factor = 1.0 / up, up / key_scale
