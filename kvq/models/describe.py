@@ -110,7 +110,7 @@ def describe(config: PretrainedConfig) -> ModelSpec:
     heads = getattr(text, "num_attention_heads", None)
     if not heads:
         raise UnsupportedModelError(f"{name!r} has no attention heads, so it has no KV cache to quantize.")
-    check_numbers({field: getattr(text, field, None) for field in LARGEST}, name)
+    check_numbers({field: _of_all_layers(text, field) for field in LARGEST}, name)
     try:
         layers = tuple(_layer(text, i, layer, heads) for i, layer in enumerate(_cache_layers(text)))
     except (AttributeError, IndexError, TypeError, ValueError, ZeroDivisionError) as error:
@@ -151,6 +151,14 @@ def _cache_layers(text: PretrainedConfig) -> list:
         # A config without layer types: transformers adds plain layers on first use.
         layers = [DynamicLayer() for _ in range(text.num_hidden_layers)]
     return layers
+
+
+def _of_all_layers(text: PretrainedConfig, field: str) -> Any:
+    """None too where layers differ, which transformers refuses to answer: each is read as its layer is described."""
+    try:
+        return getattr(text, field, None)
+    except RuntimeError:
+        return None
 
 
 def _layer(text: PretrainedConfig, index: int, layer: object, heads: int) -> LayerSpec:
