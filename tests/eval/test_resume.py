@@ -185,7 +185,7 @@ def test_exports_share_their_baseline(folder, text_file, tmp_path, monkeypatch):
     models = []
     states = likelihood.hidden_states
     monkeypatch.setattr(
-        likelihood, "hidden_states", lambda model, tokens: models.append(model) or states(model, tokens)
+        likelihood, "hidden_states", lambda model, *given: models.append(model) or states(model, *given)
     )
     found = compare([tmp_path / "int4", tmp_path / "kivi2"], **settings)
     # A window is read by the baseline, and under both plans, on one model.
