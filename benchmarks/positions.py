@@ -38,7 +38,7 @@ def measure(arguments: argparse.Namespace) -> dict:
     folder = resolve_model("builtin")
     model = load_model(folder, dtype=torch.float32, device="cpu")
     tokenizer, spec = load_tokenizer(folder), describe(load_config(folder))
-    recipes = {name: load_recipe(name) for name in arguments.recipes}
+    recipes = {recipe.name: recipe for recipe in map(load_recipe, arguments.recipes)}
     development = wikitext_tokens(Path(arguments.data), tokenizer)[:CALIBRATION_TOKENS]
     needs = frozenset().union(*(needs_of(recipe, spec) for recipe in recipes.values()))
     stats = {
@@ -102,7 +102,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, metavar="FILE", help="WikiText-2 validation rows")
     parser.add_argument("--book", required=True, metavar="FILE", help="plain text")
-    parser.add_argument("--recipes", type=lambda text: text.split(","), required=True, metavar="NAME,...")
+    parser.add_argument("--recipes", type=lambda text: text.split(","), required=True, metavar="NAME|FILE,...")
     arguments = parser.parse_args()
     result = measure(arguments)
     sys.stdout.write(table(result))
