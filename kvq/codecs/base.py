@@ -113,12 +113,17 @@ class WrappingCodec(Codec):
         return self.inner.names_heads
 
     @property
+    def own_block_tokens(self) -> int:
+        """Consecutive tokens that what wraps needs together."""
+        return 1
+
+    @property
     def block_tokens(self) -> int:
-        return self.inner.block_tokens
+        return max(self.own_block_tokens, self.inner.block_tokens)
 
     @property
     def page_tokens(self) -> int:
-        return self.inner.page_tokens
+        return max(self.own_block_tokens, self.inner.page_tokens)
 
     def compared(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return self.inner.compared(x)

@@ -34,12 +34,8 @@ class DecomposedCodec(WrappingCodec):
     part: "Decomposed"
 
     @property
-    def block_tokens(self) -> int:
-        return max(self.part.block, self.inner.block_tokens)
-
-    @property
-    def page_tokens(self) -> int:
-        return max(self.part.block, self.inner.page_tokens)
+    def own_block_tokens(self) -> int:
+        return self.part.block
 
     def layout(self, page_tokens: int) -> SideLayout:
         size = self.part.size

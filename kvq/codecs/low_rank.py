@@ -37,12 +37,8 @@ class LowRankCodec(WrappingCodec):
     part: "LowRank"
 
     @property
-    def block_tokens(self) -> int:
-        return max(self.part.block, self.inner.block_tokens)
-
-    @property
-    def page_tokens(self) -> int:
-        return max(self.part.block, self.inner.page_tokens)
+    def own_block_tokens(self) -> int:
+        return self.part.block
 
     def layout(self, page_tokens: int) -> SideLayout:
         dtype = "float16" if self.part.format == "float16" else "uint8"
