@@ -9,7 +9,7 @@ import kvq.cache.fused as fused
 from kvq.cache.reading import decoded, pages_with
 from kvq.cache.snapshot import Snapshot, TokenSnapshot, View, group_rows
 from kvq.cache.store import HeadStore
-from kvq.cache.turns import packed_origins
+from kvq.cache.turns import packed_origins, place_of
 from kvq.kernels.cpp import launch
 from kvq.kernels.cpp.launch import FrameNumbers
 from kvq.kernels.decode_attention.products import Partial, merge_partials, merged_lse, partial_attention
@@ -210,8 +210,7 @@ def _frame_numbers(store, rows, packed: list[int], q: torch.Tensor, steps) -> Fr
     if store.group.frame is None or not any(packed):
         return None
     origins = partial(packed_origins, store, list(rows), packed)
-    # All that origins follow from, in layers that store alike.
-    place = None if store.kept is not None else (store.group.sinks, *packed, *map(tuple, store.positions.of_rows(rows)))
+    place = place_of(store, rows, packed)
     return steps.turns.of(store.group.frame, origins, place, q.shape[2] * q.shape[3], q.dtype)
 
 

@@ -15,7 +15,7 @@ import kvq.cache.chunk as chunk
 from kvq.cache.fused_pack import pages_of
 from kvq.cache.snapshot import Snapshot, group_rows
 from kvq.cache.store import HeadStore
-from kvq.cache.turns import Turns, packed_origins
+from kvq.cache.turns import Turns, packed_origins, place_of
 from kvq.kernels.decode_attention import decode_attention
 from kvq.kernels.decode_attention.decode_plan import DecodePlan
 from kvq.kernels.dispatch import LARGEST_QUERIES
@@ -173,10 +173,14 @@ def _key_frame(store: HeadStore, packed: tuple[int, ...], steps: Steps) -> KeyFr
     frame = store.group.frame
     if not isinstance(frame, Frame):
         return None
-    origins = packed_origins(store, list(range(len(packed))), packed)
-    # A launch wants an address even where no page is there yet.
-    origins = origins if origins.shape[1] else origins.new_zeros(len(packed), 1)
-    return steps.turns.on_device(frame, origins, store.pool.device)
+    rows = list(range(len(packed)))
+
+    def origins() -> torch.Tensor:
+        found = packed_origins(store, rows, packed)
+        # A launch wants an address even where no page is there yet.
+        return found if found.shape[1] else found.new_zeros(len(packed), 1)
+
+    return steps.turns.on_device(frame, origins, place_of(store, rows, packed), store.pool.device)
 
 
 def _offsets(snapshot: Snapshot, sinks: int) -> list[tuple[int, ...]]:

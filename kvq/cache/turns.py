@@ -19,14 +19,27 @@ def packed_origins(store, rows: list[int], packed: Sequence[int]) -> torch.Tenso
     return torch.nn.utils.rnn.pad_sequence(own, batch_first=True)
 
 
+def place_of(store, rows: Sequence[int], packed: Sequence[int]) -> tuple | None:
+    """All that origins follow from, in layers that store alike; None where tokens were dropped."""
+    return None if store.kept is not None else (store.group.sinks, *packed, *map(tuple, store.positions.of_rows(rows)))
+
+
 class Turns:
     """Cosines and sines by origin, kept from step to step: blocks that have come since are added."""
 
     def __init__(self):
         self._held: dict[tuple, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
         # What was asked last, and the answer: layers of a forward ask alike.
-        self._last: tuple[tuple | None, tuple[torch.Tensor, torch.Tensor]] | None = None
+        self._last: tuple[tuple, tuple[torch.Tensor, torch.Tensor]] | None = None
         self._placed: dict[tuple, _Placed] = {}
+
+    def _once(self, asked: tuple, place: tuple | None, made: Callable[[], tuple]) -> tuple[torch.Tensor, torch.Tensor]:
+        if place is None:
+            return made()
+        key = *asked, *place
+        if self._last is None or self._last[0] != key:
+            self._last = key, made()
+        return self._last[1]
 
     def of(
         self, frame: Frame, origins: Callable[[], torch.Tensor], place: tuple | None, queries: int, dtype: torch.dtype
@@ -35,10 +48,8 @@ class Turns:
 
         ``place``: equal where origins are; None if nobody knows.
         """
-        asked = None if place is None else (frame.rope, frame.head_dim, frame.block, dtype, *place)
-        if asked is None or self._last is None or self._last[0] != asked:
-            self._last = asked, self._turns(frame, origins(), dtype)
-        cos, sin = self._last[1]
+        key = frame.rope, frame.head_dim, frame.block, dtype
+        cos, sin = self._once(key, place, lambda: self._turns(key, frame, origins(), dtype))
         # A block that is shorter than there are queries turns its keys.
         turns_keys = frame.block < queries
         matrix, mean = frame.reader(_CPU, dtype, of_keys=turns_keys)
@@ -52,8 +63,9 @@ class Turns:
             mean=mean,
         )
 
-    def _turns(self, frame: Frame, origins: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        key = frame.rope, frame.head_dim, frame.block, dtype
+    def _turns(
+        self, key: tuple, frame: Frame, origins: torch.Tensor, dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         held, cos, sin = self._held.get(key, (origins[:, :0], None, None))
         known = held.shape[1]
         if known > origins.shape[1] or len(held) != len(origins) or not torch.equal(held, origins[:, :known]):
@@ -66,12 +78,14 @@ class Turns:
         self._held[key] = (origins, *fresh)
         return self._held[key][1:]
 
-    def on_device(self, frame: Frame, origins: torch.Tensor, device: torch.device) -> KeyFrame:
-        """For ``origins`` [B, N] of a frame's blocks, which the host knows, as the Triton kernels read them. Only what
-        has come since is computed and copied."""
+    def on_device(
+        self, frame: Frame, origins: Callable[[], torch.Tensor], place: tuple | None, device: torch.device
+    ) -> KeyFrame:
+        """The same as the Triton kernels read it, of origins that the host knows. Only what has come since is computed
+        and copied."""
         key = frame.rope, frame.head_dim, frame.block, device
         placed = self._placed.setdefault(key, _Placed(device))
-        return frame.key_frame(*placed.of(frame, origins))
+        return frame.key_frame(*self._once(key, place, lambda: placed.of(frame, origins())))
 
 
 class _Placed:

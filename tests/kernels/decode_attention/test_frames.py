@@ -160,7 +160,7 @@ def check(found, want: torch.Tensor, lse: torch.Tensor, tolerance: float) -> Non
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_attention_equals_that_over_keys_that_left_the_frame(case, device):
     query, pages, lengths, plan, exact, frame, origins = setup(case, device)
-    keys = Turns().on_device(frame, origins, device)
+    keys = Turns().on_device(frame, lambda: origins, None, device)
     found = decode_attention(query, pages, lengths, plan, exact, frame=keys, impl="triton")
     assert found.ran.impl == "triton"
     want, lse = expected(case, query, pages, lengths, exact, frame, origins)
@@ -174,14 +174,14 @@ def test_attention_equals_that_over_keys_that_left_the_frame(case, device):
 def test_origins_of_one_token_later_are_noticed(case, device):
     query, pages, lengths, plan, exact, frame, origins = setup(case, device)
     want, lse = expected(case, query, pages, lengths, exact, frame, origins)
-    wrong = Turns().on_device(frame, origins + 1, device)
+    wrong = Turns().on_device(frame, lambda: origins + 1, None, device)
     with pytest.raises(AssertionError):
         check(decode_attention(query, pages, lengths, plan, exact, frame=wrong, impl="triton"), want, lse, 4.0)
 
 
 def test_a_plan_and_a_frame_of_other_blocks_are_refused(device):
     query, pages, lengths, plan, exact, frame, origins = setup(CASES[0], device)
-    keys = Turns().on_device(frame, origins, device)
+    keys = Turns().on_device(frame, lambda: origins, None, device)
     with pytest.raises(KernelError, match="blocks of 64 tokens"):
         decode_attention(query, pages, lengths, plan, exact, impl="triton")
     with pytest.raises(KernelError, match="blocks of 64 tokens"):
@@ -194,14 +194,30 @@ def test_rows_share_the_turns_of_an_origin_and_only_new_ones_are_made(device):
     """What a step costs on the host does not grow with what is stored."""
     frame, turns = frame_of(CASES[0]), Turns()
     origins = torch.tensor([[0, 64, 128], [64, 128, 192]])
-    first = turns.on_device(frame, origins, device)
+    first = turns.on_device(frame, lambda: origins, None, device)
     assert first.turns.shape[0] == 4
     assert first.index[0, 1] == first.index[1, 0]
-    again = turns.on_device(frame, origins.clone(), device)
+    again = turns.on_device(frame, lambda: origins.clone(), None, device)
     assert again.index is first.index
     assert again.turns is first.turns
-    grown = turns.on_device(frame, torch.cat([origins, origins[:, -1:] + 64], dim=1), device)
+    grown = turns.on_device(frame, lambda: torch.cat([origins, origins[:, -1:] + 64], dim=1), None, device)
     assert grown.turns.shape[0] == 5
     assert torch.equal(grown.turns[:4], first.turns)
     cos, sin = frame.turns(torch.tensor([192]))
     assert torch.equal(grown.turns[grown.index[0, 3].long()], torch.cat([cos, sin]))
+
+
+def test_layers_that_store_alike_ask_for_origins_once(device):
+    """Until what they follow from changes, or another frame asks."""
+    frame, turns, asked = frame_of(CASES[0]), Turns(), []
+
+    def origins() -> torch.Tensor:
+        asked.append(1)
+        return torch.tensor([[0, 64]])
+
+    first = turns.on_device(frame, origins, (4, 128), device)
+    assert turns.on_device(frame, origins, (4, 128), device).index is first.index
+    assert len(asked) == 1
+    turns.on_device(frame, origins, (4, 129), device)
+    turns.of(frame, origins, (4, 129), 3, torch.float32)
+    assert len(asked) == 3
