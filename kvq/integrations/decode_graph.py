@@ -134,10 +134,10 @@ class DecodeGraph:
             self._recorded = None
             return self.eager(*args, **kwargs)
         steps = _steps(cache)
-        if not steps or any(step.grows_next for step in steps) or why_no_steps(cache):
+        if not steps or any(step.grows_next for step in steps):
             self._recorded = None
             found = self.eager(*args, **kwargs)
-            _say(why_no_steps(cache))
+            self._refuse(why_no_steps(cache))
             return found
         settings = {name: value for name, value in kwargs.items() if name not in (*_STEP_INPUTS, "attention_mask")}
         shapes = {name: (x.shape, x.dtype) for name, x in tensors.items()}
@@ -150,8 +150,7 @@ class DecodeGraph:
                 self._recorded = recorded = self._record(cache, tensors, settings, of)
             except (_CannotRecord, RuntimeError) as error:
                 # Nothing has run on the device, and what the host counted is taken back.
-                self._is_refused = True
-                _say(first_line(error))
+                self._refuse(first_line(error))
                 return self.eager(*args, **kwargs)
         else:
             for name, buffer in recorded.inputs.items():
@@ -164,9 +163,16 @@ class DecodeGraph:
         output = recorded.output
         return type(output)(**{**output, "logits": output["logits"].clone()})
 
+    def _refuse(self, reason: str | None) -> None:
+        """Not while this generation lasts, if there is a reason: it does not go away between two of its tokens."""
+        self._is_refused = reason is not None
+        _say(reason)
+
     def _record(
         self, cache: Any, tensors: Mapping[str, torch.Tensor], settings: Mapping[str, Any], of: tuple
     ) -> "_Recorded":
+        if reason := why_no_steps(cache):
+            raise _CannotRecord(reason)
         inputs = {name: x.clone() for name, x in tensors.items()}
         counted = [(layer, layer.length) for layer in packed_layers(cache)]
         stepped = [(owner, owner.steps) for step in _steps(cache) for owner in (step, step.counters)]
