@@ -13,12 +13,10 @@ from kvq.recipe import list_recipes, load_recipe
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import host_overhead
+from shipped import LATENT_RECIPES
 
 NO_TRITON = why_no_triton(torch.device("cpu"))
 pytestmark = pytest.mark.skipif(NO_TRITON is not None, reason=str(NO_TRITON))
-LOW_RANK = (
-    "eckvh", "eigenattention", "latent2", "latent2-light", "lorc", "matryoshka", "palu4", "shadowkv", "svdq2", "zack",
-)  # fmt: skip
 # Shipped recipes whose pages are decoded before kernels attend to them, and why.
 TWO_PASSES = {
     "biassafe4": "keys are stored without the bias",
@@ -28,7 +26,7 @@ TWO_PASSES = {
     **dict.fromkeys(("klt3", "klt4"), "tokens in a run that shares scales, fewer than 16"),
     **{f"kvquant{bits}{end}": "keys are stored before RoPE" for bits in (2, 3, 4) for end in ("", "-dense")},
     "decoquant4": "codec 'decomposed'",
-    **dict.fromkeys(LOW_RANK, LATENT),
+    **dict.fromkeys(LATENT_RECIPES, LATENT),
     "qjl": "codec 'sketch'",
     "skvq2": "keys are stored before RoPE",
 }

@@ -5,6 +5,7 @@ from functools import lru_cache
 
 import pytest
 import torch
+from shipped import LATENT_RECIPES
 
 from kvq.cache.attend import Options, attend
 from kvq.cache.fused import Steps
@@ -26,16 +27,13 @@ pytestmark = pytest.mark.skipif(build.unavailable() is not None, reason=f"{build
 CPU = torch.device("cpu")
 HEADS, GROUP, HEAD_DIM = 3, 2, 64
 NAMES = [name for name in list_recipes() if not load_recipe(name).is_exact]
-LOW_RANK = (
-    "eckvh", "eigenattention", "latent2", "latent2-light", "lorc", "matryoshka", "palu4", "shadowkv", "svdq2", "zack",
-)  # fmt: skip
 # Shipped recipes that torch attends to on the CPU, and why.
 IN_TORCH = {
     "biassafe4": "keys are stored without the bias of their projection",
     "qjl": "codec 'sketch'",
     "skvq2": "codec 'permuted'",
     "decoquant4": "codec 'decomposed'",
-} | dict.fromkeys(LOW_RANK, LATENT)
+} | dict.fromkeys(LATENT_RECIPES, LATENT)
 # Keys in a frame: blocks of a page and of parts of one, with and without steps there, and of fewer tokens than queries.
 FRAMED = {
     "klt2 by page": ("klt2", "page", None),
