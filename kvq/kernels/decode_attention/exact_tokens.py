@@ -6,7 +6,7 @@ The state is that of packed tokens (``split``), in its units, so one epilogue an
 import triton
 import triton.language as tl
 
-from kvq.kernels.decode_attention.split import (
+from kvq.kernels.decode_attention.program import (
     LOG2E,
     bounded,
     empty_state,
@@ -17,8 +17,10 @@ from kvq.kernels.decode_attention.split import (
     query_exponent,
     store_partial,
 )
-from kvq.kernels.decode_attention.tile import add_packed_values, packed_scores, scaled, softmax_step, turned_query
+from kvq.kernels.decode_attention.scores import packed_scores, turned_query
+from kvq.kernels.decode_attention.tile import scaled
 from kvq.kernels.decode_attention.turn import load_turned, power_of_two, turn, turned_exponent
+from kvq.kernels.decode_attention.values import add_packed_values, softmax_step
 from kvq.kernels.device.sections import head_channels, operands, slice_at
 from kvq.kernels.device.words import known
 
