@@ -36,9 +36,9 @@ def command(
 
     Every file is compared with the hashes that the export wrote. The folder must load in the engine that it was written
     for, a stranger's folder in one of them: what prevents that is an error, and ends with exit code 2; what another
-    engine says is a note. With --engine the
-    shipped recipes that this engine can have are listed, and why it cannot have the others. With --run the engine is
-    started: its scales must be the folder's, and its answers those of kvq's simulation.
+    engine says is a note. With --engine the shipped recipes that this engine can have are listed, and why it cannot
+    have the others. With --run the engine is started: its scales must be the folder's, and its answers those of kvq's
+    simulation.
 
     \b
     Examples:

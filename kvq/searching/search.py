@@ -20,6 +20,7 @@ from kvq.models.resolve import load_config, load_model, load_tokenizer, resolve_
 from kvq.recipe import Recipe
 from kvq.searching.allocate import SOLVER_SECONDS, Allocation, allocate, least_bits
 from kvq.searching.assemble import recipe_of
+from kvq.searching.candidates import choose, hold_floors, measured, uniform_candidates
 from kvq.searching.confirm import fitted_of, held_out, refitter
 from kvq.searching.deadline import CHOOSING, CONFIRMING, FITTING, MEASURING, REFINING, Deadline
 from kvq.searching.journal import Journal, identity_hash
@@ -34,7 +35,6 @@ logger = logging.getLogger(__name__)
 
 # Of the time limit, what one allocation may take.
 SOLVER_SHARE = 0.02
-UNIFORM_CANDIDATES = 2
 FRONT_POINTS = 4
 
 
@@ -163,16 +163,16 @@ class _Run:
         every = ranked + [c.recipe for c in front]
         self._keep(parts=-1)
         found = self._measure("choosing", self.verifier, every, self.text.choosing, CHOOSING, least=len(by_budget))
-        by_budget = {b: _measured(rows, found) for b, rows in by_budget.items()}
-        chosen = {b: self._choose(b, rows) for b, rows in by_budget.items()}
+        by_budget = {b: measured(rows, found) for b, rows in by_budget.items()}
+        chosen = {b: choose(b, rows, settings) for b, rows in by_budget.items()}
         confirmed = self._confirmed([c.recipe for pair in zip(*chosen.values()) for c in pair if c is not None])
         points = tuple(self._point(b, *chosen[b], by_budget[b], confirmed) for b in settings.budgets)
         for point in points:
-            self._hold_floors(point.budget, point.confirmed)
+            hold_floors(point.budget, point.confirmed, settings.floors)
         return Search(
             settings=settings,
             points=points,
-            front=tuple(_measured(front, found)),
+            front=tuple(measured(front, found)),
             table=tuple(self.table),
             left_out=self.left_out,
             facts={
@@ -232,8 +232,7 @@ class _Run:
         self, part: str, verifier: Verifier, recipes: Sequence[Recipe], windows: Part, share: float, least: int
     ) -> dict[str, Measured]:
         title = "Choosing" if part == "choosing" else "Confirming"
-        progress = lambda *done: self.progress(title, *done)  # noqa: E731
-        found = verifier.measure(part, recipes, windows, progress, self._late(share), least)
+        found = verifier.measure(part, recipes, windows, partial(self.progress, title), self._late(share), least)
         count = len(windows.windows)
         used = min((own.windows for own in found.values()), default=0)
         if used < count:
@@ -296,34 +295,8 @@ class _Run:
             # What a recipe cannot say of single heads, such as a calibrated codec beside transforms.
             except RecipeError as error:
                 self.left_out[f"heads at {budget:g} bits"] = str(error)
-        return [*found, *self._uniform(budget)]
-
-    def _uniform(self, budget: float) -> list[Candidate]:
-        """The best pairs of options for all layers alike, by prediction."""
-        sums: dict[tuple[str, str], list[float]] = {}
-        layers = self.variants.layers
-        total = sum(layer.kv_heads * layer.head_dim for layer in layers.values())
-        for entry in self.sensitivity.table(everything=True):
-            if entry.policy == 0:
-                layer = layers[entry.layer]
-                row = sums.setdefault((entry.side, entry.option), [0.0, 0.0])
-                row[0] += entry.bits * layer.kv_heads * layer.head_dim / total
-                row[1] += entry.damage
-        pairs = [
-            (sums["key", key.name][1] + sums["value", value.name][1], key, value)
-            for key in self.variants.space.of("key")
-            for value in self.variants.space.of("value")
-            if (sums["key", key.name][0] + sums["value", value.name][0]) / 2 <= budget + 1e-9
-        ]
-        found = []
-        for predicted, key, value in sorted(pairs, key=lambda pair: pair[0]):
-            recipe = key.recipe(self.variants.space.tokens[0], value)
-            bits = self.bits(recipe)
-            if bits <= budget + 1e-9:
-                found.append(Candidate(recipe=recipe, how="uniform", bits=bits, predicted=predicted))
-            if len(found) == UNIFORM_CANDIDATES:
-                break
-        return found
+        table = self.sensitivity.table(everything=True)
+        return [*found, *uniform_candidates(table, self.variants.space, self.variants.layers, budget, self.bits)]
 
     def _front(self) -> list[Candidate]:
         """Allocations by layer at even steps from a tenth above the least to a fifth above the largest budget."""
@@ -340,22 +313,6 @@ class _Run:
             except DataError as error:
                 self.left_out[f"front at {budget:.2f} bits"] = str(error)
         return found
-
-    def _choose(self, budget: float, rows: Sequence[Candidate]) -> tuple[Candidate, Candidate | None]:
-        """The best candidate that keeps the floors, and the best uniform one."""
-        metric, floors = self.settings.metric, self.settings.floors
-        ranked = sorted(rows, key=lambda c: c.measured.better(metric))
-        kept = [c for c in ranked if not c.measured.missed(floors)]
-        if not kept:
-            self._hold_floors(budget, ranked[0].measured)
-        return kept[0], next((c for c in ranked if c.how == "uniform"), None)
-
-    def _hold_floors(self, budget: float, measured: Measured) -> None:
-        for name, value in measured.missed(self.settings.floors).items():
-            raise DataError(
-                f"no recipe of at most {budget:g} bits keeps {name}={self.settings.floors[name]:g} on unseen text (the "
-                f"best has {value:.4f}): raise the budget, or change the floor."
-            )
 
     def _point(
         self, budget: float, chosen: Candidate, uniform: Candidate | None, rows: Sequence[Candidate], confirmed
@@ -389,8 +346,3 @@ class _Run:
         """A uniform recipe of the space as one that is written."""
         summary = f"Found by kvq search for {self.facts['model']} at {budget:g} bits: one way for all layers leads"
         return replace(uniform, recipe=replace(uniform.recipe, name=self.names(budget), summary=summary))
-
-
-def _measured(rows: Sequence[Candidate], found: Mapping[str, Measured]) -> list[Candidate]:
-    """Candidates with what was measured, without those that time left unmeasured."""
-    return [replace(c, measured=found[c.recipe.hash]) for c in rows if c.recipe.hash in found]
